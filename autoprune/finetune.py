@@ -1,0 +1,134 @@
+"""One plain training loop: fine-tuning, distillation, training from scratch; resumable at every epoch."""
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoprune.config import FinetuneConfig
+from autoprune.data import Images, batches
+
+EpochCallback = Callable[[int, float], None]
+
+
+def autocast(bf16: str = "auto") -> AbstractContextManager:
+    """bfloat16 autocast on the CPU: where it is fast ("auto"), always ("on") or never ("off")."""
+    fast = bf16 == "on" or (bf16 == "auto" and has_fast_bf16())
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is emulated and slower than float32."""
+    return torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+def finetune(
+    model: nn.Module,
+    images: Images,
+    config: FinetuneConfig,
+    seed: int = 0,
+    teacher: nn.Module | None = None,
+    checkpoint: Path | None = None,
+    on_epoch: EpochCallback = lambda epoch, loss: None,
+) -> nn.Module:
+    """Trains `model` in place and returns it in eval mode.
+
+    With a `checkpoint` file the state after each epoch is kept there, and a call that finds one goes on after its
+    epoch. Order, crops and dropout depend on seed and epoch only, so a resumed run ends with the same weights.
+
+    Args:
+        model: The network to train.
+        images: Its training split.
+        config: Epochs, learning rate and the rest.
+        seed: Seed of order, augmentation and dropout.
+        teacher: Dense network to distil from; used where `config.distillation` > 0.
+        checkpoint: File to resume from and to write to.
+        on_epoch: Called with the number of finished epochs and the mean training loss.
+    """
+    model.train().to(memory_format=torch.channels_last)
+    steps_per_epoch = max(1, len(images) // config.batch_size)
+    optimizer = torch.optim.SGD(_parameter_groups(model, config), config.lr, config.momentum, nesterov=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _annealing(config, steps_per_epoch))
+    loss_of = _distilled(config, teacher) if teacher is not None and config.distillation > 0 else _plain
+    for epoch in range(_resume(checkpoint, model, optimizer, schedule), config.epochs):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed * 100_003 + epoch)
+            loss = _one_epoch(model, batches(images, config.batch_size, seed, epoch), optimizer, schedule, loss_of, config)
+        _save(checkpoint, epoch + 1, model, optimizer, schedule)
+        on_epoch(epoch + 1, loss)
+    return model.eval()
+
+
+def _one_epoch(model, epoch_batches, optimizer, schedule, loss_of, config: FinetuneConfig) -> float:
+    losses = []
+    for inputs, labels in epoch_batches:
+        with autocast(config.bf16):
+            loss = loss_of(model, inputs, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean().item()
+
+
+def _plain(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(inputs).float(), labels)
+
+
+def _distilled(config: FinetuneConfig, teacher: nn.Module) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """Hinton et al. 2015, section 2: the soft term is scaled by the squared temperature to keep its gradient."""
+    weight, temperature = config.distillation, config.temperature
+    teacher.eval().to(memory_format=torch.channels_last)
+
+    def loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = (teacher(inputs).float() / temperature).log_softmax(1)
+        logits = model(inputs).float()
+        soft = F.kl_div((logits / temperature).log_softmax(1), target, log_target=True, reduction="batchmean")
+        return (1 - weight) * F.cross_entropy(logits, labels) + weight * temperature**2 * soft
+
+    return loss
+
+
+def _parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim > 1]
+    exempt = [p for p in parameters if p.ndim <= 1]
+    return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+
+def _annealing(config: FinetuneConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    total = config.epochs * steps_per_epoch
+    rising = max(1, round(config.warmup * total))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+
+    return factor
+
+
+def _save(checkpoint: Path | None, epoch: int, model: nn.Module, optimizer, schedule) -> None:
+    if checkpoint is None:
+        return
+    state = {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": schedule.last_epoch}
+    partial = checkpoint.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, checkpoint)
+
+
+def _resume(checkpoint: Path | None, model: nn.Module, optimizer, schedule) -> int:
+    if checkpoint is None or not checkpoint.exists():
+        return 0
+    state = torch.load(checkpoint, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.last_epoch = state["step"]
+    return state["epoch"]
