@@ -5,6 +5,8 @@ This module imports neither torch nor anything that does: `autoprune --help` has
 
 from dataclasses import dataclass
 
+from autoprune.errors import UserError
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -14,16 +16,25 @@ class DataConfig:
     """"sample" (embedded CIFAR-10 images), "cifar10", "digits", or a folder with train/ and test/, a folder a class."""
     image_size: int = 224
     """Side in pixels to which the images of a folder are resized and cropped."""
-    calibration_images: int = 1000
-    """Training images held out for batch-norm statistics of sub-models."""
-    proxy_images: int = 1000
-    """Training images held out for the reward."""
-    selection_images: int = 3000
-    """Training images held out for choosing among the finalists."""
+    calibration_images: int | None = None
+    """Training images held out for batch-norm statistics of sub-models (None: all stored ones of the sample, else 1,000
+    or a fifteenth of a small dataset)."""
+    proxy_images: int | None = None
+    """Training images held out for the reward (None: as for calibration_images)."""
+    selection_images: int | None = None
+    """Training images held out for choosing among the finalists (None: all stored ones of the sample, else 3,000 or a
+    fifth of a small dataset)."""
     split_seed: int = 0
-    """Seed of the splits; apart from --seed, so that runs with several seeds see the same held-out images."""
+    """Seed of the splits; apart from --seed, so that runs with several seeds see the same held-out images. The parts of
+    "sample" are stored and don't depend on it."""
     max_test_images: int | None = None
     """Read only this many test images (None: all)."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "calibration_images", "proxy_images", "selection_images", "max_test_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name}: must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)

