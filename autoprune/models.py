@@ -7,6 +7,9 @@ the user's own `package.module:factory`. `load_weights` reads safetensors or a `
 import difflib
 import importlib
 import inspect
+import os
+import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +21,9 @@ from torch.nn import functional as F
 from autoprune.errors import UserError
 
 
-def conv_bn(n_in: int, n_out: int, kernel: int = 3, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
+def conv_bn(
+    n_in: int, n_out: int, kernel: int = 3, stride: int = 1, groups: int = 1, act: bool = True
+) -> nn.Sequential:
     """A convolution without bias, batch norm and (unless `act` is false) ReLU; padding keeps the size at stride 1."""
     layers = [nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(n_out)]
     return nn.Sequential(*layers, nn.ReLU(inplace=True)) if act else nn.Sequential(*layers)
@@ -203,7 +208,8 @@ def build(name: str, n_classes: int = 10) -> nn.Module:
     names = model_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3) or ["resnet20"]
-        raise UserError(f"--model: unknown model {name!r}; did you mean {' or '.join(near)}? Your own: package.module:factory")
+        meant = " or ".join(near)
+        raise UserError(f"--model: unknown model {name!r}; did you mean {meant}? Your own: package.module:factory")
     return torchvision.models.get_model(name, weights=None, num_classes=n_classes, **_quiet_options(name))
 
 
@@ -213,11 +219,18 @@ def _quiet_options(name: str) -> dict:
 
 
 def _import_factory(path: str) -> Factory:
+    if os.getcwd() not in sys.path:
+        sys.path.append(
+            os.getcwd()
+        )  # an installed command doesn't look there, and it is where users keep their networks
     module_name, _, attribute = path.partition(":")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"--model: can't import {path!r} ({error}); expected package.module:factory") from error
+    if not callable(factory):
+        raise UserError(f"--model: {path!r} is a {type(factory).__name__}, expected a callable that returns a network")
+    return factory
 
 
 def _call_factory(factory: Factory, n_classes: int) -> nn.Module:
@@ -240,15 +253,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"--weights: no file {str(path)!r}")
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise a dozen types for a damaged or unsafe file
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--weights: {str(path)!r} is not a safetensors or weights-only torch file ({reason})") from error
+    except pickle.UnpicklingError as error:
+        advice = "save its state_dict() with torch.save or safetensors"
+        raise UserError(f"--weights: {str(path)!r} holds objects that execute code when loaded; {advice}") from error
+    except Exception as error:  # torch and safetensors raise a dozen types for a damaged file
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"--weights: {str(path)!r} is neither safetensors nor torch.save's ({reason})") from error
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(f"--weights: {str(path)!r} holds no state dict (name -> tensor)")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
+    prefix = "module." if all(key.startswith("module.") for key in loaded) else ""
+    return {key.removeprefix(prefix): value for key, value in loaded.items()}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -262,11 +279,28 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     surplus = [key for key in weights if key not in own]
     misfits = [key for key in weights if key in own and weights[key].shape != own[key].shape]
     if missing or surplus or misfits:
-        raise UserError(f"--weights: {str(path)!r} is for another architecture: " + _difference(missing, surplus, misfits, weights, own))
+        difference = _head_difference(missing + surplus, misfits, weights, own)
+        difference = difference or "is for another architecture: " + _difference(
+            missing, surplus, misfits, weights, own
+        )
+        raise UserError(f"--weights: {str(path)!r} {difference}")
     for key, value in weights.items():
         if not torch.isfinite(value).all():
-            raise UserError(f"--weights: {key} in {str(path)!r} holds NaN or infinite values; the network is not usable")
+            raise UserError(
+                f"--weights: {key} in {str(path)!r} holds NaN or infinite values; the network is not usable"
+            )
     model.load_state_dict(weights, strict=False)
+
+
+def _head_difference(absent: list, misfits: list, weights: dict, own: dict) -> str | None:
+    """What to say where nothing differs but the number of classes."""
+    if absent:
+        return None
+    head = next(reversed(own)).rpartition(".")[0]
+    if any(key.rpartition(".")[0] != head or weights[key].shape[1:] != own[key].shape[1:] for key in misfits):
+        return None
+    n_given, n_wanted = len(weights[misfits[0]]), len(own[misfits[0]])
+    return f"has a head of {n_given} classes ({head}), the data has {n_wanted}; give weights trained on these classes"
 
 
 def _difference(missing: list, surplus: list, misfits: list, weights: dict, own: dict) -> str:
@@ -276,6 +310,6 @@ def _difference(missing: list, surplus: list, misfits: list, weights: dict, own:
     if surplus:
         parts.append(f"{len(surplus)} unexpected (first: {surplus[0]})")
     if misfits:
-        key = misfits[0]
-        parts.append(f"{len(misfits)} of another shape (first: {key} is {tuple(weights[key].shape)}, not {tuple(own[key].shape)})")
+        given, wanted = (tuple(tensors[misfits[0]].shape) for tensors in (weights, own))
+        parts.append(f"{len(misfits)} of another shape (first: {misfits[0]} is {given}, not {wanted})")
     return "; ".join(parts)
