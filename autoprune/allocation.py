@@ -1,0 +1,232 @@
+"""Budgets, allocations, and the space of allocations that meet a budget exactly."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from autoprune.cost import CostTable
+from autoprune.errors import UserError
+from autoprune.groups import Groups
+
+METRICS = ("macs", "params")
+SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A cost not to exceed.
+
+    Attributes:
+        metric: "macs" or "params".
+        share: Target as a share of the dense network in (0, 1], or None.
+        amount: Target as an absolute number, or None.
+    """
+
+    metric: str
+    share: float | None = None
+    amount: int | None = None
+
+    @classmethod
+    def parse(cls, text: "str | Budget") -> "Budget":
+        """From "macs=50%", "macs=0.5", "params=120000" or "macs=20M".
+
+        Raises:
+            UserError: If the metric is unknown or the target isn't in (0, 100 %] or a positive number.
+        """
+        if isinstance(text, Budget):
+            return text
+        metric, _, target = text.partition("=")
+        if metric not in METRICS:
+            raise UserError(f"--budget: unknown metric {metric!r}; use one of {', '.join(METRICS)}, e.g. macs=50%")
+        try:
+            value = _number(target)
+        except ValueError:
+            raise UserError(f"--budget: {target!r} is no number; write e.g. macs=50%, macs=0.5 or macs=20M") from None
+        is_share = target.endswith("%") or value <= 1
+        if not 0 < value < math.inf or (target.endswith("%") and value > 1):
+            raise UserError(f"--budget: the target must be above 0 and at most 100%, got {target!r}; e.g. macs=50%")
+        return cls(metric, share=value) if is_share else cls(metric, amount=int(value))
+
+    def target(self, costs: CostTable) -> int:
+        """The largest allowed cost of a given network, as an absolute number."""
+        dense = costs.metrics[self.metric](costs.dense)
+        return self.amount if self.amount is not None else int(dense * self.share + 1e-9)
+
+    def __str__(self) -> str:
+        return f"{self.metric}={self.share:.6g}" if self.share is not None else f"{self.metric}={self.amount}"
+
+
+def _number(text: str) -> float:
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
+    scale = SUFFIXES.get(text[-1:], 1)
+    return float(text[:-1] if scale != 1 else text) * scale
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How many channels each group keeps: the hand-over between search and pruning.
+
+    Attributes:
+        kept: Prunable group to its kept channels.
+        network: Fingerprint of the groups that it is for.
+        budget: The budget it was made for, as text.
+        source: Who made it: "policy", "episode 12", "uniform", ...
+    """
+
+    kept: dict[str, int]
+    network: str
+    budget: str = ""
+    source: str = ""
+
+    def to_json(self) -> dict:
+        """Plain data."""
+        return {"kept": self.kept, "network": self.network, "budget": self.budget, "source": self.source}
+
+    @classmethod
+    def read(cls, path: str | Path, groups: Groups) -> "Allocation":
+        """From a JSON file, checked against the network.
+
+        Raises:
+            UserError: If the file is missing or damaged, or is for another network.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"--allocation: no file {str(path)!r}")
+        try:
+            data = json.loads(path.read_text())
+            allocation = cls(dict(data["kept"]), str(data["network"]), data.get("budget", ""), data.get("source", ""))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--allocation: {str(path)!r} is damaged or no allocation ({error!r})") from error
+        allocation.check(groups)
+        return allocation
+
+    def check(self, groups: Groups) -> None:
+        """Raises a `UserError` unless the allocation fits the network."""
+        channels = groups.channels
+        if set(self.kept) != set(channels):
+            stranger = sorted(set(self.kept) ^ set(channels))[0]
+            raise UserError(f"--allocation: it is for another network: group {stranger!r} exists in only one of the two")
+        for name, count in self.kept.items():
+            if not isinstance(count, int) or not 1 <= count <= channels[name]:
+                raise UserError(f"--allocation: group {name!r} keeps {count!r}; allowed are 1 to {channels[name]} channels")
+
+
+@dataclass
+class SearchSpace:
+    """The allocations that a search may choose from, and which of them still meet a budget.
+
+    Attributes:
+        costs: The network's cost table.
+        metric: The cost that is budgeted.
+        round_to: Kept counts are multiples of it; keeping all channels is always allowed.
+        max_sparsity: Largest share of a group's channels that may go.
+    """
+
+    costs: CostTable
+    metric: str = "macs"
+    round_to: int = 2
+    max_sparsity: float = 0.9
+    levels: list[np.ndarray] = field(init=False)
+
+    def __post_init__(self):
+        self.levels = [_levels(int(n), self.round_to, self.max_sparsity) for n in self.costs.dense]
+        self.low = np.array([levels[0] for levels in self.levels])
+        self.high = np.array([levels[-1] for levels in self.levels])
+        self.cost = self.costs.metrics[self.metric]
+
+    def check(self, target: int, budget: Budget) -> None:
+        """Raises a `UserError` unless some allocation costs at most `target`."""
+        floor, dense = self.cost(self.low), self.cost(self.high)
+        if target < floor:
+            raise UserError(
+                f"--budget: {budget} is below the reachable floor; with --max_sparsity {self.max_sparsity:g} and "
+                f"--round_to {self.round_to} this network needs {self.metric}={floor} ({floor / dense:.1%}) or more"
+            )
+
+    def feasible(self, kept: np.ndarray, index: int, target: int) -> tuple[int, int]:
+        """Lowest and highest count of group `index` from which the budget can still be met, and be used up.
+
+        Args:
+            kept: Counts of all groups; those before `index` are decided, the others are ignored.
+            index: The group to decide.
+            target: The budget.
+        """
+        levels, trial = self.levels[index], kept.copy()
+        trial[index + 1 :] = self.low[index + 1 :]
+        highest = self._last(levels, lambda count: self._cost_at(trial, index, count) <= target)
+        trial[index + 1 :] = self.high[index + 1 :]
+        short = self._last(levels, lambda count: self._cost_at(trial, index, count) < target)
+        lowest = min(short + 1, highest)
+        return int(levels[max(lowest, 0)]), int(levels[max(highest, 0)])
+
+    def _cost_at(self, kept: np.ndarray, index: int, count: int) -> int:
+        kept[index] = count
+        return self.cost(kept)
+
+    @staticmethod
+    def _last(levels: np.ndarray, holds) -> int:
+        """Position of the last level for which a monotone condition holds; -1 if for none."""
+        low, high = -1, len(levels) - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if holds(levels[middle]) else (low, middle - 1)
+        return low
+
+    def uniform_to_go(self, kept: np.ndarray, index: int, target: int) -> float:
+        """The sparsity that meets the budget if group `index` and all later ones get the same."""
+        low, high, trial = 0.0, 1.0, kept.astype(float)
+        for _ in range(20):
+            sparsity = (low + high) / 2
+            rest = self.costs.dense[index:] * (1 - sparsity)
+            trial[index:] = np.clip(rest, self.low[index:], self.high[index:])
+            low, high = (sparsity, high) if self.costs.continuous(self.metric, trial) > target else (low, sparsity)
+        return high
+
+    def nearest(self, index: int, sparsity: float, bounds: tuple[int, int]) -> int:
+        """The allowed count of group `index` nearest to a sparsity, within bounds."""
+        levels = self.levels[index]
+        wanted = self.costs.dense[index] * (1 - sparsity)
+        return int(np.clip(levels[np.abs(levels - wanted).argmin()], *bounds))
+
+    def fill(self, kept: np.ndarray, target: int) -> np.ndarray:
+        """Spends what rounding left of the budget: grows groups by single steps, the largest that fits first.
+
+        Afterwards no group can grow by one step without exceeding the budget.
+        """
+        kept = kept.copy()
+        while True:
+            left, best, best_step = target - self.cost(kept), None, 0
+            for index, levels in enumerate(self.levels):
+                position = int(np.searchsorted(levels, kept[index]))
+                if position + 1 < len(levels):
+                    grown = kept.copy()
+                    grown[index] = levels[position + 1]
+                    step = self.cost(grown) - self.cost(kept)
+                    if best_step < step <= left:
+                        best, best_step = grown, step
+            if best is None:
+                return kept
+            kept = best
+
+    def uniform(self, target: int) -> np.ndarray:
+        """The allocation with one sparsity for all groups, rounded and filled so that it meets the budget."""
+        return self.walk(target, lambda index, uniform: uniform)
+
+    def walk(self, target: int, choose) -> np.ndarray:
+        """Decides all groups in order: `choose(index, uniform_to_go)` wishes a sparsity, the budget bounds it."""
+        kept = self.costs.dense.copy()
+        for index in range(len(kept)):
+            bounds = self.feasible(kept, index, target)
+            wish = choose(index, self.uniform_to_go(kept, index, target))
+            kept[index] = self.nearest(index, wish, bounds)
+        return self.fill(kept, target)
+
+
+def _levels(channels: int, round_to: int, max_sparsity: float) -> np.ndarray:
+    fewest = max(1, math.ceil(channels * (1 - max_sparsity) - 1e-9))
+    first = math.ceil(fewest / round_to) * round_to
+    return np.unique([*range(first, channels, round_to), channels]).astype(np.int64)

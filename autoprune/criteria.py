@@ -1,0 +1,116 @@
+"""How important each channel is: `CRITERIA[name](model, groups, images)` gives one score per channel of every group.
+
+A group's channels sit in several layers. Each layer's scores are divided by their mean, so that no layer drowns the
+others, and averaged over the layers that produce the channels. Higher is kept.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoprune.data import Images
+from autoprune.errors import UserError
+from autoprune.groups import Group, Groups, Member
+
+Importance = dict[str, Tensor]
+Criterion = Callable[[nn.Module, Groups, Images], Importance]
+TAYLOR_BATCH, TAYLOR_IMAGES = 50, 500
+
+
+def importance(name: str, model: nn.Module, groups: Groups, images: Images) -> Importance:
+    """Scores `(n_channels,)` per prunable group, higher is kept; the model is left as found.
+
+    Args:
+        name: A key of `CRITERIA`.
+        model: The dense network.
+        groups: Its trace.
+        images: Training images, for the criteria that look at data.
+
+    Raises:
+        UserError: If the criterion is unknown; the nearest known one is offered.
+    """
+    if name not in CRITERIA:
+        import difflib
+
+        near = difflib.get_close_matches(name, CRITERIA, n=1) or ["l1"]
+        raise UserError(f"--criterion: unknown criterion {name!r}; did you mean {near[0]!r}? Known: {', '.join(CRITERIA)}")
+    return CRITERIA[name](model, groups, images)
+
+
+def _weights(model: nn.Module, members: list[Member]) -> list[Tensor]:
+    """Per member the weights of each channel, `(n_channels, n_weights)`."""
+    tensors = model.state_dict()
+    rows = [tensors[member.tensor].float().movedim(member.axis, 0)[member.index] for member in members]
+    return [row.flatten(1) for row in rows]
+
+
+def _producers(model: nn.Module, group: Group) -> list[Tensor]:
+    filters = [m for m in group.members if m.role == "produce" and m.tensor.endswith("weight")]
+    return _weights(model, filters)
+
+
+def _average(scores: list[Tensor]) -> Tensor:
+    return torch.stack([score / score.mean().clamp_min(1e-12) for score in scores]).mean(0)
+
+
+def _filterwise(score: Callable[[Tensor], Tensor]) -> Criterion:
+    def criterion(model: nn.Module, groups: Groups, images: Images) -> Importance:
+        return {group.name: _average([score(rows) for rows in _producers(model, group)]) for group in groups}
+
+    return criterion
+
+
+def _geometric_median(rows: Tensor) -> Tensor:
+    """FPGM, He et al. 2019, eq. 7: the sum of distances to the layer's other filters."""
+    return torch.cdist(rows, rows).sum(1)
+
+
+def _bn_scale(model: nn.Module, groups: Groups, images: Images) -> Importance:
+    """Network Slimming, Liu et al. 2017: |gamma|; a group without batch norm falls under L1."""
+    l1 = CRITERIA["l1"](model, groups, images)
+    scores = {}
+    for group in groups:
+        scales = [m for m in group.members if m.role == "follow" and m.tensor.endswith("weight")]
+        rows = [row for row in _weights(model, scales) if row.shape[1] == 1]
+        scores[group.name] = _average([row.abs().sum(1) for row in rows]) if rows else l1[group.name]
+    return scores
+
+
+def _random(model: nn.Module, groups: Groups, images: Images) -> Importance:
+    """The control: the same random scores for the same network."""
+    generator = torch.Generator().manual_seed(0)
+    return {group.name: torch.rand(group.channels, generator=generator) for group in groups}
+
+
+def _taylor(model: nn.Module, groups: Groups, images: Images) -> Importance:
+    """Molchanov et al. 2019, eq. 8: the squared sum of weight times gradient over a filter, averaged over batches.
+
+    We use batches of 50 of up to 500 training images in eval mode, so that batch norm keeps its trained statistics.
+    """
+    twin = copy.deepcopy(model).eval().requires_grad_(True)
+    sums = {group.name: torch.zeros(group.channels) for group in groups}
+    parameters = dict(twin.named_parameters())
+    for start in range(0, min(len(images), TAYLOR_IMAGES), TAYLOR_BATCH):
+        batch = images[start : start + TAYLOR_BATCH]
+        twin.zero_grad()
+        F.cross_entropy(twin(batch.inputs), batch.labels).backward()
+        for group in groups:
+            for member in group.members:
+                if member.role == "produce" and member.tensor.endswith("weight"):
+                    weight = parameters[member.tensor]
+                    product = (weight * weight.grad).detach().movedim(member.axis, 0)
+                    sums[group.name] += product[member.index].flatten(1).sum(1) ** 2
+    return {name: score / score.mean().clamp_min(1e-30) for name, score in sums.items()}
+
+
+CRITERIA: dict[str, Criterion] = {
+    "l1": _filterwise(lambda rows: rows.abs().sum(1)),
+    "l2": _filterwise(lambda rows: rows.norm(dim=1)),
+    "bn_scale": _bn_scale,
+    "fpgm": _filterwise(_geometric_median),
+    "taylor": _taylor,
+    "random": _random,
+}

@@ -1,0 +1,143 @@
+"""What tracing finds: groups of channels, where each channel sits in the network's tensors, and what costs what."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a group's channels sit along one axis of one parameter or buffer.
+
+    Attributes:
+        tensor: Name in the model's state dict.
+        axis: Axis of that tensor.
+        role: "produce" (a layer's output axis), "consume" (a layer's input axis) or "follow" (batch norm, depthwise).
+        index: int64 `(n_channels, k)`: the k positions that go when a channel goes.
+    """
+
+    tensor: str
+    axis: int
+    role: str
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that can only be pruned together, across all layers that share them.
+
+    Attributes:
+        name: The first layer that produces the channels.
+        channels: How many there are.
+        members: Every place where they sit.
+        pinned: Why the group can't be pruned, or None if it can.
+        macs_share: Share of the network's MACs spent in layers that touch the group.
+    """
+
+    name: str
+    channels: int
+    members: tuple[Member, ...]
+    pinned: str | None = None
+    macs_share: float = 0.0
+
+    @property
+    def consumers(self) -> list[Member]:
+        """The members whose layers read the channels."""
+        return [member for member in self.members if member.role == "consume"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One use of a weight in a contraction: `positions` multiply-accumulates for each of its elements.
+
+    Attributes:
+        tensor: Name of the weight.
+        kind: "conv", "depthwise" or "linear".
+        positions: Places of the output at which the weight is applied, for one sample.
+        size: Height and width of the output; (1, 1) for linear layers.
+        stride: Of a convolution; 1 for linear layers.
+    """
+
+    tensor: str
+    kind: str
+    positions: int
+    size: tuple[int, int] = (1, 1)
+    stride: int = 1
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A tensor that one operation reads or writes: `width` values for each label on its channel axis.
+
+    Attributes:
+        width: Elements per position of the channel axis, for one sample.
+        channels: Length of the channel axis in the dense network.
+        kept_by: Per prunable group the number of positions that one of its channels occupies.
+    """
+
+    width: int
+    channels: int
+    kept_by: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of one network in the order of its forward pass, and the tables from which costs follow.
+
+    Iterating, indexing by position or name and `len` reach the prunable groups; `pinned` holds the others.
+
+    Attributes:
+        all: Prunable and pinned groups.
+        layers: Every contraction with a weight.
+        shapes: Name to shape of every parameter and buffer.
+        parameters: Names of those that are parameters.
+        operations: Per operation the activations that are alive while it runs.
+        unsupported: Operations without a rule, with the modules that use them.
+    """
+
+    all: tuple[Group, ...]
+    layers: tuple[Layer, ...]
+    shapes: dict[str, tuple[int, ...]]
+    parameters: frozenset[str]
+    operations: tuple[tuple[Activation, ...], ...] = ()
+    unsupported: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self._prunable)
+
+    def __len__(self) -> int:
+        return len(self._prunable)
+
+    def __getitem__(self, key: int | str) -> Group:
+        if isinstance(key, int):
+            return self._prunable[key]
+        return next(group for group in self._prunable if group.name == key)
+
+    @property
+    def _prunable(self) -> list[Group]:
+        return [group for group in self.all if group.pinned is None]
+
+    @property
+    def pinned(self) -> list[Group]:
+        """The groups that keep every channel, each with its reason."""
+        return [group for group in self.all if group.pinned is not None]
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Prunable group to its number of channels in the dense network."""
+        return {group.name: group.channels for group in self}
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the architecture: names, widths and members' shapes of all prunable groups."""
+        layout = [[g.name, g.channels, [[m.tensor, m.axis, list(m.index.shape)] for m in g.members]] for g in self]
+        return hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:16]
+
+
+def positions(member: Member, channels: Tensor) -> Tensor:
+    """The positions along the member's axis that the given channels occupy, `(n * k,)`."""
+    return member.index[channels].flatten().to(torch.int64)

@@ -1,0 +1,263 @@
+"""Tracing: one forward pass in which the network's own operations move channel labels.
+
+No table of layer couplings and no list of architectures: what is added, concatenated, reshaped or padded in the forward
+pass decides which channels belong together. Every group found is then proven: pruned equals masked.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoprune.errors import UserError
+from autoprune.groups import Activation, Group, Groups, Layer, Member
+from autoprune.labels import LabelBook, spread, varying_axes
+from autoprune.rules import Call, ParameterView, movement, reshape, rule_for, same
+from autoprune.verify import failing_groups
+
+LABELS, VIEW = "_autoprune_labels", "_autoprune_view"
+
+
+def trace(model: nn.Module, example: Tensor, verify: bool = True) -> Groups:
+    """The groups of channels that can only be pruned together. The model is left as found.
+
+    Args:
+        model: Any network with one tensor input and float parameters.
+        example: One input, `(batch, 3, height, width)`; only its first sample is used.
+        verify: Prove every group numerically and pin those that fail. Without it, trust the labels.
+
+    Raises:
+        UserError: If the network can't run on the example, or its parameters aren't finite.
+    """
+    twin = _private_copy(model)
+    tracer = Tracer(twin)
+    tracer.run(example[:1].detach().to("cpu", torch.float32))
+    groups = _derive(tracer)
+    for name, reason in failing_groups(twin, groups, example[:1]).items() if verify else ():
+        groups = _pinned(groups, name, reason)
+    return groups
+
+
+def _private_copy(model: nn.Module) -> nn.Module:
+    import copy
+
+    twin = copy.deepcopy(model).eval().cpu().float()
+    for name, tensor in twin.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"model: {name} holds NaN or infinite values; pruning needs a trained, finite network")
+    return twin.requires_grad_(False)
+
+
+@dataclass
+class Tracer:
+    """Collects, during one forward pass, which labels meet which axis of which tensor."""
+
+    model: nn.Module
+    book: LabelBook = field(default_factory=LabelBook)
+    layers: list[Layer] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
+    uses: dict[tuple[str, int], tuple[Tensor, str]] = field(default_factory=dict)
+    operations: list[list[Tensor]] = field(default_factory=list)
+    bare: dict[str, Tensor] = field(default_factory=dict)
+    _path: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            axes = (spread(torch.arange(size), axis, tensor.shape) for axis, size in enumerate(tensor.shape))
+            self.see(tensor, ParameterView(name, tuple(axes)))
+
+    def run(self, example: Tensor) -> None:
+        """The forward pass. The input's channels and the output's are pinned."""
+        inputs = self.book.new(example.shape[1])
+        self.label(example, spread(inputs, 1, example.shape))
+        self.book.pin(inputs, "is the network's input")
+        # The fused attention path is one operation that hides everything inside.
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        hooks = self._follow_modules()
+        try:
+            with torch.no_grad(), _LabelMode(self):
+                output = self.model(example)
+        except Exception as error:  # whatever the user's forward raises
+            where = self._path[-1] if self._path else "the model"
+            reason = str(error).splitlines()[0] if str(error) else ""
+            raise UserError(f"model: tracing failed in {where}: {type(error).__name__}: {reason}") from error
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for hook in hooks:
+                hook.remove()
+        for tensor in _tensors_in(output):
+            self.book.pin(self.labels(tensor), "feeds the network's output")
+        self._settle_bare_parameters()
+
+    def _follow_modules(self) -> list:
+        names = {module: name or type(module).__name__ for name, module in self.model.named_modules()}
+        enter = lambda module, _: self._path.append(names.get(module, type(module).__name__))  # noqa: E731
+        leave = lambda *_: self._path.pop() and None  # noqa: E731
+        return [
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave),
+        ]
+
+    def place(self, operation) -> str:
+        """An operation and the module that runs it, for messages."""
+        name = operation.overloadpacket.__name__
+        return f"{name} in {self._path[-1]}" if self._path else name
+
+    def label(self, tensor: Tensor | list | tuple, labels: Tensor | list | tuple) -> None:
+        """Attaches labels to an activation, or to each of several."""
+        if isinstance(tensor, Tensor):
+            setattr(tensor, LABELS, labels)
+        else:
+            for one, its in zip(tensor, labels, strict=True):
+                self.label(one, its)
+
+    def see(self, tensor: Tensor, view: ParameterView) -> None:
+        """Marks a tensor as a parameter or a view of one."""
+        setattr(tensor, VIEW, view)
+
+    def parameter(self, tensor: Tensor) -> ParameterView | None:
+        """The parameter behind a tensor, unless it is an activation."""
+        return getattr(tensor, VIEW, None)
+
+    def is_activation(self, tensor: Tensor) -> bool:
+        """Whether the tensor carries labels."""
+        return hasattr(tensor, LABELS)
+
+    def labels(self, tensor: Tensor) -> Tensor:
+        """The labels of an activation, one an element for a bare parameter, 0 for constants; shaped like the tensor."""
+        if self.is_activation(tensor):
+            return getattr(tensor, LABELS)
+        view = self.parameter(tensor)
+        if view is None:
+            return torch.zeros((), dtype=torch.int64).expand(tensor.shape)
+        if view.name not in self.bare:
+            shape = [int(index.max()) + 1 for index in view.index]
+            self.bare[view.name] = self.book.new(int(np.prod(shape))).view(shape)
+        return self.bare[view.name][view.index]
+
+    def use(self, tensor: str, axis: int, labels: Tensor, role: str) -> None:
+        """Records that `labels` meet an axis of a parameter; a second use (a shared module) joins both."""
+        known = self.uses.get((tensor, axis))
+        if known is not None:
+            self.book.join(known[0], labels)
+        else:
+            self.uses[tensor, axis] = labels, role
+
+    def _settle_bare_parameters(self) -> None:
+        """A bare parameter's channels lie along the one axis on which its elements stayed apart."""
+        roots = self.book.roots()
+        for name, labels in self.bare.items():
+            joined = torch.from_numpy(roots[labels.numpy()])
+            axes = varying_axes(joined)
+            if len(axes) == 1:
+                line = tuple(slice(None) if axis == axes[0] else 0 for axis in range(labels.ndim))
+                self.use(name, axes[0], joined[line], "follow")
+            elif axes:
+                self.book.pin(labels, f"parameter {name} varies along several axes")
+
+
+class _LabelMode(TorchDispatchMode):
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        call, tracer = Call(self.tracer, func, args, kwargs or {}, out), self.tracer
+        tensors = list(call.tensors())
+        active = [tensor for tensor in tensors if tracer.is_activation(tensor)]
+        if active or any(tracer.parameter(tensor) is not None for tensor in tensors):
+            rule = rule_for(func)
+            rule(call)
+            if active and rule not in (movement, reshape, same):
+                alive = {id(tensor): tensor for tensor in [*active, *_tensors_in(out)] if tracer.is_activation(tensor)}
+                tracer.operations.append([tracer.labels(tensor) for tensor in alive.values()])
+        return out
+
+
+def _tensors_in(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for child in children for tensor in _tensors_in(child)]
+
+
+def _derive(tracer: Tracer) -> Groups:
+    """Channels with the same pattern of members form a group."""
+    roots = tracer.book.roots()
+    reasons = tracer.book.reasons(roots)
+    uses = list(tracer.uses.items())
+    used = [roots[labels.numpy()] for _, (labels, _) in uses]
+    places: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for use, line in enumerate(used):
+        for position, root in enumerate(line):
+            if root:
+                places[root][use].append(position)
+    families = defaultdict(list)
+    for root in sorted(places):
+        pattern = tuple((use, len(at)) for use, at in places[root].items())
+        families[pattern, reasons.get(root)].append(root)
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in tracer.model.state_dict().items()}
+    groups, names = [], set()
+    group_of: dict[int, str] = {}
+    for (pattern, reason), members in families.items():
+        found = tuple(
+            Member(*uses[use][0], uses[use][1][1], torch.tensor([places[root][use] for root in members]))
+            for use, _ in pattern
+        )
+        group = Group(_name(found, names), len(members), found, reason or _unprunable(found, len(members)))
+        names.add(group.name)
+        groups.append(group)
+        if group.pinned is None:
+            group_of.update(dict.fromkeys(members, group.name))
+    parameters = frozenset(name for name, _ in tracer.model.named_parameters())
+    operations = tuple(tuple(_activation(labels, roots, group_of) for labels in alive) for alive in tracer.operations)
+    result = Groups(tuple(groups), tuple(tracer.layers), shapes, parameters, operations, tuple(tracer.unsupported))
+    return replace(result, all=tuple(replace(group, macs_share=_macs_share(group, result)) for group in groups))
+
+
+def _name(members: tuple[Member, ...], taken: set[str]) -> str:
+    first = next((m for m in members if m.role == "produce"), members[0])
+    name = first.tensor.rpartition(".")[0] if first.tensor.endswith((".weight", ".bias")) else first.tensor
+    unique = name = name if first.role != "consume" else f"{name}:input"
+    suffix = 2
+    while unique in taken:
+        unique, suffix = f"{name}#{suffix}", suffix + 1
+    return unique
+
+
+def _unprunable(members: tuple[Member, ...], n_channels: int) -> str | None:
+    roles = {member.role for member in members}
+    if "produce" not in roles:
+        return "no layer of the network produces it"
+    if "consume" not in roles:
+        return "no layer reads it"
+    return "is a single channel" if n_channels < 2 else None
+
+
+def _activation(labels: Tensor, roots: np.ndarray, group_of: dict[int, str]) -> Activation:
+    axes = varying_axes(labels)
+    if len(axes) != 1:
+        return Activation(labels.numel(), 1, {})
+    line = tuple(slice(None) if axis == axes[0] else 0 for axis in range(labels.ndim))
+    names = [group_of.get(int(root)) for root in roots[labels[line].numpy()]]
+    channels: dict[str, int] = defaultdict(int)
+    for root, name in {int(r): n for r, n in zip(roots[labels[line].numpy()], names, strict=True)}.items():
+        channels[name] += root >= 0
+    kept_by = {name: names.count(name) // channels[name] for name in channels if name is not None}
+    return Activation(labels.numel() // len(names), len(names), kept_by)
+
+
+def _macs_share(group: Group, groups: Groups) -> float:
+    touched = {member.tensor for member in group.members}
+    macs = {layer: layer.positions * int(np.prod(groups.shapes[layer.tensor])) for layer in groups.layers}
+    return sum(cost for layer, cost in macs.items() if layer.tensor in touched) / max(1, sum(macs.values()))
+
+
+def _pinned(groups: Groups, name: str, reason: str) -> Groups:
+    return replace(groups, all=tuple(replace(g, pinned=reason) if g.name == name else g for g in groups.all))
