@@ -1,0 +1,242 @@
+"""ONNX equals PyTorch, pruned networks come back bit-identical, and nothing damaged is loaded."""
+
+import copy
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoprune import export, models
+from autoprune.errors import UserError
+from autoprune.export import ExportError, export_onnx, load_pruned, onnx_session, save_pruned
+
+EXAMPLE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+BATCHES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+PLAN = {"model": "resnet20", "n_classes": 10}
+
+
+class Residual(nn.Module):
+    """A stem, one residual block with batch norm and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = models.conv_bn(3, 8)
+        self.block = nn.Sequential(models.conv_bn(8, 6), models.conv_bn(6, 8, act=False))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(F.relu(x + self.block(x)).mean((2, 3)))
+
+
+class Depthwise(nn.Module):
+    """A depthwise separable block between stem and head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            models.conv_bn(3, 8), models.conv_bn(8, 8, groups=8, stride=2), models.conv_bn(8, 12, 1)
+        )
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.adaptive_avg_pool2d(self.body(x), 1).flatten(1))
+
+
+class Drifting(nn.Module):
+    """Computes something else when it is exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1.01 if torch.compiler.is_exporting() else 1.0
+        return x.mean((2, 3)) * scale
+
+
+class Unexportable(nn.Module):
+    """Branches on the values of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Batch norm that is no identity, so that a lost statistic shows."""
+    generator = torch.Generator().manual_seed(2)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def sliced_resnet20() -> nn.Module:
+    """A ResNet-20 whose first block keeps ten of its sixteen inner channels, cut by hand."""
+    model = randomised(models.build("resnet20")).eval()
+    block, kept = model.layer1[0], torch.tensor([0, 1, 2, 4, 5, 7, 9, 11, 14, 15])
+    block.conv1.weight.data, block.conv1.out_channels = block.conv1.weight.data[kept], len(kept)
+    block.conv2.weight.data, block.conv2.in_channels = block.conv2.weight.data[:, kept], len(kept)
+    block.bn1.num_features = len(kept)
+    for name in ("weight", "bias"):
+        getattr(block.bn1, name).data = getattr(block.bn1, name).data[kept]
+    for name in ("running_mean", "running_var"):
+        setattr(block.bn1, name, getattr(block.bn1, name)[kept])
+    return model
+
+
+@pytest.mark.parametrize("network", [Residual, Depthwise])
+def test_onnx_equals_torch_at_batch_1_and_4(network, tmp_path):
+    model = randomised(network()).eval().to(memory_format=torch.channels_last)
+    error = export_onnx(model, EXAMPLE, tmp_path / "model.onnx")
+    assert 0 <= error < 1e-5
+    session = onnx_session(tmp_path / "model.onnx")
+    for images in (BATCHES[:1], BATCHES):
+        with torch.no_grad():
+            expected = model(images).numpy()
+        (logits,) = session.run(None, {"images": images.numpy()})
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * abs(expected).max())
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+def test_export_leaves_the_model_as_found(tmp_path):
+    model = Residual().train().to(memory_format=torch.channels_last)
+    model.head.weight.requires_grad_(False)
+    before = copy.deepcopy(model)
+    export_onnx(model, EXAMPLE, tmp_path / "model.onnx")
+    assert all(module.training for module in model.modules())
+    for ours, theirs in zip(model.state_dict().values(), before.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
+
+
+def test_export_is_silent(tmp_path, capfd):
+    export_onnx(Depthwise(), EXAMPLE, tmp_path / "model.onnx")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_network_that_differs_in_onnx_is_refused_and_leaves_no_file(tmp_path):
+    with pytest.raises(ExportError, match=r"differs from PyTorch by 1\.0e-02; the limit is 1e-04"):
+        export_onnx(Drifting(), EXAMPLE, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_onnx_cannot_express_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ExportError, match=r"^ONNX can't express this network \(.*data-dependent.*\)$"):
+        export_onnx(Unexportable(), EXAMPLE, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_outputs_are_refused(tmp_path):
+    model = Residual()
+    model.head.bias.data[0] = torch.nan
+    with pytest.raises(ExportError, match=r"differs from PyTorch by nan"):
+        export_onnx(model, EXAMPLE, tmp_path / "model.onnx")
+
+
+def test_a_network_too_large_for_one_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "MAX_ONNX_BYTES", 1000)
+    with pytest.raises(ExportError, match=r"weights of [\d,]+ bytes don't fit one ONNX file; the limit is 1,000"):
+        export_onnx(Residual(), EXAMPLE, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["resnet20", f"{__name__}:Depthwise"])
+def test_a_pruned_network_comes_back_bit_identical(name, layout, tmp_path):
+    dense = sliced_resnet20() if name == "resnet20" else randomised(models.build(name)).eval()
+    model = dense.to(memory_format=layout)
+    save_pruned(model, tmp_path, {**PLAN, "model": name})
+    loaded = load_pruned(tmp_path)
+    for images in (BATCHES, BATCHES.to(memory_format=torch.channels_last)):
+        with torch.no_grad():
+            assert torch.equal(loaded(images), model(images))
+    assert not loaded.training
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "weights.safetensors"]
+
+
+def test_module_attributes_follow_the_weights(tmp_path):
+    save_pruned(sliced_resnet20(), tmp_path, PLAN)
+    block = load_pruned(tmp_path).layer1[0]
+    assert (block.conv1.out_channels, block.bn1.num_features, block.conv2.in_channels) == (10, 10, 10)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_pruned(sliced_resnet20(), tmp_path, {**PLAN, "kept": {"layer1.0.conv1": 10}})
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["plan.json", "weights.safetensors"])
+def test_a_folder_without_a_pruned_network_is_refused(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(UserError, match=rf"^RUN: '.*' holds no pruned network \(no {name}\); .*autoprune prune RUN$"):
+        load_pruned(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"model": "resnet20"', "Expecting ',' delimiter"),
+        (b"\xff\xfe", "codec can't decode"),
+        (b"[]", "no 'model' of type str"),
+        (b'{"model": 3, "n_classes": 10}', "no 'model' of type str"),
+        (b'{"model": "resnet20"}', "no 'n_classes' of type int"),
+    ],
+)
+def test_a_damaged_plan_is_refused(saved, content, reason):
+    (saved / "plan.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^RUN: '.*plan\.json' is damaged \(.*{reason}.*\); write it again"):
+        load_pruned(saved)
+
+
+def test_an_unknown_model_in_the_plan_is_refused(saved):
+    (saved / "plan.json").write_text(json.dumps({**PLAN, "model": "resnet21"}))
+    with pytest.raises(UserError, match=r"unknown model 'resnet21'; did you mean resnet"):
+        load_pruned(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, -1])
+def test_truncated_weights_are_refused(saved, keep):
+    weights = saved / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"^RUN: '.*weights\.safetensors' is damaged \(.*\); write it again"):
+        load_pruned(saved)
+
+
+def test_weights_that_are_a_pickle_are_refused(saved):
+    torch.save(models.build("resnet20").state_dict(), saved / "weights.safetensors")
+    with pytest.raises(UserError, match=r"^RUN: '.*weights\.safetensors' is damaged"):
+        load_pruned(saved)
+
+
+def rewrite(folder, change) -> None:
+    weights = load_file(folder / "weights.safetensors")
+    change(weights)
+    save_file(weights, folder / "weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        (lambda w: w.pop("bn1.bias"), "bn1.bias"),
+        (lambda w: w.update(surplus=torch.zeros(1)), "surplus"),
+        (lambda w: w.update({"conv1.weight": torch.zeros(3)}), "conv1.weight"),
+        (lambda w: w.update({"linear.weight": torch.zeros(11, 64)}), "linear.weight"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(saved, change, first):
+    rewrite(saved, change)
+    message = rf"^RUN: weights and plan in '.*' don't belong together \(1 tensors don't fit resnet20, first: {first}\)"
+    with pytest.raises(UserError, match=message):
+        load_pruned(saved)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(saved, value):
+    rewrite(saved, lambda weights: weights["conv1.weight"].fill_(value))
+    with pytest.raises(UserError, match=r"^RUN: conv1\.weight in '.*' holds NaN or infinite values"):
+        load_pruned(saved)
