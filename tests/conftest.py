@@ -1,0 +1,17 @@
+"""What holds for every test: one thread (the same sums on any machine), no network, no dataset of the user's."""
+
+import socket
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _isolated(monkeypatch, tmp_path_factory):
+    def refuse(self, address):
+        raise AssertionError(f"tests run without network, tried to reach {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("AUTOPRUNE_CACHE", str(tmp_path_factory.getbasetemp() / "no_datasets"))
