@@ -1,0 +1,127 @@
+"""The training loop: it learns, it survives being killed, and it ends with a learning rate of zero."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from autoprune.config import DataConfig, FinetuneConfig
+from autoprune.data import Images, load
+from autoprune.finetune import finetune
+from autoprune.models import conv_bn
+
+CONFIG = FinetuneConfig(epochs=4, batch_size=64, lr=0.1, distillation=0.0, bf16="off")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    return load(DataConfig(data="digits")).train[:512]
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    body = conv_bn(3, 8, stride=2), conv_bn(8, 16, stride=2), nn.Dropout(0.1), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(16 * 16, 10))
+
+
+def assert_same_weights(first: nn.Module, second: nn.Module) -> None:
+    for (key, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, other), key
+
+
+def test_loss_falls_and_most_training_images_are_recognised(images):
+    losses = []
+    config = replace(CONFIG, epochs=10)
+    model = finetune(network(), images, config, on_epoch=lambda epoch, loss: losses.append(loss))
+    assert losses[-1] < losses[0] / 2 and len(losses) == 10
+    assert not model.training
+    with torch.no_grad():
+        assert (model(images.inputs).argmax(1) == images.labels).float().mean() > 0.8
+
+
+def test_same_seed_gives_the_same_weights_and_another_seed_others(images):
+    first, again, other = (finetune(network(), images, CONFIG, seed) for seed in (3, 3, 4))
+    assert_same_weights(first, again)
+    assert not torch.equal(first[-1].weight, other[-1].weight)
+
+
+def test_global_random_state_is_left_as_found(images):
+    model = network()
+    before = torch.get_rng_state()
+    finetune(model, images[:64], replace(CONFIG, epochs=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3])
+def test_killed_run_goes_on_to_bit_identical_weights(images, tmp_path, killed_after):
+    def kill(epoch: int, loss: float) -> None:
+        if epoch == killed_after:
+            raise Killed
+
+    checkpoint = tmp_path / "training.ckpt"
+    with pytest.raises(Killed):
+        finetune(network(), images, CONFIG, checkpoint=checkpoint, on_epoch=kill)
+    epochs = []
+    resumed = finetune(
+        network(seed=9), images, CONFIG, checkpoint=checkpoint, on_epoch=lambda epoch, loss: epochs.append(epoch)
+    )
+    assert epochs == list(range(killed_after + 1, 5))
+    assert_same_weights(resumed, finetune(network(), images, CONFIG))
+
+
+def test_finished_run_is_not_trained_again(images, tmp_path):
+    epochs, checkpoint = [], tmp_path / "training.ckpt"
+    first = finetune(network(), images, CONFIG, checkpoint=checkpoint)
+    again = finetune(network(seed=9), images, CONFIG, checkpoint=checkpoint, on_epoch=lambda *args: epochs.append(args))
+    assert epochs == []
+    assert_same_weights(first, again)
+
+
+def test_checkpoint_loads_without_executing_code_and_its_learning_rate_ends_at_zero(images, tmp_path):
+    rates, checkpoint = [], tmp_path / "training.ckpt"
+
+    def note(epoch: int, loss: float) -> None:
+        rates.append(torch.load(checkpoint, weights_only=True)["optimizer"]["param_groups"][0]["lr"])
+
+    finetune(network(), images, CONFIG, checkpoint=checkpoint, on_epoch=note)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 0.5 * CONFIG.lr and rates[-1] < 1e-6 * CONFIG.lr
+
+
+def test_distillation_moves_the_network_towards_its_teacher(images):
+    teacher = finetune(network(seed=5), images, CONFIG, seed=5)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    alone = finetune(network(), images, CONFIG, teacher=teacher)
+    taught = finetune(network(), images, replace(CONFIG, distillation=0.9), teacher=teacher)
+
+    def distance(model: nn.Module) -> float:
+        with torch.no_grad():
+            return (model(images.inputs).softmax(1) - teacher(images.inputs).softmax(1)).abs().mean().item()
+
+    assert distance(taught) < distance(alone)
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+
+
+def test_weights_decay_but_batch_norm_and_biases_do_not(images):
+    black = Images(torch.zeros_like(images.pixels[:64]), images.labels[:64])
+    model = network()
+    for parameter in model[-1].parameters():
+        parameter.requires_grad_(False)
+    model[-1].weight.zero_()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    finetune(model, black, replace(CONFIG, epochs=1, weight_decay=0.5))
+    after = model.state_dict()
+    assert after["0.0.weight"].norm() < before["0.0.weight"].norm()
+    assert torch.equal(after["0.1.weight"], before["0.1.weight"])
+    assert torch.equal(after["4.weight"], before["4.weight"])
+
+
+def test_fewer_images_than_a_batch_still_train(images):
+    first, model = network(), network()
+    finetune(model, images[:10], replace(CONFIG, epochs=1))
+    assert not torch.equal(model[-1].weight, first[-1].weight)
