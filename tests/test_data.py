@@ -111,6 +111,16 @@ def test_every_crop_is_a_window_of_the_padded_image_or_its_mirror():
             assert (candidates == given).flatten(1).all(1).any()
 
 
+def test_crops_move_by_up_to_an_eighth_in_every_direction():
+    pixels = torch.zeros(1000, 3, 16, 16, dtype=torch.uint8)
+    pixels[:, :, 7:9, 7:9] = 255
+    inputs, _ = next(batches(Images(pixels, torch.arange(1000)), 1000, seed=0, epoch=0))
+    bright = inputs[:, 0] > 0
+    tops, lefts = (bright.any(axis).int().argmax(1) for axis in (2, 1))
+    assert len({*zip(tops.tolist(), lefts.tolist(), strict=True)}) == 5 * 5
+    assert tops.unique().tolist() == lefts.unique().tolist() == [5, 6, 7, 8, 9]
+
+
 def test_every_image_alternates_between_its_mirror_images():
     pixels = torch.zeros(40, 3, 16, 16, dtype=torch.uint8)
     pixels[..., :8] = 255
