@@ -1,0 +1,133 @@
+"""The figures of a run, drawn without global state, as SVG for a page or as pixels for an environment."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import cycle
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Every colour that is drawn, so that a page can replace each by one of its theme.
+COLOURS = {"ink": "#1c2024", "muted": "#687078", "faint": "#d5d9de", "accent": "#0b6bcb"}
+INK, MUTED, FAINT, ACCENT = COLOURS.values()
+DASHES = ("--", "-.", ":")
+WIDTH = 7.6
+
+
+def reward_curve(rewards: Mapping[int, float], baselines: Mapping[str, float]) -> Figure:
+    """Every episode's reward as a dot, the best so far as a line, baselines as labelled horizontal lines.
+
+    Args:
+        rewards: Episode number, ascending, to reward; at least one.
+        baselines: Name to reward.
+    """
+    figure, axes = _axes(3.6, left=0.1, right=0.84)
+    episodes, values = np.array(list(rewards)), np.array(list(rewards.values()), dtype=float)
+    best = np.fmax.accumulate(values)
+    axes.plot(episodes, values, "o", color=MUTED, markersize=3.5, alpha=0.6, markeredgewidth=0)
+    axes.step(episodes, best, where="post", color=ACCENT, linewidth=2)
+    for reward, dashes in zip(baselines.values(), cycle(DASHES), strict=False):
+        axes.axhline(reward, color=MUTED, linewidth=1, linestyle=dashes)
+    axes.set_xlabel("episode")
+    axes.set_ylabel("reward")
+    _label_at_right(axes, {"best so far": best[-1], **baselines}, {"best so far": ACCENT})
+    return figure
+
+
+def loss_curve(losses: Mapping[int, float]) -> Figure:
+    """Mean training loss of each epoch.
+
+    Args:
+        losses: Epoch number, ascending, to loss; at least one.
+    """
+    figure, axes = _axes(2.8, left=0.1, right=0.97)
+    axes.plot(list(losses), list(losses.values()), "o-", color=ACCENT, linewidth=2, markersize=4)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("training loss")
+    return figure
+
+
+def allocation_bars(names: Sequence[str], channels: Sequence[int], kept: Sequence[int]) -> Figure:
+    """One bar a group, in the order given: the dense width as an outline, the kept channels filled.
+
+    Args:
+        names: The groups, in network order.
+        channels: Channels of each in the dense network.
+        kept: Channels of each that remain.
+    """
+    rows = np.arange(len(names))
+    margin = 0.45
+    height = 0.24 * len(names) + 2 * margin
+    left = min(0.45, 0.03 + 0.0105 * max(map(len, names), default=0))
+    figure, axes = _axes(height, left=left, right=0.9, top=1 - 0.1 / height, bottom=margin / height)
+    axes.barh(rows, kept, height=0.62, color=ACCENT)
+    axes.barh(rows, channels, height=0.62, fill=False, edgecolor=MUTED, linewidth=0.8)
+    for row, (dense, count) in enumerate(zip(channels, kept, strict=True)):
+        axes.annotate(
+            f"{count} / {dense}", (dense, row), (5, 0), textcoords="offset points", va="center", color=INK, fontsize=9
+        )
+    axes.set_yticks(rows, names, parse_math=False)
+    axes.tick_params("y", length=0, labelcolor=INK)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, max(channels, default=1) * 1.02)
+    axes.grid(False)
+    axes.set_xlabel("channels")
+    return figure
+
+
+def render_rgb(figure: Figure) -> np.ndarray:
+    """The figure's pixels, uint8 `(height, width, 3)`."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def render_svg(figure: Figure, name: str, title: str) -> str:
+    """The figure as an `<svg>` element to put into a page, the same text for the same figure.
+
+    Args:
+        figure: One of this module; its colours become the CSS variables of `COLOURS`, its own where they aren't set.
+        name: Unique on the page; all ids start with it.
+        title: What the figure shows, for those who can't see it.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    view, body = re.search(r'<svg[^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', svg, re.DOTALL).groups()
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", body).replace("xlink:href", "href")
+    for variable, colour in COLOURS.items():
+        body = body.replace(colour, f"var(--{variable}, {colour})")
+    label = f'role="img" aria-labelledby="{name}-title"><title id="{name}-title">{escape(title)}</title>'
+    return f'<svg viewBox="{view}" {label}{body}</svg>'
+
+
+def _axes(height: float, **margins: float) -> tuple[Figure, Axes]:
+    figure = Figure((WIDTH, height))
+    figure.subplots_adjust(**({"top": 0.96, "bottom": 0.16} | margins))
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(color=FAINT, labelcolor=MUTED, labelsize=9)
+    axes.xaxis.label.set_color(MUTED)
+    axes.yaxis.label.set_color(MUTED)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _label_at_right(axes: Axes, values: Mapping[str, float], colours: Mapping[str, str]) -> None:
+    """Names each value at its height beside the axes; names that would overlap are moved apart."""
+    low, high = axes.get_ylim()
+    gap, height = 0.065, -np.inf
+    for name, value in sorted(values.items(), key=lambda item: item[1]):
+        height = max((value - low) / (high - low), height + gap)
+        axes.text(
+            1.015, height, name, transform=axes.transAxes, va="center", fontsize=9, color=colours.get(name, MUTED)
+        )

@@ -1,0 +1,204 @@
+"""One offline HTML page per run: what was found, how, and the split behind every number. Reads the run folder only."""
+
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from autoprune.figures import allocation_bars, loss_curve, render_svg, reward_curve
+from autoprune.runs import RunFolder, write_text
+
+ASSETS = Path(__file__).parent / "assets"
+Rows = list[list[str]]
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Writes `report.html`, the same bytes for the same run; what a run hasn't done yet the page says in words.
+
+    Args:
+        folder: The run, with its config, results and log.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: If the run has no results yet, or a file is damaged.
+    """
+    results = {key: value for key, value in folder.read_json(folder.results).items() if value is not None}
+    rewards, losses = _series(folder, "episode", "reward"), _series(folder, "epoch", "loss")
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("report.html.jinja").render(
+        results=results,
+        headline=_headline(results),
+        facts=_facts(results),
+        costs=_cost_rows(results),
+        stages=_stage_rows(results),
+        groups=_columns(results.get("groups", []), "kept"),
+        pinned=_columns(results.get("pinned", []), "reason"),
+        searchers=_searcher_rows(results, rewards),
+        finalists=_finalist_rows(results),
+        figures=_figures(results, rewards, losses),
+        config=yaml.safe_dump(folder.read_config(), sort_keys=False, allow_unicode=True),
+    )
+    write_text(folder.report, html)
+    return folder.report
+
+
+def _series(folder: RunFolder, event: str, value: str) -> dict[int, float]:
+    # A resumed run may log an episode or epoch again; the last entry is the one that counted.
+    return dict(sorted({entry[event]: entry[value] for entry in folder.events(event)}.items()))
+
+
+def _headline(results: dict) -> str:
+    subject = f"{results['model']} on {results['data']}"
+    within = f"{_percent(results['macs_ratio'], 1)} of the MACs" if "macs_ratio" in results else results["budget"]
+    stages = {"accuracy": "", "accuracy_pruned": " before fine-tuning"}
+    stage = next((key for key in stages if key in results), None)
+    if stage is None or "accuracy_dense" not in results:
+        return f"{subject}: an allocation with {within}, not fine-tuned yet"
+    accuracies = f"{_percent(results['accuracy_dense'], 1)} → {_percent(results[stage], 1)}"
+    return f"{subject}: {within}, accuracy {accuracies}{stages[stage]}"
+
+
+def _facts(results: dict) -> Rows:
+    formats = {
+        "budget": str,
+        "agent": str,
+        "seed": str,
+        "episodes": _count,
+        "evaluations": _count,
+        "seconds_search": _duration,
+        "seconds_total": _duration,
+    }
+    labels = {"seconds_search": "search", "seconds_total": "whole run"}
+    return [[labels.get(key, key), show(results[key])] for key, show in formats.items() if key in results]
+
+
+def _columns(groups: list[dict], last: str) -> Rows:
+    return [[group["name"], _count(group["channels"]), str(group[last])] for group in groups]
+
+
+def _cost_rows(results: dict) -> Rows:
+    labels = {"macs": "MACs", "params": "Parameters", "memory_bytes": "Memory, bytes"}
+    rows = [
+        [label, _count(results[f"{key}_dense"]), _count(results[key]), *_change(results[f"{key}_dense"], results[key])]
+        for key, label in labels.items()
+        if key in results and f"{key}_dense" in results
+    ]
+    for row in results.get("latency", []):
+        label = f"Latency, {row['engine']}, batch {row['batch']}, {_plural(row['threads'], 'thread')}"
+        times = row["dense_ms"], row["pruned_ms"]
+        rows.append([label, *map(_milliseconds, times), *_change(*times)])
+    if "latency" not in results and "latency_ms" in results and "latency_ms_dense" in results:
+        times = results["latency_ms_dense"], results["latency_ms"]
+        rows.append(["Latency", *map(_milliseconds, times), *_change(*times)])
+    return rows
+
+
+def _change(dense: float, pruned: float) -> tuple[str, str]:
+    return _percent(pruned / dense, 1), f"{dense / pruned:.2f} ×"
+
+
+def _stage_rows(results: dict) -> Rows:
+    images = _count(results["test_images"]) if "test_images" in results else "all"
+    stages = [
+        ("Dense", "test", images, "accuracy_dense"),
+        ("Pruned, batch norm recalibrated", "selection", "–", "selection_accuracy"),
+        ("Pruned, batch norm recalibrated", "test", images, "accuracy_pruned"),
+        ("Fine-tuned", "test", images, "accuracy"),
+    ]
+    return [[name, split, n, _percent(results[key])] for name, split, n, key in stages if key in results]
+
+
+SCORES = {
+    "proxy_accuracy": lambda value: _percent(value),
+    "proxy_loss": lambda value: _score(value),
+    "selection_accuracy": lambda value: _percent(value),
+    "selection_loss": lambda value: _score(value),
+}
+
+
+def _scores(entry: dict) -> list[str]:
+    return [show(entry[key]) if entry.get(key) is not None else "–" for key, show in SCORES.items()]
+
+
+def _is_chosen(finalist: dict, results: dict) -> bool:
+    return all(key in results and finalist.get(key) == results[key] for key in ("selection_accuracy", "selection_loss"))
+
+
+def _searcher_rows(results: dict, rewards: dict[int, float]) -> Rows:
+    chosen = next((finalist for finalist in results.get("finalists", []) if _is_chosen(finalist, results)), {})
+    own = {**chosen, **results, "reward": max(rewards.values(), default=None)}
+    searchers = {f"{results['agent']} (this run)": own, **results.get("baselines", {})}
+    return [
+        [
+            name,
+            _count(entry["evaluations"]),
+            "–" if entry.get("reward") is None else _score(entry["reward"]),
+            *_scores(entry),
+        ]
+        for name, entry in searchers.items()
+    ]
+
+
+def _finalist_rows(results: dict) -> Rows:
+    return [
+        [f"{entry['source']}{', chosen' if _is_chosen(entry, results) else ''}", _count(entry["macs"]), *_scores(entry)]
+        for entry in results.get("finalists", [])
+    ]
+
+
+def _figures(results: dict, rewards: dict[int, float], losses: dict[int, float]) -> dict[str, str]:
+    figures = {}
+    if rewards:
+        best = max(rewards, key=rewards.get)
+        rivals = {
+            name: entry["reward"]
+            for name, entry in results.get("baselines", {}).items()
+            if entry.get("reward") is not None
+        }
+        title = f"Reward of {_plural(len(rewards), 'episode')}; the best, {_score(rewards[best])}, in episode {best}"
+        figures["reward"] = render_svg(reward_curve(rewards, rivals), "reward", title)
+    if results.get("groups"):
+        columns = ([group[key] for group in results["groups"]] for key in ("name", "channels", "kept"))
+        title = "Channels kept in each group, in network order; the table below holds the same numbers"
+        figures["allocation"] = render_svg(allocation_bars(*columns), "allocation", title)
+    if losses:
+        epochs, last = len(losses), list(losses.values())[-1]
+        title = f"Training loss over {_plural(epochs, 'epoch')}; {_score(last)} after the last"
+        figures["loss"] = render_svg(loss_curve(losses), "loss", title)
+    return figures
+
+
+def _percent(value: float, digits: int = 2) -> str:
+    return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _score(value: float) -> str:
+    return f"{value:.4f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.2f}\N{NO-BREAK SPACE}ms"
+
+
+def _plural(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
