@@ -109,10 +109,14 @@ class Allocation:
         channels = groups.channels
         if set(self.kept) != set(channels):
             stranger = sorted(set(self.kept) ^ set(channels))[0]
-            raise UserError(f"--allocation: it is for another network: group {stranger!r} exists in only one of the two")
+            raise UserError(
+                f"--allocation: it is for another network: group {stranger!r} exists in only one of the two"
+            )
         for name, count in self.kept.items():
             if not isinstance(count, int) or not 1 <= count <= channels[name]:
-                raise UserError(f"--allocation: group {name!r} keeps {count!r}; allowed are 1 to {channels[name]} channels")
+                raise UserError(
+                    f"--allocation: group {name!r} keeps {count!r}; allowed are 1 to {channels[name]} channels"
+                )
 
 
 @dataclass

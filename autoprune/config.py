@@ -59,3 +59,49 @@ class FinetuneConfig:
     """Softening of both outputs in the distillation term."""
     bf16: str = "auto"
     """"auto" uses bfloat16 autocast where the CPU has the instructions, "on" and "off" force it."""
+
+
+@dataclass(frozen=True)
+class ProxyConfig:
+    """How a sub-model is scored during the search."""
+
+    images: int = 300
+    """Images of the proxy split that are scored; more rank a little better and cost in proportion."""
+    recalibration_images: int = 250
+    """Images of the calibration split from which batch-norm statistics are measured anew."""
+    temperature: float = 0.0
+    """0 keeps the most important channels; above 0 they are sampled, the more evenly the higher."""
+    sub_models: int = 1
+    """Sub-models drawn and averaged per allocation, where a temperature makes them differ."""
+    seed: int = 0
+    """Seed of the sampled channels."""
+    bf16: str = "auto"
+    """"auto" uses bfloat16 autocast where the CPU has the instructions, "on" and "off" force it."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """What is searched, by whom and for how long."""
+
+    budget: str = "macs=50%"
+    """Cost not to exceed: macs or params, a share (50%, 0.5) or an absolute number (20M)."""
+    agent: str = "ppo"
+    """ppo, sac, td3, ddpg, or a baseline: uniform, random, sensitivity."""
+    episodes: int = 300
+    """Allocations to try; each is one evaluation."""
+    seed: int = 0
+    """Seed of the search and of fine-tuning."""
+    criterion: str = "l1"
+    """Which channels survive: l1, l2, bn_scale, fpgm, taylor or random."""
+    reward: str = "weighted_sum"
+    """weighted_sum, amc or accuracy_guaranteed."""
+    accuracy_floor: float = 0.8
+    """Least proxy accuracy, in [0, 1], that the accuracy_guaranteed reward accepts."""
+    round_to: int = 2
+    """Kept channels are multiples of it; odd widths run slower at equal MACs."""
+    max_sparsity: float = 0.9
+    """Largest share of a group's channels that may go, in (0, 1)."""
+    finalists: int = 10
+    """Best allocations that are compared once more on the selection split."""
+    checkpoint_every: int = 10
+    """Episodes between two checkpoints of the learner."""

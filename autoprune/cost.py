@@ -81,7 +81,9 @@ class CostTable:
                 axes = slots[member.tensor]
                 if member.axis not in axes:
                     axes.append(member.axis)
-                    self._fixed[axes.index(member.axis), rows[member.tensor]] = groups.shapes[member.tensor][member.axis]
+                    self._fixed[axes.index(member.axis), rows[member.tensor]] = groups.shapes[member.tensor][
+                        member.axis
+                    ]
                 slot, per_channel = axes.index(member.axis), member.index.shape[1]
                 self._by_group[slot, rows[member.tensor], column] += per_channel
                 self._fixed[slot, rows[member.tensor]] -= per_channel * group.channels

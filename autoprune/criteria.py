@@ -36,7 +36,9 @@ def importance(name: str, model: nn.Module, groups: Groups, images: Images) -> I
         import difflib
 
         near = difflib.get_close_matches(name, CRITERIA, n=1) or ["l1"]
-        raise UserError(f"--criterion: unknown criterion {name!r}; did you mean {near[0]!r}? Known: {', '.join(CRITERIA)}")
+        raise UserError(
+            f"--criterion: unknown criterion {name!r}; did you mean {near[0]!r}? Known: {', '.join(CRITERIA)}"
+        )
     return CRITERIA[name](model, groups, images)
 
 

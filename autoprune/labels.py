@@ -35,7 +35,9 @@ class LabelBook:
         pairs = pairs[:, pairs[0] != pairs[1]]
         constant = (pairs == CONSTANT).any(0)
         if constant.any():
-            self._pins.append((pairs[:, constant].max(0), "meets a constant that the code writes, such as zero padding"))
+            self._pins.append(
+                (pairs[:, constant].max(0), "meets a constant that the code writes, such as zero padding")
+            )
         self._edges.append(pairs[:, ~constant])
 
     def pin(self, labels: Tensor, reason: str) -> None:

@@ -4,6 +4,7 @@ No table of layer couplings and no list of architectures: what is added, concate
 pass decides which channels belong together. Every group found is then proven: pruned equals masked.
 """
 
+import copy
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
@@ -34,7 +35,7 @@ def trace(model: nn.Module, example: Tensor, verify: bool = True) -> Groups:
     """
     twin = _private_copy(model)
     tracer = Tracer(twin)
-    tracer.run(example[:1].detach().to("cpu", torch.float32))
+    tracer.run(example[:1].detach().to("cpu", torch.float32).contiguous())
     groups = _derive(tracer)
     for name, reason in failing_groups(twin, groups, example[:1]).items() if verify else ():
         groups = _pinned(groups, name, reason)
@@ -42,9 +43,8 @@ def trace(model: nn.Module, example: Tensor, verify: bool = True) -> Groups:
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
-    import copy
-
-    twin = copy.deepcopy(model).eval().cpu().float()
+    # Channels-last tensors take other kernels (as_strided_), which say nothing about channels.
+    twin = copy.deepcopy(model).eval().cpu().float().to(memory_format=torch.contiguous_format)
     for name, tensor in twin.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"model: {name} holds NaN or infinite values; pruning needs a trained, finite network")

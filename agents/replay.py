@@ -1,0 +1,112 @@
+"""Policies as files, and policies at work: safetensors + JSON in, an allocation out; no code is executed by loading."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+from safetensors.torch import load_file, save_file
+from stable_baselines3 import DDPG, PPO, SAC, TD3
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+
+from autoprune.allocation import Allocation
+from autoprune.errors import UserError
+from autoprune.runs import write_atomically, write_json
+from envs.observation import FEATURES, OBSERVATION_SPACE
+
+POLICY_CLASSES: dict[str, type[BasePolicy]] = {
+    name: algorithm.policy_aliases["MlpPolicy"]
+    for name, algorithm in {"ppo": PPO, "sac": SAC, "td3": TD3, "ddpg": DDPG}.items()
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A learned map from observation to action.
+
+    Attributes:
+        algorithm: The algorithm whose policy class it is.
+        network: The policy itself.
+        policy_kwargs: How to build it again.
+    """
+
+    algorithm: str
+    network: BasePolicy
+    policy_kwargs: dict
+
+    @classmethod
+    def of(cls, algorithm: str, learner: BaseAlgorithm, policy_kwargs: dict) -> "Policy":
+        """The policy of a learner."""
+        return cls(algorithm, learner.policy, policy_kwargs)
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """The deterministic action, `(1,)`."""
+        return self.network.predict(observation, deterministic=True)[0]
+
+    def save(self, folder: Path, **about: object) -> None:
+        """Writes `policy.safetensors` and `policy.json`; `about` is stored beside."""
+        weights = {name: tensor.contiguous().clone() for name, tensor in self.network.state_dict().items()}
+        write_atomically(folder / "policy.safetensors", lambda path: save_file(weights, path))
+        description = {"algorithm": self.algorithm, "policy_kwargs": self.policy_kwargs, "features": _feature_names()}
+        write_json(folder / "policy.json", description | about)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Policy":
+        """Reads a saved policy.
+
+        Raises:
+            UserError: If it is missing, damaged, or was trained on other observations.
+        """
+        description = describe_policy(folder)
+        try:
+            algorithm, kwargs = description["algorithm"], description["policy_kwargs"]
+            action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+            network = POLICY_CLASSES[algorithm](OBSERVATION_SPACE, action_space, lambda _: 0.0, **kwargs)
+            network.load_state_dict(load_file(folder / "policy.safetensors"))
+        except Exception as error:  # a damaged file can fail in any of these steps
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(f"RUN: the policy in {str(folder)!r} is damaged ({reason}); search anew") from error
+        return cls(algorithm, network, kwargs)
+
+
+def describe_policy(folder: Path) -> dict:
+    """The JSON beside a saved policy; raises a `UserError` if there is none or it is for other observations."""
+    path = folder / "policy.json"
+    if not path.is_file():
+        raise UserError(
+            f"RUN: no policy in {str(folder)!r}; baselines learn none, search with --agent ppo, sac, td3 or ddpg"
+        )
+    try:
+        description = json.loads(path.read_text())
+        features = description["features"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"RUN: {str(path)!r} is damaged ({error!r}); search anew") from error
+    if features != _feature_names():
+        raise UserError(
+            f"RUN: the policy in {str(folder)!r} was trained on other observations; train it with this version"
+        )
+    return description
+
+
+def _feature_names() -> list[str]:
+    return [feature.name for feature in FEATURES]
+
+
+def replay(policy: Policy, env: gymnasium.Env, budget: str | None = None) -> tuple[Allocation, dict]:
+    """Lets a policy act once, without learning or chance.
+
+    Args:
+        policy: A trained policy; the network and the budget may differ from those that it was trained on.
+        env: A `LayerPruningEnv`.
+        budget: Another budget for this episode; None keeps the environment's.
+
+    Returns:
+        The allocation, and the last step's info with its costs and proxy score.
+    """
+    observation, info = env.reset(options={"budget": budget} if budget else None)
+    done = False
+    while not done:
+        observation, _, done, _, info = env.step(policy.act(observation))
+    return info["allocation"], info
