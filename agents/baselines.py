@@ -3,6 +3,7 @@
 Each baseline walks episodes of `env` and stops after `config.episodes` evaluations at the latest.
 """
 
+import difflib
 from collections.abc import Callable, Iterator
 from math import sqrt
 
@@ -10,6 +11,7 @@ import gymnasium
 import numpy as np
 
 from autoprune.config import SearchConfig
+from autoprune.errors import UserError
 from autoprune.proxy import ProxyAccuracy
 from envs.layer_pruning import LayerPruningEnv
 
@@ -58,6 +60,19 @@ BASELINES: dict[str, Callable[[gymnasium.Env, SearchConfig], None]] = {
     "random": random,
     "sensitivity": sensitivity,
 }
+
+
+def check_baselines(text: str) -> list[str]:
+    """The baselines in "uniform,random" or "none"; raises a `UserError` that offers the nearest for an unknown one."""
+    names = [] if text == "none" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in BASELINES:
+            near = difflib.get_close_matches(name, BASELINES, n=1) or ["uniform"]
+            known = ", ".join(BASELINES)
+            raise UserError(
+                f"--baselines: unknown baseline {name!r}; did you mean {near[0]!r}? Known: {known}, or none"
+            )
+    return names
 
 
 def walk(env: gymnasium.Env, action: Callable[[int], float]) -> dict:

@@ -3,9 +3,51 @@
 This module imports neither torch nor anything that does: `autoprune --help` has to answer at once.
 """
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 
 from autoprune.errors import UserError
+
+
+def _check_range(config: object, low: float, high: float, *names: str) -> None:
+    """Raises a `UserError` for the first named field outside [low, high]."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            allowed = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+            raise UserError(f"--{name}: must be {allowed}, got {value:g}")
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network to prune."""
+
+    model: str = "resnet20"
+    """A CIFAR network (resnet20, vgg16_bn_cifar, ...), any torchvision classifier, or package.module:factory."""
+    weights: str = "auto"
+    """Trained weights: a safetensors or torch.save file; "auto" takes the embedded ones for resnet20 on CIFAR-10, or
+    those that a package.module:factory brings along."""
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where results go."""
+
+    out: str | None = None
+    """Run folder (None: the next free runs/MODEL-BUDGET-AGENT-N)."""
+    resume: bool = False
+    """Go on with the run in --out where it was interrupted."""
+    baselines: str = "uniform,random,sensitivity"
+    """Searched beside the agent at the same number of evaluations and drawn in the report; "none" for none."""
+    latency_batch: int = 64
+    """Batch size at which latency is measured, beside batch 1."""
+    json: bool = False
+    """Print one JSON object as the last line of stdout."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, float("inf"), "latency_batch")
+        if self.resume and self.out is None:
+            raise UserError("--resume: which run? Give its folder with --out")
 
 
 @dataclass(frozen=True)
@@ -31,10 +73,8 @@ class DataConfig:
     """Read only this many test images (None: all)."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "calibration_images", "proxy_images", "selection_images", "max_test_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}: must be at least 1, got {value}")
+        sizes = "image_size", "calibration_images", "proxy_images", "selection_images", "max_test_images"
+        _check_range(self, 1, float("inf"), *sizes)
 
 
 @dataclass(frozen=True)
@@ -60,6 +100,17 @@ class FinetuneConfig:
     bf16: str = "auto"
     """"auto" uses bfloat16 autocast where the CPU has the instructions, "on" and "off" force it."""
 
+    def __post_init__(self) -> None:
+        _check_range(self, 0, float("inf"), "epochs", "lr", "weight_decay")
+        _check_range(self, 1, float("inf"), "batch_size", "temperature")
+        _check_range(self, 0, 1, "warmup", "distillation", "momentum")
+        _check_bf16(self.bf16)
+
+
+def _check_bf16(value: str) -> None:
+    if value not in ("auto", "on", "off"):
+        raise UserError(f"--bf16: must be auto, on or off, got {value!r}")
+
 
 @dataclass(frozen=True)
 class ProxyConfig:
@@ -77,6 +128,11 @@ class ProxyConfig:
     """Seed of the sampled channels."""
     bf16: str = "auto"
     """"auto" uses bfloat16 autocast where the CPU has the instructions, "on" and "off" force it."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, float("inf"), "images", "recalibration_images", "sub_models")
+        _check_range(self, 0, float("inf"), "temperature")
+        _check_bf16(self.bf16)
 
 
 @dataclass(frozen=True)
@@ -105,3 +161,37 @@ class SearchConfig:
     """Best allocations that are compared once more on the selection split."""
     checkpoint_every: int = 10
     """Episodes between two checkpoints of the learner."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, float("inf"), "episodes", "round_to", "finalists", "checkpoint_every")
+        _check_range(self, 0, 1, "accuracy_floor")
+        _check_range(self, 0, 0.99, "max_sparsity")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run's result; stored in its folder as config.yaml."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    def to_dict(self) -> dict:
+        """Plain nested data."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, stages: dict) -> "Settings":
+        """The settings stored in a run's config; keys that are no stage (provenance) are ignored.
+
+        Raises:
+            UserError: If a stage or one of its fields isn't known to this version.
+        """
+        try:
+            return cls(**{f.name: f.default_factory(**stages[f.name]) for f in dataclasses.fields(cls)})
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"RUN: its config.yaml is damaged or of another version ({error}); start the run anew"
+            ) from error

@@ -5,6 +5,7 @@ others, and averaged over the layers that produce the channels. Higher is kept.
 """
 
 import copy
+import difflib
 from collections.abc import Callable
 
 import torch
@@ -32,14 +33,17 @@ def importance(name: str, model: nn.Module, groups: Groups, images: Images) -> I
     Raises:
         UserError: If the criterion is unknown; the nearest known one is offered.
     """
-    if name not in CRITERIA:
-        import difflib
+    check_criterion(name)
+    return CRITERIA[name](model, groups, images)
 
+
+def check_criterion(name: str) -> None:
+    """Raises a `UserError` that offers the nearest criterion unless `name` is known."""
+    if name not in CRITERIA:
         near = difflib.get_close_matches(name, CRITERIA, n=1) or ["l1"]
         raise UserError(
             f"--criterion: unknown criterion {name!r}; did you mean {near[0]!r}? Known: {', '.join(CRITERIA)}"
         )
-    return CRITERIA[name](model, groups, images)
 
 
 def _weights(model: nn.Module, members: list[Member]) -> list[Tensor]:

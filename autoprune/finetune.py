@@ -58,7 +58,9 @@ def finetune(
     for epoch in range(_resume(checkpoint, model, optimizer, schedule), config.epochs):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 100_003 + epoch)
-            loss = _one_epoch(model, batches(images, config.batch_size, seed, epoch), optimizer, schedule, loss_of, config)
+            loss = _one_epoch(
+                model, batches(images, config.batch_size, seed, epoch), optimizer, schedule, loss_of, config
+            )
         _save(checkpoint, epoch + 1, model, optimizer, schedule)
         on_epoch(epoch + 1, loss)
     return model.eval()
@@ -118,7 +120,12 @@ def _annealing(config: FinetuneConfig, steps_per_epoch: int) -> Callable[[int], 
 def _save(checkpoint: Path | None, epoch: int, model: nn.Module, optimizer, schedule) -> None:
     if checkpoint is None:
         return
-    state = {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": schedule.last_epoch}
+    state = {
+        "epoch": epoch,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": schedule.last_epoch,
+    }
     partial = checkpoint.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, checkpoint)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from autoprune.config import Settings
 from autoprune.errors import UserError
 
 PACKAGES = ("torch", "torchvision", "numpy", "gymnasium", "stable-baselines3", "onnx", "onnxruntime")
@@ -29,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(partial, path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"--out: can't write {str(path)!r} ({reason}); choose another folder or free some space") from error
+        raise UserError(f"can't write {str(path)!r} ({reason}); choose another folder or free some space") from error
     finally:
         if partial.exists():
             partial.unlink()
@@ -37,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path` atomically; see `write_atomically`."""
-    write_atomically(path, lambda partial: partial.write_text(text))
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -64,6 +65,7 @@ class RunFolder:
     report = property(lambda self: self.root / "report.html")
     results = property(lambda self: self.root / "results.json")
     checkpoints = property(lambda self: self.root / "checkpoints")
+    finetune_checkpoint = property(lambda self: self.checkpoints / "finetune.pt")
     tensorboard = property(lambda self: self.root / "tensorboard")
 
     @classmethod
@@ -77,16 +79,19 @@ class RunFolder:
         if not folder.root.is_dir():
             raise UserError(f"RUN: no folder {str(root)!r}; give the folder that `autoprune run` printed")
         if not folder.config.is_file():
-            raise UserError(f"RUN: {str(root)!r} is not a run folder (no config.yaml); give one that `autoprune run` wrote")
+            raise UserError(
+                f"RUN: {str(root)!r} is not a run folder (no config.yaml); give one that `autoprune run` wrote"
+            )
         folder.read_config()
         return folder
 
     def read_config(self) -> dict:
         """The merged config that the run was started with, provenance included."""
         try:
-            config = yaml.safe_load(self.config.read_text())
+            config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"RUN: {str(self.config)!r} is damaged ({type(error).__name__}); start the run anew") from error
+            reason = type(error).__name__
+            raise UserError(f"RUN: {str(self.config)!r} is damaged ({reason}); start the run anew") from error
         if not isinstance(config, dict):
             raise UserError(f"RUN: {str(self.config)!r} is damaged (no mapping); start the run anew")
         return config
@@ -98,28 +103,79 @@ class RunFolder:
             UserError: If the run hasn't got that far, or the file is damaged.
         """
         if not path.is_file():
-            raise UserError(f"RUN: {str(self.root)!r} has no {path.relative_to(self.root)} yet; finish it with: autoprune run --resume")
+            missing = path.relative_to(self.root)
+            raise UserError(
+                f"RUN: {str(self.root)!r} has no {missing} yet; go on with: autoprune run --resume --out RUN"
+            )
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise UserError(f"RUN: {str(path)!r} is damaged ({error}); start the run anew") from error
 
+    @property
+    def known_results(self) -> dict:
+        """What is in results.json so far; empty before the first stage is done."""
+        return self.read_json(self.results) if self.results.exists() else {}
+
+    def add_results(self, **fields: object) -> dict:
+        """Merges fields into results.json and returns all of it."""
+        merged = self.known_results | fields
+        write_json(self.results, merged)
+        return merged
+
     def append(self, event: str, **fields: object) -> None:
         """Adds one line to the log, flushed, so that a killed run keeps it."""
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             log.write(json.dumps({"event": event, **fields}) + "\n")
 
     def events(self, event: str) -> Iterator[dict]:
         """The log's lines of one kind, oldest first; a last line cut short by a kill is left out."""
         if not self.log.exists():
             return
-        for line in self.log.read_text().splitlines():
+        for line in self.log.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
             if entry["event"] == event:
                 yield entry
+
+
+def start_run(settings: Settings, out: str | None, resume: bool) -> RunFolder:
+    """A new run folder with its config, or, to resume, an existing one that was started with the same settings.
+
+    Raises:
+        UserError: If the folder holds a run already, can't be written, or was started with other settings.
+    """
+    if resume:
+        folder = RunFolder.open(out)
+        changed = _differences(Settings.from_dict(folder.read_config()).to_dict(), settings.to_dict())
+        if changed:
+            raise UserError(f"--resume: {out!r} was started with other settings ({changed}); repeat its command")
+        return folder
+    folder = RunFolder(Path(out) if out else _next_folder(settings))
+    if folder.config.exists():
+        raise UserError(
+            f"--out: {str(folder.root)!r} holds a run already; add --resume to go on, or choose another folder"
+        )
+    write_text(folder.config, yaml.safe_dump(settings.to_dict() | provenance(), sort_keys=False))
+    return folder
+
+
+def _next_folder(settings: Settings) -> Path:
+    search = settings.search
+    stem = (
+        f"{settings.network.model}-{search.budget}-{search.agent}".replace(":", "-").replace("=", "-").replace("%", "")
+    )
+    number = 1
+    while (Path("runs") / f"{stem}-{number}").exists():
+        number += 1
+    return Path("runs") / f"{stem}-{number}"
+
+
+def _differences(old: dict, new: dict) -> str:
+    changed = [f"{k}: {old[s][k]} -> {new[s][k]}" for s in new for k in new[s] if old[s][k] != new[s][k]]
+    return ", ".join(changed)
 
 
 def provenance() -> dict:

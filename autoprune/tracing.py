@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autoprune.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.groups import Activation, Group, Groups, Layer, Member
 from autoprune.labels import LabelBook, spread, varying_axes
@@ -261,3 +262,34 @@ def _macs_share(group: Group, groups: Groups) -> float:
 
 def _pinned(groups: Groups, name: str, reason: str) -> Groups:
     return replace(groups, all=tuple(replace(g, pinned=reason) if g.name == name else g for g in groups.all))
+
+
+def describe(groups: Groups) -> dict:
+    """A trace as plain data, for `autoprune trace --json`.
+
+    `prunable_macs_share` is the share of the MACs in layers of which a prunable group touches an axis.
+    """
+    costs = CostTable(groups)
+    touched = {member.tensor for group in groups for member in group.members}
+    macs = [
+        (layer.tensor in touched, layer.positions * int(np.prod(groups.shapes[layer.tensor])))
+        for layer in groups.layers
+    ]
+    entries = [
+        {
+            "name": group.name,
+            "channels": group.channels,
+            "prunable": group.pinned is None,
+            "pinned": group.pinned,
+            "macs_share": group.macs_share,
+            "members": [{"tensor": m.tensor, "axis": m.axis, "role": m.role} for m in group.members],
+        }
+        for group in groups.all
+    ]
+    return {
+        "macs": costs.macs(costs.dense),
+        "params": costs.params(costs.dense),
+        "prunable_macs_share": sum(cost for prunable, cost in macs if prunable) / max(1, sum(cost for _, cost in macs)),
+        "groups": entries,
+        "unsupported": list(groups.unsupported),
+    }

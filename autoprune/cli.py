@@ -1,0 +1,455 @@
+"""The `autoprune` command: the composition root, where core, environment and agents meet.
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from autoprune.config import (
+    DataConfig,
+    FinetuneConfig,
+    NetworkConfig,
+    OutputConfig,
+    ProxyConfig,
+    SearchConfig,
+    Settings,
+)
+from autoprune.errors import UserError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Parser(ArgumentParser):
+    """Reports a wrong command line in one line and ends with exit code 2."""
+
+    def error(self, message, ex=None):
+        text = " ".join(str(message).split())
+        print(f"autoprune: error: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns 0, or 1 if something failed, 2 for a user error, 130 after Ctrl-C."""
+    try:
+        options = build_parser().parse_args(arguments)
+        COMMANDS[options.subcommand].run(options[options.subcommand])
+        return 0
+    except UserError as error:
+        print(f"autoprune: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("autoprune: interrupted; go on with --resume", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="autoprune", description="Prune a trained PyTorch vision network: an agent finds how much where."
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subcommands(required=True, dest="subcommand")
+    for name, command in COMMANDS.items():
+        sub = Parser(description=command.run.__doc__.splitlines()[0])
+        command.options(sub)
+        commands.add_subcommand(name, sub, help=command.run.__doc__.splitlines()[0])
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"autoprune {version('autoprune')}"
+
+
+def _search_options(parser: Parser) -> None:
+    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    for config in (NetworkConfig, DataConfig, SearchConfig, OutputConfig):
+        parser.add_class_arguments(config)
+    parser.add_argument("--epochs", type=int, default=FinetuneConfig.epochs, help="Epochs of fine-tuning.")
+    parser.add_class_arguments(FinetuneConfig, "finetune", skip={"epochs"})
+    parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
+
+
+def _pick(options: Namespace, config: type, **fixed: object):
+    """The dataclass that a command's flat options describe."""
+    names = {field.name for field in dataclasses.fields(config)} - set(fixed)
+    return config(**{name: options[name] for name in names if name in options}, **fixed)
+
+
+def _settings(options: Namespace) -> Settings:
+    return Settings(
+        _pick(options, NetworkConfig),
+        _pick(options, DataConfig),
+        _pick(options, SearchConfig),
+        ProxyConfig(**vars(options.proxy), seed=options.seed),
+        FinetuneConfig(**vars(options.finetune), epochs=options.epochs),
+    )
+
+
+def _start(options: Namespace):
+    """Workspace and run folder of a new run, or of the one to resume."""
+    from autoprune.compress import Workspace
+    from autoprune.runs import start_run
+
+    settings, output = _settings(options), _pick(options, OutputConfig)
+    _check_names(settings, output)
+    return Workspace(settings), start_run(settings, output.out, output.resume), output
+
+
+def _check_names(settings: Settings, output: OutputConfig) -> None:
+    """Refuses unknown names and impossible budgets before anything slow happens or is written."""
+    from agents.baselines import check_baselines
+    from agents.search import AGENTS
+    from agents.training import check_algorithm
+    from autoprune.allocation import Budget
+    from autoprune.criteria import check_criterion
+    from envs.rewards import reward_named
+
+    check_algorithm(settings.search.agent, list(AGENTS))
+    check_baselines(output.baselines)
+    check_criterion(settings.search.criterion)
+    reward_named(settings.search.reward)
+    Budget.parse(settings.search.budget)
+
+
+def _open(run: str):
+    """Workspace and folder of an existing run."""
+    from autoprune.compress import Workspace
+    from autoprune.runs import RunFolder
+
+    folder = RunFolder.open(run)
+    return Workspace(Settings.from_dict(folder.read_config())), folder
+
+
+def _finish(folder, as_json: bool) -> None:
+    from autoprune.compress import summary
+    from autoprune.console import print_results
+
+    results = summary(folder)
+    print_results(results)
+    print(f"run folder: {folder.root}")
+    if as_json:
+        print(json.dumps(results))
+
+
+def run(options: Namespace) -> None:
+    """The whole job: search, prune, fine-tune, evaluate, export, report; without options, on the embedded network."""
+    from autoprune import compress
+    from autoprune.console import say
+
+    workspace, folder, output = _start(options)
+    _search(workspace, folder, output)
+    if not (folder.pruned / "plan.json").exists():
+        compress.prune_stage(workspace, folder, say)
+    if compress.read_plan(folder)["stage"] == "pruned":
+        _finetune(workspace, folder)
+    if "accuracy" not in folder.known_results:
+        compress.evaluate_stage(workspace, folder)
+    if not folder.onnx.exists():
+        say("export: model.onnx, checked against PyTorch")
+        compress.export_stage(workspace, folder)
+    if "latency" not in folder.known_results:
+        say("latency: dense and pruned, in PyTorch and ONNX Runtime")
+        compress.latency_stage(workspace, folder, output.latency_batch)
+    print(f"report: {compress.report_stage(folder)}")
+    _finish(folder, output.json)
+
+
+def search(options: Namespace) -> None:
+    """Up to the allocation: an agent or baseline searches, the best finalist is chosen."""
+    from autoprune import compress
+
+    workspace, folder, output = _start(options)
+    _search(workspace, folder, output)
+    print(f"report: {compress.report_stage(folder)}")
+    _finish(folder, output.json)
+
+
+def _search(workspace, folder, output: OutputConfig) -> None:
+    """Baselines, then the agent; each is skipped when its results are there already."""
+    from agents.baselines import check_baselines
+    from autoprune.compress import timed
+    from autoprune.console import say
+    from autoprune.runs import RunFolder
+
+    settings = workspace.settings
+    network = settings.network.model
+    env = _make_env(workspace)
+    say(f"{network}: {len(workspace.groups)} prunable groups, {len(workspace.groups.pinned)} pinned")
+    folder.add_results(run=str(folder.root), model=network, data=settings.data.data, seed=settings.search.seed)
+    folder.add_results(budget=str(env.budget), agent=settings.search.agent)
+    for name in check_baselines(output.baselines):
+        known = folder.known_results.get("baselines", {})
+        if name not in known and name != settings.search.agent:
+            with timed(folder, f"baseline {name}"):
+                result = _one_search(workspace, name, RunFolder(folder.root / "baselines" / name))
+            entry = result.best.to_json() | {"evaluations": result.evaluations}
+            folder.add_results(baselines=known | {name: entry})
+    if not folder.allocation.exists():
+        with timed(folder, "search"):
+            result = _one_search(workspace, settings.search.agent, folder)
+        _keep(result, workspace, folder, env)
+
+
+def _make_env(workspace):
+    from envs.layer_pruning import LayerPruningEnv
+
+    search = workspace.settings.search
+    return LayerPruningEnv(
+        workspace.model,
+        workspace.groups,
+        workspace.proxy(),
+        search.budget,
+        search.reward,
+        search.round_to,
+        search.max_sparsity,
+        search.accuracy_floor,
+    )
+
+
+def _one_search(workspace, agent: str, folder):
+    from agents.search import search
+    from autoprune.console import progress
+
+    folder.root.mkdir(parents=True, exist_ok=True)
+    config = dataclasses.replace(workspace.settings.search, agent=agent)
+    best = float("-inf")
+    with progress(agent, config.episodes) as advance:
+
+        def on_episode(episode) -> None:
+            nonlocal best
+            best = max(best, episode.reward)
+            advance(f"best reward {best:.3f}")
+
+        return search(_make_env(workspace), config, folder, on_episode)
+
+
+def _keep(result, workspace, folder, env) -> None:
+    """Stores what a search found; the allocation comes last, since its file says that the search is done."""
+    from autoprune.compress import use_allocation
+
+    if result.policy is not None:
+        own = next(f for f in result.finalists if f.allocation.source == "policy")
+        about = {"network": workspace.groups.fingerprint, "budget": str(env.budget), "allocation": own.allocation.kept}
+        result.policy.save(folder.policy, **about)
+    chosen = result.best
+    folder.add_results(
+        episodes=len(result.episodes),
+        evaluations=result.evaluations,
+        seconds_search=round(result.seconds, 2),
+        finalists=[finalist.to_json() for finalist in result.finalists],
+        selection_accuracy=chosen.selection.accuracy,
+        selection_loss=chosen.selection.loss,
+    )
+    use_allocation(workspace, chosen.allocation, folder)
+
+
+def _finetune(workspace, folder) -> None:
+    from autoprune.compress import finetune_stage
+    from autoprune.console import progress
+
+    with progress("fine-tune", workspace.settings.finetune.epochs) as advance:
+        finetune_stage(workspace, folder, lambda epoch, loss: advance(f"loss {loss:.4f}"))
+
+
+def replay(options: Namespace) -> None:
+    """Lets a learned policy act, without learning, on its own network or another one, at its own budget or another."""
+    from agents.replay import Policy, replay
+    from autoprune.compress import Workspace, costs_of
+    from autoprune.console import print_results
+    from autoprune.runs import write_json
+
+    home, folder = _open(options.run)
+    policy = Policy.load(folder.policy)
+    workspace = Workspace(_elsewhere(home.settings, options))
+    env = _make_env(workspace)
+    allocation, info = replay(policy, env)
+    uniform = env.proxy(dict(zip(workspace.costs.names, map(int, env.space.uniform(env.target)), strict=True)))
+    settings = workspace.settings
+    name = f"replay-{settings.network.model.replace(':', '-')}-{env.budget}.json".replace("=", "-")
+    path = Path(options.out) if options.out else folder.root / name
+    write_json(path, dataclasses.replace(allocation, source="policy").to_json())
+    results = {"model": settings.network.model, "budget": str(env.budget), "agent": f"policy of {folder.root.name}"}
+    results |= costs_of(workspace, allocation) | {"allocation": str(path)}
+    results |= {"proxy_accuracy": info["accuracy"], "proxy_loss": info["loss"]}
+    results |= {"proxy_accuracy_uniform": uniform.accuracy, "proxy_loss_uniform": uniform.loss}
+    print_results(results)
+    print(f"proxy accuracy {info['accuracy']:.2%}, uniform {uniform.accuracy:.2%}; allocation: {path}")
+    if options.json:
+        print(json.dumps({key: value for key, value in results.items() if not isinstance(value, list)}))
+
+
+def _elsewhere(settings: Settings, options: Namespace) -> Settings:
+    """The run's settings with another network, dataset or budget."""
+    network = settings.network
+    if options.model:
+        network = NetworkConfig(options.model)
+    if options.weights:
+        network = dataclasses.replace(network, weights=options.weights)
+    data = dataclasses.replace(settings.data, data=options.data) if options.data else settings.data
+    budget = options.budget or settings.search.budget
+    return dataclasses.replace(
+        settings, network=network, data=data, search=dataclasses.replace(settings.search, budget=budget)
+    )
+
+
+def prune(options: Namespace) -> None:
+    """Applies the allocation of RUN, or of a file in a new run, without searching."""
+    from autoprune import compress
+    from autoprune.allocation import Allocation
+    from autoprune.console import say
+
+    if bool(options.run) == bool(options.allocation):
+        raise UserError("prune: give either RUN or --allocation FILE")
+    if options.run:
+        workspace, folder = _open(options.run)
+    else:
+        workspace, folder, _ = _start(options)
+        allocation = Allocation.read(options.allocation, workspace.groups)
+        settings = workspace.settings
+        folder.add_results(run=str(folder.root), model=settings.network.model, data=settings.data.data)
+        folder.add_results(budget=allocation.budget, agent=allocation.source, evaluations=0)
+        compress.use_allocation(workspace, allocation, folder)
+    compress.prune_stage(workspace, folder, say)
+    _finish(folder, options.json)
+
+
+def finetune(options: Namespace) -> None:
+    """Fine-tunes the pruned network of RUN; --resume goes on after the last finished epoch."""
+    from autoprune.compress import Workspace
+
+    workspace, folder = _open(options.run)
+    if options.epochs is not None:
+        settings = workspace.settings
+        epochs = dataclasses.replace(settings.finetune, epochs=options.epochs)
+        workspace = Workspace(dataclasses.replace(settings, finetune=epochs))
+    if not options.resume:
+        folder.finetune_checkpoint.unlink(missing_ok=True)
+    _finetune(workspace, folder)
+    _finish(folder, options.json)
+
+
+def evaluate(options: Namespace) -> None:
+    """Accuracy of the dense and the pruned network of RUN on the test split."""
+    from autoprune.compress import evaluate_stage
+
+    workspace, folder = _open(options.run)
+    evaluate_stage(workspace, folder)
+    _finish(folder, options.json)
+
+
+def export(options: Namespace) -> None:
+    """Writes the pruned network of RUN as ONNX, checked against PyTorch, or as a torch.export program."""
+    from autoprune.compress import export_stage
+
+    workspace, folder = _open(options.run)
+    print(export_stage(workspace, folder, options.format))
+
+
+def report(options: Namespace) -> None:
+    """Writes report.html of RUN from what its folder holds."""
+    from autoprune.compress import report_stage
+
+    _, folder = _open(options.run)
+    print(report_stage(folder))
+
+
+def trace(options: Namespace) -> None:
+    """Prints the groups of a network, what is pinned and why, and the share of MACs that can shrink."""
+    import torch
+
+    from autoprune.console import print_trace
+    from autoprune.models import MODELS, build, load_weights
+    from autoprune.tracing import describe
+    from autoprune.tracing import trace as trace_network
+
+    model = build(options.model, options.n_classes)
+    if options.weights:
+        load_weights(model, options.weights)
+    size = options.image_size or (32 if options.model in MODELS else 224)
+    groups = trace_network(model, torch.zeros(1, 3, size, size))
+    description = {"model": options.model, **describe(groups)}
+    print_trace(description)
+    if options.json:
+        print(json.dumps(description))
+
+
+def data(options: Namespace) -> None:
+    """Fetches a dataset and stores it once: cifar10."""
+    from autoprune.console import say
+    from autoprune.data import fetch
+
+    print(fetch(options.name, say))
+
+
+def _run_options(parser: Parser) -> None:
+    parser.add_argument("run", help="Folder of the run.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object as the last line of stdout.")
+
+
+def _replay_options(parser: Parser) -> None:
+    _run_options(parser)
+    for name, text in (
+        ("model", "Another network (default: the run's own)."),
+        ("weights", "Its trained weights."),
+        ("data", "Another dataset."),
+        ("budget", "Another budget, e.g. macs=40%%."),
+        ("out", "File for the allocation (default: in the run folder)."),
+    ):
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
+
+
+def _prune_options(parser: Parser) -> None:
+    parser.add_argument("run", nargs="?", default=None, help="Folder of the run.")
+    parser.add_argument("--allocation", type=str | None, default=None, help="JSON file with the channels to keep.")
+    _search_options(parser)
+
+
+def _finetune_options(parser: Parser) -> None:
+    _run_options(parser)
+    parser.add_argument("--epochs", type=int | None, default=None, help="Epochs (default: as the run was started).")
+    parser.add_argument("--resume", action="store_true", help="Go on after the last finished epoch.")
+
+
+def _export_options(parser: Parser) -> None:
+    _run_options(parser)
+    parser.add_argument("--format", type=str, default="onnx", help="onnx or torch.")
+
+
+def _trace_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--model", type=str, default=NetworkConfig.model, help="A network by name, or package.module:factory."
+    )
+    parser.add_argument("--weights", type=str | None, default=None, help="Weights file; groups don't depend on it.")
+    parser.add_argument("--n_classes", type=int, default=10, help="Width of the head.")
+    parser.add_argument("--image_size", type=int | None, default=None, help="Side of the input (default: 32 or 224).")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object as the last line of stdout.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A verb of the command line: what it runs and which options it takes."""
+
+    run: Callable[[Namespace], None]
+    options: Callable[[Parser], None]
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command(run, _search_options),
+    "search": Command(search, _search_options),
+    "replay": Command(replay, _replay_options),
+    "prune": Command(prune, _prune_options),
+    "finetune": Command(finetune, _finetune_options),
+    "evaluate": Command(evaluate, _run_options),
+    "export": Command(export, _export_options),
+    "report": Command(report, _run_options),
+    "trace": Command(trace, _trace_options),
+    "data": Command(data, lambda parser: parser.add_argument("name", help="Name of the dataset.") and None),
+}

@@ -1,0 +1,237 @@
+"""From an allocation to a finished network: prune, fine-tune, evaluate, export, report. Needs no reinforcement learning.
+
+Each stage reads what it needs from the run folder, writes its artefacts there and adds its numbers to results.json; a
+stage that is done isn't done again.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from autoprune.allocation import Allocation
+from autoprune.config import Settings
+from autoprune.cost import CostTable
+from autoprune.criteria import Importance, importance
+from autoprune.data import Splits, load
+from autoprune.errors import UserError
+from autoprune.export import export_onnx, load_pruned, save_pruned
+from autoprune.finetune import finetune
+from autoprune.groups import Groups
+from autoprune.latency import measure_latency
+from autoprune.models import build, load_weights
+from autoprune.proxy import ProxyAccuracy, accuracy, recalibrate
+from autoprune.pruning import prune, top_channels
+from autoprune.report import write_report
+from autoprune.runs import RunFolder, write_atomically, write_json
+from autoprune.tracing import trace
+
+EMBEDDED_WEIGHTS = Path(__file__).parent / "assets" / "resnet20_cifar10.safetensors"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Network, images and trace of one run; made lazily, and none of it is ever changed.
+
+    Attributes:
+        settings: What the run was started with.
+    """
+
+    settings: Settings
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The images."""
+        return load(self.settings.data)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The dense network with its trained weights, in eval mode."""
+        network, classes = self.settings.network, self.splits.classes
+        model = build(network.model, len(classes))
+        path = _weights_file(network.model, network.weights, self.settings.data.data)
+        if path is not None:
+            load_weights(model, path)
+        return model.eval().to(memory_format=torch.channels_last)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The trace, verified."""
+        return trace(self.model, self.splits.example)
+
+    @cached_property
+    def costs(self) -> CostTable:
+        """The cost table."""
+        return CostTable(self.groups)
+
+    @cached_property
+    def importance(self) -> Importance:
+        """Scores per channel by the configured criterion."""
+        return importance(self.settings.search.criterion, self.model, self.groups, self.splits.train)
+
+    def proxy(self) -> ProxyAccuracy:
+        """A fresh proxy with an empty cache."""
+        return ProxyAccuracy(self.model, self.groups, self.importance, self.splits, self.settings.proxy)
+
+
+def _weights_file(model: str, weights: str, data: str) -> Path | None:
+    if weights != "auto":
+        return Path(weights)
+    if model == "resnet20" and data in ("sample", "cifar10"):
+        return EMBEDDED_WEIGHTS
+    if ":" in model:
+        return None
+    raise UserError(
+        f"--weights: pruning starts from a trained network; give the trained weights of {model} on {data!r}"
+    )
+
+
+@contextmanager
+def timed(folder: RunFolder, stage: str) -> Iterator[None]:
+    """Adds the stage's wall time, over all attempts, to results.json."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = folder.known_results.get("seconds", {})
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
+        folder.add_results(seconds=seconds, seconds_total=round(sum(seconds.values()), 2))
+
+
+def costs_of(workspace: Workspace, allocation: Allocation) -> dict:
+    """MACs, parameters and memory before and after, and the table of groups, for results.json."""
+    costs, kept = workspace.costs, allocation.kept
+    results = {}
+    for metric, cost in costs.metrics.items():
+        results |= {metric: cost(kept), f"{metric}_dense": cost(costs.dense)}
+    groups = [{"name": g.name, "channels": g.channels, "kept": kept[g.name]} for g in workspace.groups]
+    pinned = [{"name": g.name, "channels": g.channels, "reason": g.pinned} for g in workspace.groups.pinned]
+    return results | {"macs_ratio": results["macs"] / results["macs_dense"], "groups": groups, "pinned": pinned}
+
+
+def use_allocation(workspace: Workspace, allocation: Allocation, folder: RunFolder) -> None:
+    """Makes an allocation the run's own: checked against network and budget, written, costed.
+
+    Raises:
+        UserError: If it is for another network.
+    """
+    allocation.check(workspace.groups)
+    write_json(folder.allocation, allocation.to_json())
+    folder.add_results(**costs_of(workspace, allocation))
+
+
+def prune_stage(workspace: Workspace, folder: RunFolder, say: Say) -> None:
+    """Applies the run's allocation: `pruned/` holds the smaller network, batch norm recalibrated, not yet fine-tuned."""
+    with timed(folder, "prune"):
+        allocation = Allocation.read(folder.allocation, workspace.groups)
+        kept = top_channels(workspace.importance, allocation.kept)
+        pruned = _pruned(workspace, allocation)
+        plan = {
+            "model": workspace.settings.network.model,
+            "n_classes": len(workspace.splits.classes),
+            "classes": list(workspace.splits.classes),
+            "stage": "pruned",
+            "allocation": allocation.to_json(),
+            "kept": {name: channels.tolist() for name, channels in kept.items()},
+        }
+        save_pruned(pruned, folder.pruned, plan)
+        before, after = (sum(p.numel() for p in model.parameters()) for model in (workspace.model, pruned))
+        say(f"pruned: {before:,} -> {after:,} parameters")
+
+
+def _pruned(workspace: Workspace, allocation: Allocation) -> nn.Module:
+    """The sub-model with the most important channels, recalibrated."""
+    pruned = prune(workspace.model, workspace.groups, top_channels(workspace.importance, allocation.kept))
+    recalibrate(pruned, workspace.splits.calibration.inputs)
+    return pruned
+
+
+def read_plan(folder: RunFolder) -> dict:
+    """The plan beside the pruned weights; its "stage" is "pruned" or "finetuned"."""
+    return folder.read_json(folder.pruned / "plan.json")
+
+
+def finetune_stage(workspace: Workspace, folder: RunFolder, on_epoch: Callable[[int, float], None]) -> None:
+    """Fine-tunes the pruned network, resuming after the last finished epoch; `pruned/` then holds the result."""
+    config, plan = workspace.settings.finetune, read_plan(folder)
+    with timed(folder, "finetune"):
+        # Always from the pruned network, whatever is stored: a second call with other settings must not train on top.
+        model = _pruned(workspace, Allocation.read(folder.allocation, workspace.groups))
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+
+        def finished(epoch: int, loss: float) -> None:
+            folder.append("epoch", epoch=epoch, loss=loss)
+            on_epoch(epoch, loss)
+
+        seed, train = workspace.settings.search.seed, workspace.splits.train
+        finetune(model, train, config, seed, workspace.model, folder.finetune_checkpoint, finished)
+        save_pruned(model, folder.pruned, plan | {"stage": "finetuned", "epochs": config.epochs})
+
+
+def evaluate_stage(workspace: Workspace, folder: RunFolder) -> dict:
+    """Reads the test split, once: accuracy of the dense, the pruned and the fine-tuned network."""
+    with timed(folder, "evaluate"):
+        plan, test = read_plan(folder), workspace.splits.test
+        pruned = _pruned(workspace, Allocation.read(folder.allocation, workspace.groups))
+        scores = {
+            "accuracy_dense": accuracy(workspace.model, test),
+            "accuracy_pruned": accuracy(pruned, test),
+            "test_images": len(test),
+        }
+        if plan["stage"] == "finetuned":
+            scores["accuracy"] = accuracy(load_pruned(folder.pruned), test)
+    return folder.add_results(**scores)
+
+
+def export_stage(workspace: Workspace, folder: RunFolder, format: str = "onnx") -> Path:
+    """Writes the network for use elsewhere: `model.onnx`, checked against PyTorch, or `model.pt2` (torch.export).
+
+    Raises:
+        UserError: If the format is unknown.
+    """
+    if format not in ("onnx", "torch"):
+        raise UserError(f"--format: must be onnx or torch, got {format!r}")
+    with timed(folder, "export"):
+        model = load_pruned(folder.pruned)
+        if format == "torch":
+            return _export_torch(model, workspace, folder)
+        error = export_onnx(model, workspace.splits.example, folder.onnx)
+    folder.add_results(onnx_max_relative_error=error)
+    return folder.onnx
+
+
+def _export_torch(model: nn.Module, workspace: Workspace, folder: RunFolder) -> Path:
+    path = folder.root / "model.pt2"
+    # A batch of 1 would be taken for a constant.
+    example = workspace.splits.example.contiguous().repeat(2, 1, 1, 1)
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    write_atomically(path, lambda partial: torch.export.save(program, partial))
+    return path
+
+
+def latency_stage(workspace: Workspace, folder: RunFolder, batch: int) -> None:
+    """Measures dense and pruned in torch and ONNX Runtime, batch 1 and `batch`, alternating."""
+    with timed(folder, "latency"):
+        pruned = load_pruned(folder.pruned)
+        sizes = sorted({1, batch})
+        rows = measure_latency(workspace.model, pruned, workspace.splits.example, folder.onnx, sizes)
+    first = next(row for row in rows if row.engine == "onnxruntime")
+    latency = {"latency_ms": first.pruned_ms, "latency_ms_dense": first.dense_ms}
+    folder.add_results(latency=[asdict(row) for row in rows], **latency)
+
+
+def report_stage(folder: RunFolder) -> Path:
+    """Writes `report.html` from what the folder holds."""
+    return write_report(folder)
+
+
+def summary(folder: RunFolder) -> dict:
+    """The results for `--json`: what was measured, without the long tables."""
+    results = folder.read_json(folder.results)
+    return {key: value for key, value in results.items() if not isinstance(value, list)}
