@@ -70,11 +70,18 @@ def _version() -> str:
 
 def _search_options(parser: Parser) -> None:
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
-    for config in (NetworkConfig, DataConfig, SearchConfig, OutputConfig):
+    for config in (NetworkConfig, DataConfig, SearchConfig):
         parser.add_class_arguments(config)
+    parser.add_class_arguments(OutputConfig, skip={"resume", "json"})
+    parser.add_argument("--resume", action="store_true", help="Go on with the run in --out where it was interrupted.")
+    _json_option(parser)
     parser.add_argument("--epochs", type=int, default=FinetuneConfig.epochs, help="Epochs of fine-tuning.")
     parser.add_class_arguments(FinetuneConfig, "finetune", skip={"epochs"})
     parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
+
+
+def _json_option(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="Print one JSON object as the last line of stdout.")
 
 
 def _pick(options: Namespace, config: type, **fixed: object):
@@ -391,7 +398,7 @@ def data(options: Namespace) -> None:
 
 def _run_options(parser: Parser) -> None:
     parser.add_argument("run", help="Folder of the run.")
-    parser.add_argument("--json", action="store_true", help="Print one JSON object as the last line of stdout.")
+    _json_option(parser)
 
 
 def _replay_options(parser: Parser) -> None:
@@ -430,7 +437,7 @@ def _trace_options(parser: Parser) -> None:
     parser.add_argument("--weights", type=str | None, default=None, help="Weights file; groups don't depend on it.")
     parser.add_argument("--n_classes", type=int, default=10, help="Width of the head.")
     parser.add_argument("--image_size", type=int | None, default=None, help="Side of the input (default: 32 or 224).")
-    parser.add_argument("--json", action="store_true", help="Print one JSON object as the last line of stdout.")
+    _json_option(parser)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,3 +141,11 @@ class Groups:
 def positions(member: Member, channels: Tensor) -> Tensor:
     """The positions along the member's axis that the given channels occupy, `(n * k,)`."""
     return member.index[channels].flatten().to(torch.int64)
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """The tensors in what a network or an operation returned, which may be nested in dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return [value]
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for child in children for tensor in tensors_in(child)]

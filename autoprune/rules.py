@@ -190,7 +190,7 @@ def pooling(call: Call) -> None:
 
 def reduction(call: Call) -> None:
     """A mean or sum over space keeps the channel; over channels it pins them."""
-    x, axes = call.args[0], call.args[1]
+    x, axes = call.args[0], call.args[1] if len(call.args) > 1 else None
     labels = call.tracer.labels(x)
     axes = sorted({axis % labels.ndim for axis in (axes or range(labels.ndim))}, reverse=True)
     if set(axes) & set(varying_axes(labels)):

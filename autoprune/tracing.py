@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune.cost import CostTable
 from autoprune.errors import UserError
-from autoprune.groups import Activation, Group, Groups, Layer, Member
+from autoprune.groups import Activation, Group, Groups, Layer, Member, tensors_in
 from autoprune.labels import LabelBook, spread, varying_axes
 from autoprune.rules import Call, ParameterView, movement, reshape, rule_for, same
 from autoprune.verify import failing_groups
@@ -90,7 +90,7 @@ class Tracer:
             torch.backends.mha.set_fastpath_enabled(fastpath)
             for hook in hooks:
                 hook.remove()
-        for tensor in _tensors_in(output):
+        for tensor in tensors_in(output):
             self.book.pin(self.labels(tensor), "feeds the network's output")
         self._settle_bare_parameters()
 
@@ -175,16 +175,9 @@ class _LabelMode(TorchDispatchMode):
             rule = rule_for(func)
             rule(call)
             if active and rule not in (movement, reshape, same):
-                alive = {id(tensor): tensor for tensor in [*active, *_tensors_in(out)] if tracer.is_activation(tensor)}
+                alive = {id(tensor): tensor for tensor in [*active, *tensors_in(out)] if tracer.is_activation(tensor)}
                 tracer.operations.append([tracer.labels(tensor) for tensor in alive.values()])
         return out
-
-
-def _tensors_in(value: object) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for child in children for tensor in _tensors_in(child)]
 
 
 def _derive(tracer: Tracer) -> Groups:
