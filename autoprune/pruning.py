@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from autoprune.groups import Groups, positions
+from autoprune.groups import Groups, own_tensors, positions
 
 Kept = Mapping[str, Tensor]
 """Prunable group to the channels that survive, int64, ascending."""
@@ -37,7 +37,7 @@ class Slicer:
     def __init__(self, model: nn.Module, groups: Groups):
         self.groups = groups
         self.model = copy.deepcopy(model)
-        self._dense = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self._dense = {name: tensor.detach().clone() for name, tensor in own_tensors(model).items()}
         self._owners = _owners(self.model)
         self._attributes = [_attribute_setter(module) for module in self.model.modules()]
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune.cost import CostTable
 from autoprune.errors import UserError
-from autoprune.groups import Activation, Group, Groups, Layer, Member, tensors_in
+from autoprune.groups import Activation, Group, Groups, Layer, Member, own_tensors, tensors_in
 from autoprune.labels import LabelBook, spread, varying_axes
 from autoprune.rules import Call, ParameterView, movement, reshape, rule_for, same
 from autoprune.verify import failing_groups
@@ -66,7 +66,7 @@ class Tracer:
     _path: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
+        for name, tensor in own_tensors(self.model).items():
             axes = (spread(torch.arange(size), axis, tensor.shape) for axis, size in enumerate(tensor.shape))
             self.see(tensor, ParameterView(name, tuple(axes)))
 
@@ -196,7 +196,7 @@ def _derive(tracer: Tracer) -> Groups:
         pattern = tuple((use, len(at)) for use, at in places[root].items())
         families[pattern, reasons.get(root)].append(root)
 
-    shapes = {name: tuple(tensor.shape) for name, tensor in tracer.model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(tracer.model).items()}
     groups, names = [], set()
     group_of: dict[int, str] = {}
     for (pattern, reason), members in families.items():
@@ -249,8 +249,8 @@ def _activation(labels: Tensor, roots: np.ndarray, group_of: dict[int, str]) -> 
 
 def _macs_share(group: Group, groups: Groups) -> float:
     touched = {member.tensor for member in group.members}
-    macs = {layer: layer.positions * int(np.prod(groups.shapes[layer.tensor])) for layer in groups.layers}
-    return sum(cost for layer, cost in macs.items() if layer.tensor in touched) / max(1, sum(macs.values()))
+    macs = [(layer.tensor, layer.positions * int(np.prod(groups.shapes[layer.tensor]))) for layer in groups.layers]
+    return sum(cost for tensor, cost in macs if tensor in touched) / max(1, sum(cost for _, cost in macs))
 
 
 def _pinned(groups: Groups, name: str, reason: str) -> Groups:
