@@ -1,6 +1,5 @@
 """A learner's whole state in one file that loads without executing code: weights, optimisers, replay, random states."""
 
-import os
 import random
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from autoprune.errors import UserError
+from autoprune.runs import write_state
 
 COUNTERS = ("num_timesteps", "_episode_num", "_n_updates", "_current_progress_remaining")
 REPLAY = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
@@ -26,9 +26,7 @@ def save_learner(learner: BaseAlgorithm, episodes: int, path: Path) -> None:
         "random": _random_state(),
         "replay": _replay_state(getattr(learner, "replay_buffer", None)),
     }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    write_state(path, state)
 
 
 def restore_learner(learner: BaseAlgorithm, path: Path) -> int:

@@ -56,7 +56,7 @@ class Budget:
         return self.amount if self.amount is not None else int(dense * self.share + 1e-9)
 
     def __str__(self) -> str:
-        return f"{self.metric}={self.share:.6g}" if self.share is not None else f"{self.metric}={self.amount}"
+        return f"{self.metric}={self.share * 100:.8g}%" if self.share is not None else f"{self.metric}={self.amount}"
 
 
 def _number(text: str) -> float:

@@ -43,6 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"autoprune: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        where = f" {error.filename!r}" if error.filename else ""
+        print(f"autoprune: error: can't read or write{where} ({error.strerror or error})", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("autoprune: interrupted; go on with --resume", file=sys.stderr)
         return 130
@@ -100,14 +104,19 @@ def _settings(options: Namespace) -> Settings:
     )
 
 
-def _start(options: Namespace):
-    """Workspace and run folder of a new run, or of the one to resume."""
+def _start(options: Namespace, prepare: Callable):
+    """Workspace and run folder of a new run, or of the one to resume.
+
+    Everything that can be wrong is found by `prepare(workspace)` before the folder is made.
+    """
     from autoprune.compress import Workspace
     from autoprune.runs import start_run
 
     settings, output = _settings(options), _pick(options, OutputConfig)
     _check_names(settings, output)
-    return Workspace(settings), start_run(settings, output.out, output.resume), output
+    workspace = Workspace(settings)
+    prepare(workspace)
+    return workspace, start_run(settings, output.out, output.resume), output
 
 
 def _check_names(settings: Settings, output: OutputConfig) -> None:
@@ -151,7 +160,7 @@ def run(options: Namespace) -> None:
     from autoprune import compress
     from autoprune.console import say
 
-    workspace, folder, output = _start(options)
+    workspace, folder, output = _start(options, _make_env)
     _search(workspace, folder, output)
     if not (folder.pruned / "plan.json").exists():
         compress.prune_stage(workspace, folder, say)
@@ -173,7 +182,7 @@ def search(options: Namespace) -> None:
     """Up to the allocation: an agent or baseline searches, the best finalist is chosen."""
     from autoprune import compress
 
-    workspace, folder, output = _start(options)
+    workspace, folder, output = _start(options, _make_env)
     _search(workspace, folder, output)
     print(f"report: {compress.report_stage(folder)}")
     _finish(folder, output.json)
@@ -198,6 +207,7 @@ def _search(workspace, folder, output: OutputConfig) -> None:
             with timed(folder, f"baseline {name}"):
                 result = _one_search(workspace, name, RunFolder(folder.root / "baselines" / name))
             entry = result.best.to_json() | {"evaluations": result.evaluations}
+            entry["reward"] = max(episode.reward for episode in result.episodes)
             folder.add_results(baselines=known | {name: entry})
     if not folder.allocation.exists():
         with timed(folder, "search"):
@@ -318,8 +328,9 @@ def prune(options: Namespace) -> None:
     if options.run:
         workspace, folder = _open(options.run)
     else:
-        workspace, folder, _ = _start(options)
-        allocation = Allocation.read(options.allocation, workspace.groups)
+        read = lambda workspace: Allocation.read(options.allocation, workspace.groups)  # noqa: E731
+        workspace, folder, _ = _start(options, read)
+        allocation = read(workspace)
         settings = workspace.settings
         folder.add_results(run=str(folder.root), model=settings.network.model, data=settings.data.data)
         folder.add_results(budget=allocation.budget, agent=allocation.source, evaluations=0)

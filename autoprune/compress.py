@@ -1,4 +1,4 @@
-"""From an allocation to a finished network: prune, fine-tune, evaluate, export, report. Needs no reinforcement learning.
+"""From an allocation to a finished network: prune, fine-tune, evaluate, export, report. Knows nothing of RL.
 
 Each stage reads what it needs from the run folder, writes its artefacts there and adds its numbers to results.json; a
 stage that is done isn't done again.
@@ -127,7 +127,7 @@ def use_allocation(workspace: Workspace, allocation: Allocation, folder: RunFold
 
 
 def prune_stage(workspace: Workspace, folder: RunFolder, say: Say) -> None:
-    """Applies the run's allocation: `pruned/` holds the smaller network, batch norm recalibrated, not yet fine-tuned."""
+    """Applies the run's allocation; `pruned/` then holds the smaller network, recalibrated but not fine-tuned."""
     with timed(folder, "prune"):
         allocation = Allocation.read(folder.allocation, workspace.groups)
         kept = top_channels(workspace.importance, allocation.kept)
@@ -200,7 +200,7 @@ def export_stage(workspace: Workspace, folder: RunFolder, format: str = "onnx") 
     with timed(folder, "export"):
         model = load_pruned(folder.pruned)
         if format == "torch":
-            return _export_torch(model, workspace, folder)
+            return _export_torch(model.to(memory_format=torch.contiguous_format), workspace, folder)
         error = export_onnx(model, workspace.splits.example, folder.onnx)
     folder.add_results(onnx_max_relative_error=error)
     return folder.onnx

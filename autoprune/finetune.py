@@ -1,7 +1,6 @@
 """One plain training loop: fine-tuning, distillation, training from scratch; resumable at every epoch."""
 
 import math
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +11,8 @@ from torch.nn import functional as F
 
 from autoprune.config import FinetuneConfig
 from autoprune.data import Images, batches
+from autoprune.errors import UserError
+from autoprune.runs import write_state
 
 EpochCallback = Callable[[int, float], None]
 
@@ -126,16 +127,18 @@ def _save(checkpoint: Path | None, epoch: int, model: nn.Module, optimizer, sche
         "optimizer": optimizer.state_dict(),
         "step": schedule.last_epoch,
     }
-    partial = checkpoint.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, checkpoint)
+    write_state(checkpoint, state)
 
 
 def _resume(checkpoint: Path | None, model: nn.Module, optimizer, schedule) -> int:
     if checkpoint is None or not checkpoint.exists():
         return 0
-    state = torch.load(checkpoint, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.last_epoch = state["step"]
-    return state["epoch"]
+    try:
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.last_epoch = state["step"]
+        return state["epoch"]
+    except Exception as error:  # torch raises a dozen types for a damaged file
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"RUN: can't use checkpoint {str(checkpoint)!r} ({reason}); delete it to start over") from error

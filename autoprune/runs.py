@@ -1,5 +1,6 @@
-"""The run folder: every artefact's name, atomic writes, provenance. Nothing half-written is ever left under a final name."""
+"""The run folder: every artefact's name, atomic writes, provenance. Nothing half-written stays behind."""
 
+import io
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 import yaml
 
@@ -34,6 +36,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         if partial.exists():
             partial.unlink()
+
+
+def write_state(path: Path, state: dict) -> None:
+    """Writes a checkpoint that `torch.load(weights_only=True)` reads, atomically."""
+    import torch
+
+    # In memory first: on a full disk torch.save itself raises a RuntimeError that names neither file nor reason.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, lambda partial: partial.write_bytes(buffer.getvalue()))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -125,8 +137,11 @@ class RunFolder:
 
     def append(self, event: str, **fields: object) -> None:
         """Adds one line to the log, flushed, so that a killed run keeps it."""
-        with self.log.open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"event": event, **fields}) + "\n")
+        line = json.dumps({"event": event, **fields}).encode() + b"\n"
+        with self.log.open("ab+") as log:
+            if log.tell() and not _ends_line(log):
+                line = b"\n" + line  # a kill cut the last line short; it must not swallow this one
+            log.write(line)
 
     def events(self, event: str) -> Iterator[dict]:
         """The log's lines of one kind, oldest first; a last line cut short by a kill is left out."""
@@ -139,6 +154,11 @@ class RunFolder:
                 continue
             if entry["event"] == event:
                 yield entry
+
+
+def _ends_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def start_run(settings: Settings, out: str | None, resume: bool) -> RunFolder:

@@ -1,0 +1,305 @@
+"""The command line as people use it: a whole run, its parts, kills at any moment, and every kind of bad input."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from autoprune import models
+from autoprune.cli import COMMANDS, main
+from autoprune.export import load_pruned
+from autoprune.runs import RunFolder
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--model", "tests.tiny:network", "--data", "digits"]
+FAST = [*TINY, "--episodes", "8", "--epochs", "2", "--baselines", "uniform", "--proxy.images", "40"]
+ARTEFACTS = "config.yaml allocation.json policy pruned model.onnx report.html log.jsonl results.json".split()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """One whole run; tests only read it."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(["run", *FAST, "--out", str(folder)]) == 0
+    return folder
+
+
+def failure(capsys, *arguments: str) -> str:
+    """The one line that a bad command prints."""
+    capsys.readouterr()
+    try:
+        code = main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert code == 2, captured.err
+    assert len(lines) == 1 and "Traceback" not in captured.err, captured.err
+    return lines[0]
+
+
+def test_a_run_writes_every_artefact_of_the_run_folder(finished):
+    assert [name for name in ARTEFACTS if not (finished / name).exists()] == []
+    assert not list(finished.rglob("*.partial*"))
+
+
+def test_a_run_ends_within_its_budget_with_costs_that_hold_for_the_saved_network(finished):
+    results = json.loads((finished / "results.json").read_text())
+    network = load_pruned(finished / "pruned")
+    assert results["macs"] <= 0.5 * results["macs_dense"]
+    assert results["params"] == sum(p.numel() for p in network.parameters())
+
+
+def test_the_exported_onnx_computes_what_the_saved_network_does(finished):
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    (logits,) = onnxruntime.InferenceSession(finished / "model.onnx").run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        expected = load_pruned(finished / "pruned")(images).numpy()
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_the_config_of_a_run_holds_settings_and_provenance(finished):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["search"]["episodes"] == 8 and config["network"]["model"] == "tests.tiny:network"
+    assert {"command", "versions", "hardware"} <= config.keys()
+
+
+def test_json_prints_the_contracted_keys_as_the_last_line(tmp_path, capsys):
+    assert main(["run", *FAST, "--json", "--out", str(tmp_path / "run")]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    contract = """run model budget macs macs_dense macs_ratio params params_dense accuracy_dense accuracy_pruned accuracy
+        latency_ms latency_ms_dense episodes evaluations seconds_search seconds_total""".split()
+    assert [key for key in contract if key not in results] == []
+
+
+def test_trace_json_describes_groups_and_their_reasons(capsys):
+    assert main(["trace", "--model", "resnet20", "--json"]) == 0
+    description = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert description["macs"] == 40_551_040 and description["params"] == 269_722
+    assert {"name", "channels", "prunable", "pinned", "members"} <= description["groups"][0].keys()
+    assert 0 < description["prunable_macs_share"] <= 1
+    pinned = {group["name"]: group["pinned"] for group in description["groups"] if not group["prunable"]}
+    assert pinned["linear"] == "feeds the network's output" and "zero padding" in pinned["layer2.0.conv2"]
+
+
+def test_replay_reproduces_the_policys_allocation_and_meets_another_budget(finished, tmp_path, capsys):
+    own = json.loads((finished / "policy" / "policy.json").read_text())["allocation"]
+    assert main(["replay", str(finished), "--out", str(tmp_path / "same.json")]) == 0
+    assert json.loads((tmp_path / "same.json").read_text())["kept"] == own
+    assert main(["replay", str(finished), "--budget", "macs=70%", "--json", "--out", str(tmp_path / "other.json")]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0.6 < results["macs_ratio"] <= 0.7
+
+
+def test_an_allocation_from_a_file_is_pruned_finetuned_evaluated_and_exported_without_a_search(finished, tmp_path):
+    folder = str(tmp_path / "by_hand")
+    allocation = str(finished / "allocation.json")
+    assert main(["prune", "--allocation", allocation, *TINY, "--out", folder]) == 0
+    for command in (
+        ["finetune", folder, "--epochs", "1"],
+        ["evaluate", folder],
+        ["export", folder],
+        ["report", folder],
+    ):
+        assert main(command) == 0
+    assert main(["export", folder, "--format", "torch"]) == 0
+    results = RunFolder(Path(folder)).known_results
+    assert results["macs_ratio"] <= 0.5 and "accuracy" in results
+    assert (Path(folder) / "model.onnx").exists() and (Path(folder) / "model.pt2").exists()
+
+
+def test_a_finished_run_resumed_does_nothing_again(finished):
+    before = {
+        path: path.read_bytes() for path in finished.rglob("*") if path.suffix in (".safetensors", ".onnx", ".jsonl")
+    }
+    assert main(["run", *FAST, "--out", str(finished), "--resume"]) == 0
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_allocation_and_weights_of_one_left_alone(tmp_path):
+    arguments = [*TINY, "--episodes", "60", "--epochs", "12", "--baselines", "none", "--checkpoint_every", "5"]
+    assert main(["run", *arguments, "--out", str(tmp_path / "alone")]) == 0
+    killed, kills = tmp_path / "killed", 0
+    generator = random.Random(time.time_ns())
+    # Once in the search, once in fine-tuning: wait for that many lines of the log, then a little longer.
+    for event, n_lines in (("episode", generator.randrange(3, 55)), ("epoch", generator.randrange(1, 10))):
+        process = _start("run", *arguments, "--out", str(killed), *(["--resume"] if kills else []))
+        while process.poll() is None and len(list(RunFolder(killed).events(event))) < n_lines:
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert main(["run", *arguments, "--out", str(killed), "--resume"]) == 0
+    for name in ("allocation.json", "pruned/weights.safetensors", "policy/policy.safetensors"):
+        assert (killed / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+    scores = [RunFolder(tmp_path / name).known_results["accuracy"] for name in ("alone", "killed")]
+    assert scores[0] == scores[1]
+
+
+def _start(*arguments: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "autoprune", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_every_command_has_help_that_names_its_purpose(capsys):
+    for name, command in COMMANDS.items():
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert stop.value.code == 0 and " ".join(command.run.__doc__.split()).split(".")[0] in text
+
+
+def test_help_answers_without_importing_torch():
+    code = "import sys; from autoprune.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet21"], "unknown model 'resnet21'; did you mean resnet"),
+        (["--model", "tests.tiny:nothing"], "'tests.tiny:nothing'"),
+        (["--data", "cifar11"], "unknown dataset 'cifar11'; did you mean 'cifar10'"),
+        (["--agent", "ppa"], "unknown agent 'ppa'; did you mean 'ppo'"),
+        (["--criterion", "l3"], "unknown criterion 'l3'; did you mean 'l1'"),
+        (["--reward", "weighted"], "unknown reward 'weighted'; did you mean 'weighted_sum'"),
+        (["--baselines", "unifrom"], "unknown baseline 'unifrom'; did you mean 'uniform'"),
+        (["--budget", "macs=0"], "above 0 and at most 100%, got '0'"),
+        (["--budget", "macs=120%"], "above 0 and at most 100%, got '120%'"),
+        (["--budget", "macs=half"], "'half' is no number"),
+        (["--budget", "watts=50%"], "unknown metric 'watts'"),
+        (["--budget", "macs=0.1%"], r"below the reachable floor"),
+        (["--model", "resnet56"], "give the trained weights of resnet56"),
+        (["--weights", "missing.th"], "no file 'missing.th'"),
+        (["--model", "tests.tiny:sick"], "0.0.weight holds NaN"),
+        (["--model", "tests.tiny:hopeless"], "nothing can be pruned"),
+        (["--episodes", "0"], "--episodes: must be at least 1, got 0"),
+        (["--episodes", "many"], "many"),
+        (["--resume"], "--resume: which run?"),
+        (["--nonsense", "1"], "--nonsense"),
+    ],
+)
+def test_bad_input_of_a_run_ends_with_code_2_and_one_line_and_leaves_nothing(arguments, message, tmp_path, capsys):
+    base = [] if "--resume" in arguments else ["--out", str(tmp_path / "run")]
+    line = failure(capsys, "run", *TINY, *base, *arguments)
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreachable_budget_states_the_floor(tmp_path, capsys):
+    line = failure(capsys, "search", *TINY, "--budget", "params=1%", "--out", str(tmp_path / "run"))
+    assert "this network needs params=" in line and "%) or more" in line
+
+
+def test_weights_for_another_architecture_are_explained(tmp_path, capsys):
+    save_file(models.build("resnet32").state_dict(), tmp_path / "w.safetensors")
+    line = failure(capsys, "run", "--weights", str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "run"))
+    assert "another architecture" in line and "unexpected" in line
+
+
+def test_weights_with_nan_are_refused_by_name(tmp_path, capsys):
+    state = models.build("resnet20").state_dict()
+    state["layer1.0.conv1.weight"][0] = float("nan")
+    save_file(state, tmp_path / "w.safetensors")
+    line = failure(capsys, "run", "--weights", str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "run"))
+    assert "layer1.0.conv1.weight" in line and "NaN" in line
+
+
+def test_an_image_folder_with_other_classes_than_the_head_is_refused(tmp_path, capsys):
+    for part in ("train", "test"):
+        for name in ("cat", "dog", "fox"):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for index in range(20):
+                Image.new("RGB", (32, 32), (index, 0, 0)).save(tmp_path / "images" / part / name / f"{index}.png")
+    save_file(models.build("resnet20").state_dict(), tmp_path / "w.safetensors")
+    arguments = "--data", str(tmp_path / "images"), "--image_size", "32", "--weights", str(tmp_path / "w.safetensors")
+    line = failure(capsys, "run", *arguments, "--out", str(tmp_path / "run"))
+    assert "10 classes" in line and "the data has 3" in line
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("run", "search", "trace", "data")])
+def test_a_folder_that_is_no_run_is_refused(command, tmp_path, capsys):
+    assert "is not a run folder (no config.yaml)" in failure(capsys, command, str(tmp_path))
+    assert "no folder 'nowhere'" in failure(capsys, command, "nowhere")
+
+
+def test_a_damaged_run_folder_is_named(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("network: [")
+    assert "config.yaml' is damaged" in failure(capsys, "evaluate", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("network: {model: resnet20, colour: red}")
+    assert "damaged or of another version" in failure(capsys, "evaluate", str(tmp_path))
+
+
+def test_a_run_that_has_not_been_pruned_says_what_is_missing(finished, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
+    assert "has no pruned/plan.json yet" in failure(capsys, "evaluate", str(tmp_path))
+    assert "no policy" in failure(capsys, "replay", str(tmp_path))
+
+
+def test_an_allocation_for_another_network_is_refused(finished, tmp_path, capsys):
+    allocation = str(finished / "allocation.json")
+    line = failure(capsys, "prune", "--allocation", allocation, "--out", str(tmp_path / "run"))
+    assert "another network" in line
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(finished, capsys):
+    assert "holds a run already" in failure(capsys, "run", *FAST, "--out", str(finished))
+    line = failure(capsys, "run", *FAST, "--seed", "7", "--out", str(finished), "--resume")
+    assert "seed: 0 -> 7" in line
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = failure(capsys, "run", *FAST, "--out", str(tmp_path / "file" / "run"))
+    assert str(tmp_path / "file") in line and "Not a directory" in line
+
+
+@pytest.mark.parametrize("victim", ["weights.safetensors", "model.onnx", "report.html", "allocation.json"])
+def test_a_full_disk_leaves_no_half_written_artefact(victim, finished, tmp_path, monkeypatch, capsys):
+    """The rename is where a full disk is simulated: by then the partial file exists."""
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == victim:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    folder = tmp_path / "run"
+    line = failure_after_progress(capsys, "run", *FAST, "--baselines", "none", "--out", str(folder))
+    assert victim in line and "No space left on device" in line
+    assert not list(folder.rglob("*.partial*")) and not list(folder.rglob(victim))
+
+
+def failure_after_progress(capsys, *arguments: str) -> str:
+    """As `failure`, for commands that have reported progress before they fail."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text.strip().splitlines()[-1]
+
+
+def test_the_policy_files_are_safetensors_and_json(finished):
+    assert sorted(path.name for path in (finished / "policy").iterdir()) == ["policy.json", "policy.safetensors"]
+    assert load_file(finished / "policy" / "policy.safetensors")

@@ -1,0 +1,26 @@
+"""A network of the user's own, as `--model tests.tiny:network` would name it: seeded, so that every process gets the same."""
+
+import torch
+from torch import nn
+
+from autoprune.models import conv_bn
+
+
+def network(n_classes: int = 10) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        body = conv_bn(3, 8), conv_bn(8, 12, stride=2), conv_bn(12, 16, stride=2)
+        return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, n_classes))
+
+
+def hopeless(n_classes: int = 10) -> nn.Module:
+    """Nothing in it can be pruned."""
+    return nn.Sequential(nn.Conv2d(3, n_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def sick(n_classes: int = 10) -> nn.Module:
+    """A network with NaN in its weights."""
+    model = network(n_classes)
+    with torch.no_grad():
+        model[0][0].weight[0, 0, 0, 0] = float("nan")
+    return model
