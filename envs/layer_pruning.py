@@ -156,8 +156,9 @@ class LayerPruningEnv(gymnasium.Env):
             raise UserError(
                 f"budget: this environment budgets {self.space.metric}, got {budget}; make another one for it"
             )
-        self.episode_budget, self._target = budget, budget.target(self.space.costs)
-        self.space.check(self._target, budget)
+        target = budget.target(self.space.costs)
+        self.space.check(target, budget)
+        self.episode_budget, self._target = budget, target
         self._state = self._look(0, self.space.costs.dense.copy(), 0.0)
 
     def _look(self, index: int, kept: np.ndarray, previous: float) -> State:
