@@ -117,7 +117,8 @@ class Episodes(BaseCallback):
 
     def _on_step(self) -> bool:
         self.done += int(self.locals["dones"].sum())
-        return self.done < self.n_episodes
+        # Stopping inside a roll-out discards it, so at the end of one the learner stops by itself, after its update.
+        return self.done < self.n_episodes or self.model.num_timesteps % self.model.n_steps == 0
 
 
 def train(
