@@ -2,9 +2,10 @@
 
     python experiments/search_agents.py --model resnet20 --weights FILE --seeds 0 1 2
 
-One row a searcher and seed in `experiments/results/search_MODEL.csv`: wall time, evaluations a second, and the scores of
-the allocation that won on the selection split (3,000 training images, never seen by the search). Rows that are there
-already aren't measured again, and a killed search goes on where it was. ResNet-20, 3 seeds: about 20 minutes on 2 cores.
+One row a searcher and seed in `experiments/results/search_MODEL.csv`: wall time, evaluations a second, and the scores
+of the allocation that won on the selection split (3,000 training images, never seen by the search). Rows that are
+there already aren't measured again, and a killed search goes on where it was. ResNet-20, 3 seeds: about 20 minutes on
+2 cores.
 """
 
 import argparse
@@ -45,7 +46,9 @@ def main() -> None:
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--budget", default="macs=50%")
-    parser.add_argument("--searchers", nargs="+", default=["uniform", "sensitivity", "random", "ppo", "sac", "td3", "ddpg"])
+    parser.add_argument(
+        "--searchers", nargs="+", default=["uniform", "sensitivity", "random", "ppo", "sac", "td3", "ddpg"]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--episodes", type=int, default=300)
     parser.add_argument("--runs", type=Path, default=Path("runs/search_agents"))

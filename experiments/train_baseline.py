@@ -1,4 +1,4 @@
-"""Which network does the project start from? Trains one on CIFAR-10 and reads the test split once, after the last epoch.
+"""Which network does the project start from? Trains one on CIFAR-10; the test split is read once, after the last epoch.
 
     python experiments/train_baseline.py --model resnet20 --epochs 80
 
