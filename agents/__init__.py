@@ -1,0 +1,1 @@
+"""Agents, baselines and policies on the pruning environment."""

@@ -24,14 +24,13 @@ from autoprune.export import export_onnx, load_pruned, save_pruned
 from autoprune.finetune import finetune
 from autoprune.groups import Groups
 from autoprune.latency import measure_latency
-from autoprune.models import build, load_weights
+from autoprune.models import EMBEDDED_WEIGHTS, build, load_weights
 from autoprune.proxy import ProxyAccuracy, accuracy, recalibrate
 from autoprune.pruning import prune, top_channels
 from autoprune.report import write_report
 from autoprune.runs import RunFolder, write_atomically, write_json
 from autoprune.tracing import trace
 
-EMBEDDED_WEIGHTS = Path(__file__).parent / "assets" / "resnet20_cifar10.safetensors"
 Say = Callable[[str], None]
 
 

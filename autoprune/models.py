@@ -171,6 +171,7 @@ def _kaiming(module: nn.Module) -> None:
 
 
 Factory = Callable[..., nn.Module]
+EMBEDDED_WEIGHTS = Path(__file__).parent / "assets" / "resnet20_cifar10.safetensors"
 RESNET_DEPTHS = (20, 32, 44, 56, 110)
 MODELS: dict[str, Factory] = {
     **{f"resnet{d}": lambda n_classes=10, d=d: CifarResNet(d, n_classes, "A") for d in RESNET_DEPTHS},
@@ -240,6 +241,13 @@ def _call_factory(factory: Factory, n_classes: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UserError(f"--model: the factory must return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def embedded_resnet20() -> nn.Module:
+    """The ResNet-20 for CIFAR-10 that this project trained (`experiments/train_baseline.py`), in eval mode."""
+    model = build("resnet20")
+    load_weights(model, EMBEDDED_WEIGHTS)
+    return model.eval()
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
