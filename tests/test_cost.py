@@ -1,0 +1,123 @@
+"""Costs by hand: formulas in named dimensions for MACs and parameters, an independent sum for memory."""
+
+import numpy as np
+import pytest
+import torch
+from nets import AREA, CLASSES, NETS, RGB, K, build, images, tensors
+from torch import nn
+
+from autoprune.cost import BYTES, CostTable
+from autoprune.pruning import prune
+from autoprune.tracing import trace
+
+
+def table(name: str, verify: bool = True) -> CostTable:
+    return CostTable(trace(build(name), images(1, NETS[name].size), verify=verify))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_dense_macs_are_the_formula(name):
+    assert table(name).macs({}) == NETS[name].macs
+
+
+def test_chain_follows_its_formula_at_every_allocation():
+    costs = table("chain")
+    for first in range(1, 7):
+        for second in range(1, 9):
+            macs = AREA * K * RGB * first + AREA // 4 * K * first * second + second * CLASSES
+            weights = K * RGB * first + K * first * second + second * CLASSES
+            others = 3 * first + 3 * second + CLASSES  # bias, batch norm's scale and shift; the head's bias
+            kept = {"conv1": first, "conv2": second}
+            assert costs.macs(kept) == macs
+            assert costs.params(kept) == weights + others
+
+
+def test_concat_adds_both_branches_on_the_consumers_axis():
+    costs = table("concat")
+    for left, right, body in [(1, 1, 1), (4, 6, 8), (2, 5, 3), (3, 1, 8)]:
+        macs = AREA * K * (RGB * (left + right) + (left + right) * body) + body * CLASSES
+        assert costs.macs({"left": left, "right": right, "body": body}) == macs
+
+
+def test_channels_that_reach_a_layer_twice_count_twice():
+    costs = table("self_concat")
+    assert costs.macs({"stem": 2}) == AREA * K * RGB * 2 + 2 * 2 * CLASSES
+
+
+def test_depthwise_multiplier_makes_each_channel_count_for_two():
+    costs = table("depthwise_multiplier")
+    assert costs.macs({"stem": 5, "pointwise": 3}) == (AREA * (K * RGB * 5 + K * 2 * 5 + 2 * 5 * 3) + 3 * CLASSES)
+
+
+def test_flattened_channels_count_once_a_position():
+    costs = table("flatten")
+    assert costs.macs({"stem": 3, "hidden": 2}) == 12**2 * (K * RGB * 3 + 3 * 2) + 2 * CLASSES
+
+
+def test_shared_layers_cost_every_use_but_have_their_parameters_once():
+    for name in ("shared", "two_names"):
+        costs = table(name)
+        assert costs.macs({"stem": 4}) == AREA * K * (RGB * 4 + 2 * 4 * 4) + 4 * CLASSES
+        assert costs.params({"stem": 4}) == (K * RGB * 4 + 4) + (K * 4 * 4 + 4) + (4 * CLASSES + CLASSES)
+
+
+def test_zeros_of_a_padded_shortcut_cost_what_they_cost():
+    costs = table("padded_shortcut")  # of the outer layer's 8 channels 4 are the stream's, 4 meet zeros and stay
+    assert costs.macs({"stem": 1, "inner": 2}) == (
+        AREA * K * RGB * 1 + AREA // 4 * K * (1 * 2 + 2 * (4 + 1)) + (4 + 1) * CLASSES
+    )
+
+
+def largest_operation(model: nn.Module, x: torch.Tensor) -> int:
+    """Elements that the hungriest module reads and writes, one sample, measured while it runs."""
+    sizes = []
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, output: sizes.append(inputs[0].numel() + output.numel()))
+        for module in model.modules()
+        if not list(module.children())
+    ]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return max(sizes)
+
+
+def test_memory_is_weights_plus_the_hungriest_operation_of_the_pruned_chain():
+    model, x = build("chain"), images(1, 8)
+    groups = trace(model, x)
+    costs = CostTable(groups)
+    for first, second in [(6, 8), (3, 8), (6, 2), (1, 1), (2, 5)]:
+        kept = {"conv1": torch.arange(first), "conv2": torch.arange(second)}
+        pruned = prune(model, groups, kept)
+        by_hand = max(
+            AREA * (RGB + first),  # conv1
+            AREA * (first + first),  # batch norm, ReLU
+            AREA * first + AREA // 4 * second,  # conv2
+        )
+        assert largest_operation(pruned, x) == by_hand
+        elements = sum(tensor.numel() for tensor in tensors(pruned))
+        assert costs.memory_bytes({"conv1": first, "conv2": second}) == BYTES * (elements + by_hand)
+
+
+def test_counts_come_as_mapping_or_as_array_in_forward_order():
+    costs = table("chain")
+    assert costs.names == ["conv1", "conv2"]
+    assert costs.dense.tolist() == [6, 8]
+    for metric in costs.metrics.values():
+        assert metric({"conv1": 2, "conv2": 5}) == metric(np.array([2, 5]))
+        assert metric({"conv2": 5}) == metric(np.array([6, 5]))
+        assert type(metric({})) is int
+
+
+def test_continuous_curve_passes_through_the_exact_values_and_between_them():
+    costs = table("residual")
+    for metric in ("macs", "params"):
+        at = [costs.continuous(metric, np.array([5.0, width])) for width in (3, 3.5, 4)]
+        assert at[0] == costs.metrics[metric](np.array([5, 3])) and at[2] == costs.metrics[metric](np.array([5, 4]))
+        assert at[0] < at[1] < at[2]
+
+
+def test_large_networks_do_not_overflow():
+    costs = table("chain")
+    assert costs.macs(np.array([2**20, 2**20])) > AREA // 4 * K * 2**40
