@@ -48,7 +48,7 @@ class Budget:
         is_share = target.endswith("%") or value <= 1
         if not 0 < value < math.inf or (target.endswith("%") and value > 1):
             raise UserError(f"--budget: the target must be above 0 and at most 100%, got {target!r}; e.g. macs=50%")
-        return cls(metric, share=value) if is_share else cls(metric, amount=int(value))
+        return cls(metric, share=value) if is_share else cls(metric, amount=int(round(value, 3)))
 
     def target(self, costs: CostTable) -> int:
         """The largest allowed cost of a given network, as an absolute number."""
@@ -61,7 +61,7 @@ class Budget:
 
 def _number(text: str) -> float:
     if text.endswith("%"):
-        return float(text[:-1]) / 100
+        return round(float(text[:-1]) / 100, 12)  # 99.9% is 0.999, not 0.9990000000000001
     scale = SUFFIXES.get(text[-1:], 1)
     return float(text[:-1] if scale != 1 else text) * scale
 
@@ -113,7 +113,7 @@ class Allocation:
                 f"--allocation: it is for another network: group {stranger!r} exists in only one of the two"
             )
         for name, count in self.kept.items():
-            if not isinstance(count, int) or not 1 <= count <= channels[name]:
+            if type(count) is not int or not 1 <= count <= channels[name]:
                 raise UserError(
                     f"--allocation: group {name!r} keeps {count!r}; allowed are 1 to {channels[name]} channels"
                 )
