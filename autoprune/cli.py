@@ -402,7 +402,7 @@ def trace(options: Namespace) -> None:
 def data(options: Namespace) -> None:
     """Fetches a dataset and stores it once: cifar10."""
     from autoprune.console import say
-    from autoprune.data import fetch
+    from autoprune.fetching import fetch
 
     print(fetch(options.name, say))
 

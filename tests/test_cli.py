@@ -180,7 +180,7 @@ def test_help_answers_without_importing_torch():
     [
         (["--model", "resnet21"], "unknown model 'resnet21'; did you mean resnet"),
         (["--model", "tests.tiny:nothing"], "'tests.tiny:nothing'"),
-        (["--data", "cifar11"], "unknown dataset 'cifar11'; did you mean 'cifar10'"),
+        (["--data", "cifar11"], "no dataset 'cifar11'; did you mean 'cifar10'"),
         (["--agent", "ppa"], "unknown agent 'ppa'; did you mean 'ppo'"),
         (["--criterion", "l3"], "unknown criterion 'l3'; did you mean 'l1'"),
         (["--reward", "weighted"], "unknown reward 'weighted'; did you mean 'weighted_sum'"),
