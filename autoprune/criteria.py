@@ -53,9 +53,9 @@ def _weights(model: nn.Module, members: list[Member]) -> list[Tensor]:
     return [row.flatten(1) for row in rows]
 
 
-def _producers(model: nn.Module, group: Group) -> list[Tensor]:
-    filters = [m for m in group.members if m.role == "produce" and m.tensor.endswith("weight")]
-    return _weights(model, filters)
+def _filters(groups: Groups, group: Group) -> list[Member]:
+    """The weights that produce a group's channels, whatever they are called; biases are left out."""
+    return [m for m in group.members if m.role == "produce" and len(groups.shapes[m.tensor]) > 1]
 
 
 def _average(scores: list[Tensor]) -> Tensor:
@@ -64,7 +64,7 @@ def _average(scores: list[Tensor]) -> Tensor:
 
 def _filterwise(score: Callable[[Tensor], Tensor]) -> Criterion:
     def criterion(model: nn.Module, groups: Groups, images: Images) -> Importance:
-        return {group.name: _average([score(rows) for rows in _producers(model, group)]) for group in groups}
+        return {g.name: _average([score(rows) for rows in _weights(model, _filters(groups, g))]) for g in groups}
 
     return criterion
 
@@ -79,9 +79,9 @@ def _bn_scale(model: nn.Module, groups: Groups, images: Images) -> Importance:
     l1 = CRITERIA["l1"](model, groups, images)
     scores = {}
     for group in groups:
-        scales = [m for m in group.members if m.role == "follow" and m.tensor.endswith("weight")]
-        rows = [row for row in _weights(model, scales) if row.shape[1] == 1]
-        scores[group.name] = _average([row.abs().sum(1) for row in rows]) if rows else l1[group.name]
+        vectors = [m for m in group.members if m.role == "follow" and len(groups.shapes[m.tensor]) == 1]
+        scales = _weights(model, [m for m in vectors if m.tensor.endswith("weight")])
+        scores[group.name] = _average([gamma.abs().sum(1) for gamma in scales]) if scales else l1[group.name]
     return scores
 
 
@@ -104,11 +104,10 @@ def _taylor(model: nn.Module, groups: Groups, images: Images) -> Importance:
         twin.zero_grad()
         F.cross_entropy(twin(batch.inputs), batch.labels).backward()
         for group in groups:
-            for member in group.members:
-                if member.role == "produce" and member.tensor.endswith("weight"):
-                    weight = parameters[member.tensor]
-                    product = (weight * weight.grad).detach().movedim(member.axis, 0)
-                    sums[group.name] += product[member.index].flatten(1).sum(1) ** 2
+            for member in _filters(groups, group):
+                weight = parameters[member.tensor]
+                product = (weight * weight.grad).detach().movedim(member.axis, 0)
+                sums[group.name] += product[member.index].flatten(1).sum(1) ** 2
     return {name: score / score.mean().clamp_min(1e-30) for name, score in sums.items()}
 
 
