@@ -38,17 +38,25 @@ class Evaluation:
 
 @torch.no_grad()
 def score(model: nn.Module, images: Images, batch_size: int = 500, bf16: str = "off") -> Evaluation:
-    """Accuracy and loss of `model` in eval mode on a split; its training flag is left as found."""
-    was_training, correct, loss = model.training, 0, 0.0
-    model.eval()
-    for inputs, labels in zip(images.inputs.split(batch_size), images.labels.split(batch_size), strict=True):
-        with autocast(bf16):
-            logits = model(inputs)
-        logits = logits.float()
-        correct += (logits.argmax(1) == labels).sum().item()
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-    model.train(was_training)
+    """Accuracy and loss of `model` in eval mode on a split; its training flags are left as found."""
+    correct, loss = 0, 0.0
+    with _in_eval_mode(model), autocast(bf16):
+        for inputs, labels in zip(images.inputs.split(batch_size), images.labels.split(batch_size), strict=True):
+            logits = model(inputs).float()
+            correct += (logits.argmax(1) == labels).sum().item()
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
     return Evaluation(correct / len(images), loss / len(images))
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 def accuracy(model: nn.Module, images: Images, batch_size: int = 500) -> float:
@@ -72,15 +80,14 @@ def recalibrate(model: nn.Module, inputs: Tensor, batch_size: int = 500, bf16: s
     layers = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     if not layers:
         return
-    with _measuring(model, layers), autocast(bf16):
+    with _in_eval_mode(model), _measuring(layers), autocast(bf16):
         for batch in inputs.chunk(-(-len(inputs) // batch_size)):
             model(batch)
 
 
 @contextmanager
-def _measuring(model: nn.Module, layers: list[BatchNorm]) -> Iterator[None]:
-    was_training, momenta = model.training, [layer.momentum for layer in layers]
-    model.eval()
+def _measuring(layers: list[BatchNorm]) -> Iterator[None]:
+    momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # PyTorch's cumulative average
@@ -90,7 +97,6 @@ def _measuring(model: nn.Module, layers: list[BatchNorm]) -> Iterator[None]:
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-        model.train(was_training)
 
 
 class ProxyAccuracy:
