@@ -1,0 +1,222 @@
+"""Importance equals plain loops, follows permutations, and never touches the model."""
+
+import copy
+
+import pytest
+import torch
+from nets import NETS, Chain, build, images, outputs, randomise
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoprune.criteria import CRITERIA, importance
+from autoprune.data import Images
+from autoprune.errors import UserError
+from autoprune.pruning import prune, top_channels
+from autoprune.tracing import trace
+
+GENERATOR = torch.Generator().manual_seed(0)
+DATA = Images(
+    torch.randint(0, 256, (60, 3, 8, 8), generator=GENERATOR, dtype=torch.uint8),
+    torch.randint(0, 5, (60,), generator=GENERATOR),
+)
+
+
+def traced(name: str):
+    model = build(name)
+    return model, trace(model, images(1, NETS[name].size))
+
+
+def normalised(scores: list[float]) -> Tensor:
+    scores = torch.tensor(scores)
+    return scores / scores.mean()
+
+
+def by_loops(name: str, weight: Tensor) -> Tensor:
+    """Scores of one layer's filters `(n, ...)`, weight by weight."""
+    filters = [[value.item() for value in row.flatten()] for row in weight]
+    distance = lambda a, b: sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) ** 0.5  # noqa: E731
+    return normalised(
+        {
+            "l1": lambda: [sum(abs(value) for value in row) for row in filters],
+            "l2": lambda: [sum(value**2 for value in row) ** 0.5 for row in filters],
+            "fpgm": lambda: [sum(distance(row, other) for other in filters) for row in filters],
+        }[name]()
+    )
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "fpgm"])
+def test_filter_criteria_equal_loops_over_weights(name):
+    model, groups = traced("chain")
+    scores = importance(name, model, groups, DATA)
+    torch.testing.assert_close(scores["conv1"], by_loops(name, model.conv1.weight))
+    torch.testing.assert_close(scores["conv2"], by_loops(name, model.conv2.weight))
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "fpgm"])
+def test_layers_that_share_channels_are_averaged_each_at_mean_one(name):
+    model, groups = traced("residual")
+    with torch.no_grad():
+        model.outer.weight.mul_(1000)  # a layer with large weights must not drown the other
+    expected = (by_loops(name, model.stem.weight) + by_loops(name, model.outer.weight)) / 2
+    torch.testing.assert_close(importance(name, model, groups, DATA)["stem"], expected)
+
+
+def test_channels_of_a_grouped_convolution_are_scored_over_all_conv_groups():
+    model, groups = traced("grouped")
+    filters = model.grouped.weight.view(2, 6, -1).transpose(0, 1)
+    torch.testing.assert_close(importance("l1", model, groups, DATA)["grouped"], by_loops("l1", filters))
+
+
+def test_bn_scale_is_the_absolute_scale_averaged_over_batch_norms():
+    model, groups = traced("residual")
+    scores = importance("bn_scale", model, groups, DATA)
+    with torch.no_grad():
+        model.bn.weight.neg_()
+    torch.testing.assert_close(scores["inner"], normalised(model.bn_inner.weight.abs().tolist()))
+    both = [normalised(bn.weight.abs().tolist()) for bn in (model.bn, model.bn_outer)]
+    torch.testing.assert_close(scores["stem"], sum(both) / 2)
+    torch.testing.assert_close(importance("bn_scale", model, groups, DATA)["stem"], scores["stem"])
+
+
+def test_bn_scale_sums_over_the_positions_of_a_channel():
+    model, groups = traced("depthwise_multiplier")  # each channel of the stem has two positions in the batch norm
+    expected = normalised(model.bn.weight.view(6, 2).abs().sum(1).tolist())
+    torch.testing.assert_close(importance("bn_scale", model, groups, DATA)["stem"], expected)
+
+
+def test_bn_scale_falls_back_to_l1_without_batch_norm():
+    model, groups = traced("flatten")
+    l1 = importance("l1", model, groups, DATA)
+    assert all(torch.equal(score, l1[name]) for name, score in importance("bn_scale", model, groups, DATA).items())
+
+
+def test_taylor_is_the_squared_sum_of_weight_times_gradient_averaged_over_batches():
+    model, groups = traced("residual")
+    expected = {"stem": torch.zeros(8), "inner": torch.zeros(6)}
+    for batch in (DATA[:50], DATA[50:]):
+        twin = copy.deepcopy(model)
+        loss = F.cross_entropy(twin(batch.inputs), batch.labels)
+        layers = {"stem": [twin.stem, twin.outer], "inner": [twin.inner]}
+        for name, producers in layers.items():
+            for layer in producers:
+                (gradient,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
+                for channel in range(len(layer.weight)):
+                    expected[name][channel] += (gradient[channel] * layer.weight[channel]).sum().item() ** 2
+    scores = importance("taylor", model, groups, DATA)
+    for name in expected:
+        torch.testing.assert_close(scores[name], normalised(expected[name].tolist()), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "random"])
+def test_permuting_filters_permutes_scores(name):
+    model, groups = traced("chain")
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    permuted = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in (*permuted.conv1.parameters(), *permuted.bn1.parameters(), *list(permuted.bn1.buffers())[:2]):
+            tensor.copy_(tensor[order].clone())
+        permuted.conv2.weight.copy_(permuted.conv2.weight[:, order].clone())
+    before, after = (importance(name, net, groups, DATA) for net in (model, permuted))
+    torch.testing.assert_close(after["conv1"], before["conv1"][order], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(after["conv2"], before["conv2"], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["l1", "l2"])
+def test_magnitude_grows_with_a_filters_scale_although_batch_norm_undoes_it(name):
+    # papers.md 3.2: magnitude isn't invariant under rescalings that leave the function unchanged.
+    model, groups = traced("chain")
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        scaled.conv1.weight[2] *= -3
+        scaled.conv1.bias[2] *= -3
+        scaled.bn1.running_mean[2] *= -3
+        scaled.bn1.weight[2] *= -1
+        scaled.bn1.eps, model.bn1.eps = 0.0, 0.0
+        scaled.bn1.running_var[2] *= 9
+    torch.testing.assert_close(outputs(scaled, images(4, 8)), outputs(model, images(4, 8)))
+    before, after = (importance(name, net, groups, DATA)["conv1"] for net in (model, scaled))
+    torch.testing.assert_close(after[2] / after[0], 3 * before[2] / before[0])
+    torch.testing.assert_close(after[1] / after[0], before[1] / before[0])
+    for invariant in ("bn_scale", "taylor"):
+        before, after = (importance(invariant, net, groups, DATA)["conv1"] for net in (model, scaled))
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-5)
+
+
+def test_l1_and_l2_rank_multiples_of_one_filter_alike():
+    model, groups = traced("chain")
+    factors = torch.tensor([0.5, -3.0, 1.0, -0.1, 2.0, 0.7])
+    with torch.no_grad():
+        model.conv1.weight.copy_(model.conv1.weight[:1] * factors.view(-1, 1, 1, 1))
+    for name in ("l1", "l2"):
+        scores = importance(name, model, groups, DATA)["conv1"]
+        torch.testing.assert_close(scores, factors.abs() / factors.abs().mean())
+
+
+def test_fpgm_finds_the_redundant_filter_that_magnitude_keeps():
+    model, groups = traced("chain")
+    with torch.no_grad():
+        model.conv1.weight[1] = model.conv1.weight[[0, 2, 3, 4, 5]].mean(0)  # amid the others
+        model.conv1.weight.add_(10)  # distances stay, magnitudes all grow alike
+    assert importance("fpgm", model, groups, DATA)["conv1"].argmin() == 1
+
+
+def test_channels_with_zero_scale_and_shift_go_first_and_leave_the_output_as_it_was():
+    # papers.md 3.4: with gamma = beta = 0 a channel is removable.
+    model, groups = traced("chain")
+    with torch.no_grad():
+        for tensor in (model.bn1.weight, model.bn1.bias):
+            tensor[[1, 4]] = 0
+    kept = top_channels(importance("bn_scale", model, groups, DATA), {"conv1": 4})
+    assert kept["conv1"].tolist() == [0, 2, 3, 5]
+    x = images(4, 8)
+    torch.testing.assert_close(outputs(prune(model, groups, kept), x), outputs(model, x), rtol=0, atol=1e-6)
+
+
+def test_random_is_the_same_at_every_call_and_depends_on_no_weight():
+    model, groups = traced("chain")
+    first = importance("random", model, groups, DATA)
+    torch.rand(3)
+    again = importance("random", randomise(Chain(), seed=9).eval(), groups, DATA)
+    assert all(torch.equal(first[name], again[name]) for name in groups.channels)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_network_gets_a_finite_score_a_channel(name):
+    for net in ("concat", "depthwise_multiplier", "grouped", "two_names", "flatten", "squeeze_excitation", "own_names"):
+        model, groups = traced(net)
+        scores = importance(name, model, groups, data(NETS[net].size))
+        assert {group: len(score) for group, score in scores.items()} == groups.channels
+        assert all(torch.isfinite(score).all() and (score >= 0).all() for score in scores.values())
+
+
+def data(size: int) -> Images:
+    return DATA if size == 8 else Images(DATA.pixels.repeat(1, 1, 2, 2)[..., :size, :size], DATA.labels)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("training", [True, False])
+def test_model_is_left_as_found(name, training):
+    model, groups = traced("residual")
+    model.train(training)
+    model.stem.weight.requires_grad_(False)
+    before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    importance(name, model, groups, DATA)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.training is training and all(p.grad is None for p in model.parameters())
+    assert [key for key, p in model.named_parameters() if not p.requires_grad] == ["stem.weight"]
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+@pytest.mark.parametrize(("name", "near"), [("l3", "l1"), ("bn_scales", "bn_scale"), ("tailor", "taylor"), ("", "l1")])
+def test_unknown_criterion_is_refused_with_the_nearest(name, near):
+    with pytest.raises(UserError) as error:
+        importance(name, nn.Identity(), None, DATA)
+    assert str(error.value) == (
+        f"--criterion: unknown criterion {name!r}; did you mean {near!r}? Known: l1, l2, bn_scale, fpgm, taylor, random"
+    )
+
+
+def test_top_channels_are_the_best_in_ascending_order():
+    scores = {"a": torch.tensor([3.0, 9.0, 1.0, 7.0]), "b": torch.tensor([1.0, 2.0])}
+    kept = top_channels(scores, {"a": 2})
+    assert {name: channels.tolist() for name, channels in kept.items()} == {"a": [1, 3]}
