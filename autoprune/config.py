@@ -97,6 +97,8 @@ class FinetuneConfig:
     """Weight in [0, 1] of matching the dense network's outputs (Hinton et al. 2015); 0 trains on the labels alone."""
     temperature: float = 4.0
     """Softening of both outputs in the distillation term."""
+    flip: bool = True
+    """Mirror images from epoch to epoch; turn it off where left and right matter (digits, text, road signs)."""
     bf16: str = "auto"
     """"auto" uses bfloat16 autocast where the CPU has the instructions, "on" and "off" force it."""
 

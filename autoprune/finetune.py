@@ -60,7 +60,12 @@ def finetune(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 100_003 + epoch)
             loss = _one_epoch(
-                model, batches(images, config.batch_size, seed, epoch), optimizer, schedule, loss_of, config
+                model,
+                batches(images, config.batch_size, seed, epoch, config.flip),
+                optimizer,
+                schedule,
+                loss_of,
+                config,
             )
         _save(checkpoint, epoch + 1, model, optimizer, schedule)
         on_epoch(epoch + 1, loss)

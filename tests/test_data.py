@@ -137,6 +137,16 @@ def test_every_image_alternates_between_its_mirror_images():
     assert 0 < first.sum() < 40
 
 
+def test_without_flip_no_image_is_mirrored():
+    images = numbered(24, side=16)
+    for epoch in range(2):
+        for inputs, labels in batches(images, 8, seed=0, epoch=epoch, flip=False):
+            for given, label in zip(inputs, labels, strict=True):
+                padded = F.pad(images.pixels[label], [2] * 4)
+                windows = padded.unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 16, 16)
+                assert (normalize(windows) == given).flatten(1).all(1).any()
+
+
 def test_batches_repeat_for_the_same_seed_and_epoch_only():
     images = numbered(32, side=8)
 
