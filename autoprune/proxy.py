@@ -36,15 +36,22 @@ class Evaluation:
     loss: float
 
 
+def _batch_size(shape: torch.Size) -> int:
+    """Images a batch: 500 of CIFAR's size, fewer large ones, so that activations fit into a small machine's memory."""
+    return max(32, min(500, 8_000_000 // (shape[-1] * shape[-2])))
+
+
 @torch.no_grad()
-def score(model: nn.Module, images: Images, batch_size: int = 500, bf16: str = "off") -> Evaluation:
+def score(model: nn.Module, images: Images, batch_size: int | None = None, bf16: str = "off") -> Evaluation:
     """Accuracy and loss of `model` in eval mode on a split; its training flags are left as found."""
-    correct, loss = 0, 0.0
+    correct, loss, size = 0, 0.0, batch_size or _batch_size(images.pixels.shape)
+    # A split that fits one batch is normalised once for all candidates; larger ones would fill the memory as floats.
+    parts = [images] if len(images) <= size else [images[at : at + size] for at in range(0, len(images), size)]
     with _in_eval_mode(model), autocast(bf16):
-        for inputs, labels in zip(images.inputs.split(batch_size), images.labels.split(batch_size), strict=True):
-            logits = model(inputs).float()
-            correct += (logits.argmax(1) == labels).sum().item()
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        for part in parts:
+            logits = model(part.inputs).float()
+            correct += (logits.argmax(1) == part.labels).sum().item()
+            loss += F.cross_entropy(logits, part.labels, reduction="sum").item()
     return Evaluation(correct / len(images), loss / len(images))
 
 
@@ -59,13 +66,13 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def accuracy(model: nn.Module, images: Images, batch_size: int = 500) -> float:
+def accuracy(model: nn.Module, images: Images) -> float:
     """Share of correct answers in [0, 1], in float32."""
-    return score(model, images, batch_size).accuracy
+    return score(model, images).accuracy
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, inputs: Tensor, batch_size: int = 500, bf16: str = "off") -> None:
+def recalibrate(model: nn.Module, inputs: Tensor, batch_size: int | None = None, bf16: str = "off") -> None:
     """Measures the batch-norm statistics of `model` anew, in place: the mean over batches of each batch's statistics.
 
     EagleEye's adaptive batch norm (Li et al. 2020, section 3.3), but from reset statistics and with equal weights, so
@@ -74,14 +81,14 @@ def recalibrate(model: nn.Module, inputs: Tensor, batch_size: int = 500, bf16: s
     Args:
         model: Any network; without batch norm nothing happens.
         inputs: Normalised calibration images; the mean is taken over whole batches of about `batch_size`.
-        batch_size: Images a batch.
+        batch_size: Images a batch; None for what fits a small machine's memory, 500 of CIFAR's size.
         bf16: As in `ProxyConfig`.
     """
     layers = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     if not layers:
         return
     with _in_eval_mode(model), _measuring(layers), autocast(bf16):
-        for batch in inputs.chunk(-(-len(inputs) // batch_size)):
+        for batch in inputs.chunk(-(-len(inputs) // (batch_size or _batch_size(inputs.shape)))):
             model(batch)
 
 
