@@ -74,7 +74,7 @@ def assert_close(a: Evaluation, b: Evaluation, rtol: float = 1e-5) -> None:
 @pytest.mark.parametrize("batch_size", [1, 7, 60, 500])
 def test_score_equals_an_image_by_image_evaluation_at_any_batch_size(residual, batch_size):
     assert_close(score(residual[0], SPLITS.proxy, batch_size), plain(residual[0], SPLITS.proxy))
-    assert accuracy(residual[0], SPLITS.proxy, batch_size) == plain(residual[0], SPLITS.proxy).accuracy
+    assert accuracy(residual[0], SPLITS.proxy) == plain(residual[0], SPLITS.proxy).accuracy
 
 
 def test_score_leaves_every_training_flag_as_found_even_when_it_fails(residual):
