@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from autoprune.groups import Group, Groups, tensors_in
 from autoprune.pruning import Slicer, mask
 
-# float64 agrees to about 1e-13; a wrong index or a channel kept alive by its bias shows at 1e-3 and above.
-TOLERANCE = 1e-6
+# float64 agrees to about 1e-13, float32 to 1e-5; a wrong index or a channel kept alive by its bias shows at 1e-3 and
+# above.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 # ReLUs that happen to be off hide their channels, both hidden units of a small squeeze-and-excitation block in one draw
 # of four; other weights bring them out.
 DRAWS = 8
@@ -35,11 +36,17 @@ def _reasons(model: nn.Module, groups: Groups, undecided: list[Group], shape, se
     generator = torch.Generator().manual_seed(seed)
     twin = _randomised(model, generator)
     example = torch.randn(shape, generator=generator).double()
-    slicer, dense = Slicer(twin, groups), _flat(twin(example))
+    try:
+        dense = _flat(twin(example))
+    except RuntimeError:  # a forward pass that insists on float32
+        twin, example = twin.float(), example.float()
+        dense = _flat(twin(example))
+    slicer = Slicer(twin, groups)
     return {group.name: _failure(group, groups, twin, slicer, example, dense, generator) for group in undecided}
 
 
 def _failure(group: Group, groups: Groups, twin, slicer: Slicer, example, dense, generator) -> str | None:
+    tolerance = TOLERANCE[example.dtype]
     order = torch.randperm(group.channels, generator=generator)
     for half in order.split(-(-group.channels // 2)):
         kept = {group.name: half.sort().values}
@@ -51,9 +58,9 @@ def _failure(group: Group, groups: Groups, twin, slicer: Slicer, example, dense,
         if pruned.shape != masked.shape:
             return "pruning it changes the shape of the output"
         scale = masked.abs().max()
-        if (masked - dense).abs().max() > TOLERANCE * scale:
+        if (masked - dense).abs().max() > tolerance * scale:
             error = ((pruned - masked).abs().max() / scale).item()
-            return None if error < TOLERANCE else f"pruned and masked network differ by {error:.1e}"
+            return None if error < tolerance else f"pruned and masked network differ by {error:.1e}"
     return UNCHANGED
 
 

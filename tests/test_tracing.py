@@ -147,6 +147,16 @@ def test_group_without_effect_on_the_output_is_pinned():
     assert [group.pinned for group in groups.pinned][1:3] == ["masking it doesn't change the output"] * 2
 
 
+def test_forward_that_casts_to_float32_is_proven_in_float32(monkeypatch):
+    class Casting(SameWidths):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    assert trace(Casting().eval(), images(1, 8)).channels == {"left": 6, "right": 6, "body": 8}
+    monkeypatch.setitem(rules.RULES, aten.cat, mislabel_cat)
+    assert set(trace(Casting().eval(), images(1, 8)).channels) == {"body"}
+
+
 def test_model_and_example_are_left_as_found():
     for training in (True, False):
         model, example = build("residual").train(training), images(2, 8)
