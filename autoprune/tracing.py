@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autoprune.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.groups import Activation, Group, Groups, Layer, Member, own_tensors, tensors_in
-from autoprune.labels import LabelBook, spread, varying_axes
+from autoprune.labels import LabelBook, along, spread, varying_axes
 from autoprune.rules import Call, ParameterView, movement, reshape, rule_for, same
 from autoprune.verify import failing_groups
 
@@ -238,13 +238,10 @@ def _activation(labels: Tensor, roots: np.ndarray, group_of: dict[int, str]) -> 
     axes = varying_axes(labels)
     if len(axes) != 1:
         return Activation(labels.numel(), 1, {})
-    line = tuple(slice(None) if axis == axes[0] else 0 for axis in range(labels.ndim))
-    names = [group_of.get(int(root)) for root in roots[labels[line].numpy()]]
-    channels: dict[str, int] = defaultdict(int)
-    for root, name in {int(r): n for r, n in zip(roots[labels[line].numpy()], names, strict=True)}.items():
-        channels[name] += root >= 0
-    kept_by = {name: names.count(name) // channels[name] for name in channels if name is not None}
-    return Activation(labels.numel() // len(names), len(names), kept_by)
+    line = roots[along(labels, axes[0]).numpy()]
+    counts = zip(*np.unique(line, return_counts=True), strict=True)
+    kept_by = {group_of[int(root)]: int(count) for root, count in counts if int(root) in group_of}
+    return Activation(labels.numel() // len(line), len(line), kept_by)
 
 
 def _macs_share(group: Group, groups: Groups) -> float:
