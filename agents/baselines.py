@@ -42,11 +42,13 @@ def sensitivity(env: gymnasium.Env, config: SearchConfig) -> None:
 
     The damage of a network is taken as the sum over groups of its growth in loss, or of the growth's root; a dynamic
     program finds the cheapest sum for either. Costs multiply between neighbouring groups, so the program's additive
-    budget is searched until the real cost meets the target.
+    budget is searched until the real cost meets the target. With too few evaluations to prune each group once, it
+    knows nothing and is uniform.
     """
     core: LayerPruningEnv = env.unwrapped
-    n_groups = len(core.groups)
-    n_levels = min(9, max(1, (config.episodes - 2) // n_groups))
+    n_levels = min(9, (config.episodes - 3) // len(core.groups))  # besides: the dense network and two solutions
+    if n_levels < 1:
+        return uniform(env, config)
     levels = [_pick(levels, n_levels) for levels in core.space.levels]
     damages = _damages(core.proxy, core.space.costs.names, core.space.costs.dense, levels)
     for transform in (lambda damage: damage, sqrt):
@@ -128,7 +130,7 @@ def _with(dense: np.ndarray, index: int, count: int) -> np.ndarray:
 
 def _knapsack(levels, damages, savings, needed: float) -> np.ndarray:
     """Smallest sum of damages with savings of at least `needed`, on a grid of `GRID` units."""
-    unit = needed / GRID
+    unit = max(needed, 1) / GRID
     best = np.full(GRID + 1, np.inf)
     best[0] = 0.0
     choices = []
