@@ -98,6 +98,8 @@ class Recorder(gymnasium.Wrapper):
         self._logged = [_from_log(entry, env) for entry in folder.events("episode")] if folder else []
         for episode in self._logged:
             env.unwrapped.proxy.restore(episode.allocation.kept, episode.evaluation)
+        self.n_restored = len({tuple(episode.allocation.kept.values()) for episode in self._logged})
+        """Evaluations that an earlier, interrupted search paid for."""
 
     def resume_at(self, episode: int) -> None:
         """The learner goes on after `episode` episodes; those before count as walked."""
@@ -153,7 +155,7 @@ def search(
     if policy is not None:
         candidates.insert(0, _act(policy, env))
     finalists = sorted((_finalist(candidate, env) for candidate in candidates), key=lambda f: -f.reward)
-    evaluations = env.proxy.evaluations - evaluated + min(len(recorder._logged), len(recorder.episodes))
+    evaluations = env.proxy.evaluations - evaluated + recorder.n_restored
     seconds = time.perf_counter() - started
     return SearchResult(finalists[0], finalists, recorder.episodes, policy, evaluations, seconds)
 
