@@ -48,7 +48,7 @@ def make_learner(
     """
     settings = hyperparameters(name)
     updates, episodes = settings.pop("updates_per_step", None), settings.pop("episodes_per_update", None)
-    std = settings.pop("exploration_std", None)
+    std, actor_rate = settings.pop("exploration_std", None), settings.pop("actor_learning_rate", None)
     if episodes is not None:
         episodes = max(2, min(episodes, config.episodes))
         settings |= {"n_steps": episodes * n_steps, "batch_size": episodes * n_steps}
@@ -61,6 +61,8 @@ def make_learner(
         "MlpPolicy", env, seed=config.seed, device="cpu", tensorboard_log=tensorboard, **settings
     )
     _start_at_uniform(learner)
+    if actor_rate is not None:
+        _set_actor_rate(learner, actor_rate)
     return learner
 
 
@@ -79,6 +81,22 @@ def _start_at_uniform(learner: BaseAlgorithm) -> None:
     target = getattr(learner, "actor_target", None)
     if target is not None:
         target.load_state_dict(actor.state_dict())
+
+
+def _set_actor_rate(learner: BaseAlgorithm, rate: float) -> None:
+    """Gives an off-policy actor a learning rate of its own.
+
+    At the critic's rate the actor runs to the end of its range before the critic has seen enough; there every wish is
+    executed as the same bound, and nothing new is ever tried.
+    """
+    set_all = learner._update_learning_rate
+
+    def set_rates(optimizers: list[torch.optim.Optimizer]) -> None:
+        set_all(optimizers)
+        for group in learner.actor.optimizer.param_groups:
+            group["lr"] = rate
+
+    learner._update_learning_rate = set_rates
 
 
 class ExecutedAction(BaseCallback):
