@@ -9,29 +9,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import Namespace
 
-from autoprune.config import (
-    DataConfig,
-    FinetuneConfig,
-    NetworkConfig,
-    OutputConfig,
-    ProxyConfig,
-    SearchConfig,
-    Settings,
+from autoprune.config import NetworkConfig, OutputConfig, Settings
+from autoprune.errors import ExportError, UserError
+from autoprune.options import (
+    Parser,
+    data_options,
+    export_options,
+    finetune_options,
+    pick,
+    prune_options,
+    replay_options,
+    run_options,
+    search_options,
+    settings_of,
+    trace_options,
 )
-from autoprune.errors import UserError
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-
-class Parser(ArgumentParser):
-    """Reports a wrong command line in one line and ends with exit code 2."""
-
-    def error(self, message, ex=None):
-        text = " ".join(str(message).split())
-        print(f"autoprune: error: {text}", file=sys.stderr)
-        sys.exit(2)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         where = f" {error.filename!r}" if error.filename else ""
         print(f"autoprune: error: can't read or write{where} ({error.strerror or error})", file=sys.stderr)
         return 2
+    except ExportError as error:
+        print(f"autoprune: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("autoprune: interrupted; go on with --resume", file=sys.stderr)
         return 130
@@ -72,38 +69,6 @@ def _version() -> str:
     return f"autoprune {version('autoprune')}"
 
 
-def _search_options(parser: Parser) -> None:
-    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
-    for config in (NetworkConfig, DataConfig, SearchConfig):
-        parser.add_class_arguments(config)
-    parser.add_class_arguments(OutputConfig, skip={"resume", "json"})
-    parser.add_argument("--resume", action="store_true", help="Go on with the run in --out where it was interrupted.")
-    _json_option(parser)
-    parser.add_argument("--epochs", type=int, default=FinetuneConfig.epochs, help="Epochs of fine-tuning.")
-    parser.add_class_arguments(FinetuneConfig, "finetune", skip={"epochs"})
-    parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
-
-
-def _json_option(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="Print one JSON object as the last line of stdout.")
-
-
-def _pick(options: Namespace, config: type, **fixed: object):
-    """The dataclass that a command's flat options describe."""
-    names = {field.name for field in dataclasses.fields(config)} - set(fixed)
-    return config(**{name: options[name] for name in names if name in options}, **fixed)
-
-
-def _settings(options: Namespace) -> Settings:
-    return Settings(
-        _pick(options, NetworkConfig),
-        _pick(options, DataConfig),
-        _pick(options, SearchConfig),
-        ProxyConfig(**vars(options.proxy), seed=options.seed),
-        FinetuneConfig(**vars(options.finetune), epochs=options.epochs),
-    )
-
-
 def _start(options: Namespace, prepare: Callable):
     """Workspace and run folder of a new run, or of the one to resume.
 
@@ -112,7 +77,7 @@ def _start(options: Namespace, prepare: Callable):
     from autoprune.compress import Workspace
     from autoprune.runs import start_run
 
-    settings, output = _settings(options), _pick(options, OutputConfig)
+    settings, output = settings_of(options), pick(options, OutputConfig)
     _check_names(settings, output)
     workspace = Workspace(settings)
     prepare(workspace)
@@ -407,50 +372,6 @@ def data(options: Namespace) -> None:
     print(fetch(options.name, say))
 
 
-def _run_options(parser: Parser) -> None:
-    parser.add_argument("run", help="Folder of the run.")
-    _json_option(parser)
-
-
-def _replay_options(parser: Parser) -> None:
-    _run_options(parser)
-    for name, text in (
-        ("model", "Another network (default: the run's own)."),
-        ("weights", "Its trained weights."),
-        ("data", "Another dataset."),
-        ("budget", "Another budget, e.g. macs=40%%."),
-        ("out", "File for the allocation (default: in the run folder)."),
-    ):
-        parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
-
-
-def _prune_options(parser: Parser) -> None:
-    parser.add_argument("run", nargs="?", default=None, help="Folder of the run.")
-    parser.add_argument("--allocation", type=str | None, default=None, help="JSON file with the channels to keep.")
-    _search_options(parser)
-
-
-def _finetune_options(parser: Parser) -> None:
-    _run_options(parser)
-    parser.add_argument("--epochs", type=int | None, default=None, help="Epochs (default: as the run was started).")
-    parser.add_argument("--resume", action="store_true", help="Go on after the last finished epoch.")
-
-
-def _export_options(parser: Parser) -> None:
-    _run_options(parser)
-    parser.add_argument("--format", type=str, default="onnx", help="onnx or torch.")
-
-
-def _trace_options(parser: Parser) -> None:
-    parser.add_argument(
-        "--model", type=str, default=NetworkConfig.model, help="A network by name, or package.module:factory."
-    )
-    parser.add_argument("--weights", type=str | None, default=None, help="Weights file; groups don't depend on it.")
-    parser.add_argument("--n_classes", type=int, default=10, help="Width of the head.")
-    parser.add_argument("--image_size", type=int | None, default=None, help="Side of the input (default: 32 or 224).")
-    _json_option(parser)
-
-
 @dataclasses.dataclass(frozen=True)
 class Command:
     """A verb of the command line: what it runs and which options it takes."""
@@ -460,14 +381,14 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "run": Command(run, _search_options),
-    "search": Command(search, _search_options),
-    "replay": Command(replay, _replay_options),
-    "prune": Command(prune, _prune_options),
-    "finetune": Command(finetune, _finetune_options),
-    "evaluate": Command(evaluate, _run_options),
-    "export": Command(export, _export_options),
-    "report": Command(report, _run_options),
-    "trace": Command(trace, _trace_options),
-    "data": Command(data, lambda parser: parser.add_argument("name", help="Name of the dataset.") and None),
+    "run": Command(run, search_options),
+    "search": Command(search, search_options),
+    "replay": Command(replay, replay_options),
+    "prune": Command(prune, prune_options),
+    "finetune": Command(finetune, finetune_options),
+    "evaluate": Command(evaluate, run_options),
+    "export": Command(export, export_options),
+    "report": Command(report, run_options),
+    "trace": Command(trace, trace_options),
+    "data": Command(data, data_options),
 }

@@ -1,4 +1,4 @@
-"""The one exception that users are meant to see."""
+"""The exceptions that users are meant to see."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the message and exits with code 2. Library callers can catch it like a `ValueError`.
     """
+
+
+class ExportError(RuntimeError):
+    """The network has no ONNX form that computes the same; nothing was written."""

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoprune import models
-from autoprune.errors import UserError
+from autoprune.errors import ExportError, UserError
 from autoprune.pruning import fit_shapes
 from autoprune.runs import write_atomically, write_json
 
@@ -20,10 +20,6 @@ MAX_RELATIVE_ERROR = 1e-4
 # ONNX is a protobuf message, which ends at 2 GB; networks near that would need a second file for their weights.
 MAX_ONNX_BYTES = 1_500_000_000
 WEIGHTS, PLAN = "weights.safetensors", "plan.json"
-
-
-class ExportError(RuntimeError):
-    """The network has no ONNX form that computes the same; nothing was written."""
 
 
 def export_onnx(model: nn.Module, example: Tensor, path: Path) -> float:

@@ -4,68 +4,17 @@ An operation without an entry that PyTorch tags as pointwise joins the labels th
 that reaches it and says so. `RULES[torch.ops.aten.my_op] = my_rule` teaches the tracer a new operation.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autoprune.groups import Layer
 from autoprune.labels import CONSTANT, along, spread, varying_axes
-
-if TYPE_CHECKING:
-    from autoprune.tracing import Tracer
+from autoprune.tracer import Call
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class ParameterView:
-    """A parameter, possibly seen through view operations.
-
-    Attributes:
-        name: Its name in the state dict.
-        index: Per original axis the index along that axis of every element of the view.
-    """
-
-    name: str
-    index: tuple[Tensor, ...]
-
-    def moved(self, move: Callable[[Tensor], Tensor]) -> "ParameterView":
-        """The view after one more movement."""
-        return ParameterView(self.name, tuple(move(index) for index in self.index))
-
-    def axis_at(self, dim: int) -> int | None:
-        """The original axis that lies whole and in order along `dim` of the view, or None."""
-        for axis, index in enumerate(self.index):
-            line = along(index, dim)
-            if line is not None and torch.equal(line, torch.arange(len(line))) and varying_axes(index) in ([dim], []):
-                return axis
-        return None
-
-
-@dataclass(frozen=True)
-class Call:
-    """One executed operation: what went in, what came out."""
-
-    tracer: "Tracer"
-    func: Any
-    args: tuple
-    kwargs: dict
-    out: Any
-
-    def tensors(self) -> Iterator[Tensor]:
-        """The tensor arguments, lists flattened."""
-        for arg in [*self.args, *self.kwargs.values()]:
-            yield from (item for item in (arg if isinstance(arg, list | tuple) else [arg]) if isinstance(item, Tensor))
-
-    def replaced(self, substitute: Callable[[Tensor], Tensor]) -> tuple:
-        """The positional arguments with every tensor exchanged."""
-        one = lambda arg: substitute(arg) if isinstance(arg, Tensor) else arg  # noqa: E731
-        return tuple([one(item) for item in arg] if isinstance(arg, list | tuple) else one(arg) for arg in self.args)
-
-
 Rule = Callable[[Call], None]
 
 

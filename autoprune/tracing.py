@@ -6,7 +6,9 @@ pass decides which channels belong together. Every group found is then proven: p
 
 import copy
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,12 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune.cost import CostTable
 from autoprune.errors import UserError
-from autoprune.groups import Activation, Group, Groups, Layer, Member, own_tensors, tensors_in
-from autoprune.labels import LabelBook, along, spread, varying_axes
-from autoprune.rules import Call, ParameterView, movement, reshape, rule_for, same
+from autoprune.groups import Activation, Group, Groups, Member, own_tensors, tensors_in
+from autoprune.labels import along, spread, varying_axes
+from autoprune.rules import movement, reshape, rule_for, same
+from autoprune.tracer import Call, Tracer
 from autoprune.verify import failing_groups
-
-LABELS, VIEW = "_autoprune_labels", "_autoprune_view"
 
 
 def trace(model: nn.Module, example: Tensor, verify: bool = True) -> Groups:
@@ -36,7 +37,7 @@ def trace(model: nn.Module, example: Tensor, verify: bool = True) -> Groups:
     """
     twin = _private_copy(model)
     tracer = Tracer(twin)
-    tracer.run(example[:1].detach().to("cpu", torch.float32).contiguous())
+    _run(tracer, example[:1].detach().to("cpu", torch.float32).contiguous())
     groups = _derive(tracer)
     for name, reason in failing_groups(twin, groups, example[:1]).items() if verify else ():
         groups = _pinned(groups, name, reason)
@@ -52,113 +53,45 @@ def _private_copy(model: nn.Module) -> nn.Module:
     return twin.requires_grad_(False)
 
 
-@dataclass
-class Tracer:
-    """Collects, during one forward pass, which labels meet which axis of which tensor."""
+def _run(tracer: Tracer, example: Tensor) -> None:
+    """The forward pass. The input's channels and the output's are pinned."""
+    inputs = tracer.book.new(example.shape[1])
+    tracer.label(example, spread(inputs, 1, example.shape))
+    tracer.book.pin(inputs, "is the network's input")
+    try:
+        with torch.no_grad(), _module_path(tracer), _open_attention(), _LabelMode(tracer):
+            output = tracer.model(example)
+    except Exception as error:  # whatever the user's forward raises
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise UserError(f"model: tracing failed in {tracer.where}: {type(error).__name__}: {reason}") from error
+    for tensor in tensors_in(output):
+        tracer.book.pin(tracer.labels(tensor), "feeds the network's output")
+    tracer.settle_bare_parameters()
 
-    model: nn.Module
-    book: LabelBook = field(default_factory=LabelBook)
-    layers: list[Layer] = field(default_factory=list)
-    unsupported: list[str] = field(default_factory=list)
-    uses: dict[tuple[str, int], tuple[Tensor, str]] = field(default_factory=dict)
-    operations: list[list[Tensor]] = field(default_factory=list)
-    bare: dict[str, Tensor] = field(default_factory=dict)
-    _path: list[str] = field(default_factory=list)
 
-    def __post_init__(self):
-        for name, tensor in own_tensors(self.model).items():
-            axes = (spread(torch.arange(size), axis, tensor.shape) for axis, size in enumerate(tensor.shape))
-            self.see(tensor, ParameterView(name, tuple(axes)))
+@contextmanager
+def _module_path(tracer: Tracer) -> Iterator[None]:
+    """Tells the tracer which module is running; global hooks, so that the model itself isn't touched."""
+    hooks = (
+        nn.modules.module.register_module_forward_pre_hook(lambda module, _: tracer.entered(module)),
+        nn.modules.module.register_module_forward_hook(lambda *_: tracer.left()),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
-    def run(self, example: Tensor) -> None:
-        """The forward pass. The input's channels and the output's are pinned."""
-        inputs = self.book.new(example.shape[1])
-        self.label(example, spread(inputs, 1, example.shape))
-        self.book.pin(inputs, "is the network's input")
-        # The fused attention path is one operation that hides everything inside.
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        hooks = self._follow_modules()
-        try:
-            with torch.no_grad(), _LabelMode(self):
-                output = self.model(example)
-        except Exception as error:  # whatever the user's forward raises
-            where = self._path[-1] if self._path else "the model"
-            reason = str(error).splitlines()[0] if str(error) else ""
-            raise UserError(f"model: tracing failed in {where}: {type(error).__name__}: {reason}") from error
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            for hook in hooks:
-                hook.remove()
-        for tensor in tensors_in(output):
-            self.book.pin(self.labels(tensor), "feeds the network's output")
-        self._settle_bare_parameters()
 
-    def _follow_modules(self) -> list:
-        names = {module: name or type(module).__name__ for name, module in self.model.named_modules()}
-        enter = lambda module, _: self._path.append(names.get(module, type(module).__name__))  # noqa: E731
-        leave = lambda *_: self._path.pop() and None  # noqa: E731
-        return [
-            nn.modules.module.register_module_forward_pre_hook(enter),
-            nn.modules.module.register_module_forward_hook(leave),
-        ]
-
-    def place(self, operation) -> str:
-        """An operation and the module that runs it, for messages."""
-        name = operation.overloadpacket.__name__
-        return f"{name} in {self._path[-1]}" if self._path else name
-
-    def label(self, tensor: Tensor | list | tuple, labels: Tensor | list | tuple) -> None:
-        """Attaches labels to an activation, or to each of several."""
-        if isinstance(tensor, Tensor):
-            setattr(tensor, LABELS, labels)
-        else:
-            for one, its in zip(tensor, labels, strict=True):
-                self.label(one, its)
-
-    def see(self, tensor: Tensor, view: ParameterView) -> None:
-        """Marks a tensor as a parameter or a view of one."""
-        setattr(tensor, VIEW, view)
-
-    def parameter(self, tensor: Tensor) -> ParameterView | None:
-        """The parameter behind a tensor, unless it is an activation."""
-        return getattr(tensor, VIEW, None)
-
-    def is_activation(self, tensor: Tensor) -> bool:
-        """Whether the tensor carries labels."""
-        return hasattr(tensor, LABELS)
-
-    def labels(self, tensor: Tensor) -> Tensor:
-        """The labels of an activation, one an element for a bare parameter, 0 for constants; shaped like the tensor."""
-        if self.is_activation(tensor):
-            return getattr(tensor, LABELS)
-        view = self.parameter(tensor)
-        if view is None:
-            return torch.zeros((), dtype=torch.int64).expand(tensor.shape)
-        if view.name not in self.bare:
-            shape = [int(index.max()) + 1 for index in view.index]
-            self.bare[view.name] = self.book.new(int(np.prod(shape))).view(shape)
-        return self.bare[view.name][view.index]
-
-    def use(self, tensor: str, axis: int, labels: Tensor, role: str) -> None:
-        """Records that `labels` meet an axis of a parameter; a second use (a shared module) joins both."""
-        known = self.uses.get((tensor, axis))
-        if known is not None:
-            self.book.join(known[0], labels)
-        else:
-            self.uses[tensor, axis] = labels, role
-
-    def _settle_bare_parameters(self) -> None:
-        """A bare parameter's channels lie along the one axis on which its elements stayed apart."""
-        roots = self.book.roots()
-        for name, labels in self.bare.items():
-            joined = torch.from_numpy(roots[labels.numpy()])
-            axes = varying_axes(joined)
-            if len(axes) == 1:
-                line = tuple(slice(None) if axis == axes[0] else 0 for axis in range(labels.ndim))
-                self.use(name, axes[0], joined[line], "follow")
-            elif axes:
-                self.book.pin(labels, f"parameter {name} varies along several axes")
+@contextmanager
+def _open_attention() -> Iterator[None]:
+    """The fused attention path is one operation that hides everything inside."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 class _LabelMode(TorchDispatchMode):

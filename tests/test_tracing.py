@@ -14,7 +14,8 @@ from autoprune import models, rules
 from autoprune.errors import UserError
 from autoprune.labels import CONSTANT, LabelBook
 from autoprune.pruning import prune
-from autoprune.tracing import LABELS, VIEW, trace
+from autoprune.tracer import LABELS, VIEW
+from autoprune.tracing import trace
 
 aten = torch.ops.aten
 

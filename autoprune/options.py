@@ -1,0 +1,116 @@
+"""Which options each command takes, generated from the config dataclasses. Imports no torch."""
+
+import dataclasses
+import sys
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from autoprune.config import (
+    DataConfig,
+    FinetuneConfig,
+    NetworkConfig,
+    OutputConfig,
+    ProxyConfig,
+    SearchConfig,
+    Settings,
+)
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Parser(ArgumentParser):
+    """Reports a wrong command line in one line and ends with exit code 2."""
+
+    def error(self, message, ex=None):
+        text = " ".join(str(message).split())
+        print(f"autoprune: error: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+def search_options(parser: Parser) -> None:
+    """Network, data, search, output, fine-tuning and proxy."""
+    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    for config in (NetworkConfig, DataConfig, SearchConfig):
+        parser.add_class_arguments(config)
+    parser.add_class_arguments(OutputConfig, skip={"resume", "json"})
+    parser.add_argument("--resume", action="store_true", help="Go on with the run in --out where it was interrupted.")
+    _json_option(parser)
+    parser.add_argument("--epochs", type=int, default=FinetuneConfig.epochs, help="Epochs of fine-tuning.")
+    parser.add_class_arguments(FinetuneConfig, "finetune", skip={"epochs"})
+    parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
+
+
+def _json_option(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="Print one JSON object as the last line of stdout.")
+
+
+def pick(options: Namespace, config: type, **fixed: object):
+    """The dataclass that a command's flat options describe."""
+    names = {field.name for field in dataclasses.fields(config)} - set(fixed)
+    return config(**{name: options[name] for name in names if name in options}, **fixed)
+
+
+def settings_of(options: Namespace) -> Settings:
+    """The settings that the options of `search_options` describe."""
+    return Settings(
+        pick(options, NetworkConfig),
+        pick(options, DataConfig),
+        pick(options, SearchConfig),
+        ProxyConfig(**vars(options.proxy), seed=options.seed),
+        FinetuneConfig(**vars(options.finetune), epochs=options.epochs),
+    )
+
+
+def run_options(parser: Parser) -> None:
+    """An existing run."""
+    parser.add_argument("run", help="Folder of the run.")
+    _json_option(parser)
+
+
+def replay_options(parser: Parser) -> None:
+    """An existing run, and where else its policy shall act."""
+    run_options(parser)
+    for name, text in (
+        ("model", "Another network (default: the run's own)."),
+        ("weights", "Its trained weights."),
+        ("data", "Another dataset."),
+        ("budget", "Another budget, e.g. macs=40%%."),
+        ("out", "File for the allocation (default: in the run folder)."),
+    ):
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
+
+
+def prune_options(parser: Parser) -> None:
+    """An existing run, or an allocation and all that a new run needs."""
+    parser.add_argument("run", nargs="?", default=None, help="Folder of the run.")
+    parser.add_argument("--allocation", type=str | None, default=None, help="JSON file with the channels to keep.")
+    search_options(parser)
+
+
+def finetune_options(parser: Parser) -> None:
+    """An existing run, its epochs."""
+    run_options(parser)
+    parser.add_argument("--epochs", type=int | None, default=None, help="Epochs (default: as the run was started).")
+    parser.add_argument("--resume", action="store_true", help="Go on after the last finished epoch.")
+
+
+def export_options(parser: Parser) -> None:
+    """An existing run, the format."""
+    run_options(parser)
+    parser.add_argument("--format", type=str, default="onnx", help="onnx or torch.")
+
+
+def trace_options(parser: Parser) -> None:
+    """A network."""
+    parser.add_argument(
+        "--model", type=str, default=NetworkConfig.model, help="A network by name, or package.module:factory."
+    )
+    parser.add_argument("--weights", type=str | None, default=None, help="Weights file; groups don't depend on it.")
+    parser.add_argument("--n_classes", type=int, default=10, help="Width of the head.")
+    parser.add_argument("--image_size", type=int | None, default=None, help="Side of the input (default: 32 or 224).")
+    _json_option(parser)
+
+
+def data_options(parser: Parser) -> None:
+    """A dataset."""
+    parser.add_argument("name", help="Name of the dataset.")
