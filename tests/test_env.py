@@ -1,0 +1,304 @@
+"""The environment: every episode meets its budget, says what it executed, and repeats itself for the same actions."""
+
+import warnings
+from itertools import pairwise
+
+import cloudpickle
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env as check_gymnasium
+from stable_baselines3.common.env_checker import check_env as check_stable_baselines
+from toys import digits, digits_env, digits_proxy, fake_env, fake_proxy, traced
+
+import envs
+from agents.baselines import walk
+from autoprune.allocation import Budget
+from autoprune.errors import UserError
+from envs.layer_pruning import LayerPruningEnv
+
+NETWORKS = ("chain", "resnet20", "mobilenet_v2_cifar")
+BUDGETS = ("macs=30%", "macs=0.4", "macs=50%", "macs=65%", "macs=80%", "params=30%", "params=55%", "params=80%")
+
+
+def rollout(env: gymnasium.Env, actions: np.ndarray, **reset) -> list[tuple]:
+    """Observation, reward, terminated and info of every step, the reset first."""
+    steps = [(env.reset(**reset)[0], 0.0, False, {})]
+    for action in actions:
+        observation, reward, terminated, truncated, info = env.step(np.array([action], dtype=np.float32))
+        assert not truncated
+        steps.append((observation, reward, terminated, info))
+    return steps
+
+
+def assert_same_rollout(first: list[tuple], second: list[tuple]) -> None:
+    for (obs, *rest), (other_obs, *other_rest) in zip(first, second, strict=True):
+        assert np.array_equal(obs, other_obs)
+        assert rest == other_rest
+
+
+def kept_of(env: LayerPruningEnv, info: dict) -> np.ndarray:
+    return np.array([info["allocation"].kept[name] for name in env.space.costs.names])
+
+
+def assert_budget_is_met_and_used_up(env: LayerPruningEnv, info: dict) -> None:
+    kept = kept_of(env, info)
+    assert env.space.cost(kept) == info["cost"] <= info["target"] == env.target
+    for index, levels in enumerate(env.space.levels):
+        assert kept[index] in levels
+        larger = levels[levels > kept[index]]
+        if len(larger):
+            grown = kept.copy()
+            grown[index] = larger[0]
+            assert env.space.cost(grown) > info["target"], f"group {index} could still grow"
+
+
+def made(**options) -> gymnasium.Env:
+    model, groups, _ = traced("chain")
+    return gymnasium.make("autoprune/LayerPruning-v0", model=model, groups=groups, proxy=fake_proxy(), **options)
+
+
+def test_importing_envs_registers_the_environment():
+    assert envs and "autoprune/LayerPruning-v0" in gymnasium.registry
+    env = made(budget="macs=40%")
+    assert isinstance(env.unwrapped, LayerPruningEnv)
+    assert env.unwrapped.budget == Budget.parse("macs=40%")
+
+
+@pytest.mark.parametrize("reward", ["weighted_sum", "accuracy_guaranteed"])
+def test_both_checkers_pass_without_a_warning(reward):
+    env = made(reward=reward)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_gymnasium(env.unwrapped)
+        check_stable_baselines(env.unwrapped)
+        check_stable_baselines(made(render_mode="rgb_array").unwrapped)
+    assert [str(warning.message) for warning in caught] == []
+
+
+def test_two_seeded_rollouts_of_a_trained_network_are_equal_step_by_step():
+    actions = np.random.default_rng(0).uniform(-0.5, 0.5, 3)
+    first, second = (rollout(digits_env(), actions, seed=3) for _ in range(2))
+    assert first[-1][2] and first[-1][3]["loss"] > 0
+    assert_same_rollout(first, second)
+
+
+def test_second_episode_of_one_environment_equals_that_of_a_fresh_one():
+    used, fresh = fake_env("wide"), fake_env("wide")
+    first, second = np.random.default_rng(1).uniform(-1, 1, (2, 5))
+    rollout(used, first)
+    used.reset()
+    used.step(np.array([0.3]))  # an episode broken off
+    assert_same_rollout(rollout(used, second), rollout(fresh, second))
+
+
+def test_pickled_environment_goes_on_as_the_original():
+    env = digits_env()
+    env.reset()
+    env.step(np.array([0.2]))
+    twin = cloudpickle.loads(cloudpickle.dumps(env))
+    for action in ([0.1], [-0.1]):
+        ours, theirs = env.step(np.array(action)), twin.step(np.array(action))
+        assert np.array_equal(ours[0], theirs[0])
+        assert ours[1:] == theirs[1:]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_random_episodes_meet_the_budget_and_leave_no_room_for_a_step(network):
+    generator = np.random.default_rng(0)
+    env = fake_env(network)
+    for _ in range({"chain": 120, "resnet20": 60, "mobilenet_v2_cifar": 20}[network]):
+        spread = generator.choice([0.1, 0.5, 1.0])
+        info = walk(env, lambda position, spread=spread: generator.uniform(-spread, spread))
+        assert_budget_is_met_and_used_up(env, info)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_kind_of_budget_is_met_even_by_extreme_actions(network, budget):
+    generator = np.random.default_rng(1)
+    env = fake_env(network, budget=budget)
+    for action in (lambda _: 1.0, lambda _: -1.0, lambda p: (-1.0) ** p, lambda _: generator.uniform(-1, 1)):
+        assert_budget_is_met_and_used_up(env, walk(env, action))
+
+
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_absolute_budget_is_the_target_itself(metric):
+    dense = fake_env("resnet20", budget=f"{metric}=100%").target
+    env = fake_env("resnet20", budget=f"{metric}={dense // 2 + 7}")
+    info = walk(env, lambda _: 0.1)
+    assert info["target"] == dense // 2 + 7
+    assert_budget_is_met_and_used_up(env, info)
+
+
+def test_budget_above_the_dense_cost_prunes_nothing():
+    for budget in ("macs=100%", "macs=99G"):
+        env = fake_env("wide", budget=budget)
+        assert kept_of(env, walk(env, lambda _: 0.5)).tolist() == env.space.costs.dense.tolist()
+
+
+def test_budget_at_the_reachable_floor_leaves_one_allocation():
+    env = fake_env("wide")
+    floor = env.space.cost(env.space.low)
+    env = fake_env("wide", budget=f"macs={floor}")
+    for action in (-1.0, 0.0, 1.0):
+        assert kept_of(env, walk(env, lambda _, action=action: action)).tolist() == env.space.low.tolist()
+
+
+@pytest.mark.parametrize("round_to, max_sparsity", [(1, 0.9), (8, 0.5), (3, 0.99)])
+def test_counts_are_multiples_within_the_largest_sparsity(round_to, max_sparsity):
+    env = fake_env("wide", round_to=round_to, max_sparsity=max_sparsity, budget="params=60%")
+    generator = np.random.default_rng(2)
+    for _ in range(20):
+        info = walk(env, lambda _: generator.uniform(-1, 1))
+        assert_budget_is_met_and_used_up(env, info)
+        for kept, dense in zip(kept_of(env, info), env.space.costs.dense, strict=True):
+            assert kept == dense or (kept % round_to == 0 and 1 - kept / dense <= max_sparsity)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("budget", ["macs=30%", "macs=50%", "params=70%"])
+def test_zero_actions_are_uniform_pruning(network, budget):
+    env = fake_env(network, budget=budget)
+    info = walk(env, lambda _: 0.0)
+    kept = kept_of(env, info)
+    assert kept.tolist() == env.space.uniform(env.target).tolist()
+    steps = 2 * env.space.round_to / env.space.costs.dense
+    sparsities = 1 - kept / env.space.costs.dense
+    assert (np.abs(sparsities - np.median(sparsities)) <= np.maximum(steps, 0.05)).all()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_executed_actions_replayed_give_the_same_allocation(network):
+    generator = np.random.default_rng(3)
+    env = fake_env(network)
+    for _ in range(20):
+        wished = generator.uniform(-1, 1, len(env.groups))
+        first = rollout(env, wished)
+        executed = [info["executed_action"] for *_, info in first[1:]]
+        assert all(-1 <= action <= 1 for action in executed)
+        second = rollout(env, np.array(executed))
+        assert second[-1][3]["allocation"] == first[-1][3]["allocation"]
+        assert [info["executed_action"] for *_, info in second[1:]] == executed
+
+
+def test_actions_beyond_the_feasible_interval_are_executed_at_its_ends():
+    env = fake_env("wide")
+    env.reset()
+    low, high = env.feasible_actions
+    assert low < 0 < high
+    assert env.step(np.array([1.0]))[4]["executed_action"] == pytest.approx(high)
+    env.reset()
+    assert env.step(np.array([-1.0]))[4]["executed_action"] == pytest.approx(low)
+
+
+def test_action_for_a_count_keeps_that_count():
+    env = fake_env("wide")
+    for count in env.space.levels[0]:
+        env.reset()
+        lowest, highest = env.space.feasible(env.space.costs.dense, 0, env.target)
+        kept = round((1 - env.step(np.array([env.action_for(int(count))]))[4]["sparsity"]) * env.space.costs.dense[0])
+        assert kept == np.clip(count, lowest, highest)
+
+
+def test_reward_is_zero_until_the_last_step():
+    steps = rollout(fake_env("wide"), np.zeros(5))
+    assert [reward for _, reward, *_ in steps[:-1]] == [0.0] * 5
+    assert [terminated for _, _, terminated, _ in steps] == [False] * 5 + [True]
+    info = steps[-1][3]
+    assert steps[-1][1] == pytest.approx(-info["loss"] + 0.05 * (1 - info["macs"] / 642720), abs=0.01)
+    assert {"allocation", "macs", "cost", "target", "accuracy", "loss"} <= set(info)
+
+
+def test_reset_option_sets_the_target_of_that_episode_only():
+    env = fake_env("wide")
+    usual = env.target
+    _, info = env.reset(options={"budget": "macs=30%"})
+    assert Budget.parse(info["budget"]) == Budget.parse("macs=30%")
+    assert env.target == pytest.approx(0.6 * usual, abs=1)
+    for _ in range(5):
+        *_, info = env.step(np.array([0.0]))
+    assert info["cost"] <= info["target"] == env.target
+    assert Budget.parse(info["allocation"].budget) == Budget.parse("macs=30%")
+    env.reset()
+    assert env.target == usual
+
+
+def test_refused_reset_leaves_the_episode_as_it_was():
+    env, actions = fake_env("wide"), [0.3, -0.2, 0.1, 0.4, 0.0]
+    expected = rollout(env, actions)[-1]
+    env.reset()
+    for action in actions:
+        with pytest.raises(UserError, match="budgets macs, got params="):
+            env.reset(options={"budget": "params=50%"})
+        with pytest.raises(UserError, match=r"--budget: macs=.* is below the reachable floor"):
+            env.reset(options={"budget": "macs=0.1%"})
+        *_, info = env.step(np.array([action]))
+    assert info == expected[3]
+
+
+def test_accuracy_guaranteed_treats_the_budget_as_a_ceiling():
+    env = fake_env("wide", reward="accuracy_guaranteed", accuracy_floor=0.0, budget="macs=80%")
+    info = walk(env, lambda _: 1.0)
+    assert kept_of(env, info).tolist() == env.space.low.tolist()
+    assert info["cost"] < 0.1 * info["target"]
+    generator = np.random.default_rng(4)
+    costs = [walk(env, lambda _: generator.uniform(-1, 1)) for _ in range(50)]
+    assert all(info["cost"] <= info["target"] for info in costs)
+    assert walk(env, lambda _: -1.0)["cost"] > 0.9 * info["target"]
+
+
+def test_model_is_left_as_found():
+    model, groups, _ = digits()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    walk(LayerPruningEnv(model, groups, digits_proxy()), lambda _: 0.1)
+    walk(LayerPruningEnv(model, None, digits_proxy()), lambda _: 0.1)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not model.training
+
+
+def test_render_changes_as_the_episode_goes():
+    env = fake_env("wide", render_mode="rgb_array")
+    env.reset()
+    pictures = [env.render()]
+    for _ in range(5):
+        env.step(np.array([0.0]))
+        pictures.append(env.render())
+    assert pictures[0].dtype == np.uint8 and pictures[0].ndim == 3 and pictures[0].shape[2] == 3
+    assert all((one != other).any() for one, other in pairwise(pictures))
+    assert fake_env("wide").render() is None
+
+
+def test_environment_without_proxy_is_refused():
+    model, groups, _ = traced("chain")
+    with pytest.raises(UserError, match="proxy: the environment needs a ProxyAccuracy"):
+        LayerPruningEnv(model, groups)
+
+
+def test_groups_of_another_network_are_refused():
+    model, groups, _ = traced("chain")
+    for other_groups, proxy in ((traced("wide")[1], fake_proxy()), (groups, fake_proxy("wide"))):
+        with pytest.raises(UserError, match="groups: model, groups and proxy are of different networks"):
+            LayerPruningEnv(model, other_groups, proxy)
+
+
+def test_unreachable_budget_is_refused_with_the_floor():
+    space = fake_env("wide").space
+    floor, dense = space.cost(space.low), space.cost(space.high)
+    expected = rf"--budget: macs=(0\.01|1%) is below the reachable floor.* needs macs={floor} \({floor / dense:.1%}\)"
+    with pytest.raises(UserError, match=expected):
+        fake_env("wide", budget="macs=1%")
+    fake_env("wide", budget=f"macs={floor}")
+
+
+def test_unknown_reward_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match="unknown reward 'weighted_sun'; did you mean 'weighted_sum'"):
+        fake_env(reward="weighted_sun")
+
+
+def test_step_after_the_end_is_refused():
+    env = fake_env()
+    walk(env, lambda _: 0.0)
+    with pytest.raises(RuntimeError, match=r"step\(\) after the episode's end; call reset\(\) first"):
+        env.step(np.array([0.0]))

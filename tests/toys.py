@@ -1,0 +1,123 @@
+"""Tiny networks, a proxy that costs nothing, and a trained digits network, for the tests of envs and agents."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoprune.allocation import Budget
+from autoprune.config import DataConfig, FinetuneConfig, ProxyConfig
+from autoprune.criteria import importance
+from autoprune.data import Splits, load
+from autoprune.finetune import finetune
+from autoprune.groups import Groups
+from autoprune.models import build, conv_bn
+from autoprune.proxy import Evaluation, ProxyAccuracy
+from autoprune.tracing import trace
+from envs.layer_pruning import LayerPruningEnv
+
+Loss = Callable[[np.ndarray], float]
+
+
+@dataclass
+class FakeProxy:
+    """Has what the environment and the searches use of a `ProxyAccuracy`, but takes its loss from a formula.
+
+    Attributes:
+        groups: The network's trace.
+        example: One input.
+        loss_of: Kept counts in group order, `(n_groups,)`, to loss; accuracy is exp(-loss).
+    """
+
+    groups: Groups
+    example: Tensor
+    loss_of: Loss
+    evaluations: int = 0
+    cache: dict[tuple[int, ...], Evaluation] = field(default_factory=dict)
+
+    @property
+    def importance(self) -> dict[str, Tensor]:
+        return {group.name: torch.linspace(0.5, 1.5, group.channels) for group in self.groups}
+
+    def __call__(self, kept: Mapping[str, int]) -> Evaluation:
+        key = tuple(kept[name] for name in self.groups.channels)
+        if key not in self.cache:
+            self.evaluations += 1
+            self.cache[key] = self.select(kept)
+        return self.cache[key]
+
+    def select(self, kept: Mapping[str, int]) -> Evaluation:
+        loss = float(self.loss_of(np.array([kept[name] for name in self.groups.channels])))
+        return Evaluation(float(np.exp(-loss)), loss)
+
+    def restore(self, kept: Mapping[str, int], evaluation: Evaluation) -> None:
+        self.cache[tuple(kept[name] for name in self.groups.channels)] = evaluation
+
+
+def chain(*widths: int, seed: int = 0, n_classes: int = 10) -> nn.Module:
+    """Convolutions in a row, each with its own prunable group, then a linear head; for images of 16x16."""
+    torch.manual_seed(seed)
+    pairs = zip((3, *widths), widths, strict=False)
+    body = [conv_bn(n_in, n_out, stride=2 if index < 2 else 1) for index, (n_in, n_out) in enumerate(pairs)]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], n_classes))
+
+
+@functools.cache
+def traced(name: str) -> tuple[nn.Module, Groups, Tensor]:
+    """A network with its trace and an example: "chain", "wide", or a name of `autoprune.models`."""
+    own = {"chain": (8, 16, 12, 16), "wide": (16, 40, 24, 48, 32)}
+    torch.manual_seed(0)
+    model = chain(*own[name]) if name in own else build(name)
+    example = torch.randn(1, 3, 16 if name in own else 32, 16 if name in own else 32)
+    return model, trace(model, example), example
+
+
+def fake_proxy(name: str = "chain", loss_of: Loss = lambda kept: 1 / kept.sum()) -> FakeProxy:
+    """A fresh fake proxy of one of the `traced` networks."""
+    _, groups, example = traced(name)
+    return FakeProxy(groups, example, loss_of)
+
+
+def fake_env(name: str = "chain", loss_of: Loss = lambda kept: 1 / kept.sum(), **options) -> LayerPruningEnv:
+    """An environment of one of the `traced` networks, milliseconds an episode."""
+    model, groups, _ = traced(name)
+    return LayerPruningEnv(model, groups, fake_proxy(name, loss_of), **options)
+
+
+def target_env(name: str = "chain", budget: str = "macs=50%", scale: float = 20.0, **options) -> LayerPruningEnv:
+    """An environment whose best allocation, on the budget's surface and far from uniform, is known: loss 0 there."""
+    space = fake_env(name, budget=budget, **options).space
+    offsets = np.random.default_rng(0).permutation(np.linspace(-0.35, 0.35, len(space.costs.dense)))
+    target = Budget.parse(budget).target(space.costs)
+    best = space.walk(target, lambda index, uniform: uniform + offsets[index])
+
+    def loss(kept: np.ndarray) -> float:
+        return scale * float((((kept - best) / space.costs.dense) ** 2).mean())
+
+    return fake_env(name, loss, budget=budget, **options)
+
+
+@functools.cache
+def digits() -> tuple[nn.Module, Groups, Splits]:
+    """A network trained on digits for a few seconds, so that it matters what is pruned where."""
+    splits = load(DataConfig(data="digits"))
+    model = chain(8, 16, 16)
+    finetune(model, splits.train, FinetuneConfig(epochs=8, batch_size=64, lr=0.1, distillation=0.0, bf16="off"))
+    return model, trace(model, splits.example), splits
+
+
+def digits_proxy(**parts) -> ProxyAccuracy:
+    """A fresh real proxy of the digits network; `parts` replace splits."""
+    model, groups, splits = digits()
+    splits = replace(splits, **parts)
+    config = ProxyConfig(images=100, recalibration_images=100, bf16="off")
+    return ProxyAccuracy(model, groups, importance("l1", model, groups, splits.train), splits, config)
+
+
+def digits_env(budget: str = "macs=50%", **options) -> LayerPruningEnv:
+    """The environment of the digits network with a fresh real proxy."""
+    model, groups, _ = digits()
+    return LayerPruningEnv(model, groups, digits_proxy(), budget=budget, **options)
