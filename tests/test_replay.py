@@ -1,0 +1,138 @@
+"""Policies as files: they act the same after loading, execute no code, and serve other budgets and networks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toys import fake_env, target_env
+
+from agents.replay import Policy, describe_policy, replay
+from agents.training import ALGORITHMS, hyperparameters, make_learner
+from autoprune.config import SearchConfig
+from autoprune.errors import UserError
+from envs.observation import FEATURES
+
+
+def some_policy(name: str = "ppo") -> Policy:
+    """A policy whose actions are far from zero and differ between observations, without training it."""
+    learner = make_learner(name, fake_env(), 4, SearchConfig())
+    policy = Policy.of(name, learner, hyperparameters(name)["policy_kwargs"])
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.network.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+@pytest.fixture
+def saved(tmp_path):
+    some_policy().save(tmp_path, budget="macs=50%")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_loaded_policy_acts_identically(name, tmp_path):
+    policy = some_policy(name)
+    policy.save(tmp_path)
+    loaded = Policy.load(tmp_path)
+    assert loaded.algorithm == name
+    observations = np.random.default_rng(0).random((50, len(FEATURES)), dtype=np.float32)
+    actions = [policy.act(observation) for observation in observations]
+    assert np.ptp(actions) > 0.05
+    for observation, action in zip(observations, actions, strict=True):
+        assert action.shape == (1,) and -1 <= action[0] <= 1
+        assert np.array_equal(loaded.act(observation), action)
+
+
+def test_saved_policy_is_json_and_safetensors_only(saved, monkeypatch):
+    assert sorted(path.name for path in saved.iterdir()) == ["policy.json", "policy.safetensors"]
+    assert json.loads((saved / "policy.json").read_text())["features"] == [feature.name for feature in FEATURES]
+    assert load_file(saved / "policy.safetensors")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr("pickle.load", refuse)
+    monkeypatch.setattr("pickle.loads", refuse)
+    monkeypatch.setattr("pickle.Unpickler", refuse)
+    monkeypatch.setattr("torch.load", refuse)
+    Policy.load(saved)
+
+
+def test_what_is_said_about_a_policy_is_stored_beside_it(saved):
+    assert describe_policy(saved)["budget"] == "macs=50%"
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_replay_reproduces_the_policys_allocation_exactly(name, tmp_path):
+    policy = some_policy(name)
+    policy.save(tmp_path)
+    first, info = replay(policy, target_env("wide"))
+    second, again = replay(Policy.load(tmp_path), target_env("wide"))
+    assert first == second
+    assert (info["macs"], info["loss"]) == (again["macs"], again["loss"])
+
+
+@pytest.mark.parametrize("network", ["chain", "wide", "resnet20", "mobilenet_v2_cifar"])
+@pytest.mark.parametrize("budget", ["macs=30%", "macs=75%"])
+def test_replay_meets_another_budget_on_another_network(saved, network, budget):
+    env = fake_env(network)
+    allocation, info = replay(Policy.load(saved), env, budget)
+    share = float(budget[5:7]) / 100
+    assert info["cost"] <= info["target"] == int(env.space.cost(env.space.high) * share + 1e-9)
+    allocation.check(env.groups)
+    assert env.space.cost(np.array(list(allocation.kept.values()))) == info["cost"]
+    assert env.space.fill(np.array(list(allocation.kept.values())), env.target).tolist() == list(
+        allocation.kept.values()
+    )
+
+
+def test_replay_for_another_metric_is_refused(saved):
+    with pytest.raises(UserError, match=r"budgets macs, got params"):
+        replay(Policy.load(saved), fake_env(), "params=50%")
+
+
+def test_missing_policy_says_how_to_get_one(tmp_path):
+    with pytest.raises(UserError, match=r"no policy in '.*'; baselines learn none, search with --agent ppo"):
+        Policy.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"features": 3'])
+def test_damaged_description_is_refused_in_one_line(saved, content):
+    (saved / "policy.json").write_text(content)
+    with pytest.raises(UserError, match=r"policy\.json' is damaged \(.*\); search anew") as caught:
+        Policy.load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_policy_for_other_observations_is_refused(saved):
+    description = describe_policy(saved)
+    description["features"] = description["features"][1:]
+    (saved / "policy.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="was trained on other observations"):
+        Policy.load(saved)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "pickle", "other shape", "dqn", "no kwargs"])
+def test_damaged_policy_is_refused_in_one_line(saved, damage):
+    weights, description = saved / "policy.safetensors", describe_policy(saved)
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:500])
+    elif damage == "empty":
+        weights.write_bytes(b"")
+    elif damage == "pickle":
+        torch.save({"log_std": torch.zeros(1)}, weights)
+    elif damage == "other shape":
+        save_file({name: tensor[:1] for name, tensor in load_file(weights).items()}, weights)
+    elif damage == "dqn":
+        (saved / "policy.json").write_text(json.dumps(description | {"algorithm": "dqn"}))
+    else:
+        del description["policy_kwargs"]
+        (saved / "policy.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"RUN: the policy in '.*' is damaged \(.*\); search anew") as caught:
+        Policy.load(saved)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,187 @@
+"""The search: honest about splits and evaluations, and the same whether or not it was killed on the way."""
+
+import multiprocessing
+import random
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toys import FakeProxy, digits_env, digits_proxy, fake_env, target_env, traced
+
+from agents.search import AGENTS, search
+from autoprune.config import ProxyConfig, SearchConfig
+from autoprune.criteria import importance
+from autoprune.data import Images, Splits
+from autoprune.proxy import ProxyAccuracy
+from autoprune.runs import RunFolder
+from envs.layer_pruning import LayerPruningEnv
+
+N_KILLED = 40
+
+
+class Poisoned(Images):
+    """Fails as soon as anyone looks at it."""
+
+    def __init__(self):
+        pass
+
+    def __getattribute__(self, name):
+        raise AssertionError(f"the test split was touched ({name})")
+
+    def __len__(self):
+        raise AssertionError("the test split was touched (len)")
+
+
+class Shifted(FakeProxy):
+    """Orders candidates on the selection split the other way round."""
+
+    def __call__(self, kept):
+        proxy = super().__call__(kept)
+        return type(proxy)(1 - proxy.accuracy, 2 - proxy.loss)
+
+
+def killable_search(agent: str, folder: Path):
+    """One search on a real proxy of an untrained network: the same in every process."""
+    config = SearchConfig(agent=agent, episodes=N_KILLED, checkpoint_every=5, seed=1)
+    folder.mkdir(exist_ok=True)
+    return search(small_real_env(), config, RunFolder(folder))
+
+
+def small_real_env() -> LayerPruningEnv:
+    model, groups, _ = traced("chain")
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (60, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    images = Images(pixels, torch.randint(0, 10, (60,), generator=generator))
+    splits = Splits(images, images[:20], images[20:40], images[40:], Poisoned(), tuple("0123456789"), "random")
+    proxy = ProxyAccuracy(model, groups, importance("l1", model, groups, images), splits, ProxyConfig(bf16="off"))
+    return LayerPruningEnv(model, groups, proxy)
+
+
+def logged(folder: Path) -> list[dict]:
+    return list(RunFolder(folder).events("episode"))
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_every_agent_and_baseline_returns_an_allocation_within_the_budget(agent):
+    env = target_env("wide")
+    result = search(env, SearchConfig(agent=agent, episodes=13, finalists=4))
+    result.best.allocation.check(env.groups)
+    kept = np.array(list(result.best.allocation.kept.values()))
+    assert env.space.cost(kept) <= env.target
+    assert result.best.macs == env.space.costs.macs(kept)
+    assert (result.policy is None) == (agent in ("uniform", "random", "sensitivity"))
+    assert 1 <= len(result.finalists) <= 5
+    assert result.best.allocation.source == "policy" or result.best.allocation.source.startswith("episode ")
+
+
+def test_finalists_are_the_best_different_episodes_sorted_by_their_selection_reward():
+    model, groups, example = traced("wide")
+    proxy = Shifted(groups, example, lambda kept: float(kept[0] / 20))
+    result = search(LayerPruningEnv(model, groups, proxy), SearchConfig(agent="random", episodes=30, finalists=6))
+    rewards = [finalist.reward for finalist in result.finalists]
+    assert len(rewards) == 6 and rewards == sorted(rewards, reverse=True)
+    assert result.best is result.finalists[0]
+    chosen = {tuple(finalist.allocation.kept.values()) for finalist in result.finalists}
+    assert len(chosen) == 6
+    others = [e.reward for e in result.episodes if tuple(e.allocation.kept.values()) not in chosen]
+    by_kept = {tuple(e.allocation.kept.values()): e.reward for e in result.episodes}
+    assert min(by_kept[kept] for kept in chosen) >= max(others)
+    # The best on the proxy split is not the best on the selection split here, and the latter decides.
+    assert by_kept[tuple(result.best.allocation.kept.values())] < max(by_kept.values())
+
+
+def test_trained_policy_competes_as_a_finalist():
+    result = search(target_env("wide"), SearchConfig(agent="ppo", episodes=12, finalists=3))
+    assert sorted(f.allocation.source.split()[0] for f in result.finalists) == ["episode"] * 3 + ["policy"]
+
+
+def test_test_split_is_never_touched():
+    env = digits_env()
+    env.proxy = digits_proxy(test=Poisoned())
+    with pytest.raises(AssertionError, match="the test split was touched"):
+        len(env.proxy._splits.test)
+    assert search(env, SearchConfig(agent="ppo", episodes=6)).best
+    assert search(env, SearchConfig(agent="sensitivity", episodes=12)).best
+
+
+@pytest.mark.parametrize("agent", ["ppo", "random", "sensitivity", "uniform"])
+def test_evaluations_count_the_sub_models_that_were_scored(agent):
+    calls = []
+
+    def loss_of(kept: np.ndarray) -> float:
+        calls.append(tuple(kept))
+        return float(kept[0])
+
+    env = fake_env("chain", loss_of)
+    result = search(env, SearchConfig(agent=agent, episodes=20, finalists=5))
+    assert result.evaluations == env.proxy.evaluations == len(set(calls))
+    assert len(calls) == result.evaluations + len(result.finalists)
+    assert result.seconds > 0
+
+
+def test_episodes_are_logged_and_reported_one_by_one(tmp_path):
+    seen = []
+    result = search(target_env(), SearchConfig(agent="random", episodes=7), RunFolder(tmp_path), seen.append)
+    assert [episode.number for episode in seen] == [1, 2, 3, 4, 5, 6, 7]
+    assert result.episodes == seen
+    assert [{"event": "episode", **episode.to_json()} for episode in seen] == logged(tmp_path)
+    assert all(asdict(e.evaluation).items() <= entry.items() for e, entry in zip(seen, logged(tmp_path), strict=True))
+
+
+@pytest.mark.parametrize("agent", ["random", "sensitivity", "ddpg"])
+def test_finished_search_is_not_searched_again(agent, tmp_path):
+    config = SearchConfig(agent=agent, episodes=30, checkpoint_every=5)
+    first = search(target_env("wide"), config, RunFolder(tmp_path))
+    env, before = target_env("wide"), logged(tmp_path)
+    again = search(env, config, RunFolder(tmp_path))
+    assert again.finalists == first.finalists or agent == "ddpg"  # the policy's proxy reward is NaN there
+    assert again.best.allocation == first.best.allocation
+    assert again.episodes == first.episodes
+    assert again.evaluations == first.evaluations
+    assert logged(tmp_path) == before
+    if agent != "sensitivity":  # whose table isn't made of episodes
+        assert env.proxy.evaluations <= 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12; PyTorch runs one thread here
+@pytest.mark.parametrize("agent", ["ppo", "td3"])
+def test_search_killed_at_any_moment_ends_as_one_left_alone(agent, tmp_path):
+    expected = killable_search(agent, tmp_path / "alone")
+    folder, generator, exits = tmp_path / "killed", random.Random(agent), []
+    for n_lines in sorted(generator.sample(range(1, N_KILLED - 4), 4)):
+        # A fork, since a fresh interpreter takes seconds to import torch.
+        process = multiprocessing.get_context("fork").Process(target=killable_search, args=(agent, folder))
+        process.start()
+        while process.is_alive() and len(logged(folder)) < n_lines:
+            time.sleep(0.002)
+        time.sleep(generator.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        exits.append(process.exitcode)
+    assert set(exits) <= {-signal.SIGKILL, 0} and exits[0] == -signal.SIGKILL
+    result = killable_search(agent, folder)
+    assert result.best.allocation == expected.best.allocation
+    assert result.best.selection == expected.best.selection
+    assert result.episodes == expected.episodes
+    assert result.evaluations == expected.evaluations
+    assert logged(folder) == logged(tmp_path / "alone")
+    for key, weights in expected.policy.network.state_dict().items():
+        assert torch.equal(result.policy.network.state_dict()[key], weights), key
+
+
+@pytest.mark.parametrize("cut", [1, 20, 10_000])
+def test_log_line_cut_short_by_a_kill_is_written_again(cut, tmp_path):
+    config = SearchConfig(agent="random", episodes=20)
+    for name in ("alone", "killed"):
+        (tmp_path / name).mkdir()
+    search(target_env(), config, RunFolder(tmp_path / "alone"))
+    lines = (tmp_path / "alone" / "log.jsonl").read_text().splitlines(keepends=True)
+    for n_lines in (6, 12):
+        whole = "".join(lines[:n_lines])
+        (tmp_path / "killed" / "log.jsonl").write_text(whole + lines[n_lines][:cut].rstrip("\n"))
+        search(target_env(), config, RunFolder(tmp_path / "killed"))
+        assert logged(tmp_path / "killed") == logged(tmp_path / "alone")

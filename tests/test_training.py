@@ -1,0 +1,212 @@
+"""The learners: they store what was executed, start at uniform, learn, and survive being interrupted."""
+
+import random
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from toys import fake_env, target_env
+
+from agents.baselines import walk
+from agents.replay import Policy, replay
+from agents.search import Recorder, search
+from agents.training import ALGORITHMS, Episodes, ExecutedAction, hyperparameters, make_learner, train
+from autoprune.config import SearchConfig
+from autoprune.errors import UserError
+from autoprune.runs import RunFolder
+
+OFF_POLICY = ("sac", "td3", "ddpg")
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Noted(gymnasium.Wrapper):
+    """Keeps the info of every step."""
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        self.infos = []
+
+    def step(self, action):
+        result = self.env.step(action)
+        self.infos.append(result[4])
+        return result
+
+
+def learned(name: str, env: gymnasium.Env, episodes: int, seed: int = 0):
+    """A learner after some episodes, trained as `train` does."""
+    config = SearchConfig(episodes=episodes, seed=seed)
+    n_steps = len(env.unwrapped.groups)
+    learner = make_learner(name, env, n_steps, config)
+    return learner.learn(episodes * n_steps, [ExecutedAction(), Episodes(episodes, 10, None, 0)])
+
+
+def trained(name: str, env, config: SearchConfig, folder: Path | None = None, interrupt_at: int = 0):
+    """The policy and all episodes, resumed from `folder`; raises `Interrupted` after episode `interrupt_at`."""
+
+    def on_episode(episode) -> None:
+        if episode.number == interrupt_at:
+            raise Interrupted
+
+    recorder = Recorder(env, None if folder is None else RunFolder(folder), on_episode)
+    policy = train(name, recorder, config, None if folder is None else folder / "learner.pt")
+    return policy, recorder.episodes
+
+
+def assert_same_policy(first: Policy, second: Policy) -> None:
+    for (key, one), other in zip(first.network.state_dict().items(), second.network.state_dict().values(), strict=True):
+        assert torch.equal(one, other), key
+
+
+@pytest.mark.parametrize("name", OFF_POLICY)
+def test_replay_buffer_holds_the_executed_actions_of_every_step(name):
+    env = Noted(target_env())
+    buffer = learned(name, env, 4).replay_buffer
+    executed = np.array([info["executed_action"] for info in env.infos], dtype=np.float32)
+    assert buffer.pos == len(executed) == 4 * 4
+    assert np.array_equal(buffer.actions[: buffer.pos, 0, 0], executed)
+    assert buffer.dones[: buffer.pos, 0].tolist() == [0, 0, 0, 1] * 4
+    assert (buffer.rewards[: buffer.pos, 0] != 0).tolist() == [False, False, False, True] * 4
+
+
+def test_rollout_buffer_holds_the_executed_actions_and_the_first_ratio_is_one():
+    env, config = Noted(target_env()), SearchConfig(episodes=10)
+    learner = make_learner("ppo", env, 4, config)
+    learner.train = lambda: None  # the buffer as it is when the first update starts
+    learner.learn(40, [ExecutedAction(), Episodes(10, 10, None, 0)])
+    buffer = learner.rollout_buffer
+    assert buffer.full
+    executed = np.array([info["executed_action"] for info in env.infos], dtype=np.float32)
+    assert np.array_equal(buffer.actions[:, 0, 0], executed)
+    batch = next(buffer.get())
+    with torch.no_grad():
+        _, log_prob, _ = learner.policy.evaluate_actions(batch.observations, batch.actions)
+    assert torch.allclose((log_prob - batch.old_log_prob).exp(), torch.ones(40), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_first_deterministic_policy_is_nearly_uniform(name):
+    for seed in range(3):
+        env = target_env("wide")
+        policy = Policy.of(name, make_learner(name, env, 5, SearchConfig(seed=seed)), {})
+        observation, _ = env.reset()
+        for _ in range(5):
+            action = policy.act(observation)
+            assert abs(action[0]) < 0.05
+            observation, *_ = env.step(action)
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_first_explored_actions_spread_by_about_a_fifth(name):
+    env = target_env("wide")
+    learner = make_learner(name, env, 5, SearchConfig())
+    observation, _ = env.reset()
+    torch.manual_seed(0)
+    learner._last_obs = observation[None]
+    if name == "ppo":
+        actions = [learner.predict(observation)[0][0] for _ in range(200)]
+    else:
+        np.random.seed(0)
+        actions = [learner._sample_action(0, learner.action_noise)[0][0, 0] for _ in range(200)]
+    assert 0.15 < np.std(actions) < 0.25
+
+
+@pytest.mark.parametrize("name, n_episodes", [("ppo", 60), ("sac", 50), ("td3", 50), ("ddpg", 50)])
+def test_agent_learns_an_allocation_clearly_better_than_uniform(name, n_episodes):
+    for seed in range(3 if name == "ppo" else 1):  # three pass for the others too, but take long
+        env = target_env(round_to=1)
+        uniform = walk(env, lambda _: 0.0)["loss"]
+        policy, episodes = trained(name, env, SearchConfig(episodes=n_episodes, seed=seed))
+        assert len(episodes) == n_episodes
+        assert replay(policy, env)[1]["loss"] < 0.7 * uniform
+        assert min(episode.evaluation.loss for episode in episodes) < 0.3 * uniform
+
+
+@pytest.mark.parametrize("name", OFF_POLICY)
+def test_off_policy_agent_never_stops_trying_new_allocations(name):
+    env = target_env(round_to=1)
+    _, episodes = trained(name, env, SearchConfig(episodes=30))
+    assert len({tuple(episode.allocation.kept.values()) for episode in episodes[-12:]}) >= 8
+
+
+def test_last_batch_is_learned_from():
+    for name in ("ppo", "ddpg"):
+        first = make_learner(name, target_env(), 4, SearchConfig(episodes=10))
+        policy, _ = trained(name, target_env(), SearchConfig(episodes=10))
+        before, after = first.policy.state_dict(), policy.network.state_dict()
+        assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+@pytest.mark.parametrize("n_episodes", [1, 7, 12])
+def test_exactly_the_asked_number_of_episodes_is_walked(name, n_episodes):
+    _, episodes = trained(name, target_env(), SearchConfig(episodes=n_episodes))
+    assert [episode.number for episode in episodes] == list(range(1, n_episodes + 1))
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_same_seed_gives_the_same_episodes_and_policy_and_another_seed_others(name):
+    runs = [trained(name, target_env(), SearchConfig(episodes=12, seed=seed)) for seed in (1, 1, 2)]
+    (first, episodes), (again, same), (_, others) = runs
+    assert episodes == same
+    assert_same_policy(first, again)
+    assert [e.allocation for e in episodes] != [e.allocation for e in others]
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_interrupted_training_goes_on_to_the_same_episodes_and_weights(name, tmp_path):
+    config = SearchConfig(episodes=24, seed=3, checkpoint_every=4)
+    expected, expected_episodes = trained(name, target_env(), config)
+    for interrupt_at in sorted(random.Random(name).sample(range(1, 25), 3)):
+        with pytest.raises(Interrupted):
+            trained(name, target_env(), config, tmp_path, interrupt_at)
+        torch.manual_seed(99)  # whatever another process would have in its generators
+        np.random.seed(99)
+    policy, episodes = trained(name, target_env(), config, tmp_path)
+    assert episodes == expected_episodes
+    assert_same_policy(policy, expected)
+
+
+def test_finished_training_is_not_repeated_and_gives_the_same_policy(tmp_path):
+    config, env = SearchConfig(episodes=20, checkpoint_every=4), target_env()
+    first, episodes = trained("ddpg", target_env(), config, tmp_path)
+    again, same = trained("ddpg", env, config, tmp_path)
+    assert same == episodes and env.proxy.evaluations == 0
+    assert_same_policy(first, again)
+
+
+def test_checkpoint_loads_without_executing_code(tmp_path):
+    trained("sac", target_env(), SearchConfig(episodes=6, checkpoint_every=2), tmp_path)
+    assert torch.load(tmp_path / "learner.pt", weights_only=True)["episodes"] == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["learner.pt", "log.jsonl"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "other algorithm", "other file"])
+def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
+    checkpoint, config = tmp_path / "learner.pt", SearchConfig(episodes=6, checkpoint_every=2)
+    trained("sac" if damage == "other algorithm" else "td3", target_env(), config, tmp_path)
+    content = checkpoint.read_bytes()
+    if damage == "other file":
+        torch.save({"weights": torch.zeros(2)}, checkpoint)
+    elif damage != "other algorithm":
+        checkpoint.write_bytes({"cut": content[: len(content) // 2], "noise": b"noise" * 99, "empty": b""}[damage])
+    with pytest.raises(UserError, match=r"RUN: checkpoint '.*learner\.pt' can't be used .*delete it") as caught:
+        trained("td3", target_env(), config, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, near", [("pp0", "ppo"), ("tdd3", "td3"), ("unifrom", "uniform"), ("evolution", "ppo")])
+def test_unknown_agent_is_refused_with_the_nearest_known(name, near):
+    with pytest.raises(UserError, match=f"--agent: unknown agent '{name}'; did you mean '{near}'.*Known: ppo, sac"):
+        search(fake_env(), SearchConfig(agent=name))
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_hyperparameters_are_plain_data_with_undiscounted_returns(name):
+    settings = hyperparameters(name)
+    assert settings["gamma"] == 1.0
+    assert settings["policy_kwargs"]["net_arch"]
