@@ -1,4 +1,4 @@
-"""A network of the user's own, as `--model tests.tiny:network` names it; seeded, so that every process gets the same."""
+"""A network of the user's own, as `--model tests.tiny:network` names it; seeded: every process gets the same."""
 
 import torch
 from torch import nn
