@@ -30,8 +30,7 @@ def random(env: gymnasium.Env, config: SearchConfig) -> None:
     core: LayerPruningEnv = env.unwrapped
 
     def action(position: int) -> float:
-        low, high = core.feasible_actions
-        return generator.uniform(low, high)
+        return core.action_of(generator.uniform(*core.bounds))
 
     for _ in range(config.episodes):
         walk(env, action)
@@ -54,7 +53,7 @@ def sensitivity(env: gymnasium.Env, config: SearchConfig) -> None:
     for transform in (lambda damage: damage, sqrt):
         table = [[transform(max(0.0, damage)) for damage in row] for row in damages]
         wish = _allocate(core, levels, table)
-        walk(env, lambda position, wish=wish: core.action_for(wish[position]))
+        walk(env, lambda position, wish=wish: core.action_of(1 - wish[position] / core.space.costs.dense[position]))
 
 
 BASELINES: dict[str, Callable[[gymnasium.Env, SearchConfig], None]] = {

@@ -25,8 +25,8 @@ from autoprune.config import SearchConfig
 from autoprune.errors import UserError
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "sac": SAC, "td3": TD3, "ddpg": DDPG}
-START_STD = 0.2
-"""Spread of the first actions, in sparsity."""
+START_STD = 0.4
+"""Spread of the first actions, as a share of the feasible interval's half: about 0.2 in sparsity."""
 
 
 def hyperparameters(name: str) -> dict:

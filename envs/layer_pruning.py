@@ -17,6 +17,10 @@ from envs.observation import OBSERVATION_SPACE, Observer, State
 from envs.rewards import Outcome, reward_named
 
 
+FLAT = 1e-6
+"""Width below which one side of the feasible interval counts as a point."""
+
+
 class LayerPruningEnv(gymnasium.Env):
     """Walks a network group by group; each action is a sparsity, the last one ends the episode with a scored network.
 
@@ -26,10 +30,10 @@ class LayerPruningEnv(gymnasium.Env):
     scored on the proxy split.
 
     ## Action Space
-    `Box(-1, 1, (1,))`: offset from the *uniform-to-go* sparsity, the one that would meet the budget if this and all
-    later groups got the same. The wish is clipped to the feasible interval and rounded to an allowed count; so every
-    action is valid, and 0 all the way is uniform pruning. What was executed stands in `info["executed_action"]`, as an
-    action, for the learner to store.
+    `Box(-1, 1, (1,))`, mapped to the feasible sparsity interval: -1 is its lowest sparsity, 1 its highest, 0 the
+    *uniform-to-go* sparsity, the one that would meet the budget if this and all later groups got the same; linear in
+    between. The wish is rounded to an allowed count; so every action is valid, and 0 all the way is uniform pruning.
+    What was executed stands in `info["executed_action"]`, as an action, for the learner to store.
 
     ## Observation Space
     `Box(0, 1, (20,))`, the features of `envs.observation.FEATURES`; they describe the group that the *next* action is
@@ -109,14 +113,14 @@ class LayerPruningEnv(gymnasium.Env):
         return self.observer.observe(self._state), {"budget": str(self.episode_budget)}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Prunes the current group by its uniform-to-go sparsity plus `action`, within the feasible interval."""
+        """Prunes the current group by the feasible sparsity that `action` stands for."""
         state, dense = self._state, self.space.costs.dense
         if state.index >= len(dense):
             raise RuntimeError("step() after the episode's end; call reset() first")
-        offset = float(np.clip(np.asarray(action, dtype=np.float64).reshape(-1)[0], -1, 1))
-        count = self.space.nearest(state.index, state.uniform_to_go + offset, self._bounds)
+        wish = float(np.clip(np.asarray(action, dtype=np.float64).reshape(-1)[0], -1, 1))
+        count = self.space.nearest(state.index, self._sparsity_of(wish), self._bounds)
         sparsity = 1 - count / dense[state.index]
-        executed = float(np.clip(sparsity - state.uniform_to_go, -1, 1))
+        executed = self.action_of(sparsity, otherwise=wish)
         info = {"group": self.groups[state.index].name, "sparsity": float(sparsity), "executed_action": executed}
         kept = state.kept.copy()
         kept[state.index] = count
@@ -142,14 +146,32 @@ class LayerPruningEnv(gymnasium.Env):
         return self._target
 
     @property
-    def feasible_actions(self) -> tuple[float, float]:
-        """Lowest and highest action that isn't clipped for the current group."""
-        lowest, highest = self._state.bounds
-        return lowest - self._state.uniform_to_go, highest - self._state.uniform_to_go
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest feasible sparsity of the current group."""
+        return self._state.bounds
 
-    def action_for(self, count: int) -> float:
-        """The action that keeps `count` channels of the current group, as far as that is feasible."""
-        return 1 - count / self.space.costs.dense[self._state.index] - self._state.uniform_to_go
+    def action_of(self, sparsity: float, otherwise: float = 0.0) -> float:
+        """The action that stands for a sparsity of the current group, as far as that is feasible.
+
+        Args:
+            sparsity: Share of channels to remove.
+            otherwise: What to return where a whole side of the interval is one point, so that any action would do.
+        """
+        lowest, centre, highest = self._interval()
+        upwards = sparsity > centre or (sparsity == centre and otherwise > 0)
+        width = highest - centre if upwards else centre - lowest
+        if width < FLAT:
+            return otherwise
+        return float(np.clip((sparsity - centre) / width, -1, 1))
+
+    def _sparsity_of(self, action: float) -> float:
+        lowest, centre, highest = self._interval()
+        return centre + action * (highest - centre if action > 0 else centre - lowest)
+
+    def _interval(self) -> tuple[float, float, float]:
+        """Lowest, uniform-to-go and highest sparsity; rounding can put the middle one just outside."""
+        lowest, highest = self._state.bounds
+        return lowest, min(max(self._state.uniform_to_go, lowest), highest), highest
 
     def _start(self, budget: Budget) -> None:
         if budget.metric != self.space.metric:

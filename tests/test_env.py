@@ -183,22 +183,35 @@ def test_executed_actions_replayed_give_the_same_allocation(network):
         assert [info["executed_action"] for *_, info in second[1:]] == executed
 
 
-def test_actions_beyond_the_feasible_interval_are_executed_at_its_ends():
+def test_the_action_space_covers_the_feasible_interval_from_end_to_end():
     env = fake_env("wide")
-    env.reset()
-    low, high = env.feasible_actions
-    assert low < 0 < high
-    assert env.step(np.array([1.0]))[4]["executed_action"] == pytest.approx(high)
-    env.reset()
-    assert env.step(np.array([-1.0]))[4]["executed_action"] == pytest.approx(low)
+    for action, end in ((-1.0, 0), (1.0, 1)):
+        env.reset()
+        bounds = env.bounds
+        assert bounds[0] < bounds[1]
+        info = env.step(np.array([action]))[4]
+        assert info["sparsity"] == pytest.approx(bounds[end]) and info["executed_action"] == pytest.approx(action)
 
 
-def test_action_for_a_count_keeps_that_count():
+def test_where_any_action_would_do_the_wish_counts_as_executed():
+    env = fake_env("chain")
+    for wish in (-0.7, 0.3):
+        env.reset()
+        for _ in range(len(env.groups) - 1):
+            env.step(np.zeros(1))
+        assert env.bounds[0] == env.bounds[1]
+        assert env.step(np.array([wish]))[4]["executed_action"] == pytest.approx(wish)
+
+
+def test_the_action_of_a_sparsity_executes_that_sparsity():
     env = fake_env("wide")
     for count in env.space.levels[0]:
         env.reset()
         lowest, highest = env.space.feasible(env.space.costs.dense, 0, env.target)
-        kept = round((1 - env.step(np.array([env.action_for(int(count))]))[4]["sparsity"]) * env.space.costs.dense[0])
+        kept = round(
+            (1 - env.step(np.array([env.action_of(1 - int(count) / env.space.costs.dense[0])]))[4]["sparsity"])
+            * env.space.costs.dense[0]
+        )
         assert kept == np.clip(count, lowest, highest)
 
 

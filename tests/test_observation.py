@@ -56,10 +56,10 @@ def test_bounds_and_uniform_to_go_are_those_of_the_next_action():
     env = fake_env("wide")
     observation, _ = env.reset()
     for position in range(5):
-        low, high = env.feasible_actions
-        uniform = observation[INDEX["uniform_to_go"]]
-        assert observation[INDEX["lowest"]] - uniform == pytest.approx(low, abs=1e-6)
-        assert observation[INDEX["highest"]] - uniform == pytest.approx(high, abs=1e-6)
+        low, high = env.bounds
+        assert observation[INDEX["lowest"]] == pytest.approx(low, abs=1e-6)
+        assert observation[INDEX["highest"]] == pytest.approx(high, abs=1e-6)
+        assert env.action_of(observation[INDEX["uniform_to_go"]]) == pytest.approx(0, abs=1e-5)
         observation, *_, info = env.step(np.array([0.2 if position % 2 else -0.2]))
         if position < 4:
             assert observation[INDEX["previous"]] == pytest.approx(info["sparsity"])

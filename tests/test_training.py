@@ -101,7 +101,7 @@ def test_first_deterministic_policy_is_nearly_uniform(name):
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_first_explored_actions_spread_by_about_a_fifth(name):
+def test_first_explored_actions_spread_by_about_four_tenths(name):
     env = target_env("wide")
     learner = make_learner(name, env, 5, SearchConfig())
     observation, _ = env.reset()
@@ -112,7 +112,7 @@ def test_first_explored_actions_spread_by_about_a_fifth(name):
     else:
         np.random.seed(0)
         actions = [learner._sample_action(0, learner.action_noise)[0][0, 0] for _ in range(200)]
-    assert 0.15 < np.std(actions) < 0.25
+    assert 0.3 < np.std(actions) < 0.5
 
 
 @pytest.mark.parametrize("name, n_episodes", [("ppo", 60), ("sac", 50), ("td3", 50), ("ddpg", 50)])
