@@ -237,7 +237,7 @@ def _finetune(workspace, folder) -> None:
     from autoprune.compress import finetune_stage
     from autoprune.console import progress
 
-    with progress("fine-tune", workspace.settings.finetune.epochs) as advance:
+    with progress("fine-tune", workspace.settings.finetune.epochs_for(len(workspace.splits.train))) as advance:
         finetune_stage(workspace, folder, lambda epoch, loss: advance(f"loss {loss:.4f}"))
 
 

@@ -159,6 +159,7 @@ def read_plan(folder: RunFolder) -> dict:
 def finetune_stage(workspace: Workspace, folder: RunFolder, on_epoch: Callable[[int, float], None]) -> None:
     """Fine-tunes the pruned network, resuming after the last finished epoch; `pruned/` then holds the result."""
     config, plan = workspace.settings.finetune, read_plan(folder)
+    epochs = config.epochs_for(len(workspace.splits.train))
     with timed(folder, "finetune"):
         # Always from the pruned network, whatever is stored: a second call with other settings must not train on top.
         model = _pruned(workspace, Allocation.read(folder.allocation, workspace.groups))
@@ -170,7 +171,7 @@ def finetune_stage(workspace: Workspace, folder: RunFolder, on_epoch: Callable[[
 
         seed, train = workspace.settings.search.seed, workspace.splits.train
         finetune(model, train, config, seed, workspace.model, folder.finetune_checkpoint, finished)
-        save_pruned(model, folder.pruned, plan | {"stage": "finetuned", "epochs": config.epochs})
+        save_pruned(model, folder.pruned, plan | {"stage": "finetuned", "epochs": epochs})
 
 
 def evaluate_stage(workspace: Workspace, folder: RunFolder) -> dict:

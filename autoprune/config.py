@@ -81,8 +81,8 @@ class DataConfig:
 class FinetuneConfig:
     """Training after pruning: SGD with Nesterov momentum, linear warm-up, then annealed to zero inside the epochs."""
 
-    epochs: int = 10
-    """Passes over the training split."""
+    epochs: int | None = None
+    """Passes over the training split (None: 10, or on a small dataset as many as make 600 steps, at most 30)."""
     batch_size: int = 128
     """Images a step."""
     lr: float = 0.05
@@ -107,6 +107,16 @@ class FinetuneConfig:
         _check_range(self, 1, float("inf"), "batch_size", "temperature")
         _check_range(self, 0, 1, "warmup", "distillation", "momentum")
         _check_bf16(self.bf16)
+
+    def epochs_for(self, n_images: int) -> int:
+        """The number of passes over a training split of `n_images`."""
+        if self.epochs is not None:
+            return self.epochs
+        return min(30, max(10, -(-600 // self.steps_per_epoch(n_images))))
+
+    def steps_per_epoch(self, n_images: int) -> int:
+        """Whole batches in one pass."""
+        return max(1, n_images // self.batch_size)
 
 
 def _check_bf16(value: str) -> None:

@@ -52,11 +52,12 @@ def finetune(
         on_epoch: Called with the number of finished epochs and the mean training loss.
     """
     model.train().to(memory_format=torch.channels_last)
-    steps_per_epoch = max(1, len(images) // config.batch_size)
+    epochs = config.epochs_for(len(images))
+    n_steps = epochs * config.steps_per_epoch(len(images))
     optimizer = torch.optim.SGD(_parameter_groups(model, config), config.lr, config.momentum, nesterov=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _annealing(config, steps_per_epoch))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _annealing(n_steps, config.warmup))
     loss_of = _distilled(config, teacher) if teacher is not None and config.distillation > 0 else _plain
-    for epoch in range(_resume(checkpoint, model, optimizer, schedule), config.epochs):
+    for epoch in range(_resume(checkpoint, model, optimizer, schedule), epochs):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 100_003 + epoch)
             loss = _one_epoch(
@@ -111,9 +112,8 @@ def _parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict]:
     return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
-def _annealing(config: FinetuneConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    total = config.epochs * steps_per_epoch
-    rising = max(1, round(config.warmup * total))
+def _annealing(total: int, warmup: float) -> Callable[[int], float]:
+    rising = max(1, round(warmup * total))
 
     def factor(step: int) -> float:
         if step < rising:

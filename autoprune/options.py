@@ -35,7 +35,8 @@ def search_options(parser: Parser) -> None:
     parser.add_class_arguments(OutputConfig, skip={"resume", "json"})
     parser.add_argument("--resume", action="store_true", help="Go on with the run in --out where it was interrupted.")
     _json_option(parser)
-    parser.add_argument("--epochs", type=int, default=FinetuneConfig.epochs, help="Epochs of fine-tuning.")
+    text = "Epochs of fine-tuning (null: 10, or on a small dataset as many as make 600 steps, at most 30)."
+    parser.add_argument("--epochs", type=int | None, default=None, help=text)
     parser.add_class_arguments(FinetuneConfig, "finetune", skip={"epochs"})
     parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
 
