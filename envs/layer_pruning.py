@@ -16,7 +16,6 @@ from autoprune.tracing import trace
 from envs.observation import OBSERVATION_SPACE, Observer, State
 from envs.rewards import Outcome, reward_named
 
-
 FLAT = 1e-6
 """Width below which one side of the feasible interval counts as a point."""
 

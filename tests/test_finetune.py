@@ -125,3 +125,10 @@ def test_fewer_images_than_a_batch_still_train(images):
     first, model = network(), network()
     finetune(model, images[:10], replace(CONFIG, epochs=1))
     assert not torch.equal(model[-1].weight, first[-1].weight)
+
+
+@pytest.mark.parametrize("n_images, epochs", [(45_000, 10), (2_600, 30), (5_120, 15), (100, 30)])
+def test_by_default_small_datasets_are_passed_over_more_often(n_images, epochs):
+    config = FinetuneConfig()
+    assert config.epochs_for(n_images) == epochs
+    assert replace(config, epochs=3).epochs_for(n_images) == 3
