@@ -66,6 +66,15 @@ def logged(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("agent", AGENTS)
+def test_every_episode_of_200_meets_the_budget_whoever_walks_it(agent):
+    env = target_env("chain")
+    episodes = search(env, SearchConfig(agent=agent, episodes=200, finalists=1)).episodes
+    assert len(episodes) == {"uniform": 1, "sensitivity": 2}.get(agent, 200)
+    costs = [env.space.cost(np.array(list(episode.allocation.kept.values()))) for episode in episodes]
+    assert max(costs) <= env.target
+
+
+@pytest.mark.parametrize("agent", AGENTS)
 def test_every_agent_and_baseline_returns_an_allocation_within_the_budget(agent):
     env = target_env("wide")
     result = search(env, SearchConfig(agent=agent, episodes=13, finalists=4))
