@@ -81,7 +81,7 @@ def row(env: LayerPruningEnv, network: str, budget: str, allocator: str, kept: d
 
 def write_table(path: Path, rows: list[dict]) -> None:
     with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(rows[0]))
+        table = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
 
