@@ -15,6 +15,7 @@ import yaml
 from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import nn
@@ -60,6 +61,8 @@ def make_learner(
     learner = ALGORITHMS[name](
         "MlpPolicy", env, seed=config.seed, device="cpu", tensorboard_log=tensorboard, **settings
     )
+    if log is None:
+        learner.set_logger(Logger(None, []))  # Stable-Baselines3's own would leave a folder in the temporary one
     _start_at_uniform(learner)
     if actor_rate is not None:
         _set_actor_rate(learner, actor_rate)

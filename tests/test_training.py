@@ -1,6 +1,7 @@
 """The learners: they store what was executed, start at uniform, learn, and survive being interrupted."""
 
 import random
+import tempfile
 from pathlib import Path
 
 import gymnasium
@@ -210,3 +211,9 @@ def test_hyperparameters_are_plain_data_with_undiscounted_returns(name):
     settings = hyperparameters(name)
     assert settings["gamma"] == 1.0
     assert settings["policy_kwargs"]["net_arch"]
+
+
+def test_training_without_a_log_leaves_no_folder_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    trained("ppo", target_env(), SearchConfig(episodes=4))
+    assert list(tmp_path.iterdir()) == []
