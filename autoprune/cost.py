@@ -1,15 +1,16 @@
 """MACs, parameters and memory of an allocation, from tables, without touching the model.
 
-Every cost is a sum over tensors of products of axis lengths, and every axis length is affine in the kept counts. So one
-small matrix product answers in microseconds what `torch.utils.flop_counter` counts on the really pruned network.
-MACs are those of convolutions and linear layers for one sample.
+Every cost is a sum over tensors of products of axis lengths, and every axis length is affine in the kept counts, and in
+their products where two groups are the rows and columns of the same cells (attention's heads and their width). So one
+small matrix product answers in microseconds what `torch.utils.flop_counter` counts on the really pruned network. MACs
+are those of convolutions, linear layers and products of activations for one sample.
 """
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from autoprune.groups import Activation, Groups
+from autoprune.groups import Extent, Groups
 
 BYTES = 4
 """Size of a float32 element; activations and weights are counted in it."""
@@ -27,6 +28,7 @@ class CostTable:
     def __init__(self, groups: Groups):
         self.names = [group.name for group in groups]
         self.dense = np.array([group.channels for group in groups], dtype=np.int64)
+        self._pairs = _overlaps(groups)
         self._build_axes(groups)
         names = list(groups.shapes)
         applied = dict.fromkeys(names, 0)
@@ -34,7 +36,8 @@ class CostTable:
             applied[layer.tensor] += layer.positions
         self._applied = np.array([applied[name] for name in names], dtype=np.int64)
         self._counted = np.array([name in groups.parameters for name in names], dtype=np.int64)
-        self._build_activations(groups)
+        self._products_fixed, self._products_by = self._extents(groups, groups.products)
+        self._alive_fixed, self._alive_by = self._extents(groups, groups.operations)
         self.metrics: dict[str, Callable[[Mapping[str, int] | np.ndarray], int]] = {
             "macs": self.macs,
             "params": self.params,
@@ -43,62 +46,103 @@ class CostTable:
 
     def macs(self, kept: Mapping[str, int] | np.ndarray) -> int:
         """Multiply-accumulates of one sample."""
-        return int(self._applied @ self._elements(self._array(kept)))
+        return int(self._macs(self._terms(self._array(kept))))
 
     def params(self, kept: Mapping[str, int] | np.ndarray) -> int:
         """Number of trainable values."""
-        return int(self._counted @ self._elements(self._array(kept)))
+        return int(self._counted @ self._elements(self._terms(self._array(kept))))
 
     def memory_bytes(self, kept: Mapping[str, int] | np.ndarray) -> int:
         """Parameters and buffers, and the inputs and outputs of the hungriest single operation, for one sample."""
-        kept = self._array(kept)
-        alive = self._alive_fixed + self._alive_by_group @ kept
-        return BYTES * int(self._elements(kept).sum() + alive.max(initial=0))
+        terms = self._terms(self._array(kept))
+        alive = self._alive_fixed + self._alive_by @ terms
+        return BYTES * int(self._elements(terms).sum() + alive.max(initial=0))
 
     def continuous(self, metric: str, kept: np.ndarray) -> float:
         """MACs or parameters at fractional kept counts: the smooth curve through the exact values."""
-        weights = {"macs": self._applied, "params": self._counted}[metric]
-        return float(weights @ self._elements(kept))
+        terms = self._terms(kept)
+        return float(self._macs(terms) if metric == "macs" else self._counted @ self._elements(terms))
 
     def _array(self, kept: Mapping[str, int] | np.ndarray) -> np.ndarray:
         if isinstance(kept, np.ndarray):
             return kept
         return np.array([kept.get(name, count) for name, count in zip(self.names, self.dense, strict=True)], np.int64)
 
-    def _elements(self, kept: np.ndarray) -> np.ndarray:
+    def _terms(self, kept: np.ndarray) -> np.ndarray:
+        """Kept counts of the groups, then their products for groups that are the rows and columns of the same cells."""
+        if not len(self._pairs):
+            return kept
+        return np.concatenate([kept, kept[self._pairs[:, 0]] * kept[self._pairs[:, 1]]])
+
+    def _macs(self, terms: np.ndarray) -> float | int:
+        products = self._products_fixed.sum() + self._products_by.sum(0) @ terms
+        return self._applied @ self._elements(terms) + products
+
+    def _elements(self, terms: np.ndarray) -> np.ndarray:
         """Elements of every tensor, `(n_tensors,)`."""
-        lengths = self._fixed + self._by_group @ kept
+        lengths = self._fixed + self._by_term @ terms
         return self._rest * lengths[0] * lengths[1]
 
     def _build_axes(self, groups: Groups) -> None:
-        """Length of up to two prunable axes a tensor: `fixed + by_group @ kept`; the other axes are a factor."""
+        """Length of up to two prunable axes a tensor: `fixed + by_term @ terms`; the other axes are a factor."""
         rows = {name: row for row, name in enumerate(groups.shapes)}
-        slots: dict[str, list[int]] = {name: [] for name in rows}
+        axes = _prunable_axes(groups)
+        slots = {place: [axis for tensor, axis in axes if tensor == place[0]].index(place[1]) for place in axes}
+        n_terms = len(self.names) + len(self._pairs)
         self._fixed = np.ones((2, len(rows)), np.int64)
-        self._by_group = np.zeros((2, len(rows), len(groups)), np.int64)
-        for column, group in enumerate(groups):
-            for member in group.members:
-                axes = slots[member.tensor]
-                if member.axis not in axes:
-                    axes.append(member.axis)
-                    self._fixed[axes.index(member.axis), rows[member.tensor]] = groups.shapes[member.tensor][
-                        member.axis
-                    ]
-                slot, per_channel = axes.index(member.axis), member.index.shape[1]
-                self._by_group[slot, rows[member.tensor], column] += per_channel
-                self._fixed[slot, rows[member.tensor]] -= per_channel * group.channels
-        rest = [[n for axis, n in enumerate(groups.shapes[name]) if axis not in slots[name]] for name in rows]
+        self._by_term = np.zeros((2, len(rows), n_terms), np.int64)
+        for (tensor, axis), per_channel in axes.items():
+            slot, row = slots[tensor, axis], rows[tensor]
+            for term, n in self._by_terms(per_channel).items():
+                self._by_term[slot, row, term] = n
+            terms = self._terms(self.dense)
+            self._fixed[slot, row] = groups.shapes[tensor][axis] - self._by_term[slot, row] @ terms
+        rest = [[n for axis, n in enumerate(groups.shapes[name]) if (name, axis) not in axes] for name in rows]
         self._rest = np.array([int(np.prod(lengths)) for lengths in rest], np.int64)
 
-    def _build_activations(self, groups: Groups) -> None:
-        fixed, by_group = [], []
-        for alive in groups.operations:
-            rows = [self._activation(activation) for activation in alive]
-            fixed.append(sum(row[0] for row in rows))
-            by_group.append(sum(row[1] for row in rows))
-        self._alive_fixed = np.array(fixed, np.int64)
-        self._alive_by_group = np.array(by_group, np.int64).reshape(len(fixed), len(self.names))
+    def _by_terms(self, per_channel: dict[int, int]) -> dict[int, int]:
+        """Positions that one channel of each group occupies on an axis, cells counted once for row and column."""
+        counts = dict(per_channel)
+        for number, (row, column) in enumerate(self._pairs):
+            if row in counts and column in counts:
+                cells = counts.pop(row) // int(self.dense[column])
+                del counts[column]
+                counts[len(self.names) + number] = cells
+        return counts
 
-    def _activation(self, activation: Activation) -> tuple[int, np.ndarray]:
-        per_channel = np.array([activation.kept_by.get(name, 0) for name in self.names], np.int64)
-        return activation.width * int(activation.channels - per_channel @ self.dense), activation.width * per_channel
+    def _extents(self, groups: Groups, extents: tuple[Extent, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Fixed elements `(n,)` and elements per term `(n, n_terms)`."""
+        column = {(name,): term for term, name in enumerate(self.names)}
+        for number, (row, other) in enumerate(self._pairs):
+            column[self.names[row], self.names[other]] = len(self.names) + number
+        channels = {group.name: group.channels for group in groups.all}
+        fixed = np.array([extent.fixed for extent in extents], np.int64)
+        by_term = np.zeros((len(extents), len(column)), np.int64)
+        for row, extent in enumerate(extents):
+            for names, per_channel in extent.kept_by.items():
+                prunable = tuple(name for name in names if (name,) in column)
+                elements = per_channel * int(np.prod([channels[name] for name in names if (name,) not in column]))
+                if prunable:
+                    by_term[row, column[prunable]] += elements
+                else:
+                    fixed[row] += elements
+        return fixed, by_term
+
+
+def _prunable_axes(groups: Groups) -> dict[tuple[str, int], dict[int, int]]:
+    """Per tensor and axis on which prunable groups sit, each group's positions for one channel."""
+    axes: dict[tuple[str, int], dict[int, int]] = {}
+    for number, group in enumerate(groups):
+        for member in group.members:
+            axes.setdefault((member.tensor, member.axis), {})[number] = member.index.shape[1]
+    return axes
+
+
+def _overlaps(groups: Groups) -> np.ndarray:
+    """Pairs of groups that are the rows and the columns of the same cells, `(n, 2)`."""
+    pairs = set()
+    for extent in groups.cells:
+        names = [group.name for group in groups]
+        if all(name in names for name in extent):
+            pairs.add(tuple(names.index(name) for name in extent))
+    return np.array(sorted(pairs), np.int64).reshape(-1, 2)

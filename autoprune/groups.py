@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Layer:
 
     Attributes:
         tensor: Name of the weight.
-        kind: "conv", "depthwise" or "linear".
+        kind: "conv", "grouped" (whole conv groups go), "depthwise" or "linear".
         positions: Places of the output at which the weight is applied, for one sample.
         size: Height and width of the output; (1, 1) for linear layers.
         stride: Of a convolution; 1 for linear layers.
@@ -70,18 +70,17 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Activation:
-    """A tensor that one operation reads or writes: `width` values for each label on its channel axis.
+class Extent:
+    """How many elements of something the prunable groups leave: `fixed`, and `kept_by` for each channel kept.
 
     Attributes:
-        width: Elements per position of the channel axis, for one sample.
-        channels: Length of the channel axis in the dense network.
-        kept_by: Per prunable group the number of positions that one of its channels occupies.
+        fixed: Elements that no group removes.
+        kept_by: Group to the elements that each of its channels keeps; two groups (rows and columns of cells, such as
+            attention's heads and their width) to the elements for each pair of channels.
     """
 
-    width: int
-    channels: int
-    kept_by: dict[str, int]
+    fixed: int
+    kept_by: dict[tuple[str, ...], int]
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,22 @@ class Groups:
         layers: Every contraction with a weight.
         shapes: Name to shape of every parameter and buffer.
         parameters: Names of those that are parameters.
-        operations: Per operation the activations that are alive while it runs.
-        unsupported: Operations without a rule, with the modules that use them.
+        operations: Per operation the elements of the activations that are alive while it runs, for one sample.
+        products: Multiply-accumulates of each product of two activations, as in attention, for one sample.
+        cells: Pairs of groups that are the rows and the columns of the same cells.
+        units: Per label of the trace the one or two channels with which it goes, `(n_labels, 2)`, counted through all
+            groups in order; -1 for none.
+        unsupported: Operations without a rule, each with the module that uses it and the groups that it pins.
     """
 
     all: tuple[Group, ...]
     layers: tuple[Layer, ...]
     shapes: dict[str, tuple[int, ...]]
     parameters: frozenset[str]
-    operations: tuple[tuple[Activation, ...], ...] = ()
+    operations: tuple[Extent, ...] = ()
+    products: tuple[Extent, ...] = ()
+    cells: tuple[tuple[str, str], ...] = ()
+    units: Tensor | None = field(default=None, repr=False, compare=False)
     unsupported: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Group]:
@@ -131,11 +137,28 @@ class Groups:
         """Prunable group to its number of channels in the dense network."""
         return {group.name: group.channels for group in self}
 
+    def gone(self, kept: Mapping[str, Tensor]) -> Tensor:
+        """Per label of the trace whether it goes when the prunable groups keep these channels, bool `(n_labels,)`."""
+        channels = []
+        for group in self.all:
+            removed = torch.ones(group.channels, dtype=torch.bool)
+            removed[kept[group.name] if group.pinned is None and group.name in kept else slice(None)] = False
+            channels.append(removed)
+        return torch.cat([*channels, torch.zeros(1, dtype=torch.bool)])[self.units].any(1)
+
     @property
     def fingerprint(self) -> str:
         """Identifies the architecture: names, widths and members' shapes of all prunable groups."""
         layout = [[g.name, g.channels, [[m.tensor, m.axis, list(m.index.shape)] for m in g.members]] for g in self]
         return hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:16]
+
+
+def loses_whole_conv_groups(n_in: int, n_out: int, n_groups: int) -> bool:
+    """Whether a grouped convolution or norm is pruned by whole groups rather than by the same positions in each.
+
+    The finer choice: more groups than channels in each. Depthwise convolutions always lose whole groups.
+    """
+    return n_groups > 1 and (n_groups == n_in or n_groups >= max(n_in, n_out) // n_groups)
 
 
 def positions(member: Member, channels: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 A label tensor has the shape of the activation that it describes; stride 0 along the axes that don't matter keeps it
 small. Label 0 stands for constants that the code writes, zero padding for example.
+
+Where channels lie on two axes, as attention's (heads, width) do, a channel is a cell: it goes when its row goes or when
+its column goes. `LabelBook.factor` makes such a lattice; `autoprune.settling` makes all lattices agree.
 """
 
 from dataclasses import dataclass, field
@@ -13,11 +16,29 @@ from torch import Tensor
 CONSTANT = 0
 
 
+@dataclass(frozen=True)
+class Lattice:
+    """Cells `(n_rows, n_columns)` with a label for each row and for each column."""
+
+    cells: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
 @dataclass
 class LabelBook:
-    """Hands out labels and remembers which were joined and which are pinned; resolved once, after the forward pass."""
+    """Hands out labels and remembers which were joined, pinned and laid out; settled once, after the forward pass.
+
+    Attributes:
+        grids: Label tensors whose varying axes came from splitting one axis: what is kept must stay a product.
+        parts: Label tensors `(n_parts, n)` of one axis cut into equal parts: all must keep equally many.
+        lattices: Cells with their rows and columns.
+    """
 
     n_labels: int = 1
+    grids: list[Tensor] = field(default_factory=list)
+    parts: list[Tensor] = field(default_factory=list)
+    lattices: list[Lattice] = field(default_factory=list)
     _edges: list[np.ndarray] = field(default_factory=list)
     _pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
 
@@ -31,18 +52,36 @@ class LabelBook:
 
         A channel that meets a constant can't go, since the code would still write the constant.
         """
-        pairs = np.unique(np.stack([a.flatten().numpy(), b.flatten().numpy()]), axis=1)
-        pairs = pairs[:, pairs[0] != pairs[1]]
+        pairs = distinct_pairs(a, b)
         constant = (pairs == CONSTANT).any(0)
         if constant.any():
             self._pins.append(
                 (pairs[:, constant].max(0), "meets a constant that the code writes, such as zero padding")
             )
-        self._edges.append(pairs[:, ~constant])
+        if not constant.all():
+            self._edges.append(pairs[:, ~constant])
+
+    def join_lines(self, lines: Tensor) -> None:
+        """Joins all lines of `(n_lines, n)` with the first, position by position."""
+        self.join(lines[:1].expand_as(lines), lines)
 
     def pin(self, labels: Tensor, reason: str) -> None:
         """Forbids pruning the channels behind `labels`; the first reason given is the one reported."""
         self._pins.append((np.unique(labels.numpy()), reason))
+
+    def factor(self, cells: Tensor) -> Tensor:
+        """One label per row of `(n_rows, n_columns)`: what goes when the whole row goes. Equal rows share theirs."""
+        if cells.shape[1] == 1:
+            return cells[:, 0]
+        distinct, row_of = torch.unique(cells, dim=0, return_inverse=True)
+        for known in self.lattices:
+            if torch.equal(known.cells, distinct):
+                return known.rows[row_of]
+            if torch.equal(known.cells.T, distinct):
+                return known.columns[row_of]
+        lattice = Lattice(distinct, self.new(len(distinct)), self.new(distinct.shape[1]))
+        self.lattices.append(lattice)
+        return lattice.rows[row_of]
 
     def roots(self) -> np.ndarray:
         """Per label the smallest label of its joined set, `(n_labels,)`."""
@@ -65,6 +104,17 @@ class LabelBook:
                 reasons.setdefault(int(root), reason)
         return reasons
 
+    def pinned_for(self, reason: str, roots: np.ndarray) -> set[int]:
+        """The roots that were pinned for one reason, whatever was said of them before."""
+        return {int(root) for labels, why in self._pins if why == reason for root in np.unique(roots[labels])}
+
+
+def distinct_pairs(a: Tensor, b: Tensor) -> np.ndarray:
+    """The distinct pairs of unequal labels that meet at some position, `(2, n)`."""
+    a, b = a.flatten().numpy(), b.flatten().numpy()
+    differ = a != b
+    return np.unique(np.stack([a[differ], b[differ]]), axis=1)
+
 
 def varying_axes(labels: Tensor) -> list[int]:
     """The axes along which a label tensor isn't constant; decided by values, since copies lose their zero strides."""
@@ -77,12 +127,25 @@ def _varies(labels: Tensor, axis: int) -> bool:
     return bool((labels != labels.narrow(axis, 0, 1)).any())
 
 
+def compressed(labels: Tensor) -> Tensor:
+    """The labels on their varying axes alone."""
+    axes = varying_axes(labels)
+    return labels[tuple(slice(None) if axis in axes else 0 for axis in range(labels.ndim))]
+
+
 def along(labels: Tensor, axis: int) -> Tensor | None:
     """The labels along one axis, `(n,)`, or None where they also vary along another."""
     if any(other != axis for other in varying_axes(labels)):
         return None
     index = tuple(slice(None) if other == axis else 0 for other in range(labels.ndim))
     return labels[index]
+
+
+def lines(labels: Tensor, axis: int) -> Tensor:
+    """The lines along one axis, `(n_lines, n)`, each distinct position of the other varying axes once."""
+    axes = [other for other in varying_axes(labels) if other != axis]
+    kept = labels[tuple(slice(None) if other in (*axes, axis) else 0 for other in range(labels.ndim))]
+    return kept.movedim(sum(other < axis for other in axes), -1).reshape(-1, labels.shape[axis])
 
 
 def spread(labels: Tensor, axis: int, shape: torch.Size) -> Tensor:

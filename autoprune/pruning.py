@@ -1,16 +1,18 @@
-"""Real structured pruning, and masking, its numerical twin.
+"""Real structured pruning.
 
 A `Slicer` holds one copy of the network and lays the kept channels of the dense tensors into it, as often as asked:
 `prune` does so once, the proxy thousands of times.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
-from autoprune.groups import Groups, own_tensors, positions
+from autoprune.attention import OpenMultiheadAttention, open_attention
+from autoprune.groups import Groups, loses_whole_conv_groups, own_tensors, positions
 
 Kept = Mapping[str, Tensor]
 """Prunable group to the channels that survive, int64, ascending."""
@@ -26,20 +28,33 @@ def top_channels(importance: Mapping[str, Tensor], kept: Mapping[str, int]) -> d
     return {name: importance[name].topk(count).indices.sort().values for name, count in kept.items()}
 
 
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are new objects over the same memory: cheap, as long as nobody writes."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): _alias(tensor) for tensor in tensors})
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    alias = tensor.detach()
+    return nn.Parameter(alias, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
+
+
 class Slicer:
     """Lays sub-models of one dense network into one reused copy of it.
 
     Args:
-        model: The dense network; it is copied and never changed.
+        model: The dense network; it is never changed.
         groups: Its trace.
+        borrow: Read the weights from `model` at every call rather than from a copy made now.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups):
+    def __init__(self, model: nn.Module, groups: Groups, borrow: bool = False):
         self.groups = groups
-        self.model = copy.deepcopy(model)
-        self._dense = {name: tensor.detach().clone() for name, tensor in own_tensors(model).items()}
+        dense = open_attention(shared_copy(model) if borrow else copy.deepcopy(model))
+        self.model = shared_copy(dense)
+        self._dense = {name: tensor.detach() for name, tensor in own_tensors(dense).items()}
         self._owners = _owners(self.model)
-        self._attributes = [_attribute_setter(module) for module in self.model.modules()]
+        self._attributes = _attribute_setters(self.model)
 
     def apply(self, kept: Kept) -> nn.Module:
         """The sub-model with exactly the kept channels; the same object at every call, valid until the next."""
@@ -69,36 +84,23 @@ class Slicer:
 def prune(model: nn.Module, groups: Groups, kept: Kept) -> nn.Module:
     """A new, smaller network of the same class with exactly the kept channels; the original is untouched.
 
+    Attention modules come out as those of `autoprune.attention`, where the number of heads and their width are free.
+
     Args:
         model: The dense network that `groups` was traced from.
         groups: Its trace.
         kept: Prunable group to the surviving channels (`top_channels`); groups left out keep all.
     """
-    return Slicer(model, groups).apply(kept)
-
-
-def mask(model: nn.Module, groups: Groups, kept: Kept) -> nn.Module:
-    """A dense copy in which nothing reads the removed channels: its output is what the pruned network's must be.
-
-    Channels are masked where they are consumed, by zeroing the weights that read them; so neither batch norm's shift
-    nor a bias keeps a removed channel alive.
-    """
-    masked = copy.deepcopy(model)
-    tensors = masked.state_dict()
-    for group in groups:
-        gone = torch.ones(group.channels, dtype=torch.bool)
-        gone[kept.get(group.name, slice(None))] = False
-        for member in group.consumers:
-            tensors[member.tensor].index_fill_(member.axis, positions(member, gone), 0)
-    return masked
+    return Slicer(model, groups, borrow=True).apply(kept)
 
 
 def fit_shapes(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Gives every parameter and buffer of `model`, in place, the shape that it has in `state_dict`, and its values.
 
-    Module attributes that the code reads back (`out_channels`, `num_features`, ...) follow the shapes.
+    Module attributes that the code reads back (`out_channels`, `num_features`, ...) follow the shapes; attention
+    modules are opened as `prune` does.
     """
-    setters = [_attribute_setter(module) for module in model.modules()]
+    setters = _attribute_setters(open_attention(model))
     for name, (module, attribute) in _owners(model).items():
         _assign(module, attribute, state_dict[name].clone())
     for update in setters:
@@ -124,24 +126,44 @@ def _assign(module: nn.Module, attribute: str, value: Tensor) -> None:
 
 
 def _conv_setter(module: nn.modules.conv._ConvNd):
-    depthwise = module.groups > 1 and module.groups == module.in_channels
-    multiplier = module.out_channels // module.groups
-    out_axis, in_axis = (1, 0) if module.transposed else (0, 1)
+    whole = loses_whole_conv_groups(module.in_channels, module.out_channels, module.groups)
+    first_axis = module.in_channels if module.transposed else module.out_channels
+    per_group = first_axis // module.groups
 
     def update() -> None:
-        module.out_channels = module.weight.shape[out_axis]
-        if depthwise:
-            module.groups = module.out_channels // multiplier
-        module.in_channels = module.weight.shape[in_axis] * module.groups
+        if whole:
+            module.groups = module.weight.shape[0] // per_group
+        ends = module.weight.shape[0], module.weight.shape[1] * module.groups
+        module.out_channels, module.in_channels = reversed(ends) if module.transposed else ends
 
     return update
 
 
-def _batch_norm_setter(module: nn.modules.batchnorm._BatchNorm):
+def _norm_setter(module: nn.Module):
     def update() -> None:
         tensor = module.weight if module.weight is not None else module.running_mean
         if tensor is not None:
             module.num_features = len(tensor)
+
+    return update
+
+
+def _layer_norm_setter(module: nn.LayerNorm):
+    def update() -> None:
+        if module.weight is not None:
+            module.normalized_shape = tuple(module.weight.shape)
+
+    return update
+
+
+def _group_norm_setter(module: nn.GroupNorm):
+    whole = loses_whole_conv_groups(module.num_channels, module.num_channels, module.num_groups)
+    per_group = module.num_channels // module.num_groups
+
+    def update() -> None:
+        if module.weight is not None:
+            module.num_channels = len(module.weight)
+            module.num_groups = module.num_channels // per_group if whole else module.num_groups
 
     return update
 
@@ -153,16 +175,40 @@ def _linear_setter(module: nn.Linear):
     return update
 
 
-# What a module's code reads back besides its tensors; an own module class needs one entry.
-ATTRIBUTE_SETTERS = {
+def _attention_setter(module: OpenMultiheadAttention):
+    def update() -> None:
+        module.embed_dim = module.kdim = module.vdim = module.in_proj_weight.shape[1]
+        module.num_heads = len(module.scale)
+        module.head_dim = len(module.in_proj_weight) // 3 // module.num_heads
+
+    return update
+
+
+def _vision_transformer_setter(module: VisionTransformer):
+    def update() -> None:
+        module.hidden_dim = module.class_token.shape[-1]
+
+    return update
+
+
+# What a module's code reads back besides its tensors: module class -> function that takes the dense module and returns
+# an update, called whenever its tensors have changed. An own module class needs one entry.
+ATTRIBUTE_SETTERS: dict[type[nn.Module], Callable[[nn.Module], Callable[[], None]]] = {
     nn.modules.conv._ConvNd: _conv_setter,
-    nn.modules.batchnorm._BatchNorm: _batch_norm_setter,
+    nn.modules.batchnorm._NormBase: _norm_setter,
+    nn.LayerNorm: _layer_norm_setter,
+    nn.GroupNorm: _group_norm_setter,
     nn.Linear: _linear_setter,
+    OpenMultiheadAttention: _attention_setter,
+    VisionTransformer: _vision_transformer_setter,
 }
 
 
-def _attribute_setter(module: nn.Module):
-    for module_class, make in ATTRIBUTE_SETTERS.items():
-        if isinstance(module, module_class):
-            return make(module)
-    return lambda: None
+def _attribute_setters(model: nn.Module) -> list[Callable[[], None]]:
+    """The updates of all modules, inner ones first, so that an outer one may read what they have set."""
+    return [
+        make(module)
+        for module in reversed(list(model.modules()))
+        for module_class, make in ATTRIBUTE_SETTERS.items()
+        if isinstance(module, module_class)
+    ]

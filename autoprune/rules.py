@@ -1,7 +1,8 @@
 """How each operation moves labels: a table from ATen operation to a small function.
 
-An operation without an entry that PyTorch tags as pointwise joins the labels that meet; any other pins every channel
-that reaches it and says so. `RULES[torch.ops.aten.my_op] = my_rule` teaches the tracer a new operation.
+A rule returns None, or the reason why it can't tell what happens to the channels; then every channel that reaches the
+operation is pinned. An operation without an entry that PyTorch tags as pointwise joins the labels that meet, any other
+has no rule. `RULES[torch.ops.aten.my_op] = my_rule` teaches the tracer a new operation.
 """
 
 from collections.abc import Callable
@@ -10,108 +11,157 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoprune.groups import Layer
-from autoprune.labels import CONSTANT, along, spread, varying_axes
-from autoprune.tracer import Call
+from autoprune.contractions import attention, batched_product, convolution, linear
+from autoprune.errors import UserError
+from autoprune.groups import loses_whole_conv_groups, tensors_in
+from autoprune.labels import CONSTANT, compressed, spread, varying_axes
+from autoprune.tracer import Call, Tracer
 
 aten = torch.ops.aten
-Rule = Callable[[Call], None]
+Rule = Callable[[Call], str | None]
 
 
-def convolution(call: Call) -> None:
-    """A convolution hands out labels for its output; depthwise ones keep those of their input.
-
-    Channels of a grouped convolution go at the same positions of every conv group, so that the groups stay equal.
-    """
-    x, weight, bias, stride, _, _, transposed, _, n_groups = call.args
-    tracer, view = call.tracer, call.tracer.parameter(weight)
-    inputs = along(tracer.labels(x), 1)
-    if view is None or inputs is None or (transposed and n_groups > 1):
-        return unknown(call)
-    n_out, n_in = call.out.shape[1], x.shape[1]
-    outputs = tracer.book.new(n_out)
-    out_axis, in_axis = (1, 0) if transposed else (0, 1)
-    depthwise = n_groups > 1 and n_groups == n_in
-    if depthwise:
-        tracer.book.join(outputs, inputs.repeat_interleave(n_out // n_in))
-    else:
-        _tie_conv_groups(call, inputs, n_groups)
-        _tie_conv_groups(call, outputs, n_groups)
-        tracer.use(view.name, in_axis, inputs[: n_in // n_groups], "consume")
-    tracer.use(view.name, out_axis, outputs, "follow" if depthwise else "produce")
-    _use_vector(call, bias, outputs, "follow" if depthwise else "produce")
-    size = (1, 1, *call.out.shape[2:])[-2:] if not transposed else (1, 1, *x.shape[2:])[-2:]
-    kind = "depthwise" if depthwise else "conv"
-    tracer.layers.append(Layer(view.name, kind, size[0] * size[1], tuple(size), stride[0]))
-    tracer.label(call.out, spread(outputs, 1, call.out.shape))
+def apply_rule(call: Call) -> Rule:
+    """Applies the operation's rule, or pins what reaches it. Returns the rule."""
+    rule = rule_for(call.func)
+    failure = rule(call)
+    if failure is not None:
+        reason = f"operation {call.tracer.place(call.func)} {failure}"
+        for tensor in call.tensors():
+            if call.tracer.is_activation(tensor) or call.tracer.parameter(tensor) is not None:
+                call.tracer.book.pin(call.tracer.labels(tensor), reason)
+        call.tracer.unsupported.append(reason)
+    return rule
 
 
-def _tie_conv_groups(call: Call, labels: Tensor, n_groups: int) -> None:
-    rows = labels.view(n_groups, -1)
-    call.tracer.book.join(rows[:1].expand_as(rows), rows)
+def rule_for(func: Any) -> Rule:
+    """The rule of an ATen overload: the table, else PyTorch's pointwise tag, else `unknown`."""
+    rule = RULES.get(func.overloadpacket)
+    if rule is None:
+        rule = pointwise if torch.Tag.pointwise in func.tags else unknown
+    return rule
 
 
-def _use_vector(call: Call, tensor: Tensor | None, labels: Tensor, role: str) -> None:
-    view = call.tracer.parameter(tensor) if tensor is not None else None
-    if view is not None:
-        call.tracer.use(view.name, 0, labels, role)
+def unknown(call: Call) -> str | None:
+    """No rule: what leaves is constant."""
+    return "has no rule"
 
 
-def linear(call: Call) -> None:
-    """`mm(x, weight)` and `addmm(bias, x, weight)`, the weight being a transposed parameter."""
-    bias, x, weight = call.args if len(call.args) == 3 else (None, *call.args)
-    tracer, view = call.tracer, call.tracer.parameter(weight)
-    inputs = along(tracer.labels(x), 1)
-    axes = (None, None) if view is None else (view.axis_at(0), view.axis_at(1))
-    if None in axes or inputs is None or call.kwargs:
-        return unknown(call)
-    outputs = tracer.book.new(call.out.shape[1])
-    tracer.use(view.name, axes[0], inputs, "consume")
-    tracer.use(view.name, axes[1], outputs, "produce")
-    if bias is not None:
-        _use_vector(call, bias, outputs, "produce")
-    tracer.layers.append(Layer(view.name, "linear", x.shape[0]))
-    tracer.label(call.out, spread(outputs, 1, call.out.shape))
+def depends_on_values(call: Call) -> str | None:
+    """The code reads an activation's values; another input could take another path."""
+    if any(call.tracer.is_activation(tensor) for tensor in call.tensors()):
+        raise UserError(
+            f"model: its forward pass depends on the values of activations ({call.tracer.place(call.func)}), so one "
+            "pass can't show what belongs together; trace a network without data-dependent control flow"
+        )
+    return None
 
 
-def batch_norm(call: Call) -> None:
+def constant(call: Call) -> str | None:
+    """A new tensor, or a constant written in place: labels stay as they are."""
+
+
+def batch_norm(call: Call) -> str | None:
     """Batch norm follows its channels."""
-    x, out = call.args[0], call.out[0]
-    channels = along(call.tracer.labels(x), 1)
-    if channels is None:
-        return unknown(call)
+    out, tracer = call.out[0], call.tracer
+    channels = tracer.line(call.args[0], 1)
     for tensor in call.args[1:5]:
-        _use_vector(call, tensor, channels, "follow")
-    call.tracer.label(out, spread(channels, 1, out.shape))
+        tracer.use_vector(tensor, channels, "follow")
+    tracer.label(out, spread(channels, 1, out.shape))
 
 
-def movement(call: Call) -> None:
+def movement(call: Call) -> str | None:
     """Operations that only move data are executed on the labels themselves."""
     tracer = call.tracer
     view = tracer.parameter(call.args[0]) if isinstance(call.args[0], Tensor) else None
-    move = lambda labels: call.func(*call.replaced(lambda _: labels), **call.kwargs)  # noqa: E731
-    if view is not None:
-        tracer.see(call.out, view.moved(move))
-    else:
+    if view is None:
         tracer.label(call.out, call.func(*call.replaced(tracer.labels), **call.kwargs))
+        return
+    moved = [call.func(index, *call.args[1:], **call.kwargs) for index in view.index]
+    outputs = tensors_in(call.out)
+    for position, out in enumerate(outputs):
+        pieces = moved if isinstance(call.out, Tensor) else [parts[position] for parts in moved]
+        tracer.see(out, type(view)(view.name, view.shape, tuple(pieces)))
 
 
-def reshape(call: Call) -> None:
+def split(call: Call) -> str | None:
+    """Equal parts of the channel axis keep equally many channels; the code is trusted to compute its sizes."""
+    movement(call)
+    axis, outputs = call["dim"], tensors_in(call.out)
+    labels = [call.tracer.labels(out) for out in outputs if call.tracer.is_activation(out)]
+    if len(labels) > 1 and len({part.shape for part in labels}) == 1:
+        if axis % labels[0].ndim in varying_axes(call.tracer.labels(call.args[0])):
+            call.tracer.book.parts.append(compressed(torch.stack(labels)).reshape(len(labels), -1))
+
+
+def reshape(call: Call) -> str | None:
     """`view` and its kin; labels with zero strides may need a copy, so they are reshaped."""
     tracer, shape = call.tracer, call.out.shape
     view = tracer.parameter(call.args[0])
     if view is not None:
         tracer.see(call.out, view.moved(lambda index: index.reshape(shape)))
+        return
+    before = tracer.labels(call.args[0])
+    after = before.reshape(shape)
+    tracer.label(call.out, after)
+    if len(varying_axes(after)) > len(varying_axes(before)):
+        tracer.book.grids.append(compressed(after))
+
+
+def same(call: Call) -> str | None:
+    """Copies and casts keep their labels, and a copied parameter stays a parameter."""
+    view = call.tracer.parameter(call.args[0])
+    if view is not None:
+        call.tracer.see(call.out, view)
     else:
-        tracer.label(call.out, tracer.labels(call.args[0]).reshape(shape))
+        call.tracer.label(call.out, call.tracer.labels(call.args[0]))
 
 
-def same(call: Call) -> None:
-    """Copies and casts keep their labels."""
-    call.tracer.label(call.out, call.tracer.labels(call.args[0]))
+def restrided(call: Call) -> str | None:
+    """`as_strided_` to the same shape changes the layout in memory alone, as pooling does for channels-last tensors."""
+    tracer, tensor = call.tracer, call.args[0]
+    return None if tracer.labels(tensor).shape == call.out.shape else "regroups elements"
 
 
-def pad(call: Call) -> None:
+def shaped_alike(call: Call) -> str | None:
+    """A new tensor of an activation's shape shrinks with it."""
+    if call.tracer.is_activation(call.args[0]):
+        call.tracer.label(call.out, call.tracer.labels(call.args[0]))
+
+
+def indexed(call: Call) -> str | None:
+    """Reading at constant positions is executed on the labels."""
+    tracer, data = call.tracer, call.args[0]
+    if any(tracer.is_activation(tensor) for tensor in list(call.tensors()) if tensor is not data):
+        return "reads at positions that are computed"
+    read = (lambda x: x[call.args[1]]) if call.func.overloadpacket is aten.embedding else (
+        lambda x: call.func(x, *call.args[1:], **call.kwargs)
+    )  # fmt: skip
+    view = tracer.parameter(data)
+    if view is not None:
+        tracer.see(call.out, view.moved(read))
+    else:
+        tracer.label(call.out, read(tracer.labels(data)))
+
+
+def concatenation(call: Call) -> str | None:
+    """Tensors side by side on an axis without channels, such as tokens, have the same channels on every other axis."""
+    tensors, tracer = call.args[0], call.tracer
+    labels = [tracer.labels(tensor) for tensor in tensors]
+    if call.func.overloadpacket is aten.stack:
+        labels = [one.unsqueeze(call["dim"]) for one in labels]
+    axis = call["dim"] % call.out.ndim
+    varying = {other for one in labels for other in varying_axes(one)}
+    if axis in varying or not varying:
+        tracer.label(call.out, torch.cat(labels, axis))
+        return
+    first = max(labels, key=lambda one: len(varying_axes(one))).narrow(axis, 0, 1)
+    for one in labels:
+        tracer.book.join(first, one.narrow(axis, 0, 1))
+    tracer.label(call.out, first.expand(call.out.shape))
+
+
+def pad(call: Call) -> str | None:
     """Padding along the channel axis adds constants; along any other it keeps the channel."""
     x, amounts = call.args[:2]
     labels = call.tracer.labels(x)
@@ -128,101 +178,213 @@ def pad(call: Call) -> None:
     call.tracer.label(call.out, labels)
 
 
-def pooling(call: Call) -> None:
-    """Pooling and resizing over the last two axes keep the channel."""
-    out = call.out[0] if isinstance(call.out, tuple) else call.out
+def spatial(call: Call) -> str | None:
+    """Pooling, resizing and padding of the last axes keep the channel."""
+    out = tensors_in(call.out)[0]
     labels = call.tracer.labels(call.args[0])
-    if {labels.ndim - 1, labels.ndim - 2} & set(varying_axes(labels)):
-        return unknown(call)
-    call.tracer.label(out, labels[..., :1, :1].expand(out.shape))
+    n_spatial = (
+        1 if "1d" in call.func.overloadpacket.__name__ else 3 if "3d" in call.func.overloadpacket.__name__ else 2
+    )
+    if set(range(labels.ndim - n_spatial, labels.ndim)) & set(varying_axes(labels)):
+        return "works across channels as across space"
+    corner = labels[(..., *[slice(0, 1)] * n_spatial)]
+    call.tracer.label(out, corner.expand(out.shape))
 
 
-def reduction(call: Call) -> None:
-    """A mean or sum over space keeps the channel; over channels it pins them."""
-    x, axes = call.args[0], call.args[1] if len(call.args) > 1 else None
-    labels = call.tracer.labels(x)
-    axes = sorted({axis % labels.ndim for axis in (axes or range(labels.ndim))}, reverse=True)
-    if set(axes) & set(varying_axes(labels)):
-        return unknown(call, "is reduced over its channels")
-    keepdim = call.out.ndim == x.ndim
-    for axis in axes:
-        labels = labels.narrow(axis, 0, 1) if keepdim else labels.select(axis, 0)
-    call.tracer.label(call.out, labels)
+def pixel_shuffle(call: Call) -> str | None:
+    """The channels that become one channel's pixels go together."""
+    tracer, shape = call.tracer, call.out.shape
+    channels = tracer.line(call.args[0], -3 % len(shape)).view(shape[-3], -1)
+    tracer.book.join(channels[:, :1].expand_as(channels), channels)
+    tracer.label(call.out, spread(channels[:, 0], len(shape) - 3, shape))
 
 
-def statistics(call: Call) -> None:
-    """Layer norm, group norm and softmax over channels: their statistics would change, so the channels are pinned."""
-    out = call.out[0] if isinstance(call.out, tuple) else call.out
-    labels, name = call.tracer.labels(call.args[0]), call.tracer.place(call.func)
-    channel_axes = varying_axes(labels)
-    call.tracer.book.pin(labels, f"its statistics are taken over channels by {name}")
-    for tensor in call.tensors():
-        view = call.tracer.parameter(tensor)
-        if view is not None and channel_axes and tensor.ndim == 1 and len(tensor) == labels.shape[channel_axes[-1]]:
-            call.tracer.use(view.name, 0, along(labels, channel_axes[-1]), "follow")
-    call.tracer.label(out, labels)
+def pixel_unshuffle(call: Call) -> str | None:
+    """A channel's pixels become channels that go together."""
+    shape = call.out.shape
+    channels = call.tracer.line(call.args[0], -3 % len(shape))
+    call.tracer.label(call.out, spread(channels.repeat_interleave(call.args[1] ** 2), len(shape) - 3, shape))
 
 
-def pointwise(call: Call) -> None:
+def channel_shuffle(call: Call) -> str | None:
+    """The same positions go in every shuffled group."""
+    channels = call.tracer.line(call.args[0], 1).view(call.args[1], -1)
+    call.tracer.book.join_lines(channels)
+    call.tracer.label(call.out, spread(channels.T.flatten(), 1, call.out.shape))
+
+
+def gated_halves(call: Call) -> str | None:
+    """`glu`: the first half of an axis times the sigmoid of the second."""
+    first, second = call.tracer.labels(call.args[0]).chunk(2, call["dim"])
+    call.tracer.book.join(first, second)
+    call.tracer.label(call.out, first)
+
+
+def reduction(call: Call) -> str | None:
+    """A mean or sum over space keeps the channel; over channels it reads them, and leaves the rows of cells."""
+    tracer, x = call.tracer, call.args[0]
+    labels, axes = tracer.labels(x), reduced_axes(call)
+    varying = varying_axes(labels)
+    summed = [axis for axis in axes if axis in varying]
+    if summed:
+        tracer.book.pin(labels, _PRODUCT) if call.func.overloadpacket is aten.prod else None
+        tracer.contracted.append(labels)
+        labels = _rows(tracer, labels, [axis for axis in varying if axis not in axes])
+    for out in tensors_in(call.out):
+        left = labels.expand(x.shape)
+        for axis in sorted(axes, reverse=True):
+            left = left.narrow(axis, 0, 1) if out.ndim == x.ndim else left.select(axis, 0)
+        tracer.label(out, left)
+
+
+def reduced_axes(call: Call) -> list[int]:
+    """The axes over which a reduction runs."""
+    n_axes = call.args[0].ndim
+    try:
+        axes = call["dim"]
+    except KeyError:
+        axes = None
+    axes = [axes] if isinstance(axes, int) else axes
+    return sorted({axis % n_axes for axis in (axes or range(n_axes))})
+
+
+def _rows(tracer: Tracer, labels: Tensor, axes: list[int]) -> Tensor:
+    """Labels that vary along `axes` alone: one for all the cells that share a position there."""
+    if not axes:
+        return torch.zeros([1] * labels.ndim, dtype=torch.int64)
+    varying = varying_axes(labels)
+    cells = compressed(labels)
+    cells = cells.permute([varying.index(axis) for axis in [*axes, *(set(varying) - set(axes))]])
+    rows = tracer.book.factor(cells.reshape(cells.shape[: len(axes)].numel(), -1))
+    shape = [labels.shape[axis] if axis in axes else 1 for axis in range(labels.ndim)]
+    return rows.view(cells.shape[: len(axes)]).view(shape)
+
+
+def layer_norm(call: Call) -> str | None:
+    """Statistics over channels: those of the pruned network are taken over the channels that are left."""
+    tracer, labels = call.tracer, call.tracer.labels(call.args[0])
+    first = labels.ndim - len(call["normalized_shape"])
+    for name in ("weight", "bias") if call.func.overloadpacket is aten.native_layer_norm else ("weight",):
+        view = tracer.parameter(call[name])
+        for axis in varying_axes(labels) if view is not None else ():
+            if axis >= first:
+                line = _rows(tracer, labels, [axis]).flatten()
+                tracer.use(view.name, axis - first, line, "follow")
+    tracer.label(tensors_in(call.out)[0], labels)
+
+
+def group_norm(call: Call) -> str | None:
+    """As layer norm, over groups of channels that stay equal: whole norm groups go, or the same positions of each."""
+    tracer, n_groups, shape = call.tracer, call["group"], call.args[0].shape
+    channels = tracer.line(call.args[0], 1)
+    rows = channels.view(n_groups, -1)
+    if loses_whole_conv_groups(shape[1], shape[1], n_groups):
+        tracer.book.join(rows[:, :1].expand_as(rows), rows)
+    else:
+        tracer.book.join_lines(rows)
+    for name in ("weight", "bias"):
+        tracer.use_vector(call[name], channels, "follow")
+    tracer.label(tensors_in(call.out)[0], spread(channels, 1, shape))
+
+
+def along_axis(call: Call) -> str | None:
+    """Softmax and running sums: shape and labels stay; over channels they see those that are left."""
+    labels = call.tracer.labels(call.args[0])
+    for out in tensors_in(call.out):
+        call.tracer.label(out, labels)
+
+
+def pointwise(call: Call) -> str | None:
     """Elementwise operations join the labels that meet, those of bare parameters included."""
     tracer, out = call.tracer, call.out
     if not isinstance(out, Tensor):
-        return unknown(call)
-    operands = [(t, tracer.labels(t)) for t in call.tensors() if t.ndim]
-    spreads = [labels.expand(out.shape) for _, labels in operands]
-    varying = sorted({axis for labels in spreads for axis in varying_axes(labels)})
-    corner = tuple(slice(None) if axis in varying else 0 for axis in range(out.ndim))
-    meeting = []
-    for (tensor, labels), spreaded in zip(operands, spreads, strict=True):
-        size = (1,) * (out.ndim - tensor.ndim) + tuple(tensor.shape)
-        if any(size[axis] == 1 and out.shape[axis] > 1 for axis in varying):
+        return "has no rule"
+    operands = [tensor for tensor in call.tensors() if tensor.ndim]
+    if not any(tracer.is_activation(t) or tracer.parameter(t) is not None for t in operands):
+        return None
+    if not any(map(tracer.is_activation, operands)) and len(operands) == 1:
+        tracer.label(out, tracer.labels(operands[0]))
+        return None
+    return _meet(call, operands, [tracer.labels(tensor).expand(out.shape) for tensor in operands])
+
+
+def _meet(call: Call, operands: list[Tensor], spreads: list[Tensor]) -> str | None:
+    """All operands meet the one that tells most channels apart."""
+    tracer, n_axes = call.tracer, call.out.ndim
+    axes = [varying_axes(labels) for labels in spreads]
+    main = max(range(len(operands)), key=lambda i: (tracer.is_activation(operands[i]), len(axes[i])))
+    for i in range(len(operands)):
+        if i == main:
+            continue
+        if not axes[i] and tracer.is_activation(operands[i]):
             # Gone, it would take the whole product with it: one channel that meets many.
-            tracer.book.pin(labels, f"is broadcast over other channels by {tracer.place(call.func)}")
+            tracer.book.pin(spreads[i], f"is broadcast over other channels by {tracer.place(call.func)}")
+            continue
+        sizes = (1,) * (n_axes - operands[i].ndim) + tuple(operands[i].shape)
+        met = axes[i] or [axis for axis in axes[main] if sizes[axis] > 1]
+        if set(axes[main]) <= set(met):
+            _join_at(tracer, spreads[main], spreads[i], met)
+        elif set(met) <= set(axes[main]):
+            _join_at(tracer, _rows(tracer, spreads[main], met).expand(call.out.shape), spreads[i], met)
         else:
-            meeting.append(spreaded)
-    for other in meeting[1:]:
-        tracer.book.join(meeting[0][corner], other[corner])
-    if meeting:
-        tracer.label(out, meeting[0])
+            return "crosses channels with channels"
+    tracer.label(call.out, spreads[main])
+    return None
 
 
-def unknown(call: Call, why: str = "has no rule") -> None:
-    """No rule: every channel that arrives is pinned, what leaves is constant."""
-    reason = f"operation {call.tracer.place(call.func)} {why}"
-    for tensor in call.tensors():
-        if call.tracer.is_activation(tensor):
-            call.tracer.book.pin(call.tracer.labels(tensor), reason)
-    call.tracer.unsupported.append(reason)
+def _join_at(tracer: Tracer, a: Tensor, b: Tensor, axes: list[int]) -> None:
+    corner = tuple(slice(None) if axis in axes else 0 for axis in range(a.ndim))
+    tracer.book.join(a[corner], b[corner])
 
 
+_PRODUCT = "is multiplied over its channels"
 RULES: dict[Any, Rule] = {
     aten.convolution: convolution,
-    aten.addmm: linear,
-    aten.mm: linear,
-    aten.native_batch_norm: batch_norm,
-    aten._native_batch_norm_legit_no_training: batch_norm,
+    **dict.fromkeys((aten.addmm, aten.mm), linear),
+    **dict.fromkeys((aten.bmm, aten.baddbmm), batched_product),
+    aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    **dict.fromkeys((aten.native_batch_norm, aten._native_batch_norm_legit_no_training), batch_norm),
+    **dict.fromkeys((aten.native_layer_norm, aten._fused_rms_norm), layer_norm),
+    aten.native_group_norm: group_norm,
+    **dict.fromkeys((aten._softmax, aten._log_softmax, aten.cumsum), along_axis),
     aten.constant_pad_nd: pad,
     **dict.fromkeys((aten.view, aten._unsafe_view, aten.reshape), reshape),
-    **dict.fromkeys((aten.clone, aten._to_copy, aten.detach, aten.alias, aten.lift_fresh, aten.contiguous), same),
     **dict.fromkeys(
-        (aten.t, aten.transpose, aten.permute, aten.cat, aten.stack, aten.slice, aten.select, aten.expand, aten.roll,
-         aten.unsqueeze, aten.squeeze, aten.flip, aten.unbind, aten.split, aten.split_with_sizes, aten.repeat),
+        (aten.clone, aten._to_copy, aten.detach, aten.alias, aten.lift_fresh, aten.contiguous), same
+    ),
+    **dict.fromkeys((aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like), shaped_alike),
+    **dict.fromkeys(
+        (aten.t, aten.transpose, aten.permute, aten.slice, aten.select, aten.expand, aten.roll, aten.unsqueeze,
+         aten.squeeze, aten.flip, aten.unbind, aten.repeat, aten.unfold, aten.diagonal),
         movement,
     ),
+    **dict.fromkeys((aten.split, aten.split_with_sizes), split),
+    **dict.fromkeys((aten.cat, aten.stack), concatenation),
+    **dict.fromkeys((aten.index, aten.index_select, aten.gather, aten.embedding), indexed),
     **dict.fromkeys(
         (aten.max_pool2d_with_indices, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d,
-         aten.upsample_nearest2d, aten.upsample_bilinear2d),
-        pooling,
+         aten.max_pool3d_with_indices, aten.avg_pool3d, aten._adaptive_avg_pool3d,
+         aten.upsample_nearest1d, aten.upsample_linear1d, aten.upsample_nearest2d, aten.upsample_bilinear2d,
+         aten.upsample_bicubic2d, aten._upsample_nearest_exact2d, aten._upsample_bilinear2d_aa,
+         aten._upsample_bicubic2d_aa, aten.upsample_nearest3d, aten.reflection_pad1d, aten.reflection_pad2d,
+         aten.replication_pad2d),
+        spatial,
     ),
-    **dict.fromkeys((aten.mean, aten.sum, aten.amax, aten.amin), reduction),
-    **dict.fromkeys((aten.native_layer_norm, aten.native_group_norm, aten._softmax), statistics),
-    **dict.fromkeys((aten.hardswish, aten.hardswish_), pointwise),
+    aten.as_strided_: restrided,
+    aten.pixel_shuffle: pixel_shuffle,
+    aten.pixel_unshuffle: pixel_unshuffle,
+    **dict.fromkeys((aten.channel_shuffle, aten.native_channel_shuffle), channel_shuffle),
+    aten.glu: gated_halves,
+    **dict.fromkeys(
+        (aten.mean, aten.sum, aten.amax, aten.amin, aten.max, aten.min, aten.var, aten.std, aten.var_mean,
+         aten.logsumexp, aten.linalg_vector_norm, aten.norm),
+        reduction,
+    ),
+    **dict.fromkeys((aten.hardswish, aten.hardswish_, aten._prelu_kernel, aten.copy_), pointwise),
+    **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.zero_, aten.fill_), constant),
+    **dict.fromkeys(
+        (aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select,
+         aten._unique2),
+        depends_on_values,
+    ),
 }  # fmt: skip
-
-
-def rule_for(func: Any) -> Rule:
-    """The rule of an ATen overload: the table, else PyTorch's pointwise tag, else `unknown`."""
-    rule = RULES.get(func.overloadpacket)
-    if rule is None:
-        rule = pointwise if torch.Tag.pointwise in func.tags else unknown
-    return rule

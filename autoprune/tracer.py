@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.groups import Layer, own_tensors
-from autoprune.labels import LabelBook, along, spread, varying_axes
+from autoprune.labels import LabelBook, along, lines, spread, varying_axes
+from autoprune.settling import factors_of, settle
 
 LABELS, VIEW = "_autoprune_labels", "_autoprune_view"
 
@@ -23,21 +24,29 @@ class ParameterView:
 
     Attributes:
         name: Its name in the state dict.
+        shape: Its own shape.
         index: Per original axis the index along that axis of every element of the view.
     """
 
     name: str
+    shape: torch.Size
     index: tuple[Tensor, ...]
+
+    @classmethod
+    def whole(cls, name: str, tensor: Tensor) -> "ParameterView":
+        """The parameter as it is."""
+        axes = (spread(torch.arange(size), axis, tensor.shape) for axis, size in enumerate(tensor.shape))
+        return cls(name, tensor.shape, tuple(axes))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "ParameterView":
         """The view after one more movement."""
-        return ParameterView(self.name, tuple(move(index) for index in self.index))
+        return ParameterView(self.name, self.shape, tuple(move(index) for index in self.index))
 
     def axis_at(self, dim: int) -> int | None:
         """The original axis that lies whole and in order along `dim` of the view, or None."""
         for axis, index in enumerate(self.index):
             line = along(index, dim)
-            if line is not None and torch.equal(line, torch.arange(len(line))) and varying_axes(index) in ([dim], []):
+            if line is not None and torch.equal(line, torch.arange(self.shape[axis])):
                 return axis
         return None
 
@@ -52,6 +61,14 @@ class Call:
     kwargs: dict
     out: Any
 
+    def __getitem__(self, name: str) -> Any:
+        """An argument by its name in the operation's schema; its default where it wasn't given."""
+        for position, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                given = self.args[position] if position < len(self.args) else argument.default_value
+                return self.kwargs.get(name, given)
+        raise KeyError(name)
+
     def tensors(self) -> Iterator[Tensor]:
         """The tensor arguments, lists flattened."""
         for arg in [*self.args, *self.kwargs.values()]:
@@ -65,7 +82,16 @@ class Call:
 
 @dataclass
 class Tracer:
-    """Collects, during one forward pass, which labels meet which axis of which tensor."""
+    """Collects, during one forward pass, which labels meet which axis of which tensor.
+
+    Attributes:
+        uses: (tensor, axis) to the labels on it and their role there.
+        operations: Per operation the labels of the activations that are alive while it runs.
+        products: Per product of two activations its labelled factor and how often each of its elements is used.
+        contracted: Labels over which an operation without a weight sums: it reads these channels.
+        bare: Parameters that the code uses by themselves, with a label for each element.
+        unsupported: Reasons for which operations pinned what reached them.
+    """
 
     model: nn.Module
     book: LabelBook = field(default_factory=LabelBook)
@@ -73,14 +99,15 @@ class Tracer:
     unsupported: list[str] = field(default_factory=list)
     uses: dict[tuple[str, int], tuple[Tensor, str]] = field(default_factory=dict)
     operations: list[list[Tensor]] = field(default_factory=list)
+    products: list[tuple[Tensor, int]] = field(default_factory=list)
+    contracted: list[Tensor] = field(default_factory=list)
     bare: dict[str, Tensor] = field(default_factory=dict)
     _path: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self._names = {module: name or type(module).__name__ for name, module in self.model.named_modules()}
         for name, tensor in own_tensors(self.model).items():
-            axes = (spread(torch.arange(size), axis, tensor.shape) for axis, size in enumerate(tensor.shape))
-            self.see(tensor, ParameterView(name, tuple(axes)))
+            self.see(tensor, ParameterView.whole(name, tensor))
 
     def entered(self, module: nn.Module) -> None:
         """The forward pass goes into a module."""
@@ -112,7 +139,7 @@ class Tracer:
         """Marks a tensor as a parameter or a view of one."""
         setattr(tensor, VIEW, view)
 
-    def parameter(self, tensor: Tensor) -> ParameterView | None:
+    def parameter(self, tensor: Tensor | None) -> ParameterView | None:
         """The parameter behind a tensor, unless it is an activation."""
         return getattr(tensor, VIEW, None)
 
@@ -128,9 +155,15 @@ class Tracer:
         if view is None:
             return torch.zeros((), dtype=torch.int64).expand(tensor.shape)
         if view.name not in self.bare:
-            shape = [int(index.max()) + 1 for index in view.index]
-            self.bare[view.name] = self.book.new(int(np.prod(shape))).view(shape)
+            self.bare[view.name] = self.book.new(view.shape.numel()).view(view.shape)
         return self.bare[view.name][view.index]
+
+    def line(self, tensor: Tensor, axis: int) -> Tensor:
+        """The labels along one axis where a weight reads it: the same at every other position, `(n,)`."""
+        found = lines(self.labels(tensor), axis)
+        if len(found) > 1:
+            self.book.join_lines(found)
+        return found[0]
 
     def use(self, tensor: str, axis: int, labels: Tensor, role: str) -> None:
         """Records that `labels` meet an axis of a parameter; a second use (a shared module) joins both."""
@@ -140,14 +173,44 @@ class Tracer:
         else:
             self.uses[tensor, axis] = labels, role
 
-    def settle_bare_parameters(self) -> None:
-        """A bare parameter's channels lie along the one axis on which its elements stayed apart."""
-        roots = self.book.roots()
+    def use_vector(self, tensor: Tensor | None, labels: Tensor, role: str) -> None:
+        """Records that `labels` meet a bias, a scale or a running statistic, if there is one."""
+        view = self.parameter(tensor)
+        if view is not None:
+            self.use(view.name, 0, labels, role)
+        elif tensor is not None and self.is_activation(tensor):
+            self.book.join(self.labels(tensor), labels)
+
+    def settle(self) -> np.ndarray:
+        """The root of every label, after all joins are made and bare parameters have found their axes."""
+        roots = settle(self.book)
+        factors = factors_of(self.book, roots)
         for name, labels in self.bare.items():
-            joined = torch.from_numpy(roots[labels.numpy()])
-            axes = varying_axes(joined)
-            if len(axes) == 1:
-                line = tuple(slice(None) if axis == axes[0] else 0 for axis in range(labels.ndim))
-                self.use(name, axes[0], joined[line], "follow")
-            elif axes:
-                self.book.pin(labels, f"parameter {name} varies along several axes")
+            found = roots[labels.numpy()]
+            for side in (0, 1) if factors[found].any() else (None,):
+                plane = found if side is None else np.where(factors[found, 0] > 0, factors[found, side], found)
+                self._settle_bare(name, torch.from_numpy(plane), labels)
+        return settle(self.book)
+
+    def _settle_bare(self, name: str, plane: Tensor, labels: Tensor) -> None:
+        """A bare parameter's channels lie along the one axis on which its elements stayed apart."""
+        axes = [axis for axis in varying_axes(plane) if plane.shape[axis] > 1]
+        if len(axes) > 1:
+            axes = self._axes_of_met(plane, labels)
+        if len(axes) == 1:
+            met = lines(plane, axes[0])
+            self.book.join_lines(met)
+            self.use(name, axes[0], met[0], "follow")
+        elif axes:
+            self.book.pin(labels, f"parameter {name} varies along several axes")
+
+    def _axes_of_met(self, plane: Tensor, labels: Tensor) -> list[int]:
+        """The varying axes, elements left aside that met nothing: a table of positions needn't be read everywhere."""
+        alone = plane == labels
+        candidates = []
+        for axis in varying_axes(plane):
+            met = lines(torch.where(alone, -1, plane), axis)
+            low = torch.where(met < 0, torch.iinfo(torch.int64).max, met).amin(0)
+            if bool((met.amax(0) <= low).all()):
+                candidates.append(axis)
+        return candidates

@@ -1,16 +1,18 @@
-"""The proof that a group was traced right: with the same channels, the pruned network equals the masked one."""
+"""The proof that a network was traced right: with the same channels, the pruned network equals the masked one."""
 
-import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from autoprune.groups import Group, Groups, tensors_in
-from autoprune.pruning import Slicer, mask
+from autoprune.groups import Group, Groups, own_tensors, tensors_in
+from autoprune.masking import Masked
+from autoprune.pruning import Slicer, shared_copy
 
 # float64 agrees to about 1e-13, float32 to 1e-5; a wrong index or a channel kept alive by its bias shows at 1e-3 and
 # above.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+MAX_FLOAT64_PARAMETERS = 50_000_000
 # ReLUs that happen to be off hide their channels, both hidden units of a small squeeze-and-excitation block in one draw
 # of four; other weights bring them out.
 DRAWS = 8
@@ -21,62 +23,123 @@ def failing_groups(model: nn.Module, groups: Groups, example: Tensor) -> dict[st
     """Groups whose pruned network isn't the masked one, each with the reason. The model is left as found.
 
     Every parameter and buffer is drawn at random for the check, so that zeros of a trained network hide nothing, and
-    masking has to change the output.
+    masking has to change the output. All groups are pruned at once, each to a random part of its channels, then to the
+    other part; only where that fails, each is pruned by itself, and those that pass are put together one by one.
+
+    Args:
+        model: The network, its attention open.
+        groups: Its trace.
+        example: An input, for its shape.
     """
+    check = _Check(model, groups, example, seed=0)
+    if not len(groups) or _joint_failure(check, groups) is None:
+        return {}
     reasons, undecided = {}, list(groups)
     for seed in range(DRAWS):
-        if undecided:
-            reasons |= _reasons(model, groups, undecided, example.shape, seed)
-            undecided = [group for group in undecided if reasons[group.name] == UNCHANGED]
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+        check = _Check(model, groups, example, seed)
+        reasons |= {group.name: _own_failure(check, group) for group in undecided}
+        undecided = [group for group in undecided if reasons[group.name] == UNCHANGED]
+        if not undecided:
+            break
+    failing = {name: reason for name, reason in reasons.items() if reason is not None}
+    return failing | _failing_together(
+        _Check(model, groups, example, DRAWS), [g for g in groups if g.name not in failing]
+    )
 
 
-@torch.no_grad()
-def _reasons(model: nn.Module, groups: Groups, undecided: list[Group], shape, seed: int) -> dict[str, str | None]:
-    generator = torch.Generator().manual_seed(seed)
-    twin = _randomised(model, generator)
-    example = torch.randn(shape, generator=generator).double()
-    try:
-        dense = _flat(twin(example))
-    except RuntimeError:  # a forward pass that insists on float32
-        twin, example = twin.float(), example.float()
-        dense = _flat(twin(example))
-    slicer = Slicer(twin, groups)
-    return {group.name: _failure(group, groups, twin, slicer, example, dense, generator) for group in undecided}
+def _own_failure(check: "_Check", group: Group) -> str | None:
+    """Why a group fails by itself; the other part is tried where the first happens to change nothing."""
+    first, second = check.parts([group])
+    failure = check.failure(first)
+    return check.failure(second) if failure == UNCHANGED else failure
 
 
-def _failure(group: Group, groups: Groups, twin, slicer: Slicer, example, dense, generator) -> str | None:
-    tolerance = TOLERANCE[example.dtype]
-    order = torch.randperm(group.channels, generator=generator)
-    for half in order.split(-(-group.channels // 2)):
-        kept = {group.name: half.sort().values}
+def _failing_together(check: "_Check", groups: list[Group]) -> dict[str, str]:
+    """The groups without which the others can be pruned together, although each can be pruned alone."""
+    if _joint_failure(check, groups) in (None, UNCHANGED):
+        return {}
+    failing, sound = {}, []
+    for group in groups:
+        reason = _joint_failure(check, [*sound, group])
+        if reason in (None, UNCHANGED):
+            sound.append(group)
+        else:
+            failing[group.name] = f"together with {sound[-1].name if sound else 'nothing'}: {reason}"
+    return failing
+
+
+def _joint_failure(check: "_Check", groups: Iterable[Group]) -> str | None:
+    kept = [part for _ in range(check.rounds) for part in check.parts(groups)]
+    return next((failure for part in kept if (failure := check.failure(part)) is not None), None)
+
+
+class _Check:
+    """One draw of random weights and one random input."""
+
+    def __init__(self, model: nn.Module, groups: Groups, example: Tensor, seed: int):
+        n_parameters = sum(tensor.numel() for tensor in own_tensors(model).values())
+        dtype = torch.float64 if n_parameters <= MAX_FLOAT64_PARAMETERS else torch.float32
+        self.rounds = 2 if dtype == torch.float64 else 1
+        self.generator = torch.Generator().manual_seed(seed)
+        self.groups, self.tolerance = groups, TOLERANCE[dtype]
+        self.twin = randomised(model, self.generator, dtype)
+        self.example = torch.randn(example.shape, generator=self.generator, dtype=dtype)
         try:
-            pruned = _flat(slicer.apply(kept)(example))
+            self.dense = self._output(self.twin)
+        except RuntimeError:  # a forward pass that insists on float32
+            self.twin, self.example, self.tolerance = self.twin.float(), self.example.float(), TOLERANCE[torch.float32]
+            self.dense = self._output(self.twin)
+
+    @torch.no_grad()
+    def _output(self, model: nn.Module) -> Tensor:
+        """Every tensor that a network returns, as one vector."""
+        return torch.cat([tensor.flatten().double() for tensor in tensors_in(model(self.example))])
+
+    def parts(self, groups: Iterable[Group]) -> list[dict[str, Tensor]]:
+        """Each group's channels cut in two at random, a quarter at least on either side.
+
+        Sizes differ from group to group: with equal ones, groups that must keep equally many would pass.
+        """
+        kept: list[dict[str, Tensor]] = [{}, {}]
+        for group in groups:
+            order = torch.randperm(group.channels, generator=self.generator)
+            low, high = max(1, group.channels // 4), group.channels - max(1, group.channels // 4)
+            size = int(torch.randint(low, high + 1, (), generator=self.generator))
+            for part, channels in zip(kept, order.split([size, group.channels - size]), strict=True):
+                part[group.name] = channels.sort().values
+        return kept
+
+    def failure(self, kept: dict[str, Tensor]) -> str | None:
+        """What is wrong with pruning to `kept`, or None."""
+        try:
+            pruned = self._output(Slicer(self.twin, self.groups, borrow=True).apply(kept))
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            return f"the pruned network doesn't run: {str(error).splitlines()[0]}"
-        masked = _flat(mask(twin, groups, kept)(example))
+            return (
+                f"the pruned network doesn't run: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            )
+        masked = self._output(Masked(self.twin, self.groups.gone(kept)))
         if pruned.shape != masked.shape:
             return "pruning it changes the shape of the output"
         scale = masked.abs().max()
-        if (masked - dense).abs().max() > tolerance * scale:
-            error = ((pruned - masked).abs().max() / scale).item()
-            return None if error < tolerance else f"pruned and masked network differ by {error:.1e}"
-    return UNCHANGED
+        if (masked - self.dense).abs().max() <= self.tolerance * scale:
+            return UNCHANGED
+        error = ((pruned - masked).abs().max() / scale).item()
+        return None if error < self.tolerance else f"pruned and masked network differ by {error:.1e}"
 
 
-def _flat(output: object) -> Tensor:
-    """Every tensor that a network returned, as one vector."""
-    return torch.cat([tensor.flatten().double() for tensor in tensors_in(output)])
-
-
-def _randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    twin = copy.deepcopy(model).double()
-    for name, tensor in twin.state_dict().items():
-        if not tensor.is_floating_point():
-            continue
-        if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
-            tensor.uniform_(0.5, 1.5, generator=generator)
-        else:
-            fan_in = tensor[0].numel() if tensor.ndim > 1 else 25
-            tensor.normal_(0, fan_in**-0.5, generator=generator)
+def randomised(model: nn.Module, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
+    """A copy with random weights, tame enough that activations neither vanish nor explode; integers stay."""
+    twin = shared_copy(model)
+    for name, tensor in own_tensors(twin).items():
+        if tensor.is_floating_point():
+            tensor.data = _drawn(name, tensor.shape, generator, dtype)
     return twin
+
+
+def _drawn(name: str, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    drawn = torch.empty(shape, dtype=dtype)
+    if name.endswith("running_var") or (len(shape) == 1 and name.endswith("weight")):
+        return drawn.uniform_(0.5, 1.5, generator=generator)
+    fan_in = shape[1:].numel() if len(shape) > 1 else 25
+    # Uniform with variance 1 / fan_in: drawing normal variates takes longer than running a large network.
+    return drawn.uniform_(-1, 1, generator=generator).mul_((3 / max(1, fan_in)) ** 0.5)

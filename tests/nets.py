@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 RGB, CLASSES, SIZE = 3, 5, 8
 AREA = SIZE**2
+PATCHES = AREA // 4
 K = 9  # weights of a 3x3 kernel
 
 
@@ -107,6 +108,17 @@ class Grouped(nn.Module):
         return self.head(pooled(F.relu(self.grouped(F.relu(self.stem(x))))))
 
 
+class ConvGroups(nn.Module):
+    """A convolution in more conv groups than each has channels: whole conv groups go."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.grouped, self.head = conv(RGB, 8), conv(8, 16, groups=4), nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(pooled(F.relu(self.grouped(F.relu(self.stem(x))))))
+
+
 class Shared(nn.Module):
     """One convolution used twice, so that its inputs and outputs are the same channels."""
 
@@ -183,7 +195,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class Chunk(nn.Module):
-    """The stem's halves go different ways, so they would shrink apart, which `chunk` can't follow."""
+    """The stem's halves go different ways; `chunk` cuts in the middle, so both keep equally many."""
 
     def __init__(self):
         super().__init__()
@@ -225,14 +237,14 @@ class LayerScale(nn.Module):
 
 
 class NoRule(nn.Module):
-    """A cumulative sum over channels, which no rule covers."""
+    """A running maximum over channels, which no rule covers."""
 
     def __init__(self):
         super().__init__()
         self.stem, self.body, self.head = conv(RGB, 6), conv(6, 4), nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(pooled(F.relu(self.body(torch.cumsum(self.stem(x), 1)))))
+        return self.head(pooled(F.relu(self.body(torch.cummax(self.stem(x), 1).values))))
 
 
 class SpatialAttention(nn.Module):
@@ -248,7 +260,7 @@ class SpatialAttention(nn.Module):
 
 
 class ChannelStatistics(nn.Module):
-    """Softmax or layer norm over channels: removing some changes all others."""
+    """A norm over channels: removing some changes what all others become."""
 
     def __init__(self, norm: nn.Module):
         super().__init__()
@@ -257,6 +269,50 @@ class ChannelStatistics(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.head(pooled(F.relu(self.body(x))))
+
+
+class GroupNorm(nn.Module):
+    """Statistics over groups of channels: the same positions go in both norm groups."""
+
+    def __init__(self, n_groups: int = 2):
+        super().__init__()
+        self.stem, self.norm, self.head = conv(RGB, 6), nn.GroupNorm(n_groups, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(pooled(F.relu(self.norm(self.stem(x)))))
+
+
+class Shuffle(nn.Module):
+    """Channels of two halves interleaved, then cut in halves again, as ShuffleNet does."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = conv(RGB, 4), conv(RGB, 4)
+        self.body, self.head = conv(4, 6), nn.Linear(4 + 6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(torch.cat([self.left(x), self.right(x)], 1))
+        batch, channels, height, width = x.shape
+        x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(x.shape)
+        first, second = x.chunk(2, 1)
+        return self.head(pooled(torch.cat([first, F.relu(self.body(second))], 1)))
+
+
+class Attention(nn.Module):
+    """Patches as tokens with a class token, layer norm, attention in two heads, a residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(RGB, 8, 2, stride=2), nn.LayerNorm(8)
+        self.token, self.position = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, PATCHES + 1, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+        y = self.norm(x)
+        return self.head((x + self.attention(y, y, y, need_weights=False)[0])[:, 0])
 
 
 class Centred(nn.Module):
@@ -367,6 +423,22 @@ NETS: dict[str, Net] = {
         {"stem": 8 // 2, "grouped": 12 // 2},
         macs=AREA * K * (RGB * 8 + 8 * 12 // 2) + 12 * CLASSES,
     ),
+    "conv_groups": Net(
+        ConvGroups, {"stem": 4}, macs=AREA * K * (RGB * 8 + 8 * 16 // 4) + 16 * CLASSES
+    ),
+    "shuffle": Net(
+        Shuffle,
+        {"left": 4 // 2, "body": 6},
+        macs=AREA * K * (RGB * 4 * 2 + 4 * 6) + (4 + 6) * CLASSES,
+        input=("left", "right"),
+    ),
+    "group_norm": Net(GroupNorm, {"stem": 6 // 2}, macs=STEM6 + 6 * CLASSES),
+    "instance_norm": Net(lambda: GroupNorm(6), {"stem": 6}, macs=STEM6 + 6 * CLASSES),
+    "attention": Net(
+        Attention,
+        {"stem": 8, "attention:heads": 2, "attention:width": 4},
+        macs=PATCHES * 4 * RGB * 8 + (PATCHES + 1) * 8 * (3 * 8 + 8) + 2 * (PATCHES + 1) ** 2 * 8 + 8 * CLASSES,
+    ),
     "shared": Net(Shared, {"stem": 6}, macs=STEM6 + 2 * AREA * K * 6 * 6 + 6 * CLASSES),
     "two_names": Net(TwoNames, {"stem": 6}, macs=STEM6 + 2 * AREA * K * 6 * 6 + 6 * CLASSES),
     "flatten": Net(
@@ -393,9 +465,8 @@ NETS: dict[str, Net] = {
     ),
     "chunk": Net(
         Chunk,
-        {"left": 4},
+        {"stem": 12 // 2, "left": 4},
         macs=AREA * K * (RGB * 12 + 6 * 4 + 6 * 4) + 4 * CLASSES,
-        pinned={name: "the pruned network doesn't run: Given groups=1" for name in ("stem", "stem#2")},
     ),
     "gated": Net(
         lambda: Gated(lambda x: x.chunk(2, 1)), {"stem": 6}, macs=AREA * K * RGB * 12 + 6 * CLASSES
@@ -404,14 +475,14 @@ NETS: dict[str, Net] = {
         lambda: Gated(lambda x: x.split([6, 6], 1)),
         {},
         macs=AREA * K * RGB * 12 + 6 * CLASSES,
-        pinned={"stem": "the pruned network doesn't run: split_with_sizes expects split_sizes to sum exactly to 6"},
+        pinned={"stem": "the pruned network doesn't run: split_with_sizes expects split_sizes to sum exactly to"},
     ),
     "layer_scale": Net(LayerScale, {"stem": 6}, macs=STEM6 + 6 * CLASSES),
     "no_rule": Net(
         NoRule,
         {"body": 4},
         macs=STEM6 + AREA * K * 6 * 4 + 4 * CLASSES,
-        pinned={"stem": "operation cumsum in NoRule has no rule"},
+        pinned={"stem": "operation cummax in NoRule has no rule"},
     ),
     "spatial_attention": Net(
         SpatialAttention,
@@ -421,21 +492,18 @@ NETS: dict[str, Net] = {
     ),
     "softmax": Net(
         lambda: ChannelStatistics(nn.Softmax(-1)),
-        {"body": 4},
+        {"stem": 6, "body": 4},
         macs=STEM6 + AREA * K * 6 * 4 + 4 * CLASSES,
-        pinned={"stem": "its statistics are taken over channels by _softmax in norm"},
     ),
     "layer_norm": Net(
         lambda: ChannelStatistics(nn.LayerNorm(6)),
-        {"body": 4},
+        {"stem": 6, "body": 4},
         macs=STEM6 + AREA * K * 6 * 4 + 4 * CLASSES,
-        pinned={"stem": "its statistics are taken over channels by native_layer_norm in norm"},
     ),
     "centred": Net(
         Centred,
-        {"body": 4},
+        {"stem": 6, "body": 4},
         macs=STEM6 + AREA * K * 6 * 4 + 4 * CLASSES,
-        pinned={"stem": "operation mean in Centred is reduced over its channels"},
     ),
     "dict_output": Net(
         DictOutput,

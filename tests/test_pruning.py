@@ -7,7 +7,8 @@ import torch
 from nets import NETS, SIZE, build, images, outputs, random_kept, tensors
 from torch import Tensor, nn
 
-from autoprune.pruning import Slicer, fit_shapes, mask, prune
+from autoprune.masking import mask
+from autoprune.pruning import Slicer, fit_shapes, prune
 from autoprune.tracing import trace
 
 
@@ -109,14 +110,17 @@ def test_slicer_keeps_the_weights_that_the_network_had_when_it_was_made():
     assert torch.equal(slicer.apply({}).conv1.weight, before["conv1.weight"])
 
 
-def test_masking_zeroes_only_what_reads_the_removed_channels():
-    model, groups = traced("chain")
-    masked = mask(model, groups, {"conv1": torch.tensor([0, 2, 5])})
-    changed = [name for name, t in model.state_dict().items() if not torch.equal(t, masked.state_dict()[name])]
-    assert changed == ["conv2.weight"]
-    gone = [1, 3, 4]
-    assert not masked.conv2.weight[:, gone].any()
-    assert torch.equal(masked.conv2.weight[:, [0, 2, 5]], model.conv2.weight[:, [0, 2, 5]])
+@pytest.mark.parametrize("name", ["chain", "layer_norm", "group_norm", "softmax"])
+def test_masked_network_depends_on_what_is_left_and_on_nothing_else(name):
+    model, groups = traced(name)
+    group, x = groups[0], images(2, SIZE)
+    kept = {group.name: torch.arange(group.channels - 1)}
+    before = outputs(mask(model, groups, kept), x)
+    producer = next(member for member in group.members if member.role == "produce")
+    for channel, depends in ((group.channels - 1, False), (0, True)):
+        changed = copy.deepcopy(model)
+        changed.state_dict()[producer.tensor][producer.index[channel]] += 1
+        assert torch.equal(outputs(mask(changed, groups, kept), x), before) is not depends
 
 
 def test_masking_batch_norms_output_alone_would_not_be_the_same():

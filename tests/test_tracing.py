@@ -214,7 +214,7 @@ def test_users_rule_teaches_an_operation(monkeypatch):
     model = randomise(Flipped()).eval()
     untaught = trace(model, images(1, 8))
     assert untaught.channels == {"conv1": 6}
-    assert untaught.unsupported == ("operation cummax in Flipped has no rule",)
+    assert untaught.unsupported == ("operation cummax in Flipped has no rule; it pins conv2",)
 
     def along_space(call) -> None:
         call.tracer.label(call.out[0], call.tracer.labels(call.args[0]))

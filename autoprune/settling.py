@@ -1,0 +1,122 @@
+"""After the forward pass: joins what must be joined so that every tensor of the pruned network stays a box.
+
+Lattices that share cells agree on rows and columns; an axis that was split keeps a product of what its parts keep; an
+axis that was cut into equal parts keeps equally many channels in each.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoprune.labels import LabelBook, Lattice, varying_axes
+
+
+def settle(book: LabelBook) -> np.ndarray:
+    """Joins until nothing changes. Returns the root of every label, `(n_labels,)`."""
+    roots = book.roots()
+    while True:
+        _align_lattices(book, roots)
+        factors = factors_of(book, roots)
+        for grid in book.grids:
+            for plane in _planes(grid, roots, factors):
+                _keep_product(book, plane)
+        for parts in book.parts:
+            for plane in _planes(parts, roots, factors):
+                _balance(book, plane)
+        before, roots = roots, book.roots()
+        if len(before) == len(roots) and np.array_equal(before, roots):
+            return roots
+
+
+def factors_of(book: LabelBook, roots: np.ndarray) -> np.ndarray:
+    """Per root the roots of its row and its column, `(n_labels, 2)`; 0 for what is no cell."""
+    factors = np.zeros((len(roots), 2), np.int64)
+    for lattice in book.lattices:
+        cells = roots[lattice.cells.numpy()]
+        factors[cells, 0] = roots[lattice.rows.numpy()][:, None]
+        factors[cells, 1] = roots[lattice.columns.numpy()][None, :]
+    factors[0] = 0
+    return factors
+
+
+def _align_lattices(book: LabelBook, roots: np.ndarray) -> None:
+    """A cell that lies in several lattices, or twice in one, has one row and one column."""
+    places = [_places(number, roots[lattice.cells.numpy()]) for number, lattice in enumerate(book.lattices)]
+    if not places:
+        return
+    places = np.concatenate(places, axis=1)
+    places = places[:, places[0] != 0]
+    _, first, cell = np.unique(places[0], return_index=True, return_inverse=True)
+    again = first[cell] != np.arange(places.shape[1])
+    meetings = np.concatenate([places[1:, first[cell]], places[1:]])[:, again]
+    for number, other in np.unique(meetings[[0, 3]], axis=1).T:
+        of_both = meetings[:, (meetings[0] == number) & (meetings[3] == other)]
+        _align(book, book.lattices[number], book.lattices[other], torch.from_numpy(of_both[[1, 2, 4, 5]]))
+
+
+def _places(number: int, cells: np.ndarray) -> np.ndarray:
+    """Cell, lattice, row and column of every cell, `(4, n_cells)`."""
+    row, column = np.indices(cells.shape).reshape(2, -1)
+    return np.stack([cells.ravel(), np.full(cells.size, number), row, column])
+
+
+def _align(book: LabelBook, first: Lattice, second: Lattice, meetings: Tensor) -> None:
+    row, column, other_row, other_column = meetings
+    straight = _n_pairs(row, other_row) + _n_pairs(column, other_column)
+    if straight > _n_pairs(row, other_column) + _n_pairs(column, other_row):
+        book.join(first.rows[row], second.columns[other_column])
+        book.join(first.columns[column], second.rows[other_row])
+    else:
+        book.join(first.rows[row], second.rows[other_row])
+        book.join(first.columns[column], second.columns[other_column])
+
+
+def _n_pairs(a: Tensor, b: Tensor) -> int:
+    return torch.unique(torch.stack([a, b]), dim=1).shape[1]
+
+
+def _planes(labels: Tensor, roots: np.ndarray, factors: np.ndarray) -> list[Tensor]:
+    """What decides what is kept along a label tensor's axes: its roots, or the rows and the columns of its cells."""
+    found = roots[labels.numpy()]
+    if not factors[found].any():
+        return [torch.from_numpy(found)]
+    is_cell = factors[found, 0] > 0
+    return [torch.from_numpy(np.where(is_cell, factors[found, side], found)) for side in (0, 1)]
+
+
+def _keep_product(book: LabelBook, plane: Tensor) -> None:
+    """Of an axis that was split the longest part can shrink; the others, such as the 3 of q, k, v, are constants."""
+    axes = varying_axes(plane)
+    if len(axes) > 1:
+        longest = max(axes, key=lambda axis: plane.shape[axis])
+        book.join_lines(plane.movedim(longest, -1).reshape(-1, plane.shape[longest]))
+
+
+def _balance(book: LabelBook, parts: Tensor) -> None:
+    """Joins channels until each joined set has equally many positions in every part."""
+    classes, index = np.unique(parts.numpy(), return_inverse=True)
+    counts = np.zeros((len(classes), len(parts)), np.int64)
+    np.add.at(counts, (index.reshape(len(parts), -1), np.arange(len(parts))[:, None]), 1)
+    excess = counts[:, 1:] - counts[:, :1]
+    for together in _balanced_sets(excess):
+        members = torch.from_numpy(classes[together])
+        book.join(members[:1].expand_as(members), members)
+
+
+def _balanced_sets(excess: np.ndarray) -> list[list[int]]:
+    """Sets of rows that add up to zero, small ones: a set takes the next row that brings its sum nearer to zero."""
+    queues: dict[tuple[int, ...], list[int]] = {}
+    for row in reversed(np.flatnonzero(excess.any(1))):
+        queues.setdefault(tuple(excess[row]), []).append(int(row))
+    sets = []
+    while queues:
+        together: list[int] = []
+        total = np.zeros(excess.shape[1], np.int64)
+        while queues and (not together or total.any()):
+            nearest = min(queues, key=lambda step: (np.abs(total + step).sum(), -queues[step][-1]))
+            together.append(queues[nearest].pop())
+            total = total + nearest
+            if not queues[nearest]:
+                del queues[nearest]
+        sets.append(together)
+    return sets
