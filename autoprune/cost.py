@@ -115,15 +115,15 @@ class CostTable:
         column = {(name,): term for term, name in enumerate(self.names)}
         for number, (row, other) in enumerate(self._pairs):
             column[self.names[row], self.names[other]] = len(self.names) + number
-        channels = {group.name: group.channels for group in groups.all}
+        dense = self._terms(self.dense)
         fixed = np.array([extent.fixed for extent in extents], np.int64)
         by_term = np.zeros((len(extents), len(column)), np.int64)
         for row, extent in enumerate(extents):
-            for names, per_channel in extent.kept_by.items():
+            for names, elements in extent.elements.items():
+                # The proof may have pinned a group since; then its share of the cells is there to stay.
                 prunable = tuple(name for name in names if (name,) in column)
-                elements = per_channel * int(np.prod([channels[name] for name in names if (name,) not in column]))
                 if prunable:
-                    by_term[row, column[prunable]] += elements
+                    by_term[row, column[prunable]] += elements // dense[column[prunable]]
                 else:
                     fixed[row] += elements
         return fixed, by_term

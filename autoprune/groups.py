@@ -71,16 +71,21 @@ class Layer:
 
 @dataclass(frozen=True)
 class Extent:
-    """How many elements of something the prunable groups leave: `fixed`, and `kept_by` for each channel kept.
+    """How many elements of something there are, and with which prunable groups they go.
 
     Attributes:
         fixed: Elements that no group removes.
-        kept_by: Group to the elements that each of its channels keeps; two groups (rows and columns of cells, such as
-            attention's heads and their width) to the elements for each pair of channels.
+        elements: Group to the elements that its channels hold in the dense network, all of them together; a pair of
+            groups (rows and columns of cells, such as attention's heads and their width) to those of all its cells.
     """
 
     fixed: int
-    kept_by: dict[tuple[str, ...], int]
+    elements: dict[tuple[str, ...], int]
+
+    @property
+    def dense(self) -> int:
+        """All elements of the dense network."""
+        return self.fixed + sum(self.elements.values())
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ its column goes. `LabelBook.factor` makes such a lattice; `autoprune.settling` m
 """
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 import torch
@@ -25,19 +26,28 @@ class Lattice:
     columns: Tensor
 
 
+class Constraint(Enum):
+    """What must hold for the channels that are kept.
+
+    GRID: The axes came from splitting one axis; what is kept must stay a product. PARTS: `(n_parts, n)`, one axis cut
+    into equal parts; all must keep equally many.
+    """
+
+    GRID = "grid"
+    PARTS = "parts"
+
+
 @dataclass
 class LabelBook:
     """Hands out labels and remembers which were joined, pinned and laid out; settled once, after the forward pass.
 
     Attributes:
-        grids: Label tensors whose varying axes came from splitting one axis: what is kept must stay a product.
-        parts: Label tensors `(n_parts, n)` of one axis cut into equal parts: all must keep equally many.
+        constraints: In the order of the forward pass, what the code's reshaping demands of labels: kind and labels.
         lattices: Cells with their rows and columns.
     """
 
     n_labels: int = 1
-    grids: list[Tensor] = field(default_factory=list)
-    parts: list[Tensor] = field(default_factory=list)
+    constraints: list[tuple["Constraint", Tensor]] = field(default_factory=list)
     lattices: list[Lattice] = field(default_factory=list)
     _edges: list[np.ndarray] = field(default_factory=list)
     _pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
@@ -58,7 +68,7 @@ class LabelBook:
             self._pins.append(
                 (pairs[:, constant].max(0), "meets a constant that the code writes, such as zero padding")
             )
-        if not constant.all():
+        if not constant.all():  # nor empty: settling stops when nothing is joined any more
             self._edges.append(pairs[:, ~constant])
 
     def join_lines(self, lines: Tensor) -> None:
@@ -83,10 +93,23 @@ class LabelBook:
         self.lattices.append(lattice)
         return lattice.rows[row_of]
 
-    def roots(self) -> np.ndarray:
-        """Per label the smallest label of its joined set, `(n_labels,)`."""
+    @property
+    def n_joins(self) -> int:
+        """How many joins were made; grows with each that may change a root."""
+        return len(self._edges)
+
+    def roots(self, known: np.ndarray | None = None, since: int = 0) -> np.ndarray:
+        """Per label the smallest label of its joined set, `(n_labels,)`.
+
+        Args:
+            known: The roots after the first `since` joins, to start from.
+            since: See `known`.
+        """
         root = np.arange(self.n_labels)
-        a, b = np.concatenate(self._edges, axis=1) if self._edges else np.zeros((2, 0), dtype=np.int64)
+        if known is not None:
+            root[: len(known)] = known
+        edges = self._edges[since:]
+        a, b = np.concatenate(edges, axis=1) if edges else np.zeros((2, 0), dtype=np.int64)
         while True:
             low = np.minimum(root[a], root[b])
             before = root.copy()
@@ -118,13 +141,10 @@ def distinct_pairs(a: Tensor, b: Tensor) -> np.ndarray:
 
 def varying_axes(labels: Tensor) -> list[int]:
     """The axes along which a label tensor isn't constant; decided by values, since copies lose their zero strides."""
-    return [axis for axis in range(labels.ndim) if _varies(labels, axis)]
-
-
-def _varies(labels: Tensor, axis: int) -> bool:
-    if labels.shape[axis] < 2 or labels.stride(axis) == 0:
-        return False
-    return bool((labels != labels.narrow(axis, 0, 1)).any())
+    # Axes with stride 0 are constant; dropped first, they cost nothing below.
+    kept = [axis for axis in range(labels.ndim) if labels.shape[axis] > 1 and labels.stride(axis)]
+    small = labels[tuple(slice(None) if axis in kept else 0 for axis in range(labels.ndim))]
+    return [axis for place, axis in enumerate(kept) if bool((small != small.narrow(place, 0, 1)).any())]
 
 
 def compressed(labels: Tensor) -> Tensor:

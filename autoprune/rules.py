@@ -14,7 +14,7 @@ from torch import Tensor
 from autoprune.contractions import attention, batched_product, convolution, linear
 from autoprune.errors import UserError
 from autoprune.groups import loses_whole_conv_groups, tensors_in
-from autoprune.labels import CONSTANT, compressed, spread, varying_axes
+from autoprune.labels import CONSTANT, Constraint, compressed, spread, varying_axes
 from autoprune.tracer import Call, Tracer
 
 aten = torch.ops.aten
@@ -91,7 +91,8 @@ def split(call: Call) -> str | None:
     labels = [call.tracer.labels(out) for out in outputs if call.tracer.is_activation(out)]
     if len(labels) > 1 and len({part.shape for part in labels}) == 1:
         if axis % labels[0].ndim in varying_axes(call.tracer.labels(call.args[0])):
-            call.tracer.book.parts.append(compressed(torch.stack(labels)).reshape(len(labels), -1))
+            parts = compressed(torch.stack(labels)).reshape(len(labels), -1)
+            call.tracer.book.constraints.append((Constraint.PARTS, parts))
 
 
 def reshape(call: Call) -> str | None:
@@ -105,7 +106,7 @@ def reshape(call: Call) -> str | None:
     after = before.reshape(shape)
     tracer.label(call.out, after)
     if len(varying_axes(after)) > len(varying_axes(before)):
-        tracer.book.grids.append(compressed(after))
+        tracer.book.constraints.append((Constraint.GRID, compressed(after)))
 
 
 def same(call: Call) -> str | None:

@@ -8,24 +8,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.labels import LabelBook, Lattice, varying_axes
+from autoprune.labels import Constraint, LabelBook, Lattice, varying_axes
 
 
 def settle(book: LabelBook) -> np.ndarray:
-    """Joins until nothing changes. Returns the root of every label, `(n_labels,)`."""
-    roots = book.roots()
+    """Joins until nothing changes. Returns the root of every label, `(n_labels,)`.
+
+    Constraints are met in the order of the forward pass, each with all joins before it made: what an earlier block
+    leaves apart, a later one can balance with less.
+    """
+    roots, factors = _aligned(book, book.roots(), 0)
     while True:
-        _align_lattices(book, roots)
-        factors = factors_of(book, roots)
-        for grid in book.grids:
-            for plane in _planes(grid, roots, factors):
-                _keep_product(book, plane)
-        for parts in book.parts:
-            for plane in _planes(parts, roots, factors):
-                _balance(book, plane)
-        before, roots = roots, book.roots()
-        if len(before) == len(roots) and np.array_equal(before, roots):
+        before = roots
+        for constraint, labels in book.constraints:
+            n_joins = book.n_joins
+            for plane in _planes(labels, roots, factors):
+                MEET[constraint](book, plane)
+            if book.n_joins > n_joins:
+                roots, factors = _aligned(book, roots, n_joins)
+        if np.array_equal(before, roots):
             return roots
+
+
+def _aligned(book: LabelBook, roots: np.ndarray, since: int) -> tuple[np.ndarray, np.ndarray]:
+    """Roots and factors after the joins since then, and those that make lattices agree."""
+    while True:
+        roots, since = book.roots(roots, since), book.n_joins
+        _align_lattices(book, roots)
+        if book.n_joins == since:
+            return roots, factors_of(book, roots)
 
 
 def factors_of(book: LabelBook, roots: np.ndarray) -> np.ndarray:
@@ -51,7 +62,12 @@ def _align_lattices(book: LabelBook, roots: np.ndarray) -> None:
     meetings = np.concatenate([places[1:, first[cell]], places[1:]])[:, again]
     for number, other in np.unique(meetings[[0, 3]], axis=1).T:
         of_both = meetings[:, (meetings[0] == number) & (meetings[3] == other)]
-        _align(book, book.lattices[number], book.lattices[other], torch.from_numpy(of_both[[1, 2, 4, 5]]))
+        _align(book, *(_rooted(book.lattices[n], roots) for n in (number, other)), of_both[[1, 2, 4, 5]])
+
+
+def _rooted(lattice: Lattice, roots: np.ndarray) -> Lattice:
+    """With roots for labels, so that nothing is joined twice."""
+    return Lattice(*(torch.from_numpy(roots[x.numpy()]) for x in (lattice.cells, lattice.rows, lattice.columns)))
 
 
 def _places(number: int, cells: np.ndarray) -> np.ndarray:
@@ -60,8 +76,9 @@ def _places(number: int, cells: np.ndarray) -> np.ndarray:
     return np.stack([cells.ravel(), np.full(cells.size, number), row, column])
 
 
-def _align(book: LabelBook, first: Lattice, second: Lattice, meetings: Tensor) -> None:
-    row, column, other_row, other_column = meetings
+def _align(book: LabelBook, first: Lattice, second: Lattice, meetings: np.ndarray) -> None:
+    row, column, other_row, other_column = torch.from_numpy(meetings)
+    # An axis of one lattice is the axis of the other with which it pairs up in fewer ways.
     straight = _n_pairs(row, other_row) + _n_pairs(column, other_column)
     if straight > _n_pairs(row, other_column) + _n_pairs(column, other_row):
         book.join(first.rows[row], second.columns[other_column])
@@ -120,3 +137,6 @@ def _balanced_sets(excess: np.ndarray) -> list[list[int]]:
                 del queues[nearest]
         sets.append(together)
     return sets
+
+
+MEET = {Constraint.GRID: _keep_product, Constraint.PARTS: _balance}

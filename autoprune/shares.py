@@ -1,15 +1,25 @@
 """How much of a network's MACs its groups can reach."""
 
-from collections.abc import Collection
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from autoprune.groups import Extent, Group, Groups, Layer
+from autoprune.groups import Groups, Layer
 
 
-def macs_share(group: Group, groups: Groups) -> float:
-    """Share of the MACs in layers, and products of activations, that touch a group."""
-    return _share(groups, lambda axes: group.name in axes[0] | axes[1])
+def with_macs_shares(groups: Groups) -> Groups:
+    """The same groups, each with its share of the MACs in layers, and products of activations, that touch it."""
+    axes, total = _axes(groups), 0
+    touched: dict[str, int] = dict.fromkeys((group.name for group in groups.all), 0)
+    parts = [(layer_macs(layer, groups), set().union(*axes[layer.tensor])) for layer in groups.layers]
+    parts += [(product.dense, set().union(*product.elements)) for product in groups.products]
+    for macs, names in parts:
+        total += macs
+        for name in names:
+            touched[name] += macs
+    shared = (replace(group, macs_share=touched[group.name] / max(1, total)) for group in groups.all)
+    return replace(groups, all=tuple(shared))
 
 
 def prunable_share(groups: Groups) -> float:
@@ -27,31 +37,30 @@ def both_axes_share(groups: Groups) -> float:
     return _share(groups, lambda axes: bool(names & axes[0]) and bool(names & axes[1]))
 
 
-def _share(groups: Groups, counts) -> float:
-    parts = [(layer_macs(layer, groups), _axes(layer, groups)) for layer in groups.layers]
-    parts += [(dense_elements(product, groups), [set().union(*product.kept_by)] * 2) for product in groups.products]
-    return sum(macs for macs, axes in parts if counts(axes)) / max(1, sum(macs for macs, _ in parts))
+def _share(groups: Groups, counts: Callable[[list[set[str]]], bool]) -> float:
+    """Share of the MACs of parts, whose two axes' groups `counts` looks at."""
+    axes = _axes(groups)
+    parts = [(layer_macs(layer, groups), _both_ends(layer, axes)) for layer in groups.layers]
+    parts += [(product.dense, [set().union(*product.elements)] * 2) for product in groups.products]
+    return sum(macs for macs, ends in parts if counts(ends)) / max(1, sum(macs for macs, _ in parts))
+
+
+def _axes(groups: Groups) -> dict[str, list[set[str]]]:
+    """Tensor to the groups on its first and on its second axis."""
+    axes: dict[str, list[set[str]]] = {name: [set(), set()] for name in groups.shapes}
+    for group in groups.all:
+        for member in group.members:
+            if member.axis < 2:
+                axes[member.tensor][member.axis].add(group.name)
+    return axes
+
+
+def _both_ends(layer: Layer, axes: dict[str, list[set[str]]]) -> list[set[str]]:
+    """A convolution that loses whole conv groups has its inputs and outputs on one axis."""
+    ends = axes[layer.tensor]
+    return [ends[0], ends[0]] if layer.kind in ("depthwise", "grouped") else ends
 
 
 def layer_macs(layer: Layer, groups: Groups) -> int:
     """Multiply-accumulates of one use of a weight in the dense network, for one sample."""
     return layer.positions * torch.Size(groups.shapes[layer.tensor]).numel()
-
-
-def dense_elements(extent: Extent, groups: Groups) -> int:
-    """The elements with every channel kept."""
-    channels = {group.name: group.channels for group in groups.all}
-    return extent.fixed + sum(
-        per_channel * torch.Size([channels[name] for name in names]).numel()
-        for names, per_channel in extent.kept_by.items()
-    )
-
-
-def _axes(layer: Layer, groups: Groups) -> list[Collection[str]]:
-    """The groups on a weight's first and on its second axis."""
-    axes = [set(), set()]
-    for group in groups.all:
-        for member in group.members:
-            if member.tensor == layer.tensor and member.axis < 2:
-                axes[member.axis].add(group.name)
-    return [axes[0], axes[0]] if layer.kind in ("depthwise", "grouped") else axes
