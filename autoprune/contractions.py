@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from autoprune.groups import Layer, loses_whole_conv_groups
-from autoprune.labels import spread, varying_axes
+from autoprune.labels import CONSTANT, spread, varying_axes
 from autoprune.tracer import Call, Tracer
+
+CROSSED = "multiplies channels with channels"
+NO_CHANNEL = torch.tensor([CONSTANT])
+"""What is computed whatever is pruned."""
 
 
 def convolution(call: Call) -> str | None:
@@ -19,10 +23,11 @@ def convolution(call: Call) -> str | None:
     """
     x, weight, n_groups, transposed = call["input"], call["weight"], call["groups"], call["transposed"]
     tracer, view = call.tracer, call.tracer.parameter(weight)
-    if view is None or (view.axis_at(0), view.axis_at(1)) != (0, 1):
-        return "has a weight that is computed from others"
-    if set(varying_axes(tracer.labels(x))) - {0, 1}:
-        return "slides over channels as over space"
+    computed = view is None or (view.axis_at(0), view.axis_at(1)) != (0, 1)
+    if computed or set(varying_axes(tracer.labels(x))) - {0, 1}:
+        places = x.numel() if transposed else call.out.numel()
+        tracer.products.append((NO_CHANNEL, places * weight.shape[1:].numel()))
+        return "has a weight that is computed from others" if computed else "slides over channels as over space"
     n_out, n_in = call.out.shape[1], x.shape[1]
     inputs, outputs = tracer.line(x, 1), tracer.book.new(n_out)
     whole = loses_whole_conv_groups(n_in, n_out, n_groups)
@@ -58,13 +63,13 @@ def _use_kernel(tracer: Tracer, name: str, ends: tuple[Tensor, Tensor], how: tup
 def linear(call: Call) -> str | None:
     """`mm(x, weight)` and `addmm(bias, x, weight)`, the weight being a transposed parameter."""
     bias, x, weight = call.args if len(call.args) == 3 else (None, *call.args)
-    if call.kwargs:
-        return "scales its operands"
-    if call.tracer.parameter(weight) is None:
-        if call.tracer.parameter(x) is not None:
-            return _apply_weight(call, weight, x, axes=(0, 1, 0), bias=bias)
-        return _product(call, x.unsqueeze(0), weight.unsqueeze(0)) if bias is None else "adds to a product"
-    return _apply_weight(call, x, weight, axes=(1, 0, 1), bias=bias)
+    weighted, swapped = (call.tracer.parameter(operand) is not None for operand in (weight, x))
+    if call.kwargs or (bias is not None and not weighted):
+        call.tracer.products.append((NO_CHANNEL, x.numel() * weight.shape[1]))
+        return "scales or adds to a product"
+    if not weighted and not swapped:
+        return _product(call, x.unsqueeze(0), weight.unsqueeze(0))
+    return _apply_weight(call, *((x, weight, (1, 0, 1)) if weighted else (weight, x, (0, 1, 0))), bias)
 
 
 def _apply_weight(call: Call, x: Tensor, weight: Tensor, axes: tuple[int, int, int], bias: Tensor | None = None):
@@ -72,13 +77,15 @@ def _apply_weight(call: Call, x: Tensor, weight: Tensor, axes: tuple[int, int, i
     tracer, view = call.tracer, call.tracer.parameter(weight)
     summed, weight_in, weight_out = axes
     ends = view.axis_at(weight_in), view.axis_at(weight_out)
+    positions = x.numel() // x.shape[summed]
     if None in ends:
+        tracer.products.append((NO_CHANNEL, positions * weight.numel()))
         return "reads a part of its weight"
     outputs = tracer.book.new(call.out.shape[weight_out])
     tracer.use(view.name, ends[0], tracer.line(x, summed), "consume")
     tracer.use(view.name, ends[1], outputs, "produce")
     tracer.use_vector(bias, outputs, "produce")
-    tracer.layers.append(Layer(view.name, "linear", x.numel() // x.shape[summed]))
+    tracer.layers.append(Layer(view.name, "linear", positions))
     tracer.label(call.out, spread(outputs, weight_out, call.out.shape))
     return None
 
@@ -89,6 +96,7 @@ def batched_product(call: Call) -> str | None:
     tracer = call.tracer
     if tracer.parameter(a) is not None or tracer.parameter(b) is not None:
         if len(call.args) > 2 or len(a) > 1:
+            tracer.products.append((NO_CHANNEL, call.out.numel() * a.shape[2]))
             return "has a weight for each entry of the batch"
         first = tracer.parameter(a) is not None
         return _apply_weight(call, b, a, (1, 2, 1)) if first else _apply_weight(call, a, b, (2, 1, 2))
@@ -99,11 +107,13 @@ def batched_product(call: Call) -> str | None:
 
 
 def _product(call: Call, a: Tensor, b: Tensor) -> str | None:
-    labels = [call.tracer.labels(t).reshape(s.shape) for t, s in zip(call.args[-2:], (a, b), strict=True)]
-    out = product(call.tracer, *labels)
+    tracer, operands = call.tracer, call.args[-2:]
+    labels = [tracer.labels(t).reshape(s.shape) for t, s in zip(operands, (a, b), strict=True)]
+    out = product(tracer, *labels)
     if out is None:
-        return "multiplies channels with channels"
-    call.tracer.label(call.out, out.reshape(call.out.shape))
+        return CROSSED
+    if any(map(tracer.is_activation, operands)):
+        tracer.label(call.out, out.reshape(call.out.shape))
     return None
 
 
@@ -117,15 +127,13 @@ def product(tracer: Tracer, a: Tensor, b: Tensor) -> Tensor | None:
     varies = {"a": varying_axes(a), "b": varying_axes(b)}
     summed, outer = 2 in varies["a"] or 1 in varies["b"], [1 in varies["a"], 2 in varies["b"]]
     if (summed and any(outer)) or all(outer):
-        return None
-    if summed:
+        cells, out = NO_CHANNEL, None
+    elif summed:
         cells, out = _summed(tracer, a, b, 0 in [*varies["a"], *varies["b"]])
     else:
         cells, out = _passed(tracer, (a, b), varies, outer)
-    if out is None:
-        return None
     tracer.products.append((cells, shape.numel() * a.shape[2] // cells.numel()))
-    return out.expand(shape)
+    return None if out is None else out.expand(shape)
 
 
 def _summed(tracer: Tracer, a: Tensor, b: Tensor, batched: bool) -> tuple[Tensor, Tensor]:
@@ -158,14 +166,14 @@ def attention(call: Call) -> str | None:
     query, key, value = (_merged(tracer.labels(call[name])) for name in ("query", "key", "value"))
     weights = product(tracer, query, key.transpose(1, 2))
     if weights is None:
-        return "multiplies channels with channels"
+        return CROSSED
     mask = call["attn_mask"]
     if mask is not None and varying_axes(tracer.labels(mask)):
         heads = weights.view(*out.shape[:2], *weights.shape[1:])
         tracer.book.join(heads[..., 0, 0], tracer.labels(mask).expand(heads.shape)[..., 0, 0])
     labels = product(tracer, weights, value)
     if labels is None:
-        return "multiplies channels with channels"
+        return CROSSED
     tracer.label(out, labels.reshape(out.shape))
     return None
 

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autoprune.contractions import attention, batched_product, convolution, linear
 from autoprune.groups import tensors_in
 from autoprune.labels import spread
-from autoprune.rules import apply_rule, indexed, movement, reshape, same, split
+from autoprune.rules import apply_rule, indexed, movement, reshape, rule_for, same, split
 from autoprune.tracer import Call, Tracer
 
 MOVING = (movement, reshape, same, split, indexed)
 """Rules of operations that compute nothing."""
+COUNTED = (convolution, linear, batched_product, attention)
 
 
 @contextmanager
@@ -49,7 +51,8 @@ class LabelMode(TorchDispatchMode):
         call = Call(tracer, func, args, kwargs or {}, out)
         tensors = list(call.tensors())
         active = [tensor for tensor in tensors if tracer.is_activation(tensor)]
-        if active or any(tracer.parameter(tensor) is not None for tensor in tensors):
+        # What is multiplied counts, whether or not channels are involved.
+        if active or rule_for(func) in COUNTED or any(tracer.parameter(tensor) is not None for tensor in tensors):
             rule = apply_rule(call)
             if active and rule not in MOVING:
                 alive = {id(tensor): tensor for tensor in [*active, *tensors_in(out)] if tracer.is_activation(tensor)}

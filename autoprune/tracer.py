@@ -44,11 +44,14 @@ class ParameterView:
 
     def axis_at(self, dim: int) -> int | None:
         """The original axis that lies whole and in order along `dim` of the view, or None."""
-        for axis, index in enumerate(self.index):
-            line = along(index, dim)
-            if line is not None and torch.equal(line, torch.arange(self.shape[axis])):
-                return axis
-        return None
+        lines = [along(index, dim) for index in self.index]
+        fits = [
+            axis
+            for axis, line in enumerate(lines)
+            if line is not None and torch.equal(line, torch.arange(self.shape[axis]))
+        ]
+        # Axes of length 1 look alike.
+        return dim if dim in fits else next(iter(fits), None)
 
 
 @dataclass(frozen=True)
