@@ -47,14 +47,16 @@ def derive(tracer: Tracer) -> Groups:
         name_of[family.units] = number + 1
         first += len(family.units)
     names = [group.name for group in groups]
-    group_of = np.where([False, *(group.pinned is None for group in groups)], np.arange(len(groups) + 1), 0)[name_of]
+    group_of = np.where([False, *(group.pinned is None for group in groups)], np.arange(len(groups) + 1), 0)[
+        name_of[sides]
+    ]
     result = Groups(
         all=tuple(groups),
         layers=tuple(tracer.layers),
         shapes={name: tuple(tensor.shape) for name, tensor in own_tensors(tracer.model).items()},
         parameters=frozenset(name for name, _ in tracer.model.named_parameters()),
-        operations=tuple(_sum([_extent(x, 1, group_of[sides], names) for x in alive]) for alive in tracer.operations),
-        products=tuple(_extent(x, times, group_of[sides], names) for x, times in tracer.products),
+        operations=tuple(_sum([_extent(x, 1, group_of, names) for x in alive]) for alive in tracer.operations),
+        products=tuple(_extent(x, times, group_of, names) for x, times in tracer.products),
         cells=_cells(name_of[sides], names),
         units=torch.from_numpy(np.where(sides > 0, channel_of[sides], -1)),
         unsupported=_unsupported(tracer, roots, name_of[sides], names),

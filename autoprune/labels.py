@@ -141,10 +141,17 @@ def distinct_pairs(a: Tensor, b: Tensor) -> np.ndarray:
 
 def varying_axes(labels: Tensor) -> list[int]:
     """The axes along which a label tensor isn't constant; decided by values, since copies lose their zero strides."""
-    # Axes with stride 0 are constant; dropped first, they cost nothing below.
-    kept = [axis for axis in range(labels.ndim) if labels.shape[axis] > 1 and labels.stride(axis)]
-    small = labels[tuple(slice(None) if axis in kept else 0 for axis in range(labels.ndim))]
-    return [axis for place, axis in enumerate(kept) if bool((small != small.narrow(place, 0, 1)).any())]
+    labels = thin(labels)
+    return [
+        axis
+        for axis in range(labels.ndim)
+        if labels.shape[axis] > 1 and bool((labels != labels.narrow(axis, 0, 1)).any())
+    ]
+
+
+def thin(labels: Tensor) -> Tensor:
+    """With length 1 along the axes of stride 0, which are constant; it broadcasts to the same."""
+    return labels[tuple(slice(None) if stride else slice(0, 1) for stride in labels.stride())]
 
 
 def compressed(labels: Tensor) -> Tensor:

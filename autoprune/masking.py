@@ -16,7 +16,7 @@ from autoprune.attention import open_attention
 from autoprune.contractions import attention, batched_product, convolution, linear
 from autoprune.following import LabelMode, following
 from autoprune.groups import Groups, loses_whole_conv_groups
-from autoprune.labels import varying_axes
+from autoprune.labels import thin, varying_axes
 from autoprune.pruning import Kept
 from autoprune.rules import along_axis, group_norm, layer_norm, reduced_axes, reduction, rule_for
 from autoprune.tracer import Call, Tracer
@@ -74,7 +74,7 @@ def _with_zeros(call: Call, gone: Tensor) -> object:
     def left(tensor: Tensor) -> Tensor:
         if not call.tracer.is_activation(tensor):
             return tensor
-        return tensor.masked_fill(gone[call.tracer.labels(tensor)], 0)
+        return tensor.masked_fill(gone[thin(call.tracer.labels(tensor))], 0)
 
     return call.func(*call.replaced(left), **call.kwargs)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from autoprune.pruning import Slicer, shared_copy
 # above.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 MAX_FLOAT64_PARAMETERS = 50_000_000
+"""Larger networks are checked in float32 and pruned once, to bound time and memory."""
 # ReLUs that happen to be off hide their channels, both hidden units of a small squeeze-and-excitation block in one draw
 # of four; other weights bring them out.
 DRAWS = 8
@@ -69,7 +71,7 @@ def _failing_together(check: "_Check", groups: list[Group]) -> dict[str, str]:
 
 
 def _joint_failure(check: "_Check", groups: Iterable[Group]) -> str | None:
-    kept = [part for _ in range(check.rounds) for part in check.parts(groups)]
+    kept = [part for _ in range(2) for part in check.parts(groups)][: check.n_parts]
     return next((failure for part in kept if (failure := check.failure(part)) is not None), None)
 
 
@@ -79,11 +81,11 @@ class _Check:
     def __init__(self, model: nn.Module, groups: Groups, example: Tensor, seed: int):
         n_parameters = sum(tensor.numel() for tensor in own_tensors(model).values())
         dtype = torch.float64 if n_parameters <= MAX_FLOAT64_PARAMETERS else torch.float32
-        self.rounds = 2 if dtype == torch.float64 else 1
-        self.generator = torch.Generator().manual_seed(seed)
+        self.n_parts = 4 if dtype == torch.float64 else 1
+        self.random = np.random.Generator(np.random.SFC64(seed))
         self.groups, self.tolerance = groups, TOLERANCE[dtype]
-        self.twin = randomised(model, self.generator, dtype)
-        self.example = torch.randn(example.shape, generator=self.generator, dtype=dtype)
+        self.twin = randomised(model, self.random, dtype)
+        self.example = torch.from_numpy(self.random.standard_normal(tuple(example.shape))).to(dtype)
         try:
             self.dense = self._output(self.twin)
         except RuntimeError:  # a forward pass that insists on float32
@@ -102,9 +104,9 @@ class _Check:
         """
         kept: list[dict[str, Tensor]] = [{}, {}]
         for group in groups:
-            order = torch.randperm(group.channels, generator=self.generator)
-            low, high = max(1, group.channels // 4), group.channels - max(1, group.channels // 4)
-            size = int(torch.randint(low, high + 1, (), generator=self.generator))
+            order = torch.from_numpy(self.random.permutation(group.channels))
+            fewest = max(1, group.channels // 4)
+            size = int(self.random.integers(fewest, group.channels - fewest, endpoint=True))
             for part, channels in zip(kept, order.split([size, group.channels - size]), strict=True):
                 part[group.name] = channels.sort().values
         return kept
@@ -127,7 +129,7 @@ class _Check:
         return None if error < self.tolerance else f"pruned and masked network differ by {error:.1e}"
 
 
-def randomised(model: nn.Module, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
+def randomised(model: nn.Module, generator: np.random.Generator, dtype: torch.dtype) -> nn.Module:
     """A copy with random weights, tame enough that activations neither vanish nor explode; integers stay."""
     twin = shared_copy(model)
     for name, tensor in own_tensors(twin).items():
@@ -136,10 +138,10 @@ def randomised(model: nn.Module, generator: torch.Generator, dtype: torch.dtype)
     return twin
 
 
-def _drawn(name: str, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    drawn = torch.empty(shape, dtype=dtype)
+def _drawn(name: str, shape: torch.Size, generator: np.random.Generator, dtype: torch.dtype) -> Tensor:
+    # NumPy draws a large network's weights in the time in which PyTorch runs it; PyTorch takes several times as long.
+    drawn = torch.from_numpy(generator.random(tuple(shape), np.float64 if dtype == torch.float64 else np.float32))
     if name.endswith("running_var") or (len(shape) == 1 and name.endswith("weight")):
-        return drawn.uniform_(0.5, 1.5, generator=generator)
-    fan_in = shape[1:].numel() if len(shape) > 1 else 25
-    # Uniform with variance 1 / fan_in: drawing normal variates takes longer than running a large network.
-    return drawn.uniform_(-1, 1, generator=generator).mul_((3 / max(1, fan_in)) ** 0.5)
+        return drawn.add_(0.5)
+    variance = 1 / max(1, shape[1:].numel()) if len(shape) > 1 else 0.04
+    return drawn.sub_(0.5).mul_((12 * variance) ** 0.5)
