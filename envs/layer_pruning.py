@@ -10,7 +10,7 @@ from torch import nn
 from autoprune.allocation import Allocation, Budget, SearchSpace
 from autoprune.cost import CostTable
 from autoprune.errors import UserError
-from autoprune.groups import Groups
+from autoprune.groups import Groups, own_tensors
 from autoprune.proxy import ProxyAccuracy
 from autoprune.tracing import trace
 from envs.observation import OBSERVATION_SPACE, Observer, State
@@ -210,8 +210,10 @@ class LayerPruningEnv(gymnasium.Env):
 
 
 def _check_network(model: nn.Module, groups: Groups, proxy: ProxyAccuracy) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if shapes != groups.shapes or proxy.groups.fingerprint != groups.fingerprint:
+    shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
+    # A trace may hold buffers that the model lacks, never parameters.
+    differ = any(groups.shapes.get(name) != shape for name, shape in shapes.items())
+    if differ or not groups.parameters <= shapes.keys() or proxy.groups.fingerprint != groups.fingerprint:
         raise UserError("groups: model, groups and proxy are of different networks; trace the model that you pass")
     if not len(groups):
         reasons = "; ".join(sorted({f"{group.name}: {group.pinned}" for group in groups.pinned})[:3])

@@ -1,6 +1,7 @@
 """The environment: every episode meets its budget, says what it executed, and repeats itself for the same actions."""
 
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 
 import cloudpickle
@@ -10,12 +11,14 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env as check_gymnasium
 from stable_baselines3.common.env_checker import check_env as check_stable_baselines
-from toys import digits, digits_env, digits_proxy, fake_env, fake_proxy, traced
+from toys import FakeProxy, chain, digits, digits_env, digits_proxy, fake_env, fake_proxy, traced
 
 import envs
 from agents.baselines import walk
 from autoprune.allocation import Budget
 from autoprune.errors import UserError
+from autoprune.pruning import prune
+from autoprune.tracing import trace
 from envs.layer_pruning import LayerPruningEnv
 
 NETWORKS = ("chain", "resnet20", "mobilenet_v2_cifar")
@@ -294,6 +297,29 @@ def test_groups_of_another_network_are_refused():
     for other_groups, proxy in ((traced("wide")[1], fake_proxy()), (groups, fake_proxy("wide"))):
         with pytest.raises(UserError, match="groups: model, groups and proxy are of different networks"):
             LayerPruningEnv(model, other_groups, proxy)
+
+
+def test_a_network_that_differs_in_one_shape_or_lacks_a_layer_is_refused():
+    _, groups, _ = traced("chain")
+    for other in (chain(8, 16, 12, 16, n_classes=9), chain(8, 16, 12), chain(8, 16, 12, 16)[:-1]):
+        with pytest.raises(UserError, match="groups: model, groups and proxy are of different networks"):
+            LayerPruningEnv(other, groups, fake_proxy())
+
+
+def test_a_trace_may_hold_a_buffer_that_the_model_lacks():
+    model, groups, example = traced("chain")
+    groups = replace(groups, shapes=groups.shapes | {"0.scale": (8, 1, 1)})
+    LayerPruningEnv(model, groups, FakeProxy(groups, example, lambda kept: 1 / kept.sum()))
+
+
+def test_a_network_with_tied_weights_is_accepted_and_its_cost_is_that_of_the_pruned_one():
+    model, example = chain(8, 8, 8), torch.randn(1, 3, 16, 16)
+    model[2][0].weight = model[1][0].weight
+    groups = trace(model, example)
+    env = LayerPruningEnv(model, groups, FakeProxy(groups, example, lambda kept: 1 / kept.sum()), "params=60%")
+    kept = walk(env, lambda _: 0.0)["allocation"].kept
+    pruned = prune(model, groups, {name: torch.arange(count) for name, count in kept.items()})
+    assert sum(p.numel() for p in pruned.parameters()) == env.space.costs.params(kept) <= env.target
 
 
 def test_unreachable_budget_is_refused_with_the_floor():
