@@ -3,7 +3,6 @@
 Each baseline walks episodes of `env` and stops after `config.episodes` evaluations at the latest.
 """
 
-import difflib
 from collections.abc import Callable, Iterator
 from math import sqrt
 
@@ -11,7 +10,7 @@ import gymnasium
 import numpy as np
 
 from autoprune.config import SearchConfig
-from autoprune.errors import UserError
+from autoprune.errors import check_known
 from autoprune.proxy import ProxyAccuracy
 from envs.layer_pruning import LayerPruningEnv
 
@@ -67,12 +66,7 @@ def check_baselines(text: str) -> list[str]:
     """The baselines in "uniform,random" or "none"; raises a `UserError` that offers the nearest for an unknown one."""
     names = [] if text == "none" else [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in BASELINES:
-            near = difflib.get_close_matches(name, BASELINES, n=1) or ["uniform"]
-            known = ", ".join(BASELINES)
-            raise UserError(
-                f"--baselines: unknown baseline {name!r}; did you mean {near[0]!r}? Known: {known}, or none"
-            )
+        check_known("baseline", name, BASELINES, "baselines", ", or none")
     return names
 
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from agents.baselines import BASELINES
 from agents.replay import Policy, replay
-from agents.training import ALGORITHMS, check_algorithm, train
+from agents.training import ALGORITHMS, train
 from autoprune.allocation import Allocation
 from autoprune.config import SearchConfig
+from autoprune.errors import check_known
 from autoprune.proxy import Evaluation
 from autoprune.runs import RunFolder
 from envs.layer_pruning import LayerPruningEnv
@@ -147,7 +148,7 @@ def search(
     Raises:
         UserError: If the agent is unknown, or a checkpoint is damaged.
     """
-    check_algorithm(config.agent, list(AGENTS))
+    check_known("agent", config.agent, AGENTS)
     started, recorder = time.perf_counter(), Recorder(env, folder, on_episode)
     evaluated = env.proxy.evaluations
     policy = _run_agent(recorder, config, folder)

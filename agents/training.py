@@ -23,7 +23,6 @@ from torch import nn
 from agents.checkpoint import restore_learner, save_learner
 from agents.replay import Policy
 from autoprune.config import SearchConfig
-from autoprune.errors import UserError
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "sac": SAC, "td3": TD3, "ddpg": DDPG}
 START_STD = 0.4
@@ -174,12 +173,3 @@ def train(
         remaining = (config.episodes - done) * n_steps
         learner.learn(remaining, callbacks, log_interval=1, tb_log_name=name, reset_num_timesteps=done == 0)
     return Policy.of(name, learner, hyperparameters(name)["policy_kwargs"])
-
-
-def check_algorithm(name: str, known: list[str]) -> None:
-    """Raises a `UserError` that offers the nearest agent unless `name` is known."""
-    import difflib
-
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1) or ["ppo"]
-        raise UserError(f"--agent: unknown agent {name!r}; did you mean {near[0]!r}? Known: {', '.join(known)}")

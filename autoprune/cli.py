@@ -12,7 +12,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from autoprune.config import NetworkConfig, OutputConfig, Settings
-from autoprune.errors import ExportError, UserError
+from autoprune.errors import ExportError, UserError, check_known
 from autoprune.options import (
     Parser,
     data_options,
@@ -88,12 +88,11 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     """Refuses unknown names and impossible budgets before anything slow happens or is written."""
     from agents.baselines import check_baselines
     from agents.search import AGENTS
-    from agents.training import check_algorithm
     from autoprune.allocation import Budget
     from autoprune.criteria import check_criterion
     from envs.rewards import reward_named
 
-    check_algorithm(settings.search.agent, list(AGENTS))
+    check_known("agent", settings.search.agent, AGENTS)
     check_baselines(output.baselines)
     check_criterion(settings.search.criterion)
     reward_named(settings.search.reward)

@@ -5,7 +5,6 @@ others, and averaged over the layers that produce the channels. Higher is kept.
 """
 
 import copy
-import difflib
 from collections.abc import Callable
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.data import Images
-from autoprune.errors import UserError
+from autoprune.errors import check_known
 from autoprune.groups import Group, Groups, Member
 
 Importance = dict[str, Tensor]
@@ -39,11 +38,7 @@ def importance(name: str, model: nn.Module, groups: Groups, images: Images) -> I
 
 def check_criterion(name: str) -> None:
     """Raises a `UserError` that offers the nearest criterion unless `name` is known."""
-    if name not in CRITERIA:
-        near = difflib.get_close_matches(name, CRITERIA, n=1) or ["l1"]
-        raise UserError(
-            f"--criterion: unknown criterion {name!r}; did you mean {near[0]!r}? Known: {', '.join(CRITERIA)}"
-        )
+    check_known("criterion", name, CRITERIA)
 
 
 def _weights(model: nn.Module, members: list[Member]) -> list[Tensor]:

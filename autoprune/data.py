@@ -4,7 +4,6 @@ Images stay in memory as uint8 `(n, 3, height, width)`; a batch is augmented and
 is touched by Python alone.
 """
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from autoprune.config import DataConfig
-from autoprune.errors import UserError
+from autoprune.errors import UserError, nearest_names
 
 # The statistics that the public CIFAR-10 ResNets were trained with; ImageNet's, and what torchvision's weights expect.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -169,7 +168,7 @@ def load(config: DataConfig) -> Splits:
 
 def unknown_dataset(name: str) -> str:
     """What to say about a name that isn't in `DATASETS`."""
-    near = difflib.get_close_matches(name, DATASETS, n=1)
+    near = nearest_names(name, DATASETS)
     return f"no dataset {name!r}; " + (f"did you mean {near[0]!r}" if near else "known: " + ", ".join(DATASETS))
 
 

@@ -1,4 +1,7 @@
-"""The exceptions that users are meant to see."""
+"""The exceptions that users are meant to see, and the nearest known name for one that isn't known."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -10,3 +13,25 @@ class UserError(Exception):
 
 class ExportError(RuntimeError):
     """The network has no ONNX form that computes the same; nothing was written."""
+
+
+def nearest_names(name: str, known: Iterable[str], n: int = 1) -> list[str]:
+    """Up to `n` known names that look like `name`, the most similar first; empty where none does."""
+    return difflib.get_close_matches(name, known, n=n)
+
+
+def check_known(kind: str, name: str, known: Iterable[str], flag: str | None = None, others: str = "") -> None:
+    """Raises a `UserError` that offers the nearest name unless `name` is known.
+
+    Args:
+        kind: What it names, e.g. "criterion".
+        name: As given.
+        known: Every name, the usual one first; that is offered where none looks like `name`.
+        flag: The option it came by, where that isn't called like `kind`.
+        others: What else the message allows, after the known names.
+    """
+    known = list(known)
+    if name not in known:
+        near = nearest_names(name, known) or known
+        listed = ", ".join(known) + others
+        raise UserError(f"--{flag or kind}: unknown {kind} {name!r}; did you mean {near[0]!r}? Known: {listed}")

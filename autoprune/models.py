@@ -4,7 +4,6 @@
 the user's own `package.module:factory`. `load_weights` reads safetensors or a `torch.load(weights_only=True)` file.
 """
 
-import difflib
 import importlib
 import inspect
 import os
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.errors import UserError
+from autoprune.errors import UserError, nearest_names
 
 
 def conv_bn(
@@ -208,8 +207,7 @@ def build(name: str, n_classes: int = 10) -> nn.Module:
 
     names = model_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3) or ["resnet20"]
-        meant = " or ".join(near)
+        meant = " or ".join(nearest_names(name, names, 3) or ["resnet20"])
         raise UserError(f"--model: unknown model {name!r}; did you mean {meant}? Your own: package.module:factory")
     return torchvision.models.get_model(name, weights=None, num_classes=n_classes, **_quiet_options(name))
 

@@ -1,11 +1,10 @@
 """Rewards by name; each joins the cost saved with the proxy score of the finished network. Higher is better."""
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autoprune.errors import UserError
+from autoprune.errors import check_known
 from autoprune.proxy import Evaluation
 
 TIE_BREAK = 0.05
@@ -83,7 +82,5 @@ def reward_named(name: str) -> Reward:
     Raises:
         UserError: If the name is unknown; the nearest known one is offered.
     """
-    if name not in REWARDS:
-        near = difflib.get_close_matches(name, REWARDS, n=1) or ["weighted_sum"]
-        raise UserError(f"--reward: unknown reward {name!r}; did you mean {near[0]!r}? Known: {', '.join(REWARDS)}")
+    check_known("reward", name, REWARDS)
     return REWARDS[name]
