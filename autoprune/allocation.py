@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,9 +110,8 @@ class Allocation:
         channels = groups.channels
         if set(self.kept) != set(channels):
             stranger = sorted(set(self.kept) ^ set(channels))[0]
-            raise UserError(
-                f"--allocation: it is for another network: group {stranger!r} exists in only one of the two"
-            )
+            where = f"group {stranger!r} exists in only one of the two"
+            raise UserError(f"--allocation: it is for another network or another --exclude: {where}")
         for name, count in self.kept.items():
             if type(count) is not int or not 1 <= count <= channels[name]:
                 raise UserError(
@@ -126,30 +126,53 @@ class SearchSpace:
     Attributes:
         costs: The network's cost table.
         metric: The cost that is budgeted.
-        round_to: Kept counts are multiples of it; keeping all channels is always allowed.
+        round_to: Kept counts are multiples of it; keeping all channels is always allowed. One number for all groups, or
+            group to number (1 for those left out).
         max_sparsity: Largest share of a group's channels that may go.
+        min_width: Least channels that a group keeps, all if it has fewer; one number or group to number, as above.
     """
 
     costs: CostTable
     metric: str = "macs"
-    round_to: int = 2
+    round_to: int | Mapping[str, int] = 2
     max_sparsity: float = 0.9
+    min_width: int | Mapping[str, int] = 1
     levels: list[np.ndarray] = field(init=False)
 
     def __post_init__(self):
-        self.levels = [_levels(int(n), self.round_to, self.max_sparsity) for n in self.costs.dense]
+        multiples, widths = self._per_group("round_to"), self._per_group("min_width")
+        self.levels = [
+            _levels(int(channels), multiple, width, self.max_sparsity)
+            for channels, multiple, width in zip(self.costs.dense, multiples, widths, strict=True)
+        ]
         self.low = np.array([levels[0] for levels in self.levels])
         self.high = np.array([levels[-1] for levels in self.levels])
         self.cost = self.costs.metrics[self.metric]
+
+    def _per_group(self, argument: str) -> list[int]:
+        """The numbers of `round_to` or `min_width` in the order of the groups."""
+        value, names = getattr(self, argument), self.costs.names
+        if not isinstance(value, Mapping):
+            return [value] * len(names)
+        strangers = sorted(value.keys() - set(names))
+        if strangers:
+            raise UserError(f"{argument}: no prunable group is called {strangers[0]!r}; use the names of the trace")
+        return [value.get(name, 1) for name in names]
 
     def check(self, target: int, budget: Budget) -> None:
         """Raises a `UserError` unless some allocation costs at most `target`."""
         floor, dense = self.cost(self.low), self.cost(self.high)
         if target < floor:
             raise UserError(
-                f"--budget: {budget} is below the reachable floor; with --max_sparsity {self.max_sparsity:g} and "
-                f"--round_to {self.round_to} this network needs {self.metric}={floor} ({floor / dense:.1%}) or more"
+                f"--budget: {budget} is below the reachable floor; with {self._limits()} this network needs "
+                f"{self.metric}={floor} ({floor / dense:.1%}) or more"
             )
+
+    def _limits(self) -> str:
+        """What keeps the floor up, as options."""
+        multiples, widths = _span(self._per_group("round_to")), _span(self._per_group("min_width"))
+        least = f", --min_width {widths}" if widths != "1" else ""
+        return f"--max_sparsity {self.max_sparsity:g}{least} and --round_to {multiples}"
 
     def feasible(self, kept: np.ndarray, index: int, target: int) -> tuple[int, int]:
         """Lowest and highest count of group `index` from which the budget can still be met, and be used up.
@@ -230,7 +253,12 @@ class SearchSpace:
         return self.fill(kept, target)
 
 
-def _levels(channels: int, round_to: int, max_sparsity: float) -> np.ndarray:
-    fewest = max(1, math.ceil(channels * (1 - max_sparsity) - 1e-9))
+def _span(numbers: list[int]) -> str:
+    """ "2", or "2 to 8" where the numbers differ."""
+    return f"{min(numbers)} to {max(numbers)}" if len(set(numbers)) > 1 else str(numbers[0])
+
+
+def _levels(channels: int, round_to: int, min_width: int, max_sparsity: float) -> np.ndarray:
+    fewest = max(1, min_width, math.ceil(channels * (1 - max_sparsity) - 1e-9))
     first = math.ceil(fewest / round_to) * round_to
     return np.unique([*range(first, channels, round_to), channels]).astype(np.int64)

@@ -180,6 +180,7 @@ def _search(workspace, folder, output: OutputConfig) -> None:
 
 
 def _make_env(workspace):
+    from autoprune.constraints import search_limits
     from envs.layer_pruning import LayerPruningEnv
 
     search = workspace.settings.search
@@ -189,9 +190,9 @@ def _make_env(workspace):
         workspace.proxy(),
         search.budget,
         search.reward,
-        search.round_to,
-        search.max_sparsity,
-        search.accuracy_floor,
+        max_sparsity=search.max_sparsity,
+        accuracy_floor=search.accuracy_floor,
+        **search_limits(workspace.groups, search),
     )
 
 
@@ -268,16 +269,17 @@ def replay(options: Namespace) -> None:
 
 
 def _elsewhere(settings: Settings, options: Namespace) -> Settings:
-    """The run's settings with another network, dataset or budget."""
+    """The run's settings with another network, dataset, budget or limits of single groups."""
     network = settings.network
     if options.model:
         network = NetworkConfig(options.model)
     if options.weights:
         network = dataclasses.replace(network, weights=options.weights)
     data = dataclasses.replace(settings.data, data=options.data) if options.data else settings.data
-    budget = options.budget or settings.search.budget
+    names = "budget", "exclude", "min_width", "round_to_for"
+    asked = {name: options[name] for name in names if options[name] is not None}
     return dataclasses.replace(
-        settings, network=network, data=data, search=dataclasses.replace(settings.search, budget=budget)
+        settings, network=network, data=data, search=dataclasses.replace(settings.search, **asked)
     )
 
 

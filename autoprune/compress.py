@@ -16,6 +16,7 @@ from torch import nn
 
 from autoprune.allocation import Allocation
 from autoprune.config import Settings
+from autoprune.constraints import pinned_by_user
 from autoprune.cost import CostTable
 from autoprune.criteria import Importance, importance
 from autoprune.data import Splits, load
@@ -61,8 +62,8 @@ class Workspace:
 
     @cached_property
     def groups(self) -> Groups:
-        """The trace, verified."""
-        return trace(self.model, self.splits.example)
+        """The trace, verified; what the settings exclude is pinned."""
+        return pinned_by_user(trace(self.model, self.splits.example), self.settings.search.excluded)
 
     @cached_property
     def costs(self) -> CostTable:

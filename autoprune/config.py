@@ -18,6 +18,22 @@ def _check_range(config: object, low: float, high: float, *names: str) -> None:
             raise UserError(f"--{name}: must be {allowed}, got {value:g}")
 
 
+def _items(text: str) -> list[str]:
+    """The parts of a comma-separated list, empty ones left out."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(flag: str, text: str) -> dict[str, int]:
+    """From "PATTERN=N,PATTERN=N"; raises a `UserError` unless every N is a count of at least 1."""
+    numbers = {}
+    for item in _items(text):
+        pattern, _, number = item.rpartition("=")
+        if not pattern or not number.isdecimal() or int(number) < 1:
+            raise UserError(f"--{flag}: expected PATTERN=N,PATTERN=N with N at least 1, e.g. layer1.*=8; got {item!r}")
+        numbers[pattern] = int(number)
+    return numbers
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
     """The network to prune."""
@@ -169,6 +185,14 @@ class SearchConfig:
     """Kept channels are multiples of it; odd widths run slower at equal MACs."""
     max_sparsity: float = 0.9
     """Largest share of a group's channels that may go, in (0, 1)."""
+    exclude: str = ""
+    """Groups or layers that stay whole, as comma-separated patterns: layer1.*,conv1. A layer's name means all channels
+    that it reads or produces; `autoprune trace` lists the names."""
+    min_width: str = ""
+    """Least channels by pattern, PATTERN=N,PATTERN=N: the groups meant keep at least N (all, if they have fewer). Of
+    several patterns that mean a group the last counts."""
+    round_to_for: str = ""
+    """--round_to by pattern, PATTERN=N,PATTERN=N; the others keep to --round_to."""
     finalists: int = 10
     """Best allocations that are compared once more on the selection split."""
     checkpoint_every: int = 10
@@ -178,6 +202,23 @@ class SearchConfig:
         _check_range(self, 1, float("inf"), "episodes", "round_to", "finalists", "checkpoint_every")
         _check_range(self, 0, 1, "accuracy_floor")
         _check_range(self, 0, 0.99, "max_sparsity")
+        _numbers("min_width", self.min_width)
+        _numbers("round_to_for", self.round_to_for)
+
+    @property
+    def excluded(self) -> list[str]:
+        """The patterns of `exclude`."""
+        return _items(self.exclude)
+
+    @property
+    def least_widths(self) -> dict[str, int]:
+        """Pattern to least width, from `min_width`."""
+        return _numbers("min_width", self.min_width)
+
+    @property
+    def multiples(self) -> dict[str, int]:
+        """Pattern to multiple, from `round_to_for`."""
+        return _numbers("round_to_for", self.round_to_for)
 
 
 @dataclass(frozen=True)

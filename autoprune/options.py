@@ -76,6 +76,9 @@ def replay_options(parser: Parser) -> None:
         ("weights", "Its trained weights."),
         ("data", "Another dataset."),
         ("budget", "Another budget, e.g. macs=40%%."),
+        ("exclude", "Other patterns of what stays whole; '' for none (default: the run's own)."),
+        ("min_width", "Other least widths, PATTERN=N,PATTERN=N; '' for none."),
+        ("round_to_for", "Other multiples by pattern, PATTERN=N,PATTERN=N; '' for none."),
         ("out", "File for the allocation (default: in the run folder)."),
     ):
         parser.add_argument(f"--{name}", type=str | None, default=None, help=text)

@@ -1,5 +1,6 @@
 """LayerPruningEnv: one step a group, an allocation that meets its budget at the end."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import gymnasium
@@ -66,9 +67,10 @@ class LayerPruningEnv(gymnasium.Env):
         proxy: Scores allocations of that network.
         budget: Cost not to exceed, e.g. "macs=50%"; absolute numbers work too.
         reward: A name of `REWARDS`.
-        round_to: Kept counts are multiples of it.
+        round_to: Kept counts are multiples of it; one number, or group to number.
         max_sparsity: Largest share of a group that may go.
         accuracy_floor: For the reward `accuracy_guaranteed`.
+        min_width: Least channels that a group keeps; one number, or group to number.
         render_mode: None, or "rgb_array" for a picture of the allocation so far.
 
     Raises:
@@ -84,9 +86,10 @@ class LayerPruningEnv(gymnasium.Env):
         proxy: ProxyAccuracy | None = None,
         budget: str | Budget = "macs=50%",
         reward: str = "weighted_sum",
-        round_to: int = 2,
+        round_to: int | Mapping[str, int] = 2,
         max_sparsity: float = 0.9,
         accuracy_floor: float = 0.8,
+        min_width: int | Mapping[str, int] = 1,
         render_mode: str | None = None,
     ):
         if proxy is None:
@@ -98,7 +101,7 @@ class LayerPruningEnv(gymnasium.Env):
         self.reward = reward_named(reward)
         self.accuracy_floor = accuracy_floor
         self.render_mode = render_mode
-        self.space = SearchSpace(CostTable(self.groups), self.budget.metric, round_to, max_sparsity)
+        self.space = SearchSpace(CostTable(self.groups), self.budget.metric, round_to, max_sparsity, min_width)
         self.observer = Observer(self.groups, self.space, proxy.importance)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.observation_space = OBSERVATION_SPACE

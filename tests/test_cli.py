@@ -194,6 +194,12 @@ def test_help_answers_without_importing_torch():
         (["--weights", "missing.th"], "no file 'missing.th'"),
         (["--model", "tests.tiny:sick"], "0.0.weight holds NaN"),
         (["--model", "tests.tiny:hopeless"], "nothing can be pruned"),
+        (["--exclude", "*"], "nothing can be pruned (0.0: user asked (--exclude *)"),
+        (["--exclude", "layr*"], "--exclude: no group or layer is called 'layr*'; there are e.g. 0.0"),
+        (["--min_width", "9.*=8"], "--min_width: no group or layer is called '9.*'"),
+        (["--min_width", "0.0"], "--min_width: expected PATTERN=N,PATTERN=N"),
+        (["--round_to_for", "0.0=0"], "got '0.0=0'"),
+        (["--min_width", "*=12", "--budget", "macs=20%"], "with --max_sparsity 0.9, --min_width 12 and --round_to 2 "),
         (["--episodes", "0"], "--episodes: must be at least 1, got 0"),
         (["--episodes", "many"], "many"),
         (["--resume"], "--resume: which run?"),
@@ -255,6 +261,25 @@ def test_a_run_that_has_not_been_pruned_says_what_is_missing(finished, tmp_path,
     (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
     assert "has no pruned/plan.json yet" in failure(capsys, "evaluate", str(tmp_path))
     assert "no policy" in failure(capsys, "replay", str(tmp_path))
+
+
+def test_a_run_keeps_to_its_own_exclusions_and_widths_in_every_command(tmp_path, capsys):
+    limits = ["--exclude", "0.*", "--min_width", "2.0=10", "--round_to_for", "2.*=5", "--budget", "macs=90%"]
+    own, other = tmp_path / "own", tmp_path / "other.json"
+    search = ["search", *FAST, "--baselines", "none", *limits, "--out", str(own)]
+    assert main(search) == 0 and main([*search, "--resume"]) == 0
+    kept = json.loads((own / "allocation.json").read_text())["kept"]
+    assert kept.keys() == {"1.0", "2.0"} and kept["1.0"] in (10, 12) and kept["2.0"] in (10, 15, 16)
+    assert main(["prune", str(own)]) == 0
+    pruned = load_pruned(own / "pruned")
+    assert [pruned[i][0].out_channels for i in range(3)] == [8, kept["1.0"], kept["2.0"]]
+    assert main(["replay", str(own), "--out", str(other)]) == 0
+    assert json.loads(other.read_text())["kept"] == kept
+    assert main(["replay", str(own), "--exclude", "", "--out", str(other)]) == 0
+    assert json.loads(other.read_text())["kept"].keys() == {"0.0", "1.0", "2.0"}
+    by_hand = ["prune", "--allocation", str(own / "allocation.json"), *TINY, "--out", str(tmp_path / "by_hand")]
+    assert "another --exclude: group '0.0'" in failure(capsys, *by_hand)
+    assert "exclude: 0.* -> 0.0" in failure(capsys, *search, "--exclude", "0.0", "--resume")
 
 
 def test_an_allocation_for_another_network_is_refused(finished, tmp_path, capsys):
