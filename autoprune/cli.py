@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from autoprune.config import NetworkConfig, OutputConfig, Settings
+from autoprune.config import NetworkConfig, OutputConfig, Settings, TraceConfig
 from autoprune.errors import ExportError, UserError, check_known
 from autoprune.options import (
     Parser,
@@ -350,16 +350,18 @@ def trace(options: Namespace) -> None:
     import torch
 
     from autoprune.console import print_trace
+    from autoprune.constraints import pinned_by_user
     from autoprune.models import MODELS, build, load_weights
     from autoprune.tracing import describe
     from autoprune.tracing import trace as trace_network
 
-    model = build(options.model, options.n_classes)
-    if options.weights:
-        load_weights(model, options.weights)
-    size = options.image_size or (32 if options.model in MODELS else 224)
-    groups = trace_network(model, torch.zeros(1, 3, size, size))
-    description = {"model": options.model, **describe(groups)}
+    config = pick(options, TraceConfig)
+    model = build(config.model, config.n_classes)
+    if config.weights:
+        load_weights(model, config.weights)
+    size = config.image_size or (32 if config.model in MODELS else 224)
+    groups = pinned_by_user(trace_network(model, torch.zeros(1, 3, size, size)), config.excluded)
+    description = {"model": config.model, **describe(groups)}
     print_trace(description)
     if options.json:
         print(json.dumps(description))

@@ -46,6 +46,30 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True)
+class TraceConfig:
+    """A network to look into, trained or not."""
+
+    model: str = NetworkConfig.model
+    """A network by name, or package.module:factory."""
+    weights: str | None = None
+    """Weights file; groups don't depend on it."""
+    n_classes: int = 10
+    """Width of the head."""
+    image_size: int | None = None
+    """Side of the input in pixels (None: 32 for the CIFAR networks, else 224)."""
+    exclude: str = ""
+    """Groups or layers that stay whole, as for `autoprune run`."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, float("inf"), "n_classes", "image_size")
+
+    @property
+    def excluded(self) -> list[str]:
+        """The patterns of `exclude`."""
+        return _items(self.exclude)
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     """Where results go."""
 

@@ -1,5 +1,6 @@
 """What people see in a terminal: progress on stderr, tables on stdout."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,17 +62,55 @@ def print_results(results: dict) -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
+NAMES_SHOWN = 4
+"""Pinned groups that are named for each reason; `--json` lists all."""
+
+SHARES = {
+    "prunable_macs_share": "in layers that can shrink",
+    "both_axes_macs_share": "in layers that can on both axes",
+    "removable_macs_share": "gone with one channel left of each group",
+}
+"""Shares of the MACs in a trace's description, and what they say."""
+
+
 def print_trace(description: dict) -> None:
-    """The groups of a network, what is pinned and why."""
+    """The prunable groups of a network, what is pinned and why, what the tracer doesn't know, the shares of MACs."""
+    prunable = [group for group in description["groups"] if group["prunable"]]
     table = Table(
         title=f"{description['model']}: {description['macs'] / 1e6:.2f} M MACs, {description['params']:,} parameters"
     )
-    for heading in ("group", "channels", "layers", "share of MACs", "pinned because it ..."):
-        table.add_column(heading, justify="right" if heading in ("channels", "layers", "share of MACs") else "left")
-    for group in description["groups"]:
-        layers = len({member["tensor"].rpartition(".")[0] for member in group["members"]})
-        share = f"{group['macs_share']:.1%}"
-        table.add_row(group["name"], str(group["channels"]), str(layers), share, group["pinned"] or "")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    console.print(f"{description['prunable_macs_share']:.1%} of the MACs are in layers that can shrink")
+    for heading in ("prunable group", "channels", "share of MACs"):
+        table.add_column(heading, justify="left" if heading == "prunable group" else "right")
+    for group in prunable:
+        table.add_row(group["name"], f"{group['channels']:,}", f"{group['macs_share']:.1%}")
+    if prunable:
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+    else:
+        print(f"{table.title}; nothing can be pruned")
+    _print_list("pinned", _by_reason([group for group in description["groups"] if not group["prunable"]]))
+    _print_list("operations without a rule", description["unsupported"])
+    shares = [f"{description[key]:.1%} {text}" for key, text in SHARES.items()]
+    print(f"share of MACs: {', '.join(shares)}")
+
+
+def _print_list(title: str, lines: list[str]) -> None:
+    """A heading with its lines, or nothing; printed as they are, since names and patterns may look like markup."""
+    if lines:
+        print("\n".join([f"{title}:", *(f"  {line}" for line in lines)]))
+
+
+def _by_reason(groups: list[dict]) -> list[str]:
+    """One line a reason: the first groups that share it with their channels, and how many more there are.
+
+    Reasons that differ in the module alone, "... in layer1.0.norm ...", are one.
+    """
+    sharing: dict[str, list[dict]] = {}
+    for group in groups:
+        sharing.setdefault(re.sub(r" in [\w.]+", "", group["pinned"]), []).append(group)
+    lines = []
+    for common, alike in sharing.items():
+        reason = common if len({group["pinned"] for group in alike}) > 1 else alike[0]["pinned"]
+        names = ", ".join(f"{group['name']} ({group['channels']:,})" for group in alike[:NAMES_SHOWN])
+        more = f" and {len(alike) - NAMES_SHOWN:,} more" if len(alike) > NAMES_SHOWN else ""
+        lines.append(f"{reason}: {names}{more}")
+    return lines

@@ -13,6 +13,7 @@ from autoprune.config import (
     ProxyConfig,
     SearchConfig,
     Settings,
+    TraceConfig,
 )
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -106,12 +107,7 @@ def export_options(parser: Parser) -> None:
 
 def trace_options(parser: Parser) -> None:
     """A network."""
-    parser.add_argument(
-        "--model", type=str, default=NetworkConfig.model, help="A network by name, or package.module:factory."
-    )
-    parser.add_argument("--weights", type=str | None, default=None, help="Weights file; groups don't depend on it.")
-    parser.add_argument("--n_classes", type=int, default=10, help="Width of the head.")
-    parser.add_argument("--image_size", type=int | None, default=None, help="Side of the input (default: 32 or 224).")
+    parser.add_class_arguments(TraceConfig)
     _json_option(parser)
 
 

@@ -95,6 +95,18 @@ def test_trace_json_describes_groups_and_their_reasons(capsys):
     assert pinned["linear"] == "feeds the network's output" and "zero padding" in pinned["layer2.0.conv2"]
 
 
+def test_trace_excludes_by_pattern_at_any_image_size(capsys):
+    trace = ["trace", "--model", "tests.tiny:network", "--image_size", "20", "--exclude", "0.0"]
+    assert main([*trace, "--json"]) == 0
+    description = json.loads(capsys.readouterr().out.splitlines()[-1])
+    groups = {group["name"]: group["pinned"] for group in description["groups"]}
+    assert groups["0.0"] == "user asked (--exclude 0.0)" and groups["1.0"] is groups["2.0"] is None
+    assert description["macs"] == 9 * (20 * 20 * 3 * 8 + 10 * 10 * 8 * 12 + 5 * 5 * 12 * 16) + 16 * 10
+    assert "--image_size: must be at least 1, got 0" in failure(capsys, "trace", "--image_size", "0")
+    assert "--n_classes: must be at least 1, got -3" in failure(capsys, "trace", "--n_classes", "-3")
+    assert "called '9.0'; there are e.g." in failure(capsys, *trace[:-1], "9.0")
+
+
 def test_replay_reproduces_the_policys_allocation_and_meets_another_budget(finished, tmp_path, capsys):
     own = json.loads((finished / "policy" / "policy.json").read_text())["allocation"]
     assert main(["replay", str(finished), "--out", str(tmp_path / "same.json")]) == 0
