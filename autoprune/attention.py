@@ -32,8 +32,8 @@ class OpenMultiheadAttention(nn.MultiheadAttention):
 
     def prepare(self) -> None:
         """Registers the dense network's scale; PyTorch's fused encoder layer steps aside."""
-        scale = torch.full((self.num_heads, 1, 1), self.head_dim**-0.5)
-        self.register_buffer("scale", scale.to(self.in_proj_weight))
+        scale = self.in_proj_weight.detach().new_full((self.num_heads, 1, 1), self.head_dim**-0.5)
+        self.register_buffer("scale", scale)
         self._qkv_same_embed_dim = False
 
     def forward(  # noqa: PLR0913

@@ -29,7 +29,7 @@ def convolution(call: Call) -> str | None:
         tracer.products.append((NO_CHANNEL, places * weight.shape[1:].numel()))
         return "has a weight that is computed from others" if computed else "slides over channels as over space"
     n_out, n_in = call.out.shape[1], x.shape[1]
-    inputs, outputs = tracer.line(x, 1), tracer.book.new(n_out)
+    inputs, outputs = tracer.line(x, 1), tracer.produced(view.name, n_out)
     whole = loses_whole_conv_groups(n_in, n_out, n_groups)
     if whole:
         _join_conv_groups(tracer, inputs, outputs, n_groups)
@@ -81,7 +81,7 @@ def _apply_weight(call: Call, x: Tensor, weight: Tensor, axes: tuple[int, int, i
     if None in ends:
         tracer.products.append((NO_CHANNEL, positions * weight.numel()))
         return "reads a part of its weight"
-    outputs = tracer.book.new(call.out.shape[weight_out])
+    outputs = tracer.produced(view.name, call.out.shape[weight_out])
     tracer.use(view.name, ends[0], tracer.line(x, summed), "consume")
     tracer.use(view.name, ends[1], outputs, "produce")
     tracer.use_vector(bias, outputs, "produce")

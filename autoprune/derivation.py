@@ -58,6 +58,7 @@ def derive(tracer: Tracer) -> Groups:
         operations=tuple(_sum([_extent(x, 1, group_of, names) for x in alive]) for alive in tracer.operations),
         products=tuple(_extent(x, times, group_of, names) for x, times in tracer.products),
         cells=_cells(name_of[sides], names),
+        book=tracer.book,
         units=torch.from_numpy(np.where(sides > 0, channel_of[sides], -1)),
         unsupported=_unsupported(tracer, roots, name_of[sides], names),
     )

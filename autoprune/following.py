@@ -21,7 +21,7 @@ COUNTED = (convolution, linear, batched_product, attention)
 @contextmanager
 def following(tracer: Tracer, example: Tensor) -> Iterator[None]:
     """Labels the input's channels and tells the tracer which module is running, without touching the model."""
-    inputs = tracer.book.new(example.shape[1])
+    inputs = tracer.book.new(example.shape[1], "input")
     tracer.label(example, spread(inputs, 1, example.shape))
     tracer.book.pin(inputs, "is the network's input")
     # Global hooks, so that the model's modules keep their own; the fused attention path would hide all inside it.
@@ -51,6 +51,8 @@ class LabelMode(TorchDispatchMode):
         call = Call(tracer, func, args, kwargs or {}, out)
         tensors = list(call.tensors())
         active = [tensor for tensor in tensors if tracer.is_activation(tensor)]
+        if not all(tensor.numel() for tensor in [*tensors, *tensors_in(out)[:1]]):
+            return out  # a slice of nothing tells nothing
         # What is multiplied counts, whether or not channels are involved.
         if active or rule_for(func) in COUNTED or any(tracer.parameter(tensor) is not None for tensor in tensors):
             rule = apply_rule(call)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from autoprune.labels import LabelBook
+
 
 @dataclass(frozen=True)
 class Member:
@@ -102,6 +104,7 @@ class Groups:
         operations: Per operation the elements of the activations that are alive while it runs, for one sample.
         products: Multiply-accumulates of each product of two activations, as in attention, for one sample.
         cells: Pairs of groups that are the rows and the columns of the same cells.
+        book: The labels that the trace handed out.
         units: Per label of the trace the one or two channels with which it goes, `(n_labels, 2)`, counted through all
             groups in order; -1 for none.
         unsupported: Operations without a rule, each with the module that uses it and the groups that it pins.
@@ -114,6 +117,7 @@ class Groups:
     operations: tuple[Extent, ...] = ()
     products: tuple[Extent, ...] = ()
     cells: tuple[tuple[str, str], ...] = ()
+    book: LabelBook | None = field(default=None, repr=False, compare=False)
     units: Tensor | None = field(default=None, repr=False, compare=False)
     unsupported: tuple[str, ...] = ()
 

@@ -7,6 +7,7 @@ Where channels lie on two axes, as attention's (heads, width) do, a channel is a
 its column goes. `LabelBook.factor` makes such a lattice; `autoprune.settling` makes all lattices agree.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -42,20 +43,31 @@ class LabelBook:
     """Hands out labels and remembers which were joined, pinned and laid out; settled once, after the forward pass.
 
     Attributes:
+        known: Labels by what they were handed out for, so that a second run of the network gets the same.
         constraints: In the order of the forward pass, what the code's reshaping demands of labels: kind and labels.
         lattices: Cells with their rows and columns.
     """
 
     n_labels: int = 1
+    known: dict[Hashable, Tensor] = field(default_factory=dict)
     constraints: list[tuple["Constraint", Tensor]] = field(default_factory=list)
     lattices: list[Lattice] = field(default_factory=list)
     _edges: list[np.ndarray] = field(default_factory=list)
     _pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
 
-    def new(self, n: int) -> Tensor:
-        """`n` fresh labels, `(n,)`."""
+    def new(self, n: int, purpose: Hashable = None) -> Tensor:
+        """`n` labels, `(n,)`: those that were handed out for the same purpose before, else fresh ones."""
+        if purpose in self.known:
+            return self.known[purpose]
         self.n_labels += n
-        return torch.arange(self.n_labels - n, self.n_labels)
+        labels = torch.arange(self.n_labels - n, self.n_labels)
+        if purpose is not None:
+            self.known[purpose] = labels
+        return labels
+
+    def again(self) -> "LabelBook":
+        """A book for another run of the same network, with the same labels and lattices."""
+        return LabelBook(self.n_labels, dict(self.known), lattices=list(self.lattices))
 
     def join(self, a: Tensor, b: Tensor) -> None:
         """Makes the channels behind two label tensors of equal shape the same, position by position.

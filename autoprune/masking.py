@@ -30,7 +30,7 @@ def mask(model: nn.Module, groups: Groups, kept: Kept) -> nn.Module:
         groups: Its trace.
         kept: Prunable group to the surviving channels; groups left out keep all.
     """
-    return Masked(open_attention(copy.deepcopy(model)), groups.gone(kept))
+    return Masked(open_attention(copy.deepcopy(model)), groups, kept)
 
 
 class Masked(nn.Module):
@@ -38,17 +38,18 @@ class Masked(nn.Module):
 
     Args:
         model: The dense network.
-        gone: Per label of its trace whether its channel is removed.
+        groups: Its trace.
+        kept: Prunable group to the surviving channels.
     """
 
-    def __init__(self, model: nn.Module, gone: Tensor):
+    def __init__(self, model: nn.Module, groups: Groups, kept: Kept):
         super().__init__()
-        self.model, self.gone = model, gone
+        self.model, self.book, self.gone = model, groups.book, groups.gone(kept)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> object:
         """The network's output, gradients aside."""
-        tracer = Tracer(self.model)
+        tracer = Tracer(self.model, self.book.again())
         with following(tracer, x), _MaskMode(tracer, self.gone):
             return self.model(x)
 
@@ -56,7 +57,18 @@ class Masked(nn.Module):
 class _MaskMode(LabelMode):
     def __init__(self, tracer: Tracer, gone: Tensor):
         super().__init__(tracer)
-        self.gone = gone
+        self._known = gone
+
+    @property
+    def gone(self) -> Tensor:
+        """Per label whether its channel is removed; what this run labels beyond the trace, stays.
+
+        Another batch size can take other kernels: a bias that is added after the product is a bare parameter.
+        """
+        missing = self.tracer.book.n_labels - len(self._known)
+        if missing:
+            self._known = torch.cat([self._known, torch.zeros(missing, dtype=torch.bool)])
+        return self._known
 
     def execute(self, func, args: tuple, kwargs: dict) -> object:
         """Runs an operation on what is left of its inputs."""
@@ -120,7 +132,7 @@ def _layer_norm_over_the_rest(call: Call, gone: Tensor) -> object:
 def _group_norm_over_the_rest(call: Call, gone: Tensor) -> object:
     x, weight, bias, n, n_channels, area, n_groups, eps = call.args
     left = _left_along(call, 1, gone)
-    if loses_whole_conv_groups(n_channels, n_channels, n_groups):
+    if weight is not None and loses_whole_conv_groups(n_channels, n_channels, n_groups):
         n_groups = len(left) * n_groups // n_channels
     vectors = [v if v is None else v[left] for v in (weight, bias)]
     out, *statistics = call.func(x[:, left].contiguous(), *vectors, n, len(left), area, n_groups, eps)

@@ -130,6 +130,23 @@ def shaped_alike(call: Call) -> str | None:
         call.tracer.label(call.out, call.tracer.labels(call.args[0]))
 
 
+def blank(call: Call) -> str | None:
+    """A buffer to be filled: its labels are memory of their own, of which slices are views as the tensor's are."""
+    labels = torch.zeros(call.out.shape, dtype=torch.int64)
+    call.tracer.blanks[labels.untyped_storage().data_ptr()] = labels
+    call.tracer.label(call.out, labels)
+
+
+def written(call: Call) -> str | None:
+    """`copy_` fills a blank buffer with the source's labels; anything else it overwrites in place, and joins."""
+    tracer, (target, source) = call.tracer, call.args[:2]
+    labels = tracer.labels(target)
+    if labels.untyped_storage().data_ptr() in tracer.blanks and not labels.any():
+        labels.copy_(tracer.labels(source).expand(target.shape))
+        return None
+    return pointwise(call)
+
+
 def indexed(call: Call) -> str | None:
     """Reading at constant positions is executed on the labels."""
     tracer, data = call.tracer, call.args[0]
@@ -147,7 +164,7 @@ def indexed(call: Call) -> str | None:
 
 def concatenation(call: Call) -> str | None:
     """Tensors side by side on an axis without channels, such as tokens, have the same channels on every other axis."""
-    tensors, tracer = call.args[0], call.tracer
+    tracer, tensors = call.tracer, call.args[0]
     labels = [tracer.labels(tensor) for tensor in tensors]
     if call.func.overloadpacket is aten.stack:
         labels = [one.unsqueeze(call["dim"]) for one in labels]
@@ -279,7 +296,8 @@ def group_norm(call: Call) -> str | None:
     tracer, n_groups, shape = call.tracer, call["group"], call.args[0].shape
     channels = tracer.line(call.args[0], 1)
     rows = channels.view(n_groups, -1)
-    if loses_whole_conv_groups(shape[1], shape[1], n_groups):
+    # Without a weight nothing tells a pruned module how many norm groups are left.
+    if call["weight"] is not None and loses_whole_conv_groups(shape[1], shape[1], n_groups):
         tracer.book.join(rows[:, :1].expand_as(rows), rows)
     else:
         tracer.book.join_lines(rows)
@@ -381,8 +399,10 @@ RULES: dict[Any, Rule] = {
          aten.logsumexp, aten.linalg_vector_norm, aten.norm),
         reduction,
     ),
-    **dict.fromkeys((aten.hardswish, aten.hardswish_, aten._prelu_kernel, aten.copy_), pointwise),
-    **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.zero_, aten.fill_), constant),
+    **dict.fromkeys((aten.hardswish, aten.hardswish_, aten._prelu_kernel), pointwise),
+    aten.new_empty: blank,
+    aten.copy_: written,
+    **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.zero_, aten.fill_), constant),
     **dict.fromkeys(
         (aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select,
          aten._unique2),

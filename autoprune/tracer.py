@@ -92,6 +92,7 @@ class Tracer:
         operations: Per operation the labels of the activations that are alive while it runs.
         products: Per product of two activations its labelled factor and how often each of its elements is used.
         contracted: Labels over which an operation without a weight sums: it reads these channels.
+        blanks: Labels of buffers that the code is yet to fill, by where they lie in memory.
         bare: Parameters that the code uses by themselves, with a label for each element.
         unsupported: Reasons for which operations pinned what reached them.
     """
@@ -103,6 +104,7 @@ class Tracer:
     uses: dict[tuple[str, int], tuple[Tensor, str]] = field(default_factory=dict)
     operations: list[list[Tensor]] = field(default_factory=list)
     products: list[tuple[Tensor, int]] = field(default_factory=list)
+    blanks: dict[int, Tensor] = field(default_factory=dict)
     contracted: list[Tensor] = field(default_factory=list)
     bare: dict[str, Tensor] = field(default_factory=dict)
     _path: list[str] = field(default_factory=list)
@@ -158,8 +160,13 @@ class Tracer:
         if view is None:
             return torch.zeros((), dtype=torch.int64).expand(tensor.shape)
         if view.name not in self.bare:
-            self.bare[view.name] = self.book.new(view.shape.numel()).view(view.shape)
+            self.bare[view.name] = self.book.new(view.shape.numel(), view.name).view(view.shape)
         return self.bare[view.name][view.index]
+
+    def produced(self, weight: str, n: int) -> Tensor:
+        """Labels for what a weight produces; a layer that is used again produces others, `(n,)`."""
+        times = sum(layer.tensor == weight for layer in self.layers)
+        return self.book.new(n, (weight, times))
 
     def line(self, tensor: Tensor, axis: int) -> Tensor:
         """The labels along one axis where a weight reads it: the same at every other position, `(n,)`."""

@@ -1,6 +1,7 @@
 """The proof that a network was traced right: with the same channels, the pruned network equals the masked one."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,53 +27,48 @@ def failing_groups(model: nn.Module, groups: Groups, example: Tensor) -> dict[st
 
     Every parameter and buffer is drawn at random for the check, so that zeros of a trained network hide nothing, and
     masking has to change the output. All groups are pruned at once, each to a random part of its channels, then to the
-    other part; only where that fails, each is pruned by itself, and those that pass are put together one by one.
+    other part; where that fails, halving the set finds the groups that do.
 
     Args:
         model: The network, its attention open.
         groups: Its trace.
         example: An input, for its shape.
     """
-    check = _Check(model, groups, example, seed=0)
-    if not len(groups) or _joint_failure(check, groups) is None:
+    draw = partial(_Check, model, groups, example)
+    check = draw(seed=0)
+    if not len(groups) or check.joint_failure(groups) is None:
         return {}
-    reasons, undecided = {}, list(groups)
-    for seed in range(DRAWS):
-        check = _Check(model, groups, example, seed)
-        reasons |= {group.name: _own_failure(check, group) for group in undecided}
-        undecided = [group for group in undecided if reasons[group.name] == UNCHANGED]
-        if not undecided:
-            break
-    failing = {name: reason for name, reason in reasons.items() if reason is not None}
-    return failing | _failing_together(
-        _Check(model, groups, example, DRAWS), [g for g in groups if g.name not in failing]
-    )
-
-
-def _own_failure(check: "_Check", group: Group) -> str | None:
-    """Why a group fails by itself; the other part is tried where the first happens to change nothing."""
-    first, second = check.parts([group])
-    failure = check.failure(first)
-    return check.failure(second) if failure == UNCHANGED else failure
-
-
-def _failing_together(check: "_Check", groups: list[Group]) -> dict[str, str]:
-    """The groups without which the others can be pruned together, although each can be pruned alone."""
-    if _joint_failure(check, groups) in (None, UNCHANGED):
-        return {}
-    failing, sound = {}, []
-    for group in groups:
-        reason = _joint_failure(check, [*sound, group])
-        if reason in (None, UNCHANGED):
-            sound.append(group)
-        else:
-            failing[group.name] = f"together with {sound[-1].name if sound else 'nothing'}: {reason}"
+    failing = _failing_apart(check, draw, list(groups))
+    sound = [group for group in groups if group.name not in failing]
+    while (failure := check.joint_failure(sound)) not in (None, UNCHANGED):
+        last = _last_straw(check, sound)
+        failing[sound[last].name] = f"together with other groups, {failure}"
+        del sound[last]
     return failing
 
 
-def _joint_failure(check: "_Check", groups: Iterable[Group]) -> str | None:
-    kept = [part for _ in range(2) for part in check.parts(groups)][: check.n_parts]
-    return next((failure for part in kept if (failure := check.failure(part)) is not None), None)
+def _failing_apart(check: "_Check", draw: Callable[..., "_Check"], groups: list[Group]) -> dict[str, str]:
+    """Groups that can't be pruned, found by halving the set as long as pruning all of it fails."""
+    failure = check.joint_failure(groups)
+    if failure is None:
+        return {}
+    if len(groups) > 1:
+        middle = len(groups) // 2
+        return _failing_apart(check, draw, groups[:middle]) | _failing_apart(check, draw, groups[middle:])
+    for seed in range(1, DRAWS):
+        if failure == UNCHANGED:
+            failure = draw(seed=seed).joint_failure(groups)
+    return {} if failure is None else {groups[0].name: failure}
+
+
+def _last_straw(check: "_Check", groups: list[Group]) -> int:
+    """Position of the first group that can't be pruned together with those before it."""
+    low, high = 0, len(groups)
+    while high - low > 1:
+        middle = (low + high) // 2
+        passes = check.joint_failure(groups[:middle]) in (None, UNCHANGED)
+        low, high = (middle, high) if passes else (low, middle)
+    return low
 
 
 class _Check:
@@ -81,7 +77,7 @@ class _Check:
     def __init__(self, model: nn.Module, groups: Groups, example: Tensor, seed: int):
         n_parameters = sum(tensor.numel() for tensor in own_tensors(model).values())
         dtype = torch.float64 if n_parameters <= MAX_FLOAT64_PARAMETERS else torch.float32
-        self.n_parts = 4 if dtype == torch.float64 else 1
+        self.is_large = dtype == torch.float32
         self.random = np.random.Generator(np.random.SFC64(seed))
         self.groups, self.tolerance = groups, TOLERANCE[dtype]
         self.twin = randomised(model, self.random, dtype)
@@ -111,6 +107,11 @@ class _Check:
                 part[group.name] = channels.sort().values
         return kept
 
+    def joint_failure(self, groups: Iterable[Group]) -> str | None:
+        """What is wrong with pruning all of `groups` at once to a few random parts, or None."""
+        kept = [part for _ in range(2) for part in self.parts(groups)][: 1 if self.is_large else 4]
+        return next((failure for part in kept if (failure := self.failure(part)) is not None), None)
+
     def failure(self, kept: dict[str, Tensor]) -> str | None:
         """What is wrong with pruning to `kept`, or None."""
         try:
@@ -119,7 +120,7 @@ class _Check:
             return (
                 f"the pruned network doesn't run: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             )
-        masked = self._output(Masked(self.twin, self.groups.gone(kept)))
+        masked = self._output(Masked(self.twin, self.groups, kept))
         if pruned.shape != masked.shape:
             return "pruning it changes the shape of the output"
         scale = masked.abs().max()
