@@ -43,12 +43,14 @@ class LabelBook:
     """Hands out labels and remembers which were joined, pinned and laid out; settled once, after the forward pass.
 
     Attributes:
+        records: Whether joins are remembered; a run that only follows labels needs none.
         known: Labels by what they were handed out for, so that a second run of the network gets the same.
         constraints: In the order of the forward pass, what the code's reshaping demands of labels: kind and labels.
         lattices: Cells with their rows and columns.
     """
 
     n_labels: int = 1
+    records: bool = True
     known: dict[Hashable, Tensor] = field(default_factory=dict)
     constraints: list[tuple["Constraint", Tensor]] = field(default_factory=list)
     lattices: list[Lattice] = field(default_factory=list)
@@ -67,13 +69,15 @@ class LabelBook:
 
     def again(self) -> "LabelBook":
         """A book for another run of the same network, with the same labels and lattices."""
-        return LabelBook(self.n_labels, dict(self.known), lattices=list(self.lattices))
+        return LabelBook(self.n_labels, False, dict(self.known), lattices=list(self.lattices))
 
     def join(self, a: Tensor, b: Tensor) -> None:
         """Makes the channels behind two label tensors of equal shape the same, position by position.
 
         A channel that meets a constant can't go, since the code would still write the constant.
         """
+        if not self.records:
+            return
         pairs = distinct_pairs(a, b)
         constant = (pairs == CONSTANT).any(0)
         if constant.any():
