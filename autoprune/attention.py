@@ -2,8 +2,11 @@
 
 `open_attention` exchanges their class for one of this module: same parameters, same function, but the number of heads
 and their width are read off the parameters. So heads, widths and the residual stream can be pruned independently.
-`OPEN` maps a module class to its open one; the entry of an own class is a subclass with another `forward`.
+`OPEN` maps a module class to its open one; the entry of an own class is a subclass with another `forward`. timm's
+modules leave that freedom already; `FREED` makes them take heads and scale from tensors.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,17 @@ def open_attention(model: nn.Module) -> nn.Module:
         if opened is not None and opened.fits(module):
             module.__class__ = opened
             module.prepare()
+        for known, free in FREED.items():
+            if is_a(module, known):
+                free(module)
     return model
+
+
+def is_a(module: nn.Module, known: type[nn.Module] | str) -> bool:
+    """Whether a module is of a class, given as such or, for libraries that needn't be installed, by its full name."""
+    if isinstance(known, type):
+        return isinstance(module, known)
+    return any(f"{parent.__module__}.{parent.__qualname__}" == known for parent in type(module).__mro__)
 
 
 class OpenMultiheadAttention(nn.MultiheadAttention):
@@ -225,4 +238,24 @@ OPEN: dict[type[nn.Module], type[nn.Module]] = {
     ShiftedWindowAttention: OpenShiftedWindowAttention,
     ShiftedWindowAttentionV2: OpenShiftedWindowAttentionV2,
     RelativePositionalMultiHeadAttention: OpenRelativeAttention,
+}
+
+
+def _scale_by_head(module: nn.Module) -> None:
+    """The scale becomes a buffer with one value a head; the fused path, which knows one scale only, is left."""
+    if "scale" not in module._buffers:
+        scale = module.qkv.weight.detach().new_full((module.num_heads, 1, 1), module.scale)
+        del module.scale
+        module.register_buffer("scale", scale)
+    module.fused_attn = False
+
+
+def _scale_as_trained(module: nn.Module) -> None:
+    """Outside the fused path the scale is a constant, whatever width is left."""
+    module.fused_attn = False
+
+
+FREED: dict[type[nn.Module] | str, Callable[[nn.Module], None]] = {
+    "timm.layers.attention.Attention": _scale_by_head,
+    "timm.models.swin_transformer.WindowAttention": _scale_as_trained,
 }

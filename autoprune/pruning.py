@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from autoprune.attention import OpenMultiheadAttention, open_attention
+from autoprune.attention import OpenMultiheadAttention, is_a, open_attention
 from autoprune.groups import Groups, loses_whole_conv_groups, own_tensors, positions
 
 Kept = Mapping[str, Tensor]
@@ -191,9 +191,24 @@ def _vision_transformer_setter(module: VisionTransformer):
     return update
 
 
+def _timm_attention_setter(module: nn.Module):
+    def update() -> None:
+        module.num_heads, module.attn_dim = len(module.scale), module.qkv.weight.shape[0] // 3
+        module.head_dim = module.attn_dim // module.num_heads
+
+    return update
+
+
+def _timm_windows_setter(module: nn.Module):
+    def update() -> None:
+        module.num_heads = module.relative_position_bias_table.shape[1]
+
+    return update
+
+
 # What a module's code reads back besides its tensors: module class -> function that takes the dense module and returns
-# an update, called whenever its tensors have changed. An own module class needs one entry.
-ATTRIBUTE_SETTERS: dict[type[nn.Module], Callable[[nn.Module], Callable[[], None]]] = {
+# an update, called whenever its tensors have changed. An own module class, or its full name, needs one entry.
+ATTRIBUTE_SETTERS: dict[type[nn.Module] | str, Callable[[nn.Module], Callable[[], None]]] = {
     nn.modules.conv._ConvNd: _conv_setter,
     nn.modules.batchnorm._NormBase: _norm_setter,
     nn.LayerNorm: _layer_norm_setter,
@@ -201,6 +216,8 @@ ATTRIBUTE_SETTERS: dict[type[nn.Module], Callable[[nn.Module], Callable[[], None
     nn.Linear: _linear_setter,
     OpenMultiheadAttention: _attention_setter,
     VisionTransformer: _vision_transformer_setter,
+    "timm.layers.attention.Attention": _timm_attention_setter,
+    "timm.models.swin_transformer.WindowAttention": _timm_windows_setter,
 }
 
 
@@ -209,6 +226,6 @@ def _attribute_setters(model: nn.Module) -> list[Callable[[], None]]:
     return [
         make(module)
         for module in reversed(list(model.modules()))
-        for module_class, make in ATTRIBUTE_SETTERS.items()
-        if isinstance(module, module_class)
+        for known, make in ATTRIBUTE_SETTERS.items()
+        if is_a(module, known)
     ]
