@@ -150,7 +150,10 @@ def written(call: Call) -> str | None:
 def indexed(call: Call) -> str | None:
     """Reading at constant positions is executed on the labels."""
     tracer, data = call.tracer, call.args[0]
-    if any(tracer.is_activation(tensor) for tensor in list(call.tensors()) if tensor is not data):
+    positions = [tensor for tensor in call.tensors() if tensor is not data and tracer.is_activation(tensor)]
+    if any(tensor.dtype == torch.bool for tensor in positions):
+        return depends_on_values(call)
+    if positions:
         return "reads at positions that are computed"
     read = (lambda x: x[call.args[1]]) if call.func.overloadpacket is aten.embedding else (
         lambda x: call.func(x, *call.args[1:], **call.kwargs)
@@ -318,6 +321,9 @@ def pointwise(call: Call) -> str | None:
     tracer, out = call.tracer, call.out
     if not isinstance(out, Tensor):
         return "has no rule"
+    if not out.ndim and any(map(tracer.is_activation, call.tensors())):
+        tracer.label(out, torch.zeros((), dtype=torch.int64))
+        return None
     operands = [tensor for tensor in call.tensors() if tensor.ndim]
     if not any(tracer.is_activation(t) or tracer.parameter(t) is not None for t in operands):
         return None

@@ -40,12 +40,18 @@ def _aligned(book: LabelBook, roots: np.ndarray, since: int) -> tuple[np.ndarray
 
 
 def factors_of(book: LabelBook, roots: np.ndarray) -> np.ndarray:
-    """Per root the roots of its row and its column, `(n_labels, 2)`; 0 for what is no cell."""
+    """Per root the roots of its row and its column, `(n_labels, 2)`; 0 for what is no cell.
+
+    A lattice whose rows are an earlier one's columns is turned, so that heads stay in the first place.
+    """
     factors = np.zeros((len(roots), 2), np.int64)
+    is_column = np.zeros(len(roots), bool)
     for lattice in book.lattices:
-        cells = roots[lattice.cells.numpy()]
-        factors[cells, 0] = roots[lattice.rows.numpy()][:, None]
-        factors[cells, 1] = roots[lattice.columns.numpy()][None, :]
+        cells, rows, columns = (roots[x.numpy()] for x in (lattice.cells, lattice.rows, lattice.columns))
+        if is_column[rows].any():
+            cells, rows, columns = cells.T, columns, rows
+        factors[cells, 0], factors[cells, 1] = rows[:, None], columns[None, :]
+        is_column[columns] = True
     factors[0] = 0
     return factors
 

@@ -197,8 +197,11 @@ class Tracer:
         factors = factors_of(self.book, roots)
         for name, labels in self.bare.items():
             found = roots[labels.numpy()]
-            for side in (0, 1) if factors[found].any() else (None,):
-                plane = found if side is None else np.where(factors[found, 0] > 0, factors[found, side], found)
+            # Cells that lie along one axis are used as they are; on two axes, rows lie along one and columns along the
+            # other.
+            on_two = len(varying_axes(torch.from_numpy(found))) > 1 and factors[found].any()
+            planes = [np.where(factors[found, 0] > 0, factors[found, side], found) for side in (0, 1)]
+            for plane in planes if on_two else [found]:
                 self._settle_bare(name, torch.from_numpy(plane), labels)
         return settle(self.book)
 

@@ -225,6 +225,34 @@ def test_users_rule_teaches_an_operation(monkeypatch):
     assert not taught.unsupported
 
 
+class Deciding(Chain):
+    """Takes another path for bright images."""
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        if x.mean() > 0:
+            x = x * 2
+        return self.head(pooled(F.relu(self.bn2(self.conv2(x)))))
+
+
+class Selecting(Chain):
+    """Keeps the positive values, however many they are."""
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.head(pooled(F.relu(self.bn2(self.conv2(x))))) + x[x > 0].sum()
+
+
+@pytest.mark.parametrize(
+    ("kind", "operation"),
+    [(Deciding, "_local_scalar_dense in Deciding"), (Selecting, "index in Selecting")],
+)
+def test_control_flow_that_depends_on_the_data_is_refused_with_its_place(kind, operation):
+    message = rf"^model: its forward pass depends on the values of activations \({operation}\)"
+    with pytest.raises(UserError, match=message):
+        trace(kind().eval(), images(1, 8))
+
+
 @pytest.mark.parametrize("name", ["chain", "residual", "concat", "depthwise", "flatten", "padded_shortcut", "gated"])
 def test_groups_depend_on_neither_memory_format_batch_mode_nor_dtype(name):
     model, x = build(name), images(3, NETS[name].size)
