@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autoprune.contractions import attention, batched_product, convolution, linear
 from autoprune.groups import tensors_in
 from autoprune.labels import spread
-from autoprune.rules import apply_rule, indexed, movement, reshape, rule_for, same, split
+from autoprune.rules import apply_rule, cut, indexed, movement, reshape, rule_for, same, split
 from autoprune.tracer import Call, Tracer
 
-MOVING = (movement, reshape, same, split, indexed)
+MOVING = (movement, reshape, same, split, cut, indexed)
 """Rules of operations that compute nothing."""
 COUNTED = (convolution, linear, batched_product, attention)
 

@@ -5,6 +5,7 @@ operation is pinned. An operation without an entry that PyTorch tags as pointwis
 has no rule. `RULES[torch.ops.aten.my_op] = my_rule` teaches the tracer a new operation.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from autoprune.contractions import attention, batched_product, convolution, linear
 from autoprune.errors import UserError
 from autoprune.groups import loses_whole_conv_groups, tensors_in
-from autoprune.labels import CONSTANT, Constraint, compressed, spread, varying_axes
+from autoprune.labels import CONSTANT, Constraint, compressed, lines, spread, varying_axes
 from autoprune.tracer import Call, Tracer
 
 aten = torch.ops.aten
@@ -93,6 +94,29 @@ def split(call: Call) -> str | None:
         if axis % labels[0].ndim in varying_axes(call.tracer.labels(call.args[0])):
             parts = compressed(torch.stack(labels)).reshape(len(labels), -1)
             call.tracer.book.constraints.append((Constraint.PARTS, parts))
+
+
+def cut(call: Call) -> str | None:
+    """`slice`: where the code cuts a channel axis, the cut has to move with what is left.
+
+    A cut at a quarter needs equally many channels in every quarter, every second channel needs whole pairs. Whether the
+    code computes the place from the width, as this takes for granted, the proof decides.
+    """
+    movement(call)
+    tracer, x = call.tracer, call.args[0]
+    axis, n = call["dim"] % x.ndim, x.shape[call["dim"]]
+    if not tracer.is_activation(x) or call.out.shape == x.shape or axis not in varying_axes(tracer.labels(x)):
+        return None
+    start, end, _ = slice(call["start"], call["end"]).indices(n)
+    step = call["step"]
+    if n % step or (step > 1 and start >= step):
+        return "cuts channels at uneven places"
+    for line in lines(tracer.labels(x), axis):
+        if step > 1:
+            tracer.book.constraints.append((Constraint.GRID, line.view(-1, step)))
+        else:
+            tracer.book.constraints.append((Constraint.PARTS, line.view(-1, math.gcd(start, end, n))))
+    return None
 
 
 def reshape(call: Call) -> str | None:
@@ -379,10 +403,11 @@ RULES: dict[Any, Rule] = {
     ),
     **dict.fromkeys((aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like), shaped_alike),
     **dict.fromkeys(
-        (aten.t, aten.transpose, aten.permute, aten.slice, aten.select, aten.expand, aten.roll, aten.unsqueeze,
+        (aten.t, aten.transpose, aten.permute, aten.select, aten.expand, aten.roll, aten.unsqueeze,
          aten.squeeze, aten.flip, aten.unbind, aten.repeat, aten.unfold, aten.diagonal),
         movement,
     ),
+    aten.slice: cut,
     **dict.fromkeys((aten.split, aten.split_with_sizes), split),
     **dict.fromkeys((aten.cat, aten.stack), concatenation),
     **dict.fromkeys((aten.index, aten.index_select, aten.gather, aten.embedding), indexed),

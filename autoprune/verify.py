@@ -112,9 +112,18 @@ class _Check:
                 part[group.name] = channels.sort().values
         return kept
 
+    def ends(self, groups: Iterable[Group]) -> dict[str, Tensor]:
+        """The first or the last channels of each group, which shows best where the code cuts at a fixed place."""
+        kept = {}
+        for group in groups:
+            first = int(self.random.integers(1, group.channels)) if group.channels > 1 else 0
+            channels = torch.arange(group.channels)
+            kept[group.name] = channels[first:] if self.random.random() < 0.5 else channels[: group.channels - first]
+        return kept
+
     def joint_failure(self, groups: Iterable[Group]) -> str | None:
-        """What is wrong with pruning all of `groups` at once to one random part and to the other, or None."""
-        kept = self.parts(groups)[: 1 if self.is_large else 2]
+        """What is wrong with pruning all of `groups` at once to a random part, to the other, or to one end, or None."""
+        kept = [*self.parts(groups), self.ends(groups)][: 1 if self.is_large else 3]
         return next((failure for part in kept if (failure := self.failure(part)) is not None), None)
 
     def trial(self, kept: dict[str, Tensor]) -> Tensor | str:
