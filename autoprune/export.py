@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoprune import models
+from autoprune.attention import open_attention
 from autoprune.errors import ExportError, UserError
+from autoprune.groups import tensors_in
 from autoprune.pruning import fit_shapes
 from autoprune.runs import write_atomically, write_json
 
@@ -33,7 +35,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path) -> float:
         path: The `.onnx` file to write.
 
     Returns:
-        The largest difference from PyTorch's output in float32, relative to the largest output.
+        The largest difference from PyTorch's outputs in float32, relative to the largest output.
 
     Raises:
         ExportError: If the network can't be expressed, is too large, or differs by more than 1e-4. A file that was at
@@ -69,11 +71,17 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
                 verbose=False,
                 external_data=False,
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=_output_names(model, example),
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"ONNX can't express this network ({_root_cause(error)})") from error
+
+
+@torch.no_grad()
+def _output_names(model: nn.Module, example: Tensor) -> list[str]:
+    n_outputs = len(tensors_in(model(example)))
+    return ["logits"] if n_outputs == 1 else [f"output_{number}" for number in range(n_outputs)]
 
 
 def _root_cause(error: BaseException) -> str:
@@ -89,10 +97,10 @@ def _relative_error(model: nn.Module, session: onnxruntime.InferenceSession, exa
     errors = []
     for batch in (1, 4):
         images = torch.randn(batch, *example.shape[1:], generator=generator)
-        expected = model(images)
-        (logits,) = session.run(None, {"images": images.numpy()})
-        scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        errors.append(((expected - torch.from_numpy(logits)).abs().max() / scale).item())
+        expected = tensors_in(model(images))
+        for torchs, onnxs in zip(expected, session.run(None, {"images": images.numpy()}), strict=True):
+            scale = torchs.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+            errors.append(((torchs - torch.from_numpy(onnxs)).abs().max() / scale).item())
     # Not `max(errors) > limit`: a NaN has to fail as well.
     if not all(error <= MAX_RELATIVE_ERROR for error in errors):
         raise ExportError(
@@ -143,7 +151,7 @@ def load_pruned(folder: Path) -> nn.Module:
     """
     plan = _read_plan(folder / PLAN)
     weights = _read_weights(folder / WEIGHTS)
-    model = models.build(plan["model"], plan["n_classes"])
+    model = open_attention(models.build(plan["model"], plan["n_classes"]))
     _check_fit(model.state_dict(), weights, folder, plan["model"])
     fit_shapes(model, weights)
     return model.eval()
