@@ -40,7 +40,9 @@ def convolution(call: Call) -> str | None:
     tracer.use_vector(call["bias"], outputs, "follow" if whole else "produce")
     size = tuple((x if transposed else call.out).shape[2:])
     kind = "conv" if not whole else "depthwise" if n_groups == n_in else "grouped"
-    tracer.layers.append(Layer(view.name, kind, torch.Size(size).numel(), (1, *size)[-2:], call["stride"][0]))
+    # Windows of an image may lie on the batch axis.
+    positions = len(x) * torch.Size(size).numel()
+    tracer.layers.append(Layer(view.name, kind, positions, (1, *size)[-2:], call["stride"][0]))
     tracer.label(call.out, spread(outputs, 1, call.out.shape))
     return None
 

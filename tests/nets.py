@@ -315,6 +315,19 @@ class Attention(nn.Module):
         return self.head((x + self.attention(y, y, y, need_weights=False)[0])[:, 0])
 
 
+class Windows(nn.Module):
+    """A convolution inside each quarter of the image, the quarters side by side on the batch axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = conv(RGB, 6), conv(6, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x)).unflatten(2, (2, -1)).unflatten(4, (2, -1)).permute(0, 2, 4, 1, 3, 5)
+        x = F.relu(self.body(x.flatten(0, 2))).unflatten(0, (-1, 4))
+        return self.head(x.mean((1, 3, 4)))
+
+
 class Centred(nn.Module):
     """The mean over everything is subtracted, which involves every channel."""
 
@@ -439,6 +452,7 @@ NETS: dict[str, Net] = {
         {"stem": 8, "attention:heads": 2, "attention:width": 4},
         macs=PATCHES * 4 * RGB * 8 + (PATCHES + 1) * 8 * (3 * 8 + 8) + 2 * (PATCHES + 1) ** 2 * 8 + 8 * CLASSES,
     ),
+    "windows": Net(Windows, {"stem": 6, "body": 4}, macs=STEM6 + AREA * K * 6 * 4 + 4 * CLASSES),
     "shared": Net(Shared, {"stem": 6}, macs=STEM6 + 2 * AREA * K * 6 * 6 + 6 * CLASSES),
     "two_names": Net(TwoNames, {"stem": 6}, macs=STEM6 + 2 * AREA * K * 6 * 6 + 6 * CLASSES),
     "flatten": Net(
