@@ -43,11 +43,11 @@ What was checked, for every network:
 
 Shares of MACs: *touched*, layers of which a prunable group touches an axis; *both axes*, layers that can shrink on
 both (**<** marks those short of what was wanted); *removable*, what is gone if every group keeps as little as it can.
-*Trace* is the search for groups, *proof* the whole call with its numerical proof; memory is the peak of that call
-beyond what the network itself takes.
+*Trace* is the search for groups, *proof* the whole call with its numerical proof, in CPU seconds of one core; memory is
+the peak of that call beyond what the network itself takes.
 
 **Torch-Pruning** 1.6.1 has the same builders and values: pruning ratio 0.3, group magnitude, the classifier ignored, no
-attribute set by hand, 120 seconds and 12 GiB. *Right*: its output equals that of the dense network in which every
+attribute set by hand, 120 CPU seconds and 12 GiB. *Right*: its output equals that of the dense network in which every
 convolution and linear layer reads zeros for the input channels that Torch-Pruning itself says it removed, and layer
 norms run over the kept channels. *Seconds* are those of its graph and its pruning.
 """
