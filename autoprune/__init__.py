@@ -16,7 +16,7 @@ _HOMES = {
     "export_onnx": "export",
     "importance": "criteria",
     "load_pruned": "export",
-    "mask": "pruning",
+    "mask": "masking",
     "prune": "pruning",
     "save_pruned": "export",
     "top_channels": "pruning",

@@ -22,3 +22,35 @@ def test_the_readmes_links_and_commands_exist():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     assert targets and [target for target in targets if not (root / target).exists()] == []
     assert set(re.findall(r"^    autoprune (\w+)", README, flags=re.MULTILINE)) <= set(COMMANDS)
+
+
+def test_the_tracing_guides_rules_free_what_it_says(monkeypatch):
+    import torch
+    from torch import nn
+
+    from autoprune import rules, trace
+    from autoprune.pruning import ATTRIBUTE_SETTERS
+
+    monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
+    names: dict = {"__name__": "guide"}
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.attention = nn.Conv2d(3, 32, 4, 4), names["Attention"]()
+            self.head = nn.Linear(32, 5)
+
+        def forward(self, x):
+            x = torch.cummax(self.stem(x), 3).values.flatten(2).transpose(1, 2)
+            return self.head((x + self.attention(x)).mean(1))
+
+    guide = (Path(__file__).parent.parent / "docs" / "tracing.md").read_text(encoding="utf-8")
+    example = "\n".join(re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL))
+    try:
+        exec(compile(example, "tracing.md", "exec"), names)  # our own text
+        groups = trace(Network(), torch.zeros(1, 3, 16, 16))
+    finally:
+        ATTRIBUTE_SETTERS.pop(names.get("Attention"), None)
+    assert groups.channels == {"stem": 32, "attention.qkv:heads": 4}
+    assert not groups.unsupported
+    assert "attention.qkv:width" in {group.name for group in groups.pinned}
