@@ -16,6 +16,7 @@ from autoprune.pruning import Slicer, shared_copy
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 MAX_FLOAT64_PARAMETERS = 50_000_000
 """Larger networks are checked in float32 and pruned once, to bound time and memory."""
+PERIOD = 1_048_573
 # ReLUs that happen to be off hide their channels, both hidden units of a small squeeze-and-excitation block in one draw
 # of four; other weights bring them out.
 DRAWS = 8
@@ -158,8 +159,10 @@ def randomised(model: nn.Module, generator: np.random.Generator, dtype: torch.dt
 
 
 def _drawn(name: str, shape: torch.Size, generator: np.random.Generator, dtype: torch.dtype) -> Tensor:
-    # NumPy draws a large network's weights in the time in which PyTorch runs it; PyTorch takes several times as long.
-    drawn = torch.from_numpy(generator.random(tuple(shape), np.float64 if dtype == torch.float64 else np.float32))
+    # A large tensor repeats its values, or drawing them would take longer than running the network. The period is
+    # prime, so no two rows are alike.
+    block = generator.random(min(shape.numel(), PERIOD), np.float64 if dtype == torch.float64 else np.float32)
+    drawn = torch.from_numpy(np.resize(block, tuple(shape)))
     if name.endswith("running_var") or (len(shape) == 1 and name.endswith("weight")):
         return drawn.add_(0.5)
     variance = 1 / max(1, shape[1:].numel()) if len(shape) > 1 else 0.04
