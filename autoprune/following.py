@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autoprune.contractions import attention, batched_product, convolution, linear
 from autoprune.groups import tensors_in
 from autoprune.labels import spread
-from autoprune.rules import apply_rule, cut, indexed, movement, reshape, rule_for, same, split
+from autoprune.movements import cut, indexed, movement, reshape, same, split
+from autoprune.rules import apply_rule, rule_for
 from autoprune.tracer import Call, Tracer
 
 MOVING = (movement, reshape, same, split, cut, indexed)

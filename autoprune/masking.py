@@ -17,8 +17,9 @@ from autoprune.contractions import attention, batched_product, convolution, line
 from autoprune.following import LabelMode, following
 from autoprune.groups import Groups, loses_whole_conv_groups
 from autoprune.labels import thin, varying_axes
+from autoprune.norms import along_axis, group_norm, layer_norm, reduced_axes, reduction
 from autoprune.pruning import Kept
-from autoprune.rules import along_axis, group_norm, layer_norm, reduced_axes, reduction, rule_for
+from autoprune.rules import rule_for
 from autoprune.tracer import Call, Tracer
 
 

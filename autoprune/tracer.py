@@ -5,12 +5,13 @@ Labels ride on the tensors themselves, as an attribute; ids of tensors are reuse
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoprune.errors import UserError
 from autoprune.groups import Layer, own_tensors
 from autoprune.labels import LabelBook, along, lines, spread, varying_axes
 from autoprune.settling import factors_of, settle
@@ -71,6 +72,13 @@ class Call:
                 given = self.args[position] if position < len(self.args) else argument.default_value
                 return self.kwargs.get(name, given)
         raise KeyError(name)
+
+    def refuse(self) -> NoReturn:
+        """Raises a `UserError`: the operation reads an activation's values."""
+        raise UserError(
+            f"model: its forward pass depends on the values of activations ({self.tracer.place(self.func)}), so one "
+            "pass can't show what belongs together; trace a network without data-dependent control flow"
+        )
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensor arguments, lists flattened."""
