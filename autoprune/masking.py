@@ -73,12 +73,10 @@ class _MaskMode(LabelMode):
 
     def execute(self, func, args: tuple, kwargs: dict) -> object:
         """Runs an operation on what is left of its inputs."""
-        run = MASKED.get(rule_for(func))
-        if run is None or not any(
-            map(self.tracer.is_activation, Call(self.tracer, func, args, kwargs, None).tensors())
-        ):
+        run, call = MASKED.get(rule_for(func)), Call(self.tracer, func, args, kwargs, None)
+        if run is None or not any(map(self.tracer.is_activation, call.tensors())):
             return func(*args, **kwargs)
-        return run(Call(self.tracer, func, args, kwargs, None), self.gone)
+        return run(call, self.gone)
 
 
 def _with_zeros(call: Call, gone: Tensor) -> object:
@@ -94,7 +92,7 @@ def _with_zeros(call: Call, gone: Tensor) -> object:
 
 def _left_along(call: Call, axis: int, gone: Tensor) -> Tensor:
     """Positions along an axis of the first argument that are left, whatever rows of cells are removed as a whole."""
-    removed = gone[call.tracer.labels(call.args[0])].movedim(axis, -1).flatten(0, -2)
+    removed = gone[thin(call.tracer.labels(call.args[0]))].movedim(axis, -1).flatten(0, -2)
     rows = removed[~removed.all(1)]
     return (~rows.any(0)).nonzero()[:, 0] if len(rows) else torch.arange(removed.shape[1])
 
