@@ -39,7 +39,8 @@ class NetworkConfig:
     """The network to prune."""
 
     model: str = "resnet20"
-    """A CIFAR network (resnet20, vgg16_bn_cifar, ...), any torchvision classifier, or package.module:factory."""
+    """A CIFAR network (resnet20, vgg16_bn_cifar, ...), any torchvision classifier, timm/NAME, or
+    package.module:factory."""
     weights: str = "auto"
     """Trained weights: a safetensors or torch.save file; "auto" takes the embedded ones for resnet20 on CIFAR-10, or
     those that a package.module:factory brings along."""

@@ -192,8 +192,9 @@ def build(name: str, n_classes: int = 10) -> nn.Module:
     """A freshly initialised network in training mode.
 
     Args:
-        name: A name of `model_names()`, or `package.module:factory` for a callable of your own. The factory is called
-            with `n_classes=` if it takes that argument, else with `num_classes=` if it takes that, else with nothing.
+        name: A name of `model_names()`, `timm/NAME` where timm is installed, or `package.module:factory` for a callable
+            of your own. The factory is called with `n_classes=` if it takes that argument, else with `num_classes=` if
+            it takes that, else with nothing.
         n_classes: Width of the classification head.
 
     Raises:
@@ -201,6 +202,8 @@ def build(name: str, n_classes: int = 10) -> nn.Module:
     """
     if ":" in name:
         return _call_factory(_import_factory(name), n_classes)
+    if name.startswith("timm/"):
+        return _build_timm(name.removeprefix("timm/"), n_classes)
     if name in MODELS:
         return MODELS[name](n_classes=n_classes)
     import torchvision.models
@@ -210,6 +213,17 @@ def build(name: str, n_classes: int = 10) -> nn.Module:
         meant = " or ".join(nearest_names(name, names, 3) or ["resnet20"])
         raise UserError(f"--model: unknown model {name!r}; did you mean {meant}? Your own: package.module:factory")
     return torchvision.models.get_model(name, weights=None, num_classes=n_classes, **_quiet_options(name))
+
+
+def _build_timm(name: str, n_classes: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"--model: timm/{name} needs timm; install it with: pip install timm") from error
+    if not timm.is_model(name):
+        meant = " or ".join(f"timm/{near}" for near in nearest_names(name, timm.list_models(), 3) or ["resnet18"])
+        raise UserError(f"--model: timm has no model {name!r}; did you mean {meant}?")
+    return timm.create_model(name, pretrained=False, num_classes=n_classes)
 
 
 def _quiet_options(name: str) -> dict:

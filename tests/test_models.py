@@ -215,3 +215,13 @@ def test_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(UserError, match="holds no state dict"):
         read_state_dict(tmp_path / "weights.pt")
+
+
+def test_timms_models_are_built_by_name_and_unknown_ones_offer_the_nearest(monkeypatch):
+    model = build("timm/mobilenetv3_small_050", n_classes=7).eval()
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+    with pytest.raises(UserError, match=r"timm has no model 'resnet81'; did you mean timm/resnet"):
+        build("timm/resnet81")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"^--model: timm/resnet18 needs timm; install it with: pip install timm$"):
+        build("timm/resnet18")
