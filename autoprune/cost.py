@@ -36,7 +36,8 @@ class CostTable:
             applied[layer.tensor] += layer.positions
         self._applied = np.array([applied[name] for name in names], dtype=np.int64)
         self._counted = np.array([name in groups.parameters for name in names], dtype=np.int64)
-        self._products_fixed, self._products_by = self._extents(groups, groups.products)
+        fixed, by_term = self._extents(groups, groups.products)
+        self._products_fixed, self._products_by = fixed.sum(), by_term.sum(0)
         self._alive_fixed, self._alive_by = self._extents(groups, groups.operations)
         self.metrics: dict[str, Callable[[Mapping[str, int] | np.ndarray], int]] = {
             "macs": self.macs,
@@ -75,8 +76,7 @@ class CostTable:
         return np.concatenate([kept, kept[self._pairs[:, 0]] * kept[self._pairs[:, 1]]])
 
     def _macs(self, terms: np.ndarray) -> float | int:
-        products = self._products_fixed.sum() + self._products_by.sum(0) @ terms
-        return self._applied @ self._elements(terms) + products
+        return self._applied @ self._elements(terms) + self._products_by @ terms + self._products_fixed
 
     def _elements(self, terms: np.ndarray) -> np.ndarray:
         """Elements of every tensor, `(n_tensors,)`."""
