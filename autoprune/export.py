@@ -97,8 +97,7 @@ def _relative_error(model: nn.Module, session: onnxruntime.InferenceSession, exa
     errors = []
     for batch in (1, 4):
         images = torch.randn(batch, *example.shape[1:], generator=generator)
-        expected = tensors_in(model(images))
-        for torchs, onnxs in zip(expected, session.run(None, {"images": images.numpy()}), strict=True):
+        for torchs, onnxs in zip(tensors_in(model(images)), _run(session, images), strict=True):
             scale = torchs.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
             errors.append(((torchs - torch.from_numpy(onnxs)).abs().max() / scale).item())
     # Not `max(errors) > limit`: a NaN has to fail as well.
@@ -107,6 +106,17 @@ def _relative_error(model: nn.Module, session: onnxruntime.InferenceSession, exa
             f"the ONNX network differs from PyTorch by {max(errors):.1e}; the limit is {MAX_RELATIVE_ERROR:.0e}"
         )
     return max(errors)
+
+
+def _run(session: onnxruntime.InferenceSession, images: Tensor) -> list:
+    try:
+        return session.run(None, {"images": images.numpy()})
+    except Exception as error:  # ONNX Runtime's errors have no common class
+        reason = str(error).strip().partition("\n")[0]
+        raise ExportError(
+            f"the ONNX network doesn't run on a batch of {len(images)} ({reason}); where the code takes the batch size "
+            "from len(x), the export fixes it: write x.shape[0]"
+        ) from error
 
 
 def onnx_session(path: Path) -> onnxruntime.InferenceSession:
