@@ -165,7 +165,9 @@ def attention(call: Call) -> str | None:
     """Scaled dot-product attention: the product with the keys, softmax, the product with the values."""
     tracer = call.tracer
     out = call.out[0]
-    query, key, value = (_merged(tracer.labels(call[name])) for name in ("query", "key", "value"))
+    # A key that all heads share lies on a head axis of length 1.
+    spreads = [tracer.labels(call[name]) for name in ("query", "key", "value")]
+    query, key, value = (_merged(x.expand(*out.shape[:2], *x.shape[2:])) for x in spreads)
     weights = product(tracer, query, key.transpose(1, 2))
     if weights is None:
         return CROSSED

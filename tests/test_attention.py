@@ -182,3 +182,28 @@ def test_users_setter_frees_the_heads_of_an_own_module(monkeypatch, known):
     costs = CostTable(taught)
     pruned = prune(model, taught, {"attention.qkv:heads": torch.tensor([0, 2])})
     assert costs.params({"attention.qkv:heads": 2}) == sum(p.numel() for p in pruned.parameters())
+
+
+class MultiQuery(nn.Module):
+    """All heads share one key and one value."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.query = nn.Conv2d(RGB, WIDTH, 2, 2), nn.Linear(WIDTH, HEADS * 4)
+        self.key, self.value, self.head = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4), nn.Linear(HEADS * 4, CLASSES)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        q = self.query(x).unflatten(-1, (HEADS, 4)).transpose(1, 2)
+        k, v = self.key(x).unsqueeze(1), self.value(x).unsqueeze(1)
+        x = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.head(x.transpose(1, 2).flatten(2).mean(1))
+
+
+def test_attention_with_one_key_for_all_heads_is_pinned_and_the_rest_pruned():
+    model, x = randomise(MultiQuery()).eval(), images(1, 8)
+    groups = trace(model, x)
+    assert groups.channels == {"stem": WIDTH}
+    assert len(groups.unsupported) == 1 and "multiplies channels with channels; it pins" in groups.unsupported[0]
+    costs, pruned = CostTable(groups), prune(model, groups, {"stem": torch.arange(5)})
+    assert costs.params({"stem": 5}) == sum(p.numel() for p in pruned.parameters())
