@@ -16,7 +16,7 @@ from autoprune.pruning import Slicer, shared_copy
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 MAX_FLOAT64_PARAMETERS = 50_000_000
 """Larger networks are checked in float32 and pruned once, to bound time and memory."""
-PERIOD = 1_048_573
+LARGE = 1_000_000
 # ReLUs that happen to be off hide their channels, both hidden units of a small squeeze-and-excitation block in one draw
 # of four; other weights bring them out.
 DRAWS = 8
@@ -150,20 +150,25 @@ class _Check:
 
 
 def randomised(model: nn.Module, generator: np.random.Generator, dtype: torch.dtype) -> nn.Module:
-    """A copy with random weights, tame enough that activations neither vanish nor explode; integers stay."""
-    twin = shared_copy(model)
+    """A copy with random weights, tame enough that activations neither vanish nor explode; integers stay.
+
+    Tensors of one kind and shape that are large share their values: drawing each would take longer, and more memory,
+    than running the network. Nothing hides behind that, since every layer keeps other channels.
+    """
+    twin, drawn = shared_copy(model), {}
     for name, tensor in own_tensors(twin).items():
         if tensor.is_floating_point():
-            tensor.data = _drawn(name, tensor.shape, generator, dtype)
+            is_positive = name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight"))
+            kind = is_positive, tensor.shape
+            if kind not in drawn or tensor.numel() < LARGE:
+                drawn[kind] = _drawn(is_positive, tensor.shape, generator, dtype)
+            tensor.data = drawn[kind]
     return twin
 
 
-def _drawn(name: str, shape: torch.Size, generator: np.random.Generator, dtype: torch.dtype) -> Tensor:
-    # A large tensor repeats its values, or drawing them would take longer than running the network. The period is
-    # prime, so no two rows are alike.
-    block = generator.random(min(shape.numel(), PERIOD), np.float64 if dtype == torch.float64 else np.float32)
-    drawn = torch.from_numpy(np.resize(block, tuple(shape)))
-    if name.endswith("running_var") or (len(shape) == 1 and name.endswith("weight")):
-        return drawn.add_(0.5)
+def _drawn(is_positive: bool, shape: torch.Size, generator: np.random.Generator, dtype: torch.dtype) -> Tensor:
+    values = torch.from_numpy(generator.random(tuple(shape), np.float64 if dtype == torch.float64 else np.float32))
+    if is_positive:
+        return values.add_(0.5)
     variance = 1 / max(1, shape[1:].numel()) if len(shape) > 1 else 0.04
-    return drawn.sub_(0.5).mul_((12 * variance) ** 0.5)
+    return values.sub_(0.5).mul_((12 * variance) ** 0.5)
