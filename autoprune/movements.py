@@ -65,6 +65,15 @@ def cut(call: Call) -> str | None:
     return None
 
 
+def rolled(call: Call) -> str | None:
+    """`roll` by a number of places: of the channel axis that number would have to shrink with the channels."""
+    movement(call)
+    tracer, x = call.tracer, call.args[0]
+    axes = [axis % x.ndim for axis in call["dims"]] or range(x.ndim)
+    moves_channels = tracer.is_activation(x) and set(axes) & set(varying_axes(tracer.labels(x)))
+    return "moves channels by a fixed number of places" if moves_channels else None
+
+
 def reshape(call: Call) -> str | None:
     """`view` and its kin; labels with zero strides may need a copy, so they are reshaped."""
     tracer, shape = call.tracer, call.out.shape

@@ -39,13 +39,16 @@ def group_norm(call: Call) -> str | None:
     channels = tracer.line(call.args[0], 1)
     rows = channels.view(n_groups, -1)
     # Without a weight nothing tells a pruned module how many norm groups are left.
-    if call["weight"] is not None and loses_whole_conv_groups(shape[1], shape[1], n_groups):
+    whole = call["weight"] is not None and loses_whole_conv_groups(shape[1], shape[1], n_groups)
+    if whole:
         tracer.book.join(rows[:, :1].expand_as(rows), rows)
     else:
         tracer.book.join_lines(rows)
     for name in ("weight", "bias"):
         tracer.use_vector(call[name], channels, "follow")
     tracer.label(tensors_in(call.out)[0], spread(channels, 1, shape))
+    # PyTorch refuses to normalise a single value, which one channel of one pixel is.
+    return "normalises single pixels" if call["HxW"] == 1 and not whole else None
 
 
 def along_axis(call: Call) -> str | None:

@@ -27,6 +27,9 @@ REGRESSIONS = {
     "Attention(form='module'), ChannelPad(how='cat'), Split(how='view', pieces=3), Conv(source=1, width=6, groups=4), "
     "Split(source=4, how='view', pieces=4)": 0,
     "Pool(), Pool(), Pool(), Write(how='shift')": 0,
+    "Conv(), ChannelOrder(how='roll'), Conv(act='prelu')": 1,
+    "Conv(), ChannelOrder(how='roll'), SpaceMoves(source=4)": 1,
+    "Depthwise(stride=2), PixelShuffle(how='unshuffle'), Conv(stride=2), Conv(norm='group_of_all')": 2,
     "Matmul(how='linear'), Conv(), Pad(), Shuffle(), Attention(source=2, form='module'), Maxout()": 1,
 }
 """Steps with which a tracer, or a check, once went wrong, as a failure prints them, to the fewest prunable groups."""
