@@ -190,7 +190,9 @@ def check_onnx(case: Case) -> dict:
     if n_params(pruned) * 4 > MAX_ONNX_BYTES:
         pruned = prune(case.model, case.groups, random_kept(case.groups, 0, 0.1, 0.3))
     x = case.images(1).float()
-    if not isinstance(pruned.float().eval()(x), Tensor):
+    with torch.no_grad():  # some networks keep what they compute here, and can't be copied if it has gradients
+        output = pruned.float().eval()(x)
+    if not isinstance(output, Tensor):
         pruned = FirstTensor(pruned).eval()
     with tempfile.TemporaryDirectory() as folder:
         return {"onnx_error": f"{export_onnx(pruned, x, Path(folder) / 'model.onnx'):.1e}"}
