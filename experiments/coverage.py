@@ -16,6 +16,7 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,6 +89,8 @@ def measured_apart(part: str, network: Network) -> dict:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, text=True, timeout=limit_s)
+        if done.returncode == -signal.SIGTERM:
+            sys.exit("stopped")  # with the sweep: says nothing about the network
         printed, end = done.stdout, f"process ended with {done.returncode}" if done.returncode else ""
     except subprocess.TimeoutExpired as stopped:
         printed, end = (stopped.stdout or b"").decode(), f"process stopped after {limit_s} s"
