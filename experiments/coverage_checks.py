@@ -288,7 +288,7 @@ def n_params(model: nn.Module) -> int:
 
 def counted_macs(model: nn.Module, shape: torch.Size) -> tuple[str, int]:
     """What PyTorch counts for one sample: without computing it if the forward pass reads no values. And where."""
-    plain = copy.deepcopy(model).float()
+    plain = copy.deepcopy(model).float().requires_grad_(False)  # else the counter hooks into backward passes
     for device in ("meta", "cpu"):
         try:
             x = torch.zeros(shape, device=device)
@@ -296,7 +296,7 @@ def counted_macs(model: nn.Module, shape: torch.Size) -> tuple[str, int]:
                 plain.to(device)(x)
             return device, counter.get_total_flops() // 2
         except (RuntimeError, NotImplementedError):  # index tensors and plain attributes can't be read on meta
-            plain = copy.deepcopy(model).float()
+            plain = copy.deepcopy(model).float().requires_grad_(False)  # else the counter hooks into backward passes
     raise CheckError("the network can't be counted")
 
 
