@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
 
 from autoprune.attention import OpenMultiheadAttention, is_a, open_attention
 from autoprune.groups import Groups, loses_whole_conv_groups, own_tensors, positions
@@ -184,7 +183,7 @@ def _attention_setter(module: OpenMultiheadAttention):
     return update
 
 
-def _vision_transformer_setter(module: VisionTransformer):
+def _vision_transformer_setter(module: nn.Module):
     def update() -> None:
         module.hidden_dim = module.class_token.shape[-1]
 
@@ -215,7 +214,7 @@ ATTRIBUTE_SETTERS: dict[type[nn.Module] | str, Callable[[nn.Module], Callable[[]
     nn.GroupNorm: _group_norm_setter,
     nn.Linear: _linear_setter,
     OpenMultiheadAttention: _attention_setter,
-    VisionTransformer: _vision_transformer_setter,
+    "torchvision.models.vision_transformer.VisionTransformer": _vision_transformer_setter,
     "timm.layers.attention.Attention": _timm_attention_setter,
     "timm.models.swin_transformer.WindowAttention": _timm_windows_setter,
 }

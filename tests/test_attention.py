@@ -64,6 +64,15 @@ def test_open_multihead_attention_hides_what_the_original_hides(kind, shape, nee
     torch.testing.assert_close(open_one(x, x, x, need_weights=need_weights, **masks), expected)
 
 
+@pytest.mark.parametrize("masks", ["attn_mask", "key_padding_mask"])
+def test_masks_take_the_precision_of_the_network(masks):
+    original, open_one = opened(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).double())
+    x, hidden = tokens().double(), torch.zeros((2, TOKENS) if masks == "key_padding_mask" else (TOKENS, TOKENS)).bool()
+    hidden[:, -1] = True
+    expected = original(x, x, x, need_weights=False, **{masks: hidden})[0]
+    torch.testing.assert_close(open_one(x, x, x, need_weights=False, **{masks: hidden})[0], expected)
+
+
 @pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 6, "vdim": 6}])
 def test_unusual_configurations_stay_as_they_are(options):
     module = nn.MultiheadAttention(WIDTH, HEADS, **options)

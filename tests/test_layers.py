@@ -62,9 +62,16 @@ def test_wrong_edges_are_seen_in_functions_and_conditions_too():
     assert wrong_edges("agents", imports(ast.parse(code))) == []
 
 
-@pytest.mark.parametrize("module", ["autoprune.cli", "autoprune.config"])
-def test_command_line_is_imported_without_torch(module):
-    code = f"import {module}, sys; heavy = {{'torch', 'gymnasium', 'matplotlib'}} & set(sys.modules); print(*heavy)"
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("autoprune.cli", {"torch", "gymnasium", "matplotlib"}),
+        ("autoprune.config", {"torch", "gymnasium", "matplotlib"}),
+        ("autoprune.tracing", {"torchvision", "timm", "gymnasium"}),
+    ],
+)
+def test_modules_are_imported_without_what_they_may_never_need(module, heavy):
+    code = f"import {module}, sys; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
