@@ -125,11 +125,9 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, like: Tenso
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
     """Minus infinity where a boolean mask hides a key; other masks are additive already."""
-    return (
-        torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
-        if mask.dtype == torch.bool
-        else mask.to(like.dtype)
-    )
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
 
 
 OPEN: dict[str, str] = {
