@@ -87,15 +87,15 @@ class CostTable:
         """Length of up to two prunable axes a tensor: `fixed + by_term @ terms`; the other axes are a factor."""
         rows = {name: row for row, name in enumerate(groups.shapes)}
         axes = _prunable_axes(groups)
-        slots = {place: [axis for tensor, axis in axes if tensor == place[0]].index(place[1]) for place in axes}
-        n_terms = len(self.names) + len(self._pairs)
+        terms = self._terms(self.dense)
         self._fixed = np.ones((2, len(rows)), np.int64)
-        self._by_term = np.zeros((2, len(rows), n_terms), np.int64)
+        self._by_term = np.zeros((2, len(rows), len(terms)), np.int64)
+        used = dict.fromkeys(rows, 0)
         for (tensor, axis), per_channel in axes.items():
-            slot, row = slots[tensor, axis], rows[tensor]
+            slot, row = used[tensor], rows[tensor]
+            used[tensor] += 1
             for term, n in self._by_terms(per_channel).items():
                 self._by_term[slot, row, term] = n
-            terms = self._terms(self.dense)
             self._fixed[slot, row] = groups.shapes[tensor][axis] - self._by_term[slot, row] @ terms
         rest = [[n for axis, n in enumerate(groups.shapes[name]) if (name, axis) not in axes] for name in rows]
         self._rest = np.array([int(np.prod(lengths)) for lengths in rest], np.int64)
@@ -140,9 +140,6 @@ def _prunable_axes(groups: Groups) -> dict[tuple[str, int], dict[int, int]]:
 
 def _overlaps(groups: Groups) -> np.ndarray:
     """Pairs of groups that are the rows and the columns of the same cells, `(n, 2)`."""
-    pairs = set()
-    for extent in groups.cells:
-        names = [group.name for group in groups]
-        if all(name in names for name in extent):
-            pairs.add(tuple(names.index(name) for name in extent))
+    numbers = {group.name: number for number, group in enumerate(groups)}
+    pairs = [[numbers[name] for name in cells] for cells in groups.cells if numbers.keys() >= set(cells)]
     return np.array(sorted(pairs), np.int64).reshape(-1, 2)
