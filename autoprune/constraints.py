@@ -5,7 +5,6 @@ output or as input. So `layer1.*` also means the channels that enter layer1, and
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from autoprune.config import SearchConfig
@@ -27,8 +26,7 @@ def pinned_by_user(groups: Groups, patterns: Iterable[str]) -> Groups:
     for pattern in patterns:
         for group in _meant(groups, pattern, "exclude"):
             asked.setdefault(group.name, f"user asked (--exclude {pattern})")
-    reasons = {group.name: group.pinned or asked.get(group.name) for group in groups.all}
-    return replace(groups, all=tuple(replace(group, pinned=reasons[group.name]) for group in groups.all))
+    return groups.with_pins(asked)
 
 
 def per_group(groups: Groups, flag: str, numbers: Mapping[str, int], default: int) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -146,13 +146,14 @@ class Groups:
         """Prunable group to its number of channels in the dense network."""
         return {group.name: group.channels for group in self}
 
+    def with_pins(self, reasons: Mapping[str, str]) -> "Groups":
+        """The same groups, of which those named can't be pruned; what is pinned already keeps its reason."""
+        pinned = (replace(group, pinned=group.pinned or reasons.get(group.name)) for group in self.all)
+        return replace(self, all=tuple(pinned))
+
     def gone(self, kept: Mapping[str, Tensor]) -> Tensor:
         """Per label of the trace whether it goes when the prunable groups keep these channels, bool `(n_labels,)`."""
-        channels = []
-        for group in self.all:
-            removed = torch.ones(group.channels, dtype=torch.bool)
-            removed[kept[group.name] if group.pinned is None and group.name in kept else slice(None)] = False
-            channels.append(removed)
+        channels = [removed(group, kept if group.pinned is None else {}) for group in self.all]
         return torch.cat([*channels, torch.zeros(1, dtype=torch.bool)])[self.units].any(1)
 
     @property
@@ -168,6 +169,13 @@ def loses_whole_conv_groups(n_in: int, n_out: int, n_groups: int) -> bool:
     The finer choice: more groups than channels in each. Depthwise convolutions always lose whole groups.
     """
     return n_groups > 1 and (n_groups == n_in or n_groups >= max(n_in, n_out) // n_groups)
+
+
+def removed(group: Group, kept: Mapping[str, Tensor]) -> Tensor:
+    """Per channel of a group whether it goes, bool `(n_channels,)`; a group that `kept` doesn't name keeps all."""
+    gone = torch.ones(group.channels, dtype=torch.bool)
+    gone[kept.get(group.name, slice(None))] = False
+    return gone
 
 
 def positions(member: Member, channels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.attention import OpenMultiheadAttention, is_a, open_attention
-from autoprune.groups import Groups, loses_whole_conv_groups, own_tensors, positions
+from autoprune.groups import Groups, loses_whole_conv_groups, own_tensors, positions, removed
 
 Kept = Mapping[str, Tensor]
 """Prunable group to the channels that survive, int64, ascending."""
@@ -69,8 +69,7 @@ class Slicer:
     def _kept_positions(self, kept: Kept) -> dict[str, dict[int, Tensor]]:
         alive: dict[str, dict[int, Tensor]] = {name: {} for name in self._dense}
         for group in self.groups:
-            gone = torch.ones(group.channels, dtype=torch.bool)
-            gone[kept.get(group.name, slice(None))] = False
+            gone = removed(group, kept)
             if not gone.any():
                 continue
             for member in group.members:

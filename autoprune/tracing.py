@@ -4,8 +4,6 @@ No table of layer couplings and no list of architectures: what is added, concate
 pass decides which channels belong together. Every group found is then proven: pruned equals masked.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -37,9 +35,7 @@ def trace(model: nn.Module, example: Tensor, verify: bool = True) -> Groups:
     tracer = Tracer(twin)
     _run(tracer, example[:1].detach().to("cpu", torch.float32).contiguous())
     groups = derive(tracer)
-    for name, reason in failing_groups(twin, groups, example[:1]).items() if verify else ():
-        groups = pinned(groups, name, reason)
-    return groups
+    return groups.with_pins(failing_groups(twin, groups, example[:1])) if verify else groups
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
@@ -63,11 +59,6 @@ def _run(tracer: Tracer, example: Tensor) -> None:
         raise UserError(f"model: tracing failed in {tracer.where}: {type(error).__name__}: {reason}") from error
     for tensor in tensors_in(output):
         tracer.book.pin(tracer.labels(tensor), "feeds the network's output")
-
-
-def pinned(groups: Groups, name: str, reason: str) -> Groups:
-    """The same trace with one more group that can't be pruned."""
-    return replace(groups, all=tuple(replace(g, pinned=reason) if g.name == name else g for g in groups.all))
 
 
 def describe(groups: Groups) -> dict:
