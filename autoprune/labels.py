@@ -7,7 +7,7 @@ Where channels lie on two axes, as attention's (heads, width) do, a channel is a
 its column goes. `LabelBook.factor` makes such a lattice; `autoprune.settling` makes all lattices agree.
 """
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -69,7 +69,7 @@ class LabelBook:
 
     def again(self) -> "LabelBook":
         """A book for another run of the same network, with the same labels and lattices."""
-        return LabelBook(self.n_labels, False, dict(self.known), lattices=list(self.lattices))
+        return LabelBook(self.n_labels, records=False, known=dict(self.known), lattices=list(self.lattices))
 
     def join(self, a: Tensor, b: Tensor) -> None:
         """Makes the channels behind two label tensors of equal shape the same, position by position.
@@ -172,7 +172,11 @@ def thin(labels: Tensor) -> Tensor:
 
 def compressed(labels: Tensor) -> Tensor:
     """The labels on their varying axes alone."""
-    axes = varying_axes(labels)
+    return at_origin(labels, varying_axes(labels))
+
+
+def at_origin(labels: Tensor, axes: Collection[int]) -> Tensor:
+    """The labels along some axes, at the first position of all others."""
     return labels[tuple(slice(None) if axis in axes else 0 for axis in range(labels.ndim))]
 
 
@@ -180,14 +184,13 @@ def along(labels: Tensor, axis: int) -> Tensor | None:
     """The labels along one axis, `(n,)`, or None where they also vary along another."""
     if any(other != axis for other in varying_axes(labels)):
         return None
-    index = tuple(slice(None) if other == axis else 0 for other in range(labels.ndim))
-    return labels[index]
+    return at_origin(labels, [axis])
 
 
 def lines(labels: Tensor, axis: int) -> Tensor:
     """The lines along one axis, `(n_lines, n)`, each distinct position of the other varying axes once."""
     axes = [other for other in varying_axes(labels) if other != axis]
-    kept = labels[tuple(slice(None) if other in (*axes, axis) else 0 for other in range(labels.ndim))]
+    kept = at_origin(labels, [*axes, axis])
     return kept.movedim(sum(other < axis for other in axes), -1).reshape(-1, labels.shape[axis])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autoprune.contractions import attention, batched_product, convolution, linear
-from autoprune.labels import varying_axes
+from autoprune.labels import at_origin, varying_axes
 from autoprune.movements import (
     blank,
     channel_shuffle,
@@ -34,7 +34,7 @@ from autoprune.movements import (
     split,
 )
 from autoprune.norms import along_axis, batch_norm, group_norm, layer_norm, reduction, rows_of
-from autoprune.tracer import Call, Tracer
+from autoprune.tracer import Call
 
 aten = torch.ops.aten
 Rule = Callable[[Call], str | None]
@@ -104,18 +104,14 @@ def _meet(call: Call, operands: list[Tensor], spreads: list[Tensor]) -> str | No
         sizes = (1,) * (n_axes - operands[i].ndim) + tuple(operands[i].shape)
         met = axes[i] or [axis for axis in axes[main] if sizes[axis] > 1]
         if set(axes[main]) <= set(met):
-            _join_at(tracer, spreads[main], spreads[i], met)
+            tracer.book.join(at_origin(spreads[main], met), at_origin(spreads[i], met))
         elif set(met) <= set(axes[main]):
-            _join_at(tracer, rows_of(tracer, spreads[main], met).expand(call.out.shape), spreads[i], met)
+            rows = rows_of(tracer, spreads[main], met).expand(call.out.shape)
+            tracer.book.join(at_origin(rows, met), at_origin(spreads[i], met))
         else:
             return "crosses channels with channels"
     tracer.label(call.out, spreads[main])
     return None
-
-
-def _join_at(tracer: Tracer, a: Tensor, b: Tensor, axes: list[int]) -> None:
-    corner = tuple(slice(None) if axis in axes else 0 for axis in range(a.ndim))
-    tracer.book.join(a[corner], b[corner])
 
 
 def written(call: Call) -> str | None:

@@ -22,7 +22,7 @@ def settle(book: LabelBook) -> np.ndarray:
         before = roots
         for constraint, labels in book.constraints:
             n_joins = book.n_joins
-            for plane in _planes(labels, roots, factors):
+            for plane in planes(roots[labels.numpy()], factors):
                 MEET[constraint](book, plane)
             if book.n_joins > n_joins:
                 roots, factors = _aligned(book, roots, n_joins)
@@ -98,9 +98,8 @@ def _n_pairs(a: Tensor, b: Tensor) -> int:
     return torch.unique(torch.stack([a, b]), dim=1).shape[1]
 
 
-def _planes(labels: Tensor, roots: np.ndarray, factors: np.ndarray) -> list[Tensor]:
-    """What decides what is kept along a label tensor's axes: its roots, or the rows and the columns of its cells."""
-    found = roots[labels.numpy()]
+def planes(found: np.ndarray, factors: np.ndarray) -> list[Tensor]:
+    """What decides what is kept along a tensor's axes: its roots `found`, or the rows and the columns of its cells."""
     if not factors[found].any():
         return [torch.from_numpy(found)]
     is_cell = factors[found, 0] > 0

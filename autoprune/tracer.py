@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autoprune.errors import UserError
 from autoprune.groups import Layer, own_tensors
 from autoprune.labels import LabelBook, along, lines, spread, varying_axes
-from autoprune.settling import factors_of, settle
+from autoprune.settling import factors_of, planes, settle
 
 LABELS, VIEW = "_autoprune_labels", "_autoprune_view"
 
@@ -204,13 +204,11 @@ class Tracer:
         roots = settle(self.book)
         factors = factors_of(self.book, roots)
         for name, labels in self.bare.items():
-            found = roots[labels.numpy()]
+            found = torch.from_numpy(roots[labels.numpy()])
             # Cells that lie along one axis are used as they are; on two axes, rows lie along one and columns along the
             # other.
-            on_two = len(varying_axes(torch.from_numpy(found))) > 1 and factors[found].any()
-            planes = [np.where(factors[found, 0] > 0, factors[found, side], found) for side in (0, 1)]
-            for plane in planes if on_two else [found]:
-                self._settle_bare(name, torch.from_numpy(plane), labels)
+            for plane in planes(found.numpy(), factors) if len(varying_axes(found)) > 1 else [found]:
+                self._settle_bare(name, plane, labels)
         return settle(self.book)
 
     def _settle_bare(self, name: str, plane: Tensor, labels: Tensor) -> None:
