@@ -11,8 +11,6 @@ All networks: about a night on one core.
 """
 
 import argparse
-import csv
-import io
 import json
 import os
 import resource
@@ -25,6 +23,7 @@ from pathlib import Path
 from autoprune.runs import write_text
 from experiments.coverage_networks import FAMILIES, Network, networks
 from experiments.coverage_report import report
+from experiments.tables import read_table, write_table
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "experiments" / "results" / "coverage.csv"
@@ -60,7 +59,7 @@ def main() -> None:
         for part in args.parts:
             if args.again or not is_known(network, part):
                 store(network, measured_apart(part, network))
-    write_text(DOCUMENT, report(read_rows()))
+    write_text(DOCUMENT, report(read_table(TABLE)))
 
 
 def measure_here(part: str, network: Network) -> None:
@@ -106,16 +105,9 @@ def commit() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def read_rows() -> list[dict]:
-    if not TABLE.exists():
-        return []
-    with TABLE.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def is_known(network: Network, part: str) -> bool:
     """Whether the table holds that part of that network's row."""
-    return any(row[PARTS[part][3]] for row in read_rows() if is_of(row, network))
+    return any(row[PARTS[part][3]] for row in read_table(TABLE) if is_of(row, network))
 
 
 def is_of(row: dict, network: Network) -> bool:
@@ -124,17 +116,13 @@ def is_of(row: dict, network: Network) -> bool:
 
 def store(network: Network, columns: dict) -> None:
     """Puts columns into a network's row, atomically, and says what it holds."""
-    others = [row for row in read_rows() if not is_of(row, network)]
-    entry = next((row for row in read_rows() if is_of(row, network)), {})
+    others = [row for row in read_table(TABLE) if not is_of(row, network)]
+    entry = next((row for row in read_table(TABLE) if is_of(row, network)), {})
     entry = {"family": network.family, "builder": network.name} | _without(entry, columns) | columns
     rows = [*others, entry]
     order = {(n.family, n.name): place for place, n in enumerate(networks())}
     rows.sort(key=lambda r: order.get((r["family"], r["builder"]), len(order)))
-    text = io.StringIO()
-    table = csv.DictWriter(text, FIELDS, restval="", extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_text(TABLE, text.getvalue())
+    write_table(TABLE, rows, FIELDS)
     print(" ".join(f"{name}={entry[name]}" for name in FIELDS if entry.get(name) not in (None, "")), flush=True)
 
 

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.cost import CostTable
 from autoprune.export import MAX_ONNX_BYTES, WEIGHTS, export_onnx, save_pruned
-from autoprune.groups import Groups, positions, tensors_in
+from autoprune.groups import Groups, positions, removed, tensors_in
 from autoprune.masking import mask
 from autoprune.pruning import fit_shapes, prune
 from autoprune.tracing import describe, trace
@@ -258,10 +258,8 @@ def zeroed(model: nn.Module, groups: Groups, kept: dict[str, Tensor]) -> nn.Modu
     twin = copy.deepcopy(model)
     tensors = twin.state_dict()
     for group in groups:
-        gone = torch.ones(group.channels, dtype=torch.bool)
-        gone[kept[group.name]] = False
         for member in group.consumers:
-            tensors[member.tensor].index_fill_(member.axis, positions(member, gone), 0)
+            tensors[member.tensor].index_fill_(member.axis, positions(member, removed(group, kept)), 0)
     return twin
 
 
@@ -288,15 +286,15 @@ def n_params(model: nn.Module) -> int:
 
 def counted_macs(model: nn.Module, shape: torch.Size) -> tuple[str, int]:
     """What PyTorch counts for one sample: without computing it if the forward pass reads no values. And where."""
-    plain = copy.deepcopy(model).float().requires_grad_(False)  # else the counter hooks into backward passes
     for device in ("meta", "cpu"):
+        plain = copy.deepcopy(model).float().requires_grad_(False)  # else the counter hooks into backward passes
         try:
             x = torch.zeros(shape, device=device)
             with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_attention():
                 plain.to(device)(x)
             return device, counter.get_total_flops() // 2
         except (RuntimeError, NotImplementedError):  # index tensors and plain attributes can't be read on meta
-            plain = copy.deepcopy(model).float().requires_grad_(False)  # else the counter hooks into backward passes
+            continue
     raise CheckError("the network can't be counted")
 
 

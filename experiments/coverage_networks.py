@@ -250,12 +250,6 @@ def _torchvision_names() -> list[str]:
     return sorted(torchvision_models.list_models(module=torchvision_models), key=n_params)
 
 
-def _build_timm(name: str) -> nn.Module:
-    import timm
-
-    return timm.create_model(name, pretrained=False)
-
-
 def _timm_size(model: nn.Module) -> int:
     config = model.default_cfg
     usual, smallest = config["input_size"][-1], config.get("min_input_size", (0, 0, 0))[-1]
@@ -281,5 +275,5 @@ BUILDERS: dict[str, Callable[[str], nn.Module]] = {
     "torchvision": lambda name: models.build(name, n_classes=1000),
     "segmentation": lambda name: torchvision_models.get_model(name, weights=None, weights_backbone=None),
     "detection": lambda name: BACKBONES[name](),
-    "timm": _build_timm,
+    "timm": lambda name: models.build(f"timm/{name}", n_classes=1000),
 }

@@ -9,8 +9,6 @@ on one core.
 """
 
 import argparse
-import csv
-import io
 import re
 import sys
 from collections import Counter
@@ -19,7 +17,7 @@ from pathlib import Path
 import torch
 
 from autoprune.console import progress, say
-from autoprune.runs import write_text
+from experiments.tables import read_table, write_table
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from contracts import check
@@ -37,13 +35,13 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    rows = read(args.out)
+    rows = {int(row["seed"]): row for row in read_table(args.out)}
     seeds = range(args.seed, args.seed + args.networks)
     with progress("fuzz", args.networks) as advance:
         for seed in seeds:
             if seed not in rows:
                 rows[seed] = measured(seed)
-                write(args.out, rows)
+                write_table(args.out, [rows[seed] for seed in sorted(rows)], FIELDS)
             advance(f"{sum(1 for row in rows.values() if row['failures'])} failures")
     summarise([rows[seed] for seed in seeds])
     return 1 if any(rows[seed]["failures"] for seed in seeds) else 0
@@ -58,24 +56,6 @@ def measured(seed: int) -> dict[str, str]:
         say(f"recipe({seed}) = {made}\n  smallest: {smallest}\n  " + "\n  ".join(found.failures))
     values = seed, found.prunable, BETWEEN.join(found.pinned), found.error, BETWEEN.join(found.failures), made
     return {field: str(value) for field, value in zip(FIELDS, values, strict=True)}
-
-
-def read(table: Path) -> dict[int, dict[str, str]]:
-    """The rows that are there, by seed."""
-    if not table.exists():
-        return {}
-    with table.open(newline="") as file:
-        return {int(row["seed"]): row for row in csv.DictReader(file)}
-
-
-def write(table: Path, rows: dict[int, dict[str, str]]) -> None:
-    """All rows, atomically."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS)
-    writer.writeheader()
-    writer.writerows(rows[seed] for seed in sorted(rows))
-    table.parent.mkdir(parents=True, exist_ok=True)
-    write_text(table, text.getvalue())
 
 
 def summarise(rows: list[dict[str, str]]) -> None:

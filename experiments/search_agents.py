@@ -9,8 +9,6 @@ there already aren't measured again, and a killed search goes on where it was. R
 """
 
 import argparse
-import csv
-import os
 from pathlib import Path
 
 import torch
@@ -18,8 +16,9 @@ import torch
 from agents.search import AGENTS, SearchResult, search
 from autoprune.compress import Workspace
 from autoprune.config import DataConfig, NetworkConfig, SearchConfig, Settings
-from autoprune.runs import RunFolder, write_text
+from autoprune.runs import RunFolder
 from envs.layer_pruning import LayerPruningEnv
+from experiments.tables import read_table, write_table
 
 DETERMINISTIC = ("uniform", "sensitivity")
 FIELDS = (
@@ -105,17 +104,12 @@ def row(args: argparse.Namespace, name: str, seed: int, result: SearchResult, wo
 
 def is_known(table: Path, budget: str, name: str, seed: int) -> bool:
     """Whether the table holds that cell."""
-    if not table.exists():
-        return False
-    with table.open(newline="") as file:
-        return any((r["budget"], r["searcher"], r["seed"]) == (budget, name, str(seed)) for r in csv.DictReader(file))
+    return any((r["budget"], r["searcher"], r["seed"]) == (budget, name, str(seed)) for r in read_table(table))
 
 
 def append(table: Path, entry: dict) -> None:
     """Adds a row, atomically."""
-    text = table.read_text() if table.exists() else ",".join(FIELDS) + os.linesep
-    table.parent.mkdir(parents=True, exist_ok=True)
-    write_text(table, text + ",".join(str(entry[field]) for field in FIELDS) + os.linesep)
+    write_table(table, [*read_table(table), entry], FIELDS)
     print(entry, flush=True)
 
 

@@ -8,7 +8,6 @@ proxy and the selection split (both from the training set, before fine-tuning). 
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,8 @@ import numpy as np
 from agents.replay import Policy, replay
 from autoprune.compress import Workspace
 from autoprune.config import DataConfig, NetworkConfig, SearchConfig, Settings
-from autoprune.runs import write_atomically
 from envs.layer_pruning import LayerPruningEnv
+from experiments.tables import write_table
 
 TRAINED_ON = "resnet20"
 TARGETS = (("resnet20", "macs=40%"), ("resnet20", "macs=50%"), ("resnet20", "macs=60%"), ("resnet56", "macs=50%"))
@@ -46,7 +45,7 @@ def main() -> None:
                     row(env, network, budget, f"{name} policy of {TRAINED_ON} at 50 %, seed {seed}", allocation.kept)
                 )
                 print(rows[-1], flush=True)
-    write_atomically(Path(__file__).parent / "results" / "transfer.csv", lambda path: write_table(path, rows))
+    write_table(Path(__file__).parent / "results" / "transfer.csv", rows, list(rows[0]))
 
 
 def workspace(name: str, weights: str) -> Workspace:
@@ -77,13 +76,6 @@ def row(env: LayerPruningEnv, network: str, budget: str, allocator: str, kept: d
         "selection_accuracy": round(selection.accuracy, 4),
         "selection_loss": round(selection.loss, 4),
     }
-
-
-def write_table(path: Path, rows: list[dict]) -> None:
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
 
 
 if __name__ == "__main__":

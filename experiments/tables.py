@@ -1,0 +1,32 @@
+"""Tables of results as CSV files."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from autoprune.runs import write_text
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; none where it isn't there yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_table(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
+    """Writes a table at once, so that a killed script leaves the old one or the new one.
+
+    Args:
+        path: The CSV file.
+        rows: Column to value; what a row lacks stays empty.
+        columns: In their order.
+    """
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
