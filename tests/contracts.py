@@ -5,16 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from nets import SIZE, images, outputs, random_kept
+from nets import SIZE, counted_macs, difference, images, outputs, random_kept
 from recipes import Recipe, build
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.cost import CostTable
-from autoprune.groups import Group, Groups, positions
+from autoprune.groups import Groups, positions, removed
 from autoprune.masking import mask
 from autoprune.pruning import prune
 from autoprune.tracing import trace
+from experiments.coverage_checks import zeroed
 
 TOLERANCE = 1e-9
 CHANGED = 1e-9
@@ -97,21 +97,10 @@ def check_allocation(model: nn.Module, groups: Groups, kept: Kept, findings: Fin
 
 def check_zeroed(model: nn.Module, groups: Groups, kept: Kept, findings: Findings) -> None:
     """Compares with a reference that follows no labels: weights that read a removed channel are zero."""
-    zeroed = copy.deepcopy(model)
-    tensors = zeroed.state_dict()
-    for group in groups:
-        for member in group.consumers:
-            tensors[member.tensor].index_fill_(member.axis, positions(member, _gone(group, kept)), 0)
     x = images(2, SIZE, torch.float64)
-    error = difference(outputs(prune(model, groups, kept), x), outputs(zeroed, x))
+    error = difference(outputs(prune(model, groups, kept), x), outputs(zeroed(model, groups, kept), x))
     if not error < TOLERANCE:
         findings.failures.append(f"pruned and zeroed differ by {error:.1e} for {_listed(kept)}")
-
-
-def _gone(group: Group, kept: Kept) -> Tensor:
-    gone = torch.ones(group.channels, dtype=torch.bool)
-    gone[kept.get(group.name, slice(None))] = False
-    return gone
 
 
 def is_ignored(model: nn.Module, groups: Groups, kept: Kept, x: Tensor) -> bool:
@@ -121,25 +110,11 @@ def is_ignored(model: nn.Module, groups: Groups, kept: Kept, x: Tensor) -> bool:
     for group in groups:
         for member in group.members:
             if member.role == "produce":
-                removed = positions(member, _gone(group, kept))
-                rows = tensors[member.tensor].index_select(member.axis, removed)
+                gone = positions(member, removed(group, kept))
+                rows = tensors[member.tensor].index_select(member.axis, gone)
                 rows += NUDGE * torch.randn(rows.shape, generator=noise, dtype=rows.dtype)
-                tensors[member.tensor].index_copy_(member.axis, removed, rows)
+                tensors[member.tensor].index_copy_(member.axis, gone, rows)
     return difference(outputs(other, x), outputs(model, x)) < CHANGED
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value; infinite where there are other many values."""
-    if a.shape != b.shape:
-        return float("inf")
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-def counted_macs(model: nn.Module, size: int) -> int:
-    """What PyTorch counts on the network without computing it."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).float().to("meta")(torch.empty(1, 3, size, size, device="meta"))
-    return counter.get_total_flops() // 2
 
 
 def _listed(kept: Kept) -> str:

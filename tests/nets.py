@@ -3,12 +3,14 @@
 Every expectation is written down by hand, in named dimensions, so that nothing here comes from the code under test.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 RGB, CLASSES, SIZE = 3, 5, 8
 AREA = SIZE**2
@@ -585,3 +587,17 @@ def random_kept(groups, seed: int, max_sparsity: float = 0.8) -> dict[str, Tenso
 def tensors(model: nn.Module) -> list[Tensor]:
     """Every parameter and buffer."""
     return list(model.state_dict().values())
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference relative to the largest value; infinite where there are other many values."""
+    if a.shape != b.shape:
+        return float("inf")
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def counted_macs(model: nn.Module, size: int) -> int:
+    """What PyTorch counts on the network without computing it."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).float().to("meta")(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() // 2

@@ -242,30 +242,26 @@ def test_weights_that_are_not_finite_are_refused(saved, value):
         load_pruned(saved)
 
 
+class Finishing(nn.Module):
+    """A convolution, and what a test does with its input and its output."""
+
+    def __init__(self, finish):
+        super().__init__()
+        self.conv, self.finish = nn.Conv2d(3, 4, 1), finish
+
+    def forward(self, x):
+        return self.finish(x, self.conv(x))
+
+
 def test_a_batch_size_that_the_code_fixes_is_refused_with_the_way_out(tmp_path):
-    class Fixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
-
-        def forward(self, x):
-            return self.conv(x).view(len(x), -1)
-
+    fixed = Finishing(lambda x, y: y.view(len(x), -1))
     with pytest.raises(ExportError, match=r"doesn't run on a batch of \d .*write x\.shape\[0\]"):
-        export_onnx(Fixed(), torch.zeros(1, 3, 8, 8), tmp_path / "fixed.onnx")
+        export_onnx(fixed, torch.zeros(1, 3, 8, 8), tmp_path / "fixed.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_several_outputs_are_exported_and_checked(tmp_path):
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
-
-        def forward(self, x):
-            y = self.conv(x)
-            return {"map": y, "mean": y.mean((2, 3))}
-
-    assert export_onnx(Two(), torch.zeros(1, 3, 8, 8), tmp_path / "two.onnx") < 1e-4
+    two = Finishing(lambda x, y: {"map": y, "mean": y.mean((2, 3))})
+    assert export_onnx(two, torch.zeros(1, 3, 8, 8), tmp_path / "two.onnx") < 1e-4
     names = [output.name for output in onnx_session(tmp_path / "two.onnx").get_outputs()]
     assert names == ["output_0", "output_1"]

@@ -10,9 +10,8 @@ from functools import cached_property
 import numpy as np
 import pytest
 import torch
-from nets import NETS, build, images, outputs, random_kept, randomise, tensors
+from nets import NETS, build, counted_macs, difference, images, outputs, random_kept, randomise, tensors
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune import models
 from autoprune.allocation import SearchSpace
@@ -64,18 +63,6 @@ class Case:
 @pytest.fixture(scope="module", params=NAMES)
 def case(request) -> Case:
     return Case(request.param)
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value."""
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-def counted_macs(model: nn.Module, size: int) -> int:
-    """What PyTorch counts on the network without computing it."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).float().to("meta")(torch.empty(1, 3, size, size, device="meta"))
-    return counter.get_total_flops() // 2
 
 
 def counts(kept: dict[str, Tensor]) -> dict[str, int]:
