@@ -40,27 +40,26 @@ def derive(tracer: Tracer) -> Groups:
     families = _families(places, reasons)
     groups = _groups(tracer, sides, places, families)
 
-    channel_of, name_of = np.full(len(roots), -1), np.zeros(len(roots), np.int64)
+    channel_of, group_of = np.full(len(roots), -1), np.zeros_like(roots)
     first = 0
-    for number, family in enumerate(families):
+    for number, family in enumerate(families, 1):
         channel_of[family.units] = np.arange(first, first + len(family.units))
-        name_of[family.units] = number + 1
+        group_of[family.units] = number
         first += len(family.units)
-    names = [group.name for group in groups]
-    group_of = np.where([False, *(group.pinned is None for group in groups)], np.arange(len(groups) + 1), 0)[
-        name_of[sides]
-    ]
+    names, groups_of = [group.name for group in groups], group_of[sides]
+    is_prunable = np.array([False, *(group.pinned is None for group in groups)])
+    prunable_of = groups_of * is_prunable[groups_of]
     result = Groups(
         all=tuple(groups),
         layers=tuple(tracer.layers),
         shapes={name: tuple(tensor.shape) for name, tensor in own_tensors(tracer.model).items()},
         parameters=frozenset(name for name, _ in tracer.model.named_parameters()),
-        operations=tuple(_sum([_extent(x, 1, group_of, names) for x in alive]) for alive in tracer.operations),
-        products=tuple(_extent(x, times, group_of, names) for x, times in tracer.products),
-        cells=_cells(name_of[sides], names),
+        operations=tuple(_sum([_extent(x, 1, prunable_of, names) for x in alive]) for alive in tracer.operations),
+        products=tuple(_extent(x, times, prunable_of, names) for x, times in tracer.products),
+        cells=_cells(groups_of, names),
         book=tracer.book,
         units=torch.from_numpy(np.where(sides > 0, channel_of[sides], -1)),
-        unsupported=_unsupported(tracer, roots, name_of[sides], names),
+        unsupported=_unsupported(tracer, roots, groups_of, names),
     )
     return with_macs_shares(result)
 
