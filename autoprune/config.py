@@ -46,8 +46,19 @@ class NetworkConfig:
     those that a package.module:factory brings along."""
 
 
+class _Excluding:
+    """Of a configuration with a field `exclude`."""
+
+    exclude: str
+
+    @property
+    def excluded(self) -> list[str]:
+        """The patterns of `exclude`."""
+        return _items(self.exclude)
+
+
 @dataclass(frozen=True)
-class TraceConfig:
+class TraceConfig(_Excluding):
     """A network to look into, trained or not."""
 
     model: str = NetworkConfig.model
@@ -63,11 +74,6 @@ class TraceConfig:
 
     def __post_init__(self) -> None:
         _check_range(self, 1, float("inf"), "n_classes", "image_size")
-
-    @property
-    def excluded(self) -> list[str]:
-        """The patterns of `exclude`."""
-        return _items(self.exclude)
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ class ProxyConfig:
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(_Excluding):
     """What is searched, by whom and for how long."""
 
     budget: str = "macs=50%"
@@ -229,11 +235,6 @@ class SearchConfig:
         _check_range(self, 0, 0.99, "max_sparsity")
         _numbers("min_width", self.min_width)
         _numbers("round_to_for", self.round_to_for)
-
-    @property
-    def excluded(self) -> list[str]:
-        """The patterns of `exclude`."""
-        return _items(self.exclude)
 
     @property
     def least_widths(self) -> dict[str, int]:
