@@ -31,7 +31,7 @@ DOCUMENT = ROOT / "docs" / "coverage.md"
 # What measures: seconds and GiB that its process may take, the column for what went wrong, one that is always filled.
 PARTS = {
     "autoprune": (4 * 3600, 18, "failures", "seconds"),
-    "torch-pruning": (1800, 8, "tp_failure", "tp_runs"),
+    "torch-pruning": (1800, 18, "tp_failure", "tp_runs"),
 }
 RIVAL_LIMIT_S = 120
 FIELDS = (

@@ -47,7 +47,7 @@ both (**<** marks those short of what was wanted); *removable*, what is gone if 
 the peak of that call beyond what the network itself takes.
 
 **Torch-Pruning** 1.6.1 has the same builders and values: pruning ratio 0.3, group magnitude, the classifier ignored, no
-attribute set by hand, 120 CPU seconds and 8 GiB. *Right*: its output equals that of the dense network in which every
+attribute set by hand, 120 CPU seconds and 18 GiB. *Right*: its output equals that of the dense network in which every
 convolution and linear layer reads zeros for the input channels that Torch-Pruning itself says it removed, and layer
 norms run over the kept channels. *Seconds* are those of its graph and its pruning.
 """
@@ -114,6 +114,8 @@ def remarks(rows: list[dict]) -> list[str]:
             lines.append(f"- {row['builder']} fails: {row['failures']}")
         if is_short(row):
             lines.append(f"- {row['builder']} is short of {percent(target(row))}; pinned: {row['reasons']}")
+        if row["tp_failure"]:
+            lines.append(f"- {row['builder']} with Torch-Pruning: {row['tp_failure']}")
     return ["\n".join(lines) + "\n"] if lines else []
 
 
