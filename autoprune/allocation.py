@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +51,10 @@ class Budget:
             raise UserError(f"--budget: the target must be above 0 and at most 100%, got {target!r}; e.g. macs=50%")
         return cls(metric, share=value) if is_share else cls(metric, amount=int(round(value, 3)))
 
+    def at(self, position: float) -> "Budget":
+        """Itself, wherever one looks: the range that is a point."""
+        return self
+
     def target(self, costs: CostTable) -> int:
         """The largest allowed cost of a given network, as an absolute number."""
         dense = costs.metrics[self.metric](costs.dense)
@@ -58,6 +62,47 @@ class Budget:
 
     def __str__(self) -> str:
         return f"{self.metric}={self.share * 100:.8g}%" if self.share is not None else f"{self.metric}={self.amount}"
+
+
+@dataclass(frozen=True)
+class BudgetRange:
+    """Budgets from one share of the dense network to another, for one policy that serves them all.
+
+    Attributes:
+        low: The tightest.
+        high: The widest; of the same metric.
+    """
+
+    low: Budget
+    high: Budget
+
+    @property
+    def metric(self) -> str:
+        """What is budgeted."""
+        return self.low.metric
+
+    def at(self, position: float) -> Budget:
+        """The budget at a position in [0, 1]; 0 is the tightest."""
+        share = self.low.share + position * (self.high.share - self.low.share)
+        return Budget(self.metric, round(share, 4))
+
+    def __str__(self) -> str:
+        return f"{self.low}..{self.high.share * 100:.8g}%"
+
+
+def parse_budget(text: str | Budget | BudgetRange) -> Budget | BudgetRange:
+    """From what `Budget.parse` takes, or a range of shares: "macs=30%..80%".
+
+    Raises:
+        UserError: As `Budget.parse`; or if a range isn't one of shares, from the smaller to the larger.
+    """
+    if not isinstance(text, str) or ".." not in text:
+        return text if isinstance(text, BudgetRange) else Budget.parse(text)
+    first, _, last = text.partition("..")
+    low, high = Budget.parse(first), Budget.parse(f"{first.partition('=')[0]}={last}")
+    if low.share is None or high.share is None or low.share >= high.share:
+        raise UserError(f"--budget: a range goes from a smaller to a larger share, as in macs=30%..80%; got {text!r}")
+    return BudgetRange(low, high)
 
 
 def _number(text: str) -> float:
@@ -148,6 +193,10 @@ class SearchSpace:
         self.low = np.array([levels[0] for levels in self.levels])
         self.high = np.array([levels[-1] for levels in self.levels])
         self.cost = self.costs.metrics[self.metric]
+        # Group and count to the next larger level; the largest is its own.
+        self._following = np.zeros((len(self.levels), max(self.high, default=0) + 1), np.int64)
+        for index, levels in enumerate(self.levels):
+            self._following[index, levels] = np.append(levels[1:], levels[-1])
 
     def _per_group(self, argument: str) -> list[int]:
         """The numbers of `round_to` or `min_width` in the order of the groups."""
@@ -174,50 +223,52 @@ class SearchSpace:
         least = f", --min_width {widths}" if widths != "1" else ""
         return f"--max_sparsity {self.max_sparsity:g}{least} and --round_to {multiples}"
 
-    def feasible(self, kept: np.ndarray, index: int, target: int) -> tuple[int, int]:
-        """Lowest and highest count of group `index` from which the budget can still be met, and be used up.
+    def feasible(self, kept: np.ndarray, index: int, target: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest count `(...)` of group `index` from which the budget can still be met, and be used up.
 
         Args:
-            kept: Counts of all groups; those before `index` are decided, the others are ignored.
+            kept: Counts of all groups, `(..., n_groups)`; those before `index` are decided, the others are ignored.
             index: The group to decide.
-            target: The budget.
+            target: The budget, a number or `(...)`.
         """
         levels, trial = self.levels[index], kept.copy()
-        trial[index + 1 :] = self.low[index + 1 :]
-        highest = self._last(levels, lambda count: self._cost_at(trial, index, count) <= target)
-        trial[index + 1 :] = self.high[index + 1 :]
-        short = self._last(levels, lambda count: self._cost_at(trial, index, count) < target)
-        lowest = min(short + 1, highest)
-        return int(levels[max(lowest, 0)]), int(levels[max(highest, 0)])
+        trial[..., index + 1 :] = self.low[index + 1 :]
+        highest = self._last(trial, index, lambda cost: cost <= target)
+        trial[..., index + 1 :] = self.high[index + 1 :]
+        short = self._last(trial, index, lambda cost: cost < target)
+        lowest = np.minimum(short + 1, highest)
+        return levels[np.maximum(lowest, 0)], levels[np.maximum(highest, 0)]
 
-    def _cost_at(self, kept: np.ndarray, index: int, count: int) -> int:
-        kept[index] = count
-        return self.cost(kept)
-
-    @staticmethod
-    def _last(levels: np.ndarray, holds) -> int:
-        """Position of the last level for which a monotone condition holds; -1 if for none."""
-        low, high = -1, len(levels) - 1
-        while low < high:
+    def _last(self, trial: np.ndarray, index: int, holds: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Position of the last level of a group whose cost meets a monotone condition; -1 if none does."""
+        levels = self.levels[index]
+        low = np.full(trial.shape[:-1], -1)
+        high = np.full(trial.shape[:-1], len(levels) - 1)
+        while (low < high).any():
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if holds(levels[middle]) else (low, middle - 1)
+            trial[..., index] = levels[middle]
+            met = holds(self.cost(trial))
+            # A lane that has converged on -1 looks at the last level, and must not move.
+            low, high = np.where(met & (low < high), middle, low), np.where(met | (low == high), high, middle - 1)
         return low
 
-    def uniform_to_go(self, kept: np.ndarray, index: int, target: int) -> float:
-        """The sparsity that meets the budget if group `index` and all later ones get the same."""
-        low, high, trial = 0.0, 1.0, kept.astype(float)
+    def uniform_to_go(self, kept: np.ndarray, index: int, target: int | np.ndarray) -> np.ndarray:
+        """The sparsity `(...)` that meets the budget if group `index` and all later ones get the same."""
+        low, high = np.zeros(kept.shape[:-1]), np.ones(kept.shape[:-1])
+        trial = kept.astype(float)
         for _ in range(20):
             sparsity = (low + high) / 2
-            rest = self.costs.dense[index:] * (1 - sparsity)
-            trial[index:] = np.clip(rest, self.low[index:], self.high[index:])
-            low, high = (sparsity, high) if self.costs.continuous(self.metric, trial) > target else (low, sparsity)
+            rest = self.costs.dense[index:] * (1 - sparsity[..., None])
+            trial[..., index:] = np.clip(rest, self.low[index:], self.high[index:])
+            above = self.costs.continuous(self.metric, trial) > target
+            low, high = np.where(above, sparsity, low), np.where(above, high, sparsity)
         return high
 
-    def nearest(self, index: int, sparsity: float, bounds: tuple[int, int]) -> int:
-        """The allowed count of group `index` nearest to a sparsity, within bounds."""
+    def nearest(self, index: int, sparsity: float | np.ndarray, bounds: tuple) -> np.ndarray:
+        """The allowed count `(...)` of group `index` nearest to a sparsity `(...)`, within bounds."""
         levels = self.levels[index]
-        wanted = self.costs.dense[index] * (1 - sparsity)
-        return int(np.clip(levels[np.abs(levels - wanted).argmin()], *bounds))
+        wanted = self.costs.dense[index] * (1 - np.asarray(sparsity))
+        return np.clip(levels[np.abs(levels - wanted[..., None]).argmin(-1)], *bounds)
 
     def fill(self, kept: np.ndarray, target: int) -> np.ndarray:
         """Spends what rounding left of the budget: grows groups by single steps, the largest that fits first.
@@ -226,18 +277,12 @@ class SearchSpace:
         """
         kept = kept.copy()
         while True:
-            left, best, best_step = target - self.cost(kept), None, 0
-            for index, levels in enumerate(self.levels):
-                position = int(np.searchsorted(levels, kept[index]))
-                if position + 1 < len(levels):
-                    grown = kept.copy()
-                    grown[index] = levels[position + 1]
-                    step = self.cost(grown) - self.cost(kept)
-                    if best_step < step <= left:
-                        best, best_step = grown, step
-            if best is None:
+            grown = kept + np.diag(self._following[np.arange(len(kept)), kept] - kept)
+            steps = self.cost(grown) - self.cost(kept)
+            fits = (steps > 0) & (steps <= target - self.cost(kept))
+            if not fits.any():
                 return kept
-            kept = best
+            kept = grown[np.where(fits, steps, 0).argmax()]
 
     def uniform(self, target: int) -> np.ndarray:
         """The allocation with one sparsity for all groups, rounded and filled so that it meets the budget."""

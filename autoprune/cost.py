@@ -1,12 +1,14 @@
 """MACs, parameters and memory of an allocation, from tables, without touching the model.
 
 Every cost is a sum over tensors of products of axis lengths, and every axis length is affine in the kept counts, and in
-their products where two groups are the rows and columns of the same cells (attention's heads and their width). So one
-small matrix product answers in microseconds what `torch.utils.flop_counter` counts on the really pruned network. MACs
-are those of convolutions, linear layers and products of activations for one sample.
+their products where two groups are the rows and columns of the same cells (attention's heads and their width). So MACs
+and parameters are quadratic forms, which answer in microseconds, for one allocation or thousands, what
+`torch.utils.flop_counter` counts on the really pruned network. MACs are those of convolutions, linear layers and
+products of activations for one sample.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,10 +18,28 @@ BYTES = 4
 """Size of a float32 element; activations and weights are counted in it."""
 
 
+Kept = Mapping[str, int] | np.ndarray
+
+
+@dataclass(frozen=True)
+class QuadraticForm:
+    """`fixed + terms @ linear + terms @ products @ terms`, in float64, where whole numbers up to 2^53 are exact."""
+
+    fixed: float
+    linear: np.ndarray
+    products: np.ndarray
+
+    def __call__(self, terms: np.ndarray) -> np.ndarray:
+        """Values `(...)` at terms `(..., n_terms)`."""
+        terms = terms.astype(np.float64)
+        return self.fixed + terms @ self.linear + ((terms @ self.products) * terms).sum(-1)
+
+
 class CostTable:
     """Costs of every allocation of one network.
 
-    Kept counts come as a mapping (groups left out keep all) or as an int array in the order of the prunable groups.
+    Kept counts come as a mapping (groups left out keep all) or as an array in the order of the prunable groups; MACs
+    and parameters also take arrays `(..., n_groups)` and answer with int64 `(...)`.
 
     Args:
         groups: The network's trace.
@@ -34,37 +54,42 @@ class CostTable:
         applied = dict.fromkeys(names, 0)
         for layer in groups.layers:
             applied[layer.tensor] += layer.positions
-        self._applied = np.array([applied[name] for name in names], dtype=np.int64)
-        self._counted = np.array([name in groups.parameters for name in names], dtype=np.int64)
-        fixed, by_term = self._extents(groups, groups.products)
-        self._products_fixed, self._products_by = fixed.sum(), by_term.sum(0)
+        counted = {name: name in groups.parameters for name in names}
+        products = self._extents(groups, groups.products)
+        self._forms = {
+            "macs": self._form([applied[name] for name in names], *(part.sum(0) for part in products)),
+            "params": self._form([counted[name] for name in names]),
+        }
         self._alive_fixed, self._alive_by = self._extents(groups, groups.operations)
-        self.metrics: dict[str, Callable[[Mapping[str, int] | np.ndarray], int]] = {
+        self.metrics: dict[str, Callable[[Kept], int]] = {
             "macs": self.macs,
             "params": self.params,
             "memory_bytes": self.memory_bytes,
         }
 
-    def macs(self, kept: Mapping[str, int] | np.ndarray) -> int:
+    def macs(self, kept: Kept) -> int | np.ndarray:
         """Multiply-accumulates of one sample."""
-        return int(self._macs(self._terms(self._array(kept))))
+        return self._exact("macs", kept)
 
-    def params(self, kept: Mapping[str, int] | np.ndarray) -> int:
+    def params(self, kept: Kept) -> int | np.ndarray:
         """Number of trainable values."""
-        return int(self._counted @ self._elements(self._terms(self._array(kept))))
+        return self._exact("params", kept)
 
-    def memory_bytes(self, kept: Mapping[str, int] | np.ndarray) -> int:
+    def memory_bytes(self, kept: Kept) -> int:
         """Parameters and buffers, and the inputs and outputs of the hungriest single operation, for one sample."""
         terms = self._terms(self._array(kept))
         alive = self._alive_fixed + self._alive_by @ terms
         return BYTES * int(self._elements(terms).sum() + alive.max(initial=0))
 
-    def continuous(self, metric: str, kept: np.ndarray) -> float:
-        """MACs or parameters at fractional kept counts: the smooth curve through the exact values."""
-        terms = self._terms(kept)
-        return float(self._macs(terms) if metric == "macs" else self._counted @ self._elements(terms))
+    def continuous(self, metric: str, kept: np.ndarray) -> np.ndarray:
+        """MACs or parameters `(...)` at fractional counts `(..., n_groups)`: a smooth curve through the exact ones."""
+        return self._forms[metric](self._terms(kept))
 
-    def _array(self, kept: Mapping[str, int] | np.ndarray) -> np.ndarray:
+    def _exact(self, metric: str, kept: Kept) -> int | np.ndarray:
+        value = np.rint(self._forms[metric](self._terms(self._array(kept)))).astype(np.int64)
+        return value if value.ndim else int(value)
+
+    def _array(self, kept: Kept) -> np.ndarray:
         if isinstance(kept, np.ndarray):
             return kept
         return np.array([kept.get(name, count) for name, count in zip(self.names, self.dense, strict=True)], np.int64)
@@ -73,10 +98,14 @@ class CostTable:
         """Kept counts of the groups, then their products for groups that are the rows and columns of the same cells."""
         if not len(self._pairs):
             return kept
-        return np.concatenate([kept, kept[self._pairs[:, 0]] * kept[self._pairs[:, 1]]])
+        return np.concatenate([kept, kept[..., self._pairs[:, 0]] * kept[..., self._pairs[:, 1]]], -1)
 
-    def _macs(self, terms: np.ndarray) -> float | int:
-        return self._applied @ self._elements(terms) + self._products_by @ terms + self._products_fixed
+    def _form(self, weights: list[int], fixed: int = 0, by_term: np.ndarray | float = 0.0) -> QuadraticForm:
+        """The sum over tensors of weight times elements, plus an affine part."""
+        weights = np.array(weights, np.float64) * self._rest
+        (first, second), (by_first, by_second) = self._fixed, self._by_term.astype(np.float64)
+        linear = (weights * first) @ by_second + (weights * second) @ by_first + by_term
+        return QuadraticForm(weights @ (first * second) + fixed, linear, (by_first.T * weights) @ by_second)
 
     def _elements(self, terms: np.ndarray) -> np.ndarray:
         """Elements of every tensor, `(n_tensors,)`."""
