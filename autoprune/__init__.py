@@ -9,7 +9,7 @@ _HOMES = {
     "Allocation": "allocation",
     "Budget": "allocation",
     "CostTable": "cost",
-    "Evaluation": "proxy",
+    "Evaluation": "scoring",
     "Groups": "groups",
     "ProxyAccuracy": "proxy",
     "UserError": "errors",

@@ -26,10 +26,11 @@ from autoprune.finetune import finetune
 from autoprune.groups import Groups
 from autoprune.latency import measure_latency
 from autoprune.models import EMBEDDED_WEIGHTS, build, load_weights
-from autoprune.proxy import ProxyAccuracy, accuracy, recalibrate
+from autoprune.proxy import ProxyAccuracy
 from autoprune.pruning import prune, top_channels
 from autoprune.report import write_report
 from autoprune.runs import RunFolder, write_atomically, write_json
+from autoprune.scoring import accuracy, recalibrate
 from autoprune.tracing import trace
 
 Say = Callable[[str], None]

@@ -153,7 +153,7 @@ class FinetuneConfig:
         _check_range(self, 0, float("inf"), "epochs", "lr", "weight_decay")
         _check_range(self, 1, float("inf"), "batch_size", "temperature")
         _check_range(self, 0, 1, "warmup", "distillation", "momentum")
-        _check_bf16(self.bf16)
+        _check_choice(self, "bf16", "auto", "on", "off")
 
     def epochs_for(self, n_images: int) -> int:
         """The number of passes over a training split of `n_images`."""
@@ -166,19 +166,26 @@ class FinetuneConfig:
         return max(1, n_images // self.batch_size)
 
 
-def _check_bf16(value: str) -> None:
-    if value not in ("auto", "on", "off"):
-        raise UserError(f"--bf16: must be auto, on or off, got {value!r}")
+def _check_choice(config: object, name: str, *choices: str) -> None:
+    """Raises a `UserError` unless the field is one of the choices."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise UserError(f"--{name}: must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
 
 
 @dataclass(frozen=True)
 class ProxyConfig:
     """How a sub-model is scored during the search."""
 
-    images: int = 300
+    images: int = 256
     """Images of the proxy split that are scored; more rank a little better and cost in proportion."""
+    loss: str = "cross_entropy"
+    """What answers are held against: cross_entropy (with the labels) or kl (with the dense network's outputs)."""
+    statistics: str = "batch"
+    """Where batch norm takes its statistics from: batch (the images being scored, one pass) or calibration (other
+    images, in a pass of their own)."""
     recalibration_images: int = 250
-    """Images of the calibration split from which batch-norm statistics are measured anew."""
+    """Images of the calibration split for --proxy.statistics calibration."""
     temperature: float = 0.0
     """0 keeps the most important channels; above 0 they are sampled, the more evenly the higher."""
     sub_models: int = 1
@@ -187,11 +194,15 @@ class ProxyConfig:
     """Seed of the sampled channels."""
     bf16: str = "auto"
     """"auto" uses bfloat16 autocast where the CPU has the instructions, "on" and "off" force it."""
+    workers: int | None = None
+    """Candidates scored at once, each on a core of its own (None: one for each core)."""
 
     def __post_init__(self) -> None:
-        _check_range(self, 1, float("inf"), "images", "recalibration_images", "sub_models")
+        _check_range(self, 1, float("inf"), "images", "recalibration_images", "sub_models", "workers")
+        _check_choice(self, "loss", "cross_entropy", "kl")
+        _check_choice(self, "statistics", "batch", "calibration")
         _check_range(self, 0, float("inf"), "temperature")
-        _check_bf16(self.bf16)
+        _check_choice(self, "bf16", "auto", "on", "off")
 
 
 @dataclass(frozen=True)

@@ -1,109 +1,35 @@
 """Proxy accuracy: how good a sub-model is before fine-tuning, measured on held-out training images. The hot path.
 
-A sub-model is drawn, physically sliced into one reused copy of the network, its batch-norm statistics are measured anew
-and it is scored. An allocation that was scored before is looked up.
+A sub-model is drawn, physically sliced into a reused copy of the network and scored with the batch-norm statistics of
+the very images that it is scored on, in one pass; or, if asked, with statistics measured before on other images.
+Several candidates are scored at once, each on a core of its own. An allocation that was scored before is looked up.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import cached_property
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from autoprune.config import ProxyConfig
 from autoprune.criteria import Importance
 from autoprune.data import Images, Splits
-from autoprune.finetune import autocast
 from autoprune.groups import Groups
 from autoprune.pruning import Kept, Slicer, top_channels
+from autoprune.scoring import Evaluation, Questions, answer, in_eval_mode, on_batch_statistics, recalibrate
 
-BatchNorm = nn.modules.batchnorm._BatchNorm
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a sub-model scored.
-
-    Attributes:
-        accuracy: Share of correct answers in [0, 1].
-        loss: Mean cross-entropy in nats; a finer signal than accuracy on few images.
-    """
-
-    accuracy: float
-    loss: float
+SENSITIVITY_IMAGES = 64
 
 
-def _batch_size(shape: torch.Size) -> int:
-    """Images a batch: 500 of CIFAR's size, fewer large ones, so that activations fit into a small machine's memory."""
-    return max(32, min(500, 8_000_000 // (shape[-1] * shape[-2])))
-
-
-@torch.no_grad()
-def score(model: nn.Module, images: Images, batch_size: int | None = None, bf16: str = "off") -> Evaluation:
-    """Accuracy and loss of `model` in eval mode on a split; its training flags are left as found."""
-    correct, loss, size = 0, 0.0, batch_size or _batch_size(images.pixels.shape)
-    # A split that fits one batch is normalised once for all candidates; larger ones would fill the memory as floats.
-    parts = [images] if len(images) <= size else [images[at : at + size] for at in range(0, len(images), size)]
-    with _in_eval_mode(model), autocast(bf16):
-        for part in parts:
-            logits = model(part.inputs).float()
-            correct += (logits.argmax(1) == part.labels).sum().item()
-            loss += F.cross_entropy(logits, part.labels, reduction="sum").item()
-    return Evaluation(correct / len(images), loss / len(images))
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def accuracy(model: nn.Module, images: Images) -> float:
-    """Share of correct answers in [0, 1], in float32."""
-    return score(model, images).accuracy
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, inputs: Tensor, batch_size: int | None = None, bf16: str = "off") -> None:
-    """Measures the batch-norm statistics of `model` anew, in place: the mean over batches of each batch's statistics.
-
-    EagleEye's adaptive batch norm (Li et al. 2020, section 3.3), but from reset statistics and with equal weights, so
-    that neither the dense network's statistics nor the order of the batches matters. Everything else runs in eval mode.
-
-    Args:
-        model: Any network; without batch norm nothing happens.
-        inputs: Normalised calibration images; the mean is taken over whole batches of about `batch_size`.
-        batch_size: Images a batch; None for what fits a small machine's memory, 500 of CIFAR's size.
-        bf16: As in `ProxyConfig`.
-    """
-    layers = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
-    if not layers:
-        return
-    with _in_eval_mode(model), _measuring(layers), autocast(bf16):
-        for batch in inputs.chunk(-(-len(inputs) // (batch_size or _batch_size(inputs.shape)))):
-            model(batch)
-
-
-@contextmanager
-def _measuring(layers: list[BatchNorm]) -> Iterator[None]:
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # PyTorch's cumulative average
-        layer.train()
-    try:
-        yield
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ProxyAccuracy:
@@ -113,8 +39,8 @@ class ProxyAccuracy:
         model: The dense network; never changed.
         groups: Its trace.
         importance: Scores per group that decide which channels survive.
-        splits: Calibration images for batch norm, proxy images for the score.
-        config: Numbers of images and of sub-models.
+        splits: Proxy images for the score, calibration images for batch norm.
+        config: Numbers of images and of sub-models, what the answers are held against.
     """
 
     def __init__(
@@ -131,23 +57,25 @@ class ProxyAccuracy:
         self.evaluations = 0
         """Sub-models scored so far; what came from the cache isn't counted."""
         self._splits = splits
-        self._slicer = Slicer(model, groups)
-        self._slicer.model.eval().to(memory_format=torch.channels_last)
-        self._proxy = splits.proxy[: config.images]
-        self._calibration = splits.calibration.inputs[: config.recalibration_images]
+        self._dense = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+        self._slicers = [Slicer(self._dense, groups, borrow=True) for _ in range(config.workers or available_cores())]
         self._cache: dict[tuple[int, ...], Evaluation] = {}
 
     def __call__(self, kept: Mapping[str, int]) -> Evaluation:
         """The proxy score of an allocation: the mean over its drawn sub-models."""
-        key = tuple(kept[name] for name in self.groups.channels)
-        if key not in self._cache:
-            self._cache[key] = self._mean(kept, self._proxy, self._calibration)
-            self.evaluations += 1
-        return self._cache[key]
+        return self.score_all([kept])[0]
 
-    def select(self, kept: Mapping[str, int]) -> Evaluation:
-        """The score on the larger selection split, for the finalists; calibrated on the whole calibration split."""
-        return self._mean(kept, self._splits.selection, self._splits.calibration.inputs)
+    def score_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
+        """The proxy scores of several allocations, which share the cores; equal to those of one after the other."""
+        keys = [self._key(kept) for kept in allocations]
+        fresh = {key: kept for key, kept in zip(keys, allocations, strict=True) if key not in self._cache}
+        self._cache |= zip(fresh, self._side_by_side(self._proxy_score, list(fresh.values())), strict=True)
+        self.evaluations += len(fresh)
+        return [self._cache[key] for key in keys]
+
+    def select_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
+        """Scores on the larger selection split, for the finalists; calibrated on the whole calibration split."""
+        return self._side_by_side(self._selection_score, allocations)
 
     @property
     def example(self) -> Tensor:
@@ -162,7 +90,7 @@ class ProxyAccuracy:
         """
         if self.config.temperature == 0:
             return top_channels(self.importance, kept)
-        entropy = [self.config.seed, draw, *(kept[name] for name in self.groups.channels)]
+        entropy = [self.config.seed, draw, *self._key(kept)]
         seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
         generator = torch.Generator().manual_seed(seed)
         logits = {name: self.importance[name].clamp_min(1e-12).log() / self.config.temperature for name in kept}
@@ -174,14 +102,92 @@ class ProxyAccuracy:
 
     def restore(self, kept: Mapping[str, int], evaluation: Evaluation) -> None:
         """Puts an evaluation of an earlier, interrupted run into the cache."""
-        self._cache[tuple(kept[name] for name in self.groups.channels)] = evaluation
+        self._cache[self._key(kept)] = evaluation
 
-    def _mean(self, kept: Mapping[str, int], images: Images, calibration: Tensor) -> Evaluation:
-        draws = range(self.config.sub_models if self.config.temperature > 0 else 1)
-        results = [asdict(self._score(self.draw(kept, draw), images, calibration)) for draw in draws]
-        return Evaluation(*(float(np.mean([result[key] for result in results])) for key in ("accuracy", "loss")))
+    def _key(self, kept: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(kept[name] for name in self.groups.channels)
 
-    def _score(self, kept: Kept, images: Images, calibration: Tensor) -> Evaluation:
-        model = self._slicer.apply(kept)
-        recalibrate(model, calibration, bf16=self.config.bf16)
-        return score(model, images, bf16=self.config.bf16)
+    def _side_by_side(self, score: Callable[[Slicer, Kept], Evaluation], allocations: Sequence) -> list[Evaluation]:
+        """The mean score over each allocation's drawn sub-models."""
+        n_draws = self.config.sub_models if self.config.temperature > 0 else 1
+        drawn = [self.draw(kept, draw) for kept in allocations for draw in range(n_draws)]
+        scores = self._on_all_cores(score, drawn)
+        return [_mean(scores[at : at + n_draws]) for at in range(0, len(scores), n_draws)]
+
+    def _on_all_cores(self, score: Callable[[Slicer, Kept], Evaluation], drawn: list[Kept]) -> list[Evaluation]:
+        if len(self._slicers) == 1:
+            return [score(self._slicers[0], kept) for kept in drawn]
+        idle: SimpleQueue[Slicer] = SimpleQueue()
+        for slicer in self._slicers:
+            idle.put(slicer)
+
+        def work(kept: Kept) -> Evaluation:
+            slicer = idle.get()
+            try:
+                return score(slicer, kept)
+            finally:
+                idle.put(slicer)
+
+        n_threads = torch.get_num_threads()
+        # One thread a candidate, also for a single one: the order of sums, and so the score, depends on the threads.
+        with ThreadPoolExecutor(len(self._slicers), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            scores = list(pool.map(work, drawn))
+        torch.set_num_threads(n_threads)  # a thread's own setting is the default of those to come
+        return scores
+
+    def _proxy_score(self, slicer: Slicer, kept: Kept) -> Evaluation:
+        model, bf16 = slicer.apply(kept), self.config.bf16
+        if self.config.statistics == "batch":
+            with on_batch_statistics(model):
+                return answer(model, self._proxy, bf16)
+        recalibrate(model, self._calibration, bf16=bf16)
+        with in_eval_mode(model):
+            return answer(model, self._proxy, bf16)
+
+    def _selection_score(self, slicer: Slicer, kept: Kept) -> Evaluation:
+        model, bf16 = slicer.apply(kept), self.config.bf16
+        recalibrate(model, self._splits.calibration.inputs, bf16=bf16)
+        with in_eval_mode(model):
+            return answer(model, self._selection, bf16)
+
+    @cached_property
+    def sensitivity(self) -> np.ndarray:
+        """Damage when each prunable group alone loses half of its channels, `(n_groups,)`, 0 or more.
+
+        It is the divergence from the dense network's answers on `SENSITIVITY_IMAGES` proxy images, in nats: a quarter
+        of a usual evaluation for each group, measured once.
+        """
+        questions = Questions(self._splits.proxy[:SENSITIVITY_IMAGES])
+        questions.hold_against(self._dense, self.config.bf16)
+
+        def damage(slicer: Slicer, kept: Kept) -> Evaluation:
+            model = slicer.apply(kept)
+            with on_batch_statistics(model):
+                return answer(model, questions, self.config.bf16)
+
+        halves = [top_channels(self.importance, {group.name: -(-group.channels // 2)}) for group in self.groups]
+        return np.array([evaluation.loss for evaluation in self._on_all_cores(damage, halves)])
+
+    @cached_property
+    def _calibration(self) -> Tensor:
+        return self._splits.calibration.inputs[: self.config.recalibration_images]
+
+    @cached_property
+    def _proxy(self) -> Questions:
+        return self._questions(self._splits.proxy[: self.config.images])
+
+    @cached_property
+    def _selection(self) -> Questions:
+        return self._questions(self._splits.selection)
+
+    def _questions(self, images: Images) -> Questions:
+        questions = Questions(images)
+        if self.config.loss == "kl":
+            questions.hold_against(self._dense, self.config.bf16)
+        return questions
+
+
+def _mean(evaluations: list[Evaluation]) -> Evaluation:
+    """Of the drawn sub-models of one allocation."""
+    results = [asdict(evaluation) for evaluation in evaluations]
+    return Evaluation(*(float(np.mean([result[key] for result in results])) for key in ("accuracy", "loss")))

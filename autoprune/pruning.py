@@ -6,12 +6,13 @@ A `Slicer` holds one copy of the network and lays the kept channels of the dense
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.attention import OpenMultiheadAttention, is_a, open_attention
-from autoprune.groups import Groups, loses_whole_conv_groups, own_tensors, positions, removed
+from autoprune.groups import Groups, loses_whole_conv_groups, own_tensors, removed
 
 Kept = Mapping[str, Tensor]
 """Prunable group to the channels that survive, int64, ascending."""
@@ -38,45 +39,80 @@ def _alias(tensor: Tensor) -> Tensor:
     return nn.Parameter(alias, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """The positions of one axis on which groups sit: shared by all axes that are cut alike."""
+
+    length: int
+    members: list[tuple[str, Tensor]]
+    """Group, and its channels' positions `(n_channels, k)`."""
+
+    def survivors(self, gone: Mapping[str, Tensor]) -> Tensor | None:
+        """Positions left when the marked channels go, ascending; None if all are."""
+        members = [(gone[group], index) for group, index in self.members if group in gone]
+        if not members:
+            return None
+        alive = torch.ones(self.length, dtype=torch.bool)
+        for channels, index in members:
+            alive[index[channels].flatten()] = False
+        return alive.nonzero()[:, 0]
+
+
 class Slicer:
     """Lays sub-models of one dense network into one reused copy of it.
+
+    Where each group's channels sit is looked up once; a sub-model is then an index for each kind of axis, and a
+    selection for each tensor.
 
     Args:
         model: The dense network; it is never changed.
         groups: Its trace.
-        borrow: Read the weights from `model` at every call rather than from a copy made now.
+        borrow: Share the weights of `model`, which must stay as they are, rather than copy them.
     """
 
     def __init__(self, model: nn.Module, groups: Groups, borrow: bool = False):
         self.groups = groups
         dense = open_attention(shared_copy(model) if borrow else copy.deepcopy(model))
         self.model = shared_copy(dense)
-        self._dense = {name: tensor.detach() for name, tensor in own_tensors(dense).items()}
-        self._owners = _owners(self.model)
         self._attributes = _attribute_setters(self.model)
+        self._cuts, by_axis = _cuts(groups)
+        owners, axes = _owners(self.model), {name: [] for name in groups.shapes}
+        for (name, axis), cut in by_axis.items():
+            axes[name].append((axis, cut))
+        tensors = {name: tensor.detach() for name, tensor in own_tensors(dense).items()}
+        self._pieces = [(*owners[name], tensor, axes[name]) for name, tensor in tensors.items()]
 
     def apply(self, kept: Kept) -> nn.Module:
         """The sub-model with exactly the kept channels; the same object at every call, valid until the next."""
-        for name, axes in self._kept_positions(kept).items():
-            tensor = self._dense[name]
-            for axis, index in axes.items():
-                tensor = tensor.index_select(axis, index)
-            _assign(*self._owners[name], tensor if axes else tensor.clone())
+        marks = {group.name: removed(group, kept) for group in self.groups if group.name in kept}
+        gone = {name: mark for name, mark in marks.items() if mark.any()}
+        survivors = [cut.survivors(gone) for cut in self._cuts]
+        for module, attribute, dense, axes in self._pieces:
+            tensor = dense
+            for axis, cut in axes:
+                if survivors[cut] is not None:
+                    tensor = tensor.index_select(axis, survivors[cut])
+            _assign(module, attribute, dense.clone() if tensor is dense else tensor)
         for update in self._attributes:
             update()
         return self.model
 
-    def _kept_positions(self, kept: Kept) -> dict[str, dict[int, Tensor]]:
-        alive: dict[str, dict[int, Tensor]] = {name: {} for name in self._dense}
-        for group in self.groups:
-            gone = removed(group, kept)
-            if not gone.any():
-                continue
-            for member in group.members:
-                axes, length = alive[member.tensor], self.groups.shapes[member.tensor][member.axis]
-                mask = axes.setdefault(member.axis, torch.ones(length, dtype=torch.bool))
-                mask[positions(member, gone)] = False
-        return {name: {axis: mask.nonzero()[:, 0] for axis, mask in axes.items()} for name, axes in alive.items()}
+
+def _cuts(groups: Groups) -> tuple[list[_Cut], dict[tuple[str, int], int]]:
+    """The different cuts, and for each tensor and axis with a prunable group the number of its cut."""
+    members: dict[tuple[str, int], list[tuple[str, Tensor]]] = {}
+    for group in groups:
+        for member in group.members:
+            members.setdefault((member.tensor, member.axis), []).append((group.name, member.index.to(torch.int64)))
+    cuts, numbers, by_axis = [], {}, {}
+    for (name, axis), cut in members.items():
+        length = groups.shapes[name][axis]
+        key = length, tuple((group, index.numpy().tobytes()) for group, index in cut)
+        if key not in numbers:
+            numbers[key] = len(cuts)
+            cuts.append(_Cut(length, cut))
+        by_axis[name, axis] = numbers[key]
+    return cuts, by_axis
 
 
 def prune(model: nn.Module, groups: Groups, kept: Kept) -> nn.Module:

@@ -18,7 +18,7 @@ from autoprune.config import DataConfig, FinetuneConfig
 from autoprune.data import load
 from autoprune.finetune import finetune
 from autoprune.models import build
-from autoprune.proxy import accuracy
+from autoprune.scoring import accuracy
 
 
 def main() -> None:

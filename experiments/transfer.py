@@ -64,7 +64,7 @@ def uniform_row(env: LayerPruningEnv, network: str, budget: str) -> dict:
 
 def row(env: LayerPruningEnv, network: str, budget: str, allocator: str, kept: dict[str, int]) -> dict:
     """The cost and the scores of one allocation."""
-    proxy, selection = env.proxy(kept), env.proxy.select(kept)
+    proxy, (selection,) = env.proxy(kept), env.proxy.select_all([kept])
     counts = np.array([kept[name] for name in env.space.costs.names])
     return {
         "network": network,

@@ -5,7 +5,7 @@ from math import log
 import pytest
 
 from autoprune.errors import UserError
-from autoprune.proxy import Evaluation
+from autoprune.scoring import Evaluation
 from envs.rewards import REWARDS, TIE_BREAK, Outcome, accuracy_guaranteed, amc, reward_named, weighted_sum
 
 DENSE = 1_000_000
