@@ -1,6 +1,6 @@
 """What an agent has to beat, through the same door: the same environment, the same evaluations, the same finalists.
 
-Each baseline walks episodes of `env` and stops after `config.episodes` evaluations at the latest.
+Each baseline walks episodes of a `Recorder` and stops after the evaluations that it asks for at the latest.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,33 +9,35 @@ from math import sqrt
 import gymnasium
 import numpy as np
 
-from autoprune.config import SearchConfig
-from autoprune.errors import check_known
-from autoprune.proxy import ProxyAccuracy
+from agents.lanes import LANES, Recorder
+from autoprune.errors import UserError, check_known
 from envs.layer_pruning import LayerPruningEnv
+from envs.walks import Walks
 
 GRID = 200
 """Steps into which the dynamic program divides the budget."""
+START_STD = 0.4
+"""Spread of evolution's first generation, as a share of the feasible interval's half: that of the agents."""
 
 
-def uniform(env: gymnasium.Env, config: SearchConfig) -> None:
+def uniform(recorder: Recorder) -> None:
     """One episode: the same sparsity everywhere."""
-    walk(env, lambda position: 0.0)
+    recorder.walk(lambda walks: np.zeros(1), 1)
 
 
-def random(env: gymnasium.Env, config: SearchConfig) -> None:
-    """Every sparsity drawn uniformly from its feasible interval, `config.episodes` times."""
-    generator = np.random.default_rng(config.seed)
-    core: LayerPruningEnv = env.unwrapped
+def random(recorder: Recorder) -> None:
+    """Every sparsity drawn uniformly from its feasible interval."""
+    generator = np.random.default_rng(recorder.config.seed)
 
-    def action(position: int) -> float:
-        return core.action_of(generator.uniform(*core.bounds))
+    def act(walks: Walks) -> np.ndarray:
+        lowest, highest = walks.state.bounds
+        return walks.actions_of(generator.uniform(lowest, highest), np.zeros(len(lowest)))
 
-    for _ in range(config.episodes):
-        walk(env, action)
+    while recorder.remaining:
+        recorder.walk(act, min(LANES, recorder.remaining))
 
 
-def sensitivity(env: gymnasium.Env, config: SearchConfig) -> None:
+def sensitivity(recorder: Recorder) -> None:
     """Prunes each group alone at several sparsities, then solves for the best sum of damages under the budget.
 
     The damage of a network is taken as the sum over groups of its growth in loss, or of the growth's root; a dynamic
@@ -43,22 +45,76 @@ def sensitivity(env: gymnasium.Env, config: SearchConfig) -> None:
     budget is searched until the real cost meets the target. With too few evaluations to prune each group once, it
     knows nothing and is uniform.
     """
-    core: LayerPruningEnv = env.unwrapped
-    n_levels = min(9, (config.episodes - 3) // len(core.groups))  # besides: the dense network and two solutions
+    core = recorder.env
+    n_levels = min(9, (recorder.remaining - 3) // len(core.groups))  # besides: the dense network and two solutions
     if n_levels < 1:
-        return uniform(env, config)
+        return uniform(recorder)
     levels = [_pick(levels, n_levels) for levels in core.space.levels]
-    damages = _damages(core.proxy, core.space.costs.names, core.space.costs.dense, levels)
+    damages = _damages(core, levels)
     for transform in (lambda damage: damage, sqrt):
         table = [[transform(max(0.0, damage)) for damage in row] for row in damages]
-        wish = _allocate(core, levels, table)
-        walk(env, lambda position, wish=wish: core.action_of(1 - wish[position] / core.space.costs.dense[position]))
+        sparsities = 1 - _allocate(core, levels, table) / core.space.costs.dense
+        _follow(recorder, sparsities)
 
 
-BASELINES: dict[str, Callable[[gymnasium.Env, SearchConfig], None]] = {
+def _follow(recorder: Recorder, sparsities: np.ndarray) -> None:
+    """One episode with these sparsities, as far as they are feasible."""
+    recorder.walk(lambda walks: walks.actions_of(sparsities[[walks.state.index]], np.zeros(1)), 1)
+
+
+def evolution(recorder: Recorder) -> None:
+    """CMA-ES (Hansen 2016, arXiv 1604.00772) over the actions of a whole episode, starting at uniform.
+
+    Raises:
+        UserError: If the package cma isn't installed.
+    """
+    cma = _optional("cma", "evolution")
+    n_groups = len(recorder.env.groups)
+    options = {"bounds": [-1, 1], "popsize": LANES, "seed": recorder.config.seed + 1, "verbose": -9}
+    # The package can't search a line.
+    strategy = cma.CMAEvolutionStrategy(np.zeros(max(2, n_groups)), START_STD, options)
+    while recorder.remaining:
+        population = strategy.ask()
+        wishes = np.array(population)[: recorder.remaining]
+        rewards = recorder.walk(lambda walks, wishes=wishes: wishes[:, walks.state.index], len(wishes))
+        if len(rewards) == len(population):
+            strategy.tell(population, (-rewards).tolist())
+
+
+def tpe(recorder: Recorder) -> None:
+    """The tree-structured Parzen estimator (Bergstra et al. 2011) of Optuna over the actions of a whole episode.
+
+    Raises:
+        UserError: If the package optuna isn't installed.
+    """
+    optuna = _optional("optuna", "tpe")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=recorder.config.seed)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.enqueue_trial({str(index): 0.0 for index in range(len(recorder.env.groups))})
+    while recorder.remaining:
+        trials = [study.ask() for _ in range(min(LANES, recorder.remaining))]
+
+        def act(walks: Walks, trials: list = trials) -> np.ndarray:
+            return np.array([trial.suggest_float(str(walks.state.index), -1, 1) for trial in trials])
+
+        for trial, reward in zip(trials, recorder.walk(act, len(trials)).tolist(), strict=True):
+            study.tell(trial, reward)
+
+
+def _optional(package: str, agent: str):
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise UserError(f"--agent: {agent} needs {package}; install it with: pip install {package}") from error
+
+
+BASELINES: dict[str, Callable[[Recorder], None]] = {
     "uniform": uniform,
     "random": random,
     "sensitivity": sensitivity,
+    "evolution": evolution,
+    "tpe": tpe,
 }
 
 
@@ -87,18 +143,19 @@ def _pick(levels: np.ndarray, n_levels: int) -> np.ndarray:
     return np.append(pruned[chosen], levels[-1]) if len(pruned) else levels
 
 
-def _damages(proxy: ProxyAccuracy, names: list[str], dense: np.ndarray, levels: list[np.ndarray]) -> list[list[float]]:
+def _damages(core: LayerPruningEnv, levels: list[np.ndarray]) -> list[list[float]]:
     """Per group and level the loss above the dense network's when only that group is pruned."""
-    channels = dict(zip(names, map(int, dense), strict=True))
-    base = proxy(channels).loss
-    return [
-        [proxy(channels | {name: int(n)}).loss - base for n in row] for name, row in zip(names, levels, strict=True)
-    ]
+    dense = core.space.costs.dense
+    alone = [core.counts(_with(dense, index, count)) for index, row in enumerate(levels) for count in row]
+    base, *losses = [evaluation.loss for evaluation in core.proxy.score_all([core.counts(dense), *alone])]
+    damages = iter(loss - base for loss in losses)
+    return [[next(damages) for _ in row] for row in levels]
 
 
 def _allocate(core: LayerPruningEnv, levels: list[np.ndarray], damages: list[list[float]]) -> np.ndarray:
     """The counts with the smallest sum of damages whose real cost meets the target."""
-    cost, dense, target = core.space.cost, core.space.costs.dense, core.target
+    cost, dense = core.space.cost, core.space.costs.dense
+    target = core.target_of(core.budget.at(0.5))
     alone = [np.array([cost(_with(dense, index, n)) for n in row]) for index, row in enumerate(levels)]
     savings = [cost(dense) - row for row in alone]
     best = np.array([row[0] for row in levels])

@@ -1,6 +1,7 @@
 """Policies as files, and policies at work: safetensors + JSON in, an allocation out; no code is executed by loading."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from autoprune.errors import UserError
 from autoprune.runs import write_atomically, write_json
 from envs.observation import FEATURES, OBSERVATION_SPACE
 
-POLICY_CLASSES: dict[str, type[BasePolicy]] = {
-    name: algorithm.policy_aliases["MlpPolicy"]
-    for name, algorithm in {"ppo": PPO, "sac": SAC, "td3": TD3, "ddpg": DDPG}.items()
-}
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"dyna": PPO, "ppo": PPO, "sac": SAC, "td3": TD3, "ddpg": DDPG}
+"""Learners of Stable-Baselines3 by agent; "tqc" among them where sb3-contrib is installed."""
+with suppress(ImportError):
+    from sb3_contrib import TQC
+
+    ALGORITHMS["tqc"] = TQC
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Policy:
         try:
             algorithm, kwargs = description["algorithm"], description["policy_kwargs"]
             action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
-            network = POLICY_CLASSES[algorithm](OBSERVATION_SPACE, action_space, lambda _: 0.0, **kwargs)
+            policy_class = ALGORITHMS[algorithm].policy_aliases["MlpPolicy"]
+            network = policy_class(OBSERVATION_SPACE, action_space, lambda _: 0.0, **kwargs)
             network.load_state_dict(load_file(folder / "policy.safetensors"))
         except Exception as error:  # a damaged file can fail in any of these steps
             reason = (str(error).splitlines() or [""])[0]

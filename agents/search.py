@@ -2,44 +2,23 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-import gymnasium
 import numpy as np
 
 from agents.baselines import BASELINES
+from agents.dyna import train_dyna
+from agents.lanes import Episode, Recorder
 from agents.replay import Policy, replay
 from agents.training import ALGORITHMS, train
 from autoprune.allocation import Allocation
 from autoprune.config import SearchConfig
 from autoprune.errors import check_known
-from autoprune.proxy import Evaluation
 from autoprune.runs import RunFolder
+from autoprune.scoring import Evaluation
 from envs.layer_pruning import LayerPruningEnv
-from envs.rewards import Outcome
 
 AGENTS = (*ALGORITHMS, *BASELINES)
-
-
-@dataclass(frozen=True)
-class Episode:
-    """A finished episode: what was allocated and how it scored on the proxy split."""
-
-    number: int
-    allocation: Allocation
-    reward: float
-    evaluation: Evaluation
-    macs: int
-
-    def to_json(self) -> dict:
-        """One line of the log."""
-        return {
-            "episode": self.number,
-            "reward": self.reward,
-            **asdict(self.evaluation),
-            "macs": self.macs,
-            "kept": self.allocation.kept,
-        }
 
 
 @dataclass(frozen=True)
@@ -83,51 +62,6 @@ class SearchResult:
     seconds: float
 
 
-class Recorder(gymnasium.Wrapper):
-    """Keeps every finished episode, logs it, and feeds a resumed search with the scores that it paid for before.
-
-    Args:
-        env: The pruning environment.
-        folder: Where `log.jsonl` is kept; None keeps episodes in memory only.
-        on_episode: Called after each new episode.
-    """
-
-    def __init__(self, env: gymnasium.Env, folder: RunFolder | None, on_episode: Callable[[Episode], None]):
-        super().__init__(env)
-        self.folder, self.on_episode = folder, on_episode
-        self.episodes: list[Episode] = []
-        self._logged = [_from_log(entry, env) for entry in folder.events("episode")] if folder else []
-        for episode in self._logged:
-            env.unwrapped.proxy.restore(episode.allocation.kept, episode.evaluation)
-        self.n_restored = len({tuple(episode.allocation.kept.values()) for episode in self._logged})
-        """Evaluations that an earlier, interrupted search paid for."""
-
-    def resume_at(self, episode: int) -> None:
-        """The learner goes on after `episode` episodes; those before count as walked."""
-        self.episodes = self._logged[:episode]
-        for known in self.episodes:
-            self.on_episode(known)
-
-    def step(self, action):
-        """As the environment's; a finished episode is recorded."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        if terminated:
-            evaluation = Evaluation(info["accuracy"], info["loss"])
-            episode = Episode(len(self.episodes) + 1, info["allocation"], reward, evaluation, info["macs"])
-            self.episodes.append(episode)
-            if self.folder and episode.number > len(self._logged):
-                self.folder.append("episode", **episode.to_json())
-            self.on_episode(episode)
-        return observation, reward, terminated, truncated, info
-
-
-def _from_log(entry: dict, env: gymnasium.Env) -> Episode:
-    core: LayerPruningEnv = env.unwrapped
-    allocation = Allocation(entry["kept"], core.groups.fingerprint, str(core.budget))
-    evaluation = Evaluation(entry["accuracy"], entry["loss"])
-    return Episode(entry["episode"], allocation, entry["reward"], evaluation, entry["macs"])
-
-
 def search(
     env: LayerPruningEnv,
     config: SearchConfig,
@@ -149,13 +83,13 @@ def search(
         UserError: If the agent is unknown, or a checkpoint is damaged.
     """
     check_known("agent", config.agent, AGENTS)
-    started, recorder = time.perf_counter(), Recorder(env, folder, on_episode)
+    started, recorder = time.perf_counter(), Recorder(env, config, folder, on_episode)
     evaluated = env.proxy.evaluations
     policy = _run_agent(recorder, config, folder)
     candidates = _candidates(recorder.episodes, config.finalists)
     if policy is not None:
         candidates.insert(0, _act(policy, env))
-    finalists = sorted((_finalist(candidate, env) for candidate in candidates), key=lambda f: -f.reward)
+    finalists = _judged(candidates, env)
     evaluations = env.proxy.evaluations - evaluated + recorder.n_restored
     seconds = time.perf_counter() - started
     return SearchResult(finalists[0], finalists, recorder.episodes, policy, evaluations, seconds)
@@ -163,13 +97,15 @@ def search(
 
 def _run_agent(recorder: Recorder, config: SearchConfig, folder: RunFolder | None) -> Policy | None:
     if config.agent in BASELINES:
-        BASELINES[config.agent](recorder, config)
+        BASELINES[config.agent](recorder)
         return None
     checkpoint = log = None
     if folder is not None:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         checkpoint, log = folder.checkpoints / "learner.pt", folder.tensorboard
-    return train(config.agent, recorder, config, checkpoint, log)
+    if config.agent == "dyna":
+        return train_dyna(recorder, log)
+    return train(config.agent, recorder, checkpoint, log)
 
 
 def _candidates(episodes: list[Episode], n: int) -> list[Episode]:
@@ -186,10 +122,14 @@ def _act(policy: Policy, env: LayerPruningEnv) -> Episode:
     return Episode(0, allocation, np.nan, Evaluation(info["accuracy"], info["loss"]), info["macs"])
 
 
-def _finalist(episode: Episode, env: LayerPruningEnv) -> Finalist:
-    kept = episode.allocation.kept
-    selection = env.proxy.select(kept)
-    outcome = Outcome(selection, episode.macs, env.space.costs.macs(env.space.costs.dense), env.accuracy_floor)
+def _judged(candidates: list[Episode], env: LayerPruningEnv) -> list[Finalist]:
+    """The candidates with their scores on the selection split, best first."""
+    selections = env.proxy.select_all([candidate.allocation.kept for candidate in candidates])
+    pairs = zip(candidates, selections, strict=True)
+    return sorted((_finalist(episode, selection, env) for episode, selection in pairs), key=lambda f: -f.reward)
+
+
+def _finalist(episode: Episode, selection: Evaluation, env: LayerPruningEnv) -> Finalist:
     source = f"episode {episode.number}" if episode.number else "policy"
-    allocation = Allocation(kept, episode.allocation.network, episode.allocation.budget, source)
-    return Finalist(allocation, episode.evaluation, selection, env.reward.function(outcome), episode.macs)
+    allocation = replace(episode.allocation, source=source)
+    return Finalist(allocation, episode.evaluation, selection, env.reward_of(selection, episode.macs), episode.macs)

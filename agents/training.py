@@ -8,23 +8,21 @@ off-policy learners see whole-episode returns, since the only reward comes at th
 import math
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import torch
 import yaml
-from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from agents.checkpoint import restore_learner, save_learner
-from agents.replay import Policy
-from autoprune.config import SearchConfig
+from agents.lanes import LANES, Lanes, Recorder
+from agents.replay import ALGORITHMS, Policy
 
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "sac": SAC, "td3": TD3, "ddpg": DDPG}
 START_STD = 0.4
 """Spread of the first actions, as a share of the feasible interval's half: about 0.2 in sparsity."""
 
@@ -34,32 +32,29 @@ def hyperparameters(name: str) -> dict:
     return yaml.safe_load((Path(__file__).parent / "hyperparameters" / f"{name}.yaml").read_text())
 
 
-def make_learner(
-    name: str, env: gymnasium.Env, n_steps: int, config: SearchConfig, log: Path | None = None
-) -> BaseAlgorithm:
+def make_learner(name: str, lanes: VecEnv, n_steps: int, seed: int, log: Path | None = None) -> BaseAlgorithm:
     """A learner whose first deterministic policy is uniform pruning.
 
     Args:
         name: A key of `ALGORITHMS`.
-        env: The environment, monitored or not.
+        lanes: What it learns on.
         n_steps: Steps of an episode.
-        config: Seed and number of episodes.
+        seed: Seed of weights and exploration.
         log: Folder for TensorBoard events.
     """
     settings = hyperparameters(name)
-    updates, episodes = settings.pop("updates_per_step", None), settings.pop("episodes_per_update", None)
+    updates = settings.pop("updates_per_step", None)
     std, actor_rate = settings.pop("exploration_std", None), settings.pop("actor_learning_rate", None)
-    if episodes is not None:
-        episodes = max(2, min(episodes, config.episodes))
-        settings |= {"n_steps": episodes * n_steps, "batch_size": episodes * n_steps}
-    if updates is not None:
-        settings |= {"train_freq": (1, "episode"), "gradient_steps": updates * n_steps, "n_steps": n_steps}
+    if updates is None:
+        batch_size = lanes.num_envs * n_steps // settings.pop("n_minibatches")
+        settings |= {"n_steps": n_steps, "batch_size": batch_size}
+    else:
+        gradient_steps = updates * n_steps * lanes.num_envs
+        settings |= {"train_freq": (n_steps, "step"), "gradient_steps": gradient_steps, "n_steps": n_steps}
     if std is not None:
         settings["action_noise"] = NormalActionNoise(np.zeros(1), np.full(1, std))
     tensorboard = str(log) if log is not None else None
-    learner = ALGORITHMS[name](
-        "MlpPolicy", env, seed=config.seed, device="cpu", tensorboard_log=tensorboard, **settings
-    )
+    learner = ALGORITHMS[name]("MlpPolicy", lanes, seed=seed, device="cpu", tensorboard_log=tensorboard, **settings)
     if log is None:
         learner.set_logger(Logger(None, []))  # Stable-Baselines3's own would leave a folder in the temporary one
     _start_at_uniform(learner)
@@ -121,39 +116,30 @@ class ExecutedAction(BaseCallback):
         return True
 
 
-class Episodes(BaseCallback):
-    """Ends the training after a number of episodes, and checkpoints the learner between roll-outs."""
+class Checkpoints(BaseCallback):
+    """Saves the learner between roll-outs: the one moment at which the last update is over and no episode is open."""
 
-    def __init__(self, n_episodes: int, every: int, checkpoint: Path | None, done: int):
+    def __init__(self, recorder: Recorder, path: Path | None):
         super().__init__()
-        self.n_episodes, self.every, self.checkpoint = n_episodes, every, checkpoint
-        self.done = self.saved = done
+        self.recorder, self.path = recorder, path
+        self.saved = len(recorder.episodes)
 
     def _on_rollout_start(self) -> None:
-        # The one moment at which the last update is over and the environment stands at an episode's start.
-        if self.checkpoint is not None and self.done >= self.saved + self.every:
-            save_learner(self.model, self.done, self.checkpoint)
-            self.saved = self.done
+        done = len(self.recorder.episodes)
+        if self.path is not None and done >= self.saved + self.recorder.config.checkpoint_every:
+            save_learner(self.model, done, self.path)
+            self.saved = done
 
     def _on_step(self) -> bool:
-        self.done += int(self.locals["dones"].sum())
-        # Stopping inside a roll-out discards it, so at the end of one the learner stops by itself, after its update.
-        return self.done < self.n_episodes or self.model.num_timesteps % self.model.n_steps == 0
+        return True
 
 
-def train(
-    name: str,
-    env: gymnasium.Env,
-    config: SearchConfig,
-    checkpoint: Path | None = None,
-    log: Path | None = None,
-) -> Policy:
-    """Trains an agent for `config.episodes` episodes, going on from the checkpoint if there is one.
+def train(name: str, recorder: Recorder, checkpoint: Path | None = None, log: Path | None = None) -> Policy:
+    """Trains an agent for as many episodes as the recorder asks for, going on from the checkpoint if there is one.
 
     Args:
         name: A key of `ALGORITHMS`.
-        env: A `LayerPruningEnv`, possibly wrapped; a wrapper with `resume_at(episode)` is told where it goes on.
-        config: Episodes, seed, checkpoint interval.
+        recorder: Environment, configuration, and where episodes go.
         checkpoint: File of the learner's state.
         log: Folder for TensorBoard events.
 
@@ -163,13 +149,14 @@ def train(
     Raises:
         UserError: If the checkpoint is damaged.
     """
-    n_steps = len(env.unwrapped.groups)
-    learner = make_learner(name, env, n_steps, config, log)
+    config, n_steps = recorder.config, len(recorder.env.groups)
+    lanes = Lanes(recorder, min(LANES, config.episodes))
+    learner = make_learner(name, lanes, n_steps, config.seed, log)
     done = restore_learner(learner, checkpoint) if checkpoint is not None and checkpoint.exists() else 0
-    if hasattr(env, "resume_at"):
-        env.resume_at(done)
-    if done < config.episodes:
-        callbacks = [ExecutedAction(), Episodes(config.episodes, config.checkpoint_every, checkpoint, done)]
-        remaining = (config.episodes - done) * n_steps
-        learner.learn(remaining, callbacks, log_interval=1, tb_log_name=name, reset_num_timesteps=done == 0)
+    recorder.resume_at(done)
+    if recorder.remaining:
+        n_batches = -(-recorder.remaining // lanes.num_envs)
+        callbacks = [ExecutedAction(), Checkpoints(recorder, checkpoint)]
+        steps = n_batches * lanes.num_envs * n_steps
+        learner.learn(steps, callbacks, log_interval=1, tb_log_name=name, reset_num_timesteps=done == 0)
     return Policy.of(name, learner, hyperparameters(name)["policy_kwargs"])

@@ -1,6 +1,7 @@
 """LayerPruningEnv: one step a group, an allocation that meets its budget at the end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import gymnasium
@@ -8,17 +9,16 @@ import numpy as np
 from gymnasium import spaces
 from torch import nn
 
-from autoprune.allocation import Allocation, Budget, SearchSpace
+from autoprune.allocation import Allocation, Budget, BudgetRange, SearchSpace, parse_budget
 from autoprune.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.groups import Groups, own_tensors
 from autoprune.proxy import ProxyAccuracy
+from autoprune.scoring import Evaluation
 from autoprune.tracing import trace
-from envs.observation import OBSERVATION_SPACE, Observer, State
+from envs.observation import OBSERVATION_SPACE, Observer
 from envs.rewards import Outcome, reward_named
-
-FLAT = 1e-6
-"""Width below which one side of the feasible interval counts as a point."""
+from envs.walks import Walks
 
 
 class LayerPruningEnv(gymnasium.Env):
@@ -36,7 +36,7 @@ class LayerPruningEnv(gymnasium.Env):
     What was executed stands in `info["executed_action"]`, as an action, for the learner to store.
 
     ## Observation Space
-    `Box(0, 1, (20,))`, the features of `envs.observation.FEATURES`; they describe the group that the *next* action is
+    `Box(0, 1, (21,))`, the features of `envs.observation.FEATURES`; they describe the group that the *next* action is
     for. `envs.observation.feature_table()` prints index, name, bounds and meaning; `docs/environment.md` holds it.
 
     ## Rewards
@@ -44,7 +44,7 @@ class LayerPruningEnv(gymnasium.Env):
 
     ## Starting State
     The first group, nothing pruned. `reset(options={"budget": "macs=40%"})` sets another target for the episode; it has
-    to be of the metric that the environment was made for.
+    to be of the metric that the environment was made for. A range of budgets is drawn from uniformly.
 
     ## Episode End
     Terminates after the last group, within the budget; what rounding left of it is spent by growing groups by single
@@ -65,7 +65,8 @@ class LayerPruningEnv(gymnasium.Env):
         model: The dense network; never changed.
         groups: Its trace; made here if None.
         proxy: Scores allocations of that network.
-        budget: Cost not to exceed, e.g. "macs=50%"; absolute numbers work too.
+        budget: Cost not to exceed, e.g. "macs=50%"; absolute numbers work too. From a range, "macs=30%..80%", every
+            episode draws its own.
         reward: A name of `REWARDS`.
         round_to: Kept counts are multiples of it; one number, or group to number.
         max_sparsity: Largest share of a group that may go.
@@ -84,7 +85,7 @@ class LayerPruningEnv(gymnasium.Env):
         model: nn.Module,
         groups: Groups | None = None,
         proxy: ProxyAccuracy | None = None,
-        budget: str | Budget = "macs=50%",
+        budget: str | Budget | BudgetRange = "macs=50%",
         reward: str = "weighted_sum",
         round_to: int | Mapping[str, int] = 2,
         max_sparsity: float = 0.9,
@@ -97,39 +98,36 @@ class LayerPruningEnv(gymnasium.Env):
         self.groups = trace(model, proxy.example) if groups is None else groups
         _check_network(model, self.groups, proxy)
         self.proxy = proxy
-        self.budget = Budget.parse(budget)
+        self.budget = parse_budget(budget)
         self.reward = reward_named(reward)
         self.accuracy_floor = accuracy_floor
         self.render_mode = render_mode
         self.space = SearchSpace(CostTable(self.groups), self.budget.metric, round_to, max_sparsity, min_width)
-        self.observer = Observer(self.groups, self.space, proxy.importance)
+        self._macs_dense = self.space.costs.macs(self.space.costs.dense)
+        self.observer = Observer(self.groups, self.space, proxy)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.observation_space = OBSERVATION_SPACE
-        self._macs_dense = self.space.costs.macs(self.space.costs.dense)
-        self._start(self.budget)
+        self.walk = self.walks()
+        self._start(self.budget.at(0.5))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Starts an episode; `options={"budget": ...}` sets its target."""
+        """Starts an episode; `options={"budget": ...}` sets its target, else a range is drawn from."""
         super().reset(seed=seed)
-        self._start(Budget.parse((options or {}).get("budget", self.budget)))
-        return self.observer.observe(self._state), {"budget": str(self.episode_budget)}
+        asked = (options or {}).get("budget")
+        self._start(parse_budget(asked).at(0.5) if asked else self.budget.at(self.np_random.random()))
+        return self.walk.observe()[0], {"budget": str(self.episode_budget)}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Prunes the current group by the feasible sparsity that `action` stands for."""
-        state, dense = self._state, self.space.costs.dense
-        if state.index >= len(dense):
+        if self.walk.is_over:
             raise RuntimeError("step() after the episode's end; call reset() first")
-        wish = float(np.clip(np.asarray(action, dtype=np.float64).reshape(-1)[0], -1, 1))
-        count = self.space.nearest(state.index, self._sparsity_of(wish), self._bounds)
-        sparsity = 1 - count / dense[state.index]
-        executed = self.action_of(sparsity, otherwise=wish)
-        info = {"group": self.groups[state.index].name, "sparsity": float(sparsity), "executed_action": executed}
-        kept = state.kept.copy()
-        kept[state.index] = count
-        if state.index + 1 < len(dense):
-            self._state = self._look(state.index + 1, kept, sparsity)
-            return self.observer.observe(self._state), 0.0, False, False, info
-        return self._finish(kept, info)
+        group = self.groups[self.walk.state.index].name
+        (executed,), (sparsity,) = self.walk.step(np.asarray(action, np.float64).reshape(-1)[:1])
+        info, reward = {"group": group, "sparsity": float(sparsity), "executed_action": float(executed)}, 0.0
+        if self.walk.is_over:
+            (reward,), (outcome,) = self.score(self.walk, [self.episode_budget])
+            info |= outcome
+        return self.walk.observe()[0], float(reward), self.walk.is_over, False, info
 
     def render(self) -> np.ndarray | None:
         """The allocation so far, uint8 `(height, width, 3)`; undecided groups are drawn dense."""
@@ -137,20 +135,19 @@ class LayerPruningEnv(gymnasium.Env):
             return None
         from autoprune.figures import allocation_bars, render_rgb
 
-        dense = self.space.costs.dense
-        return render_rgb(
-            allocation_bars([group.name for group in self.groups], dense.tolist(), self._state.kept.tolist())
-        )
+        dense, kept = self.space.costs.dense.tolist(), self.walk.state.kept[0].tolist()
+        return render_rgb(allocation_bars([group.name for group in self.groups], dense, kept))
 
     @property
     def target(self) -> int:
         """The episode's budget as an absolute cost."""
-        return self._target
+        return int(self.walk.state.targets[0])
 
     @property
     def bounds(self) -> tuple[float, float]:
         """Lowest and highest feasible sparsity of the current group."""
-        return self._state.bounds
+        lowest, highest = self.walk.state.bounds
+        return float(lowest[0]), float(highest[0])
 
     def action_of(self, sparsity: float, otherwise: float = 0.0) -> float:
         """The action that stands for a sparsity of the current group, as far as that is feasible.
@@ -159,57 +156,50 @@ class LayerPruningEnv(gymnasium.Env):
             sparsity: Share of channels to remove.
             otherwise: What to return where a whole side of the interval is one point, so that any action would do.
         """
-        lowest, centre, highest = self._interval()
-        upwards = sparsity > centre or (sparsity == centre and otherwise > 0)
-        width = highest - centre if upwards else centre - lowest
-        if width < FLAT:
-            return otherwise
-        return float(np.clip((sparsity - centre) / width, -1, 1))
+        return float(self.walk.actions_of(np.array([sparsity]), np.array([otherwise]))[0])
 
-    def _sparsity_of(self, action: float) -> float:
-        lowest, centre, highest = self._interval()
-        return centre + action * (highest - centre if action > 0 else centre - lowest)
+    def walks(self) -> Walks:
+        """Lanes of this environment, not started."""
+        return Walks(self.space, self.observer, self.reward.uses_up_budget)
 
-    def _interval(self) -> tuple[float, float, float]:
-        """Lowest, uniform-to-go and highest sparsity; rounding can put the middle one just outside."""
-        lowest, highest = self._state.bounds
-        return lowest, min(max(self._state.uniform_to_go, lowest), highest), highest
+    def target_of(self, budget: Budget) -> int:
+        """A budget as an absolute cost.
 
-    def _start(self, budget: Budget) -> None:
+        Raises:
+            UserError: If it is of another metric than the environment's or can't be reached.
+        """
         if budget.metric != self.space.metric:
             raise UserError(
                 f"budget: this environment budgets {self.space.metric}, got {budget}; make another one for it"
             )
         target = budget.target(self.space.costs)
         self.space.check(target, budget)
-        self.episode_budget, self._target = budget, target
-        self._state = self._look(0, self.space.costs.dense.copy(), 0.0)
+        return target
 
-    def _look(self, index: int, kept: np.ndarray, previous: float) -> State:
-        """The state before deciding group `index`."""
-        dense = self.space.costs.dense[index]
-        lowest, highest = self.space.feasible(kept, index, self._target)
-        if not self.reward.uses_up_budget:
-            lowest = int(self.space.low[index])
-        self._bounds = lowest, highest
-        sparsities = 1 - highest / dense, 1 - lowest / dense
-        return State(
-            index, kept, self._target, sparsities, self.space.uniform_to_go(kept, index, self._target), previous
-        )
+    def counts(self, kept: np.ndarray) -> dict[str, int]:
+        """Group to kept channels, from an array in the order of the groups."""
+        return dict(zip(self.space.costs.names, map(int, kept), strict=True))
 
-    def _finish(self, kept: np.ndarray, info: dict) -> tuple[np.ndarray, float, bool, bool, dict]:
-        if self.reward.uses_up_budget:
-            kept = self.space.fill(kept, self._target)
-        counts = {name: int(count) for name, count in zip(self.space.costs.names, kept, strict=True)}
-        evaluation, macs = self.proxy(counts), self.space.costs.macs(kept)
-        reward = self.reward.function(Outcome(evaluation, macs, self._macs_dense, self.accuracy_floor))
-        allocation = Allocation(counts, self.groups.fingerprint, str(self.episode_budget))
-        info |= {"allocation": allocation, "macs": macs, "cost": self.space.cost(kept), "target": self._target}
-        info |= {"accuracy": evaluation.accuracy, "loss": evaluation.loss}
-        last = self._state
-        observation = self.observer.observe(last)
-        self._state = State(len(kept), kept, self._target, last.bounds, last.uniform_to_go, info["sparsity"])
-        return observation, float(reward), True, False, info
+    def score(self, walks: Walks, budgets: Sequence[Budget]) -> tuple[np.ndarray, list[dict]]:
+        """Rewards `(n_lanes,)` of finished walks, scored side by side, and what is told about each."""
+        counts = [self.counts(kept) for kept in walks.state.kept]
+        rewards, infos = [], []
+        for lane, evaluation in enumerate(self.proxy.score_all(counts)):
+            kept = walks.state.kept[lane]
+            macs = self.space.costs.macs(kept)
+            rewards.append(self.reward_of(evaluation, macs))
+            allocation = Allocation(counts[lane], self.groups.fingerprint, str(budgets[lane]))
+            costs = {"macs": macs, "cost": self.space.cost(kept), "target": int(walks.state.targets[lane])}
+            infos.append({"allocation": allocation, **costs, **asdict(evaluation)})
+        return np.array(rewards), infos
+
+    def reward_of(self, evaluation: Evaluation, macs: int) -> float:
+        """The reward of a network with that score and cost."""
+        return self.reward.function(Outcome(evaluation, macs, self._macs_dense, self.accuracy_floor))
+
+    def _start(self, budget: Budget) -> None:
+        self.walk.start(np.array([self.target_of(budget)]))
+        self.episode_budget = budget
 
 
 def _check_network(model: nn.Module, groups: Groups, proxy: ProxyAccuracy) -> None:

@@ -7,14 +7,14 @@ import pytest
 from toys import digits_env, fake_env
 
 from agents.baselines import BASELINES, sensitivity, uniform, walk
-from agents.search import Recorder
+from agents.lanes import Recorder
 from autoprune.config import SearchConfig
 
 
 def run(name: str, env, **config) -> list:
     """All episodes of a baseline."""
-    recorder = Recorder(env, None, lambda episode: None)
-    BASELINES[name](recorder, SearchConfig(agent=name, **config))
+    recorder = Recorder(env, SearchConfig(agent=name, **config))
+    BASELINES[name](recorder)
     return recorder.episodes
 
 

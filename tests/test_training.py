@@ -11,9 +11,10 @@ import torch
 from toys import fake_env, target_env
 
 from agents.baselines import walk
+from agents.lanes import Lanes, Recorder
 from agents.replay import Policy, replay
-from agents.search import Recorder, search
-from agents.training import ALGORITHMS, Episodes, ExecutedAction, hyperparameters, make_learner, train
+from agents.search import search
+from agents.training import ALGORITHMS, Checkpoints, ExecutedAction, hyperparameters, make_learner, train
 from autoprune.config import SearchConfig
 from autoprune.errors import UserError
 from autoprune.runs import RunFolder
@@ -40,10 +41,10 @@ class Noted(gymnasium.Wrapper):
 
 def learned(name: str, env: gymnasium.Env, episodes: int, seed: int = 0):
     """A learner after some episodes, trained as `train` does."""
-    config = SearchConfig(episodes=episodes, seed=seed)
-    n_steps = len(env.unwrapped.groups)
-    learner = make_learner(name, env, n_steps, config)
-    return learner.learn(episodes * n_steps, [ExecutedAction(), Episodes(episodes, 10, None, 0)])
+    recorder = Recorder(env, SearchConfig(episodes=episodes, seed=seed))
+    n_steps, lanes = len(env.groups), Lanes(recorder)
+    learner = make_learner(name, lanes, n_steps, seed)
+    return learner.learn(episodes * n_steps, [ExecutedAction(), Checkpoints(recorder, None)])
 
 
 def trained(name: str, env, config: SearchConfig, folder: Path | None = None, interrupt_at: int = 0):
@@ -53,8 +54,8 @@ def trained(name: str, env, config: SearchConfig, folder: Path | None = None, in
         if episode.number == interrupt_at:
             raise Interrupted
 
-    recorder = Recorder(env, None if folder is None else RunFolder(folder), on_episode)
-    policy = train(name, recorder, config, None if folder is None else folder / "learner.pt")
+    recorder = Recorder(env, config, None if folder is None else RunFolder(folder), on_episode)
+    policy = train(name, recorder, None if folder is None else folder / "learner.pt")
     return policy, recorder.episodes
 
 

@@ -1,7 +1,7 @@
 """Tiny networks, a proxy that costs nothing, and a trained digits network, for the tests of envs and agents."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +15,8 @@ from autoprune.data import Splits, load
 from autoprune.finetune import finetune
 from autoprune.groups import Groups
 from autoprune.models import build, conv_bn
-from autoprune.proxy import Evaluation, ProxyAccuracy
+from autoprune.proxy import ProxyAccuracy
+from autoprune.scoring import Evaluation
 from autoprune.tracing import trace
 from envs.layer_pruning import LayerPruningEnv
 
@@ -42,14 +43,25 @@ class FakeProxy:
     def importance(self) -> dict[str, Tensor]:
         return {group.name: torch.linspace(0.5, 1.5, group.channels) for group in self.groups}
 
-    def __call__(self, kept: Mapping[str, int]) -> Evaluation:
-        key = tuple(kept[name] for name in self.groups.channels)
-        if key not in self.cache:
-            self.evaluations += 1
-            self.cache[key] = self.select(kept)
-        return self.cache[key]
+    @property
+    def sensitivity(self) -> np.ndarray:
+        return np.linspace(2.0, 0.1, len(self.groups))
 
-    def select(self, kept: Mapping[str, int]) -> Evaluation:
+    def __call__(self, kept: Mapping[str, int]) -> Evaluation:
+        return self.score_all([kept])[0]
+
+    def score_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
+        for kept in allocations:
+            key = tuple(kept[name] for name in self.groups.channels)
+            if key not in self.cache:
+                self.evaluations += 1
+                self.cache[key] = self.evaluate(kept)
+        return [self.cache[tuple(kept[name] for name in self.groups.channels)] for kept in allocations]
+
+    def select_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
+        return [self.evaluate(kept) for kept in allocations]
+
+    def evaluate(self, kept: Mapping[str, int]) -> Evaluation:
         loss = float(self.loss_of(np.array([kept[name] for name in self.groups.channels])))
         return Evaluation(float(np.exp(-loss)), loss)
 

@@ -1,0 +1,133 @@
+"""Dyna: an agent that learns from imagined episodes between the real ones.
+
+What an action does to an allocation is known and costs microseconds; only the score of a finished network is expensive.
+So after each batch of real episodes a Gaussian process learns to predict the reward of an allocation, PPO practises on
+hundreds of episodes that end with its prediction, and of many episodes that the policy then proposes, those are
+evaluated for which draws from the process promise most. Sutton 1991 ("Dyna") learns a model of the whole environment
+and lets every real step train the policy too; here real episodes reach the policy through the model alone.
+
+An allocation's score doesn't depend on the budget that it was made for. So under a range of budgets every evaluation
+teaches about all of them.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from agents.lanes import LANES, Recorder, Walkers, par
+from agents.replay import Policy
+from agents.surrogate import Surrogate
+from agents.training import ExecutedAction, hyperparameters, make_learner
+from autoprune.allocation import Budget, BudgetRange
+from envs.layer_pruning import LayerPruningEnv
+from envs.walks import Walks
+
+IMAGINED = 64
+"""Imagined episodes between two updates."""
+PROPOSALS = 200
+"""Episodes that the policy proposes for a batch."""
+UPDATES = 4
+"""Policy updates between two batches."""
+LEAST_STD = 0.1
+"""The policy's spread doesn't fall below this, as a share of the feasible interval's half."""
+
+
+class Imagination(Walkers):
+    """Lanes whose finished networks are not scored but predicted.
+
+    Under a range of budgets the reward is how much better than uniform pruning under the same budget a network is
+    expected to be.
+
+    Args:
+        env: The real environment, for its arithmetic.
+        n_lanes: Episodes at once.
+    """
+
+    def __init__(self, env: LayerPruningEnv, n_lanes: int):
+        super().__init__(env, n_lanes)
+        self.surrogate = Surrogate(env.space.costs.dense, env.space.low)
+        self.generator = np.random.default_rng(0)
+
+    def draw(self) -> list[Budget]:
+        """Spread evenly over the range."""
+        positions = (np.arange(self.num_envs) + self.generator.random()) / self.num_envs
+        return [self.env.budget.at(position) for position in positions]
+
+    def judge(self) -> np.ndarray:
+        """What the surrogate expects."""
+        rewards = self.surrogate.mean(self.walks.state.kept)
+        if isinstance(self.env.budget, BudgetRange):
+            rewards -= par(self.env, lambda walks, budgets: self.surrogate.mean(walks.state.kept))(self.budgets)
+        return rewards
+
+    def learn_from(self, recorder: Recorder) -> None:
+        """Fits the surrogate to everything evaluated so far."""
+        kept = np.array([list(episode.allocation.kept.values()) for episode in recorder.episodes])
+        self.surrogate.fit(kept, np.array([episode.reward for episode in recorder.episodes]))
+
+
+def train_dyna(recorder: Recorder, log: Path | None = None) -> Policy:
+    """Trains the agent for as many episodes as the recorder asks for.
+
+    There is nothing to checkpoint: a resumed search practises again, which takes seconds, and pays for no score twice.
+
+    Args:
+        recorder: Environment, configuration, and where episodes go.
+        log: Folder for TensorBoard events.
+
+    Returns:
+        The policy after the last update.
+    """
+    n_steps = len(recorder.env.groups)
+    imagination = Imagination(recorder.env, IMAGINED)
+    learner = make_learner("dyna", imagination, n_steps, recorder.config.seed, log)
+    while recorder.remaining:
+        budgets = recorder.budgets(min(LANES, recorder.remaining))
+        walks = _promising(learner, imagination, budgets, recorder) if recorder.episodes else _first(learner, budgets)
+        recorder.score(walks, budgets, len(budgets))
+        imagination.learn_from(recorder)
+        learner.learn(UPDATES * IMAGINED * n_steps, ExecutedAction(), reset_num_timesteps=False, tb_log_name="dyna")
+        learner.policy.log_std.data.clamp_(min=math.log(LEAST_STD))
+    return Policy.of("dyna", learner, hyperparameters("dyna")["policy_kwargs"])
+
+
+def _first(learner: BaseAlgorithm, budgets: list[Budget]) -> Walks:
+    """Before anything is known: samples of the policy, and what it thinks best for every budget or every other one."""
+    is_new = np.array([budget not in budgets[:lane] for lane, budget in enumerate(budgets)])
+    return _walked(learner, budgets, is_new & (np.arange(len(budgets)) % 2 == 0))
+
+
+def _promising(learner: BaseAlgorithm, imagination: Imagination, budgets: list[Budget], recorder: Recorder) -> Walks:
+    """Of many episodes that the policy proposes, one a budget: the best new one by a draw from the posterior.
+
+    Thompson 1933: a draw for each lane tries what may be good in proportion to the belief that it is.
+    """
+    proposed = [budget for budget in budgets for _ in range(PROPOSALS // len(budgets))]
+    walks = _walked(learner, proposed, np.arange(len(proposed)) % (PROPOSALS // len(budgets)) == 0)
+    kept = walks.state.kept
+    generator = torch.Generator().manual_seed(recorder.config.seed * 100_003 + len(recorder.episodes))
+    draws = imagination.surrogate.samples(kept, len(budgets), generator)
+    known = {tuple(episode.allocation.kept.values()) for episode in recorder.episodes}
+    chosen: list[int] = []
+    for draw, budget in zip(draws, budgets, strict=True):
+        fits = np.array([other == budget for other in proposed])
+        new = fits & np.array([tuple(row) not in known for row in kept])
+        # Where the lane's budget has no new proposal, the one that promises most is walked again.
+        chosen.append(int(np.where(new if new.any() else fits, draw, -np.inf).argmax()))
+        known.add(tuple(kept[chosen[-1]]))
+    return walks.only(chosen)
+
+
+def _walked(learner: BaseAlgorithm, budgets: list[Budget], is_best: np.ndarray) -> Walks:
+    """Episodes of the policy: sampled, or in marked lanes its deterministic one."""
+    env: LayerPruningEnv = learner.get_env().env
+    walks = env.walks()
+    walks.start(np.array([env.target_of(budget) for budget in budgets]))
+    while not walks.is_over:
+        observations = walks.observe()
+        sampled, best = (learner.policy.predict(observations, deterministic=fixed)[0][:, 0] for fixed in (False, True))
+        walks.step(np.where(is_best, best, sampled))
+    return walks

@@ -1,0 +1,230 @@
+"""Episodes side by side for learners and baselines: walked in step, scored together, recorded one by one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+from autoprune.allocation import Allocation, Budget, BudgetRange
+from autoprune.config import SearchConfig
+from autoprune.runs import RunFolder
+from autoprune.scoring import Evaluation
+from envs.layer_pruning import LayerPruningEnv
+from envs.walks import Walks
+
+LANES = 10
+"""Episodes that end together; a multiple of the cores of small machines, and enough for a policy update."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A finished episode: what was allocated and how it scored on the proxy split."""
+
+    number: int
+    allocation: Allocation
+    reward: float
+    evaluation: Evaluation
+    macs: int
+
+    def to_json(self) -> dict:
+        """One line of the log."""
+        return {
+            "episode": self.number,
+            "reward": self.reward,
+            **asdict(self.evaluation),
+            "macs": self.macs,
+            "budget": self.allocation.budget,
+            "kept": self.allocation.kept,
+        }
+
+    @classmethod
+    def from_json(cls, entry: dict, network: str) -> "Episode":
+        """From a line of the log of a network with that fingerprint."""
+        allocation = Allocation(entry["kept"], network, entry["budget"])
+        evaluation = Evaluation(entry["accuracy"], entry["loss"])
+        return cls(entry["episode"], allocation, entry["reward"], evaluation, entry["macs"])
+
+
+class Recorder:
+    """Keeps every finished episode, logs it, and feeds a resumed search with the scores that it paid for before.
+
+    Args:
+        env: The pruning environment.
+        config: How many episodes are asked for, and the seed.
+        folder: Where `log.jsonl` is kept; None keeps episodes in memory only.
+        on_episode: Called after each new episode.
+    """
+
+    def __init__(
+        self,
+        env: LayerPruningEnv,
+        config: SearchConfig,
+        folder: RunFolder | None = None,
+        on_episode: Callable[[Episode], None] = lambda episode: None,
+    ):
+        self.env, self.config, self.folder, self.on_episode = env, config, folder, on_episode
+        self.episodes: list[Episode] = []
+        entries = folder.events("episode") if folder else []
+        self._logged = [Episode.from_json(entry, env.groups.fingerprint) for entry in entries]
+        for episode in self._logged:
+            env.proxy.restore(episode.allocation.kept, episode.evaluation)
+        self.n_restored = len({tuple(episode.allocation.kept.values()) for episode in self._logged})
+        """Evaluations that an earlier, interrupted search paid for."""
+
+    @property
+    def remaining(self) -> int:
+        """Episodes that are still asked for."""
+        return self.config.episodes - len(self.episodes)
+
+    def resume_at(self, episode: int) -> None:
+        """The search goes on after `episode` episodes; those before count as walked."""
+        self.episodes = self._logged[:episode]
+        for known in self.episodes:
+            self.on_episode(known)
+
+    def budgets(self, n: int) -> list[Budget]:
+        """One budget a lane, spread evenly over the range if there is one; the same for the same seed and episode."""
+        offset = np.random.default_rng([self.config.seed, len(self.episodes)]).random()
+        return [self.env.budget.at((lane + offset) / n) for lane in range(n)]
+
+    def score(self, walks: Walks, budgets: Sequence[Budget], live: int) -> np.ndarray:
+        """Rewards `(n_lanes,)` of finished walks; the first `live` ones are recorded."""
+        rewards, infos = self.env.score(walks, budgets)
+        for reward, info in zip(rewards[:live].tolist(), infos[:live], strict=True):
+            evaluation = Evaluation(info["accuracy"], info["loss"])
+            episode = Episode(len(self.episodes) + 1, info["allocation"], reward, evaluation, info["macs"])
+            self.episodes.append(episode)
+            if self.folder and episode.number > len(self._logged):
+                self.folder.append("episode", **episode.to_json())
+            self.on_episode(episode)
+        return rewards
+
+    def walk(self, act: Callable[[Walks], np.ndarray], n_lanes: int) -> np.ndarray:
+        """Walks and records an episode a lane; `act` wishes actions `(n_lanes,)`. Returns their rewards."""
+        budgets, walks = self.budgets(n_lanes), self.env.walks()
+        walks.start(np.array([self.env.target_of(budget) for budget in budgets]))
+        while not walks.is_over:
+            walks.step(act(walks))
+        return self.score(walks, budgets, n_lanes)
+
+
+class Walkers(VecEnv):
+    """Lanes of one environment that end together, as Stable-Baselines3 wants them. How they are judged is left open.
+
+    Args:
+        env: The environment.
+        n_lanes: How many walk at once.
+    """
+
+    def __init__(self, env: LayerPruningEnv, n_lanes: int):
+        super().__init__(n_lanes, env.observation_space, env.action_space)
+        self.env, self.walks = env, env.walks()
+        self.budgets: list[Budget] = []
+        self._actions = np.zeros(n_lanes)
+
+    def draw(self) -> list[Budget]:
+        """The budgets of the next episodes, one a lane."""
+        raise NotImplementedError
+
+    def judge(self) -> np.ndarray:
+        """Rewards `(n_lanes,)` of the finished walks."""
+        raise NotImplementedError
+
+    def reset(self) -> np.ndarray:
+        """Starts the next episodes."""
+        self.budgets = self.draw()
+        self.walks.start(np.array([self.env.target_of(budget) for budget in self.budgets]))
+        return self.walks.observe()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Takes one action a lane, `(n_lanes, 1)`."""
+        self._actions = np.asarray(actions, np.float64)[:, 0]
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+        """Decides a group in every lane; after the last one all are judged and start anew."""
+        executed, _ = self.walks.step(self._actions)
+        infos: list[dict] = [{"executed_action": action} for action in executed.tolist()]
+        observations, n = self.walks.observe(), self.num_envs
+        if not self.walks.is_over:
+            return observations, np.zeros(n, np.float32), np.zeros(n, bool), infos
+        rewards = self.judge()
+        for info, observation, reward in zip(infos, observations, rewards.tolist(), strict=True):
+            info |= {"terminal_observation": observation, "episode": {"r": reward, "l": len(self.env.groups), "t": 0.0}}
+        return self.reset(), rewards.astype(np.float32), np.ones(n, bool), infos
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def get_attr(self, attr_name: str, indices=None) -> list:
+        """The environment's attribute, once a lane."""
+        return [getattr(self.env, attr_name)] * self.num_envs
+
+    def set_attr(self, attr_name: str, value, indices=None) -> None:
+        """Not possible: the lanes share one environment."""
+        raise NotImplementedError(f"{attr_name}: lanes share one environment; make another one")
+
+    def env_method(self, method_name: str, *args, indices=None, **kwargs) -> list:
+        """Calls the environment's method, once."""
+        return [getattr(self.env, method_name)(*args, **kwargs)]
+
+    def env_is_wrapped(self, wrapper_class: type, indices=None) -> list[bool]:
+        """Lanes are never wrapped."""
+        return [False] * self.num_envs
+
+
+class Lanes(Walkers):
+    """Lanes whose networks are really scored, side by side, and recorded.
+
+    Where fewer episodes are asked for than there are lanes, the surplus lanes shadow the first ones: same budget, same
+    actions, nothing recorded, nothing evaluated twice.
+
+    Under a range of budgets the learner sees how much better than uniform pruning at the same budget a network is, so
+    that a tight budget isn't taken for a bad policy.
+
+    Args:
+        recorder: Where episodes go.
+        n_lanes: How many walk at once.
+    """
+
+    def __init__(self, recorder: Recorder, n_lanes: int = LANES):
+        super().__init__(recorder.env, n_lanes)
+        self.recorder = recorder
+        self._shadows = np.arange(n_lanes)
+
+    def draw(self) -> list[Budget]:
+        """Spread over the range, and the same in a lane and its shadow."""
+        live = min(self.num_envs, self.recorder.remaining) or self.num_envs
+        self._shadows = np.arange(self.num_envs) % live
+        budgets = self.recorder.budgets(live)
+        return [budgets[lane] for lane in self._shadows]
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Takes one action a lane, `(n_lanes, 1)`; those of shadows don't count."""
+        super().step_async(np.asarray(actions)[self._shadows])
+
+    def judge(self) -> np.ndarray:
+        """Scores the networks."""
+        rewards = self.recorder.score(self.walks, self.budgets, min(self.num_envs, self.recorder.remaining))
+        return rewards - self._par(self.budgets) if isinstance(self.env.budget, BudgetRange) else rewards
+
+    @cached_property
+    def _par(self) -> Callable[[list[Budget]], np.ndarray]:
+        return par(self.env, lambda walks, budgets: self.env.score(walks, budgets)[0])
+
+
+PAR_POINTS = 6
+
+
+def par(
+    env: LayerPruningEnv, judge: Callable[[Walks, list[Budget]], np.ndarray]
+) -> Callable[[list[Budget]], np.ndarray]:
+    """What uniform pruning earns under each budget of the environment's range: judged at a few, linear in between."""
+    budgets = [env.budget.at(position) for position in np.linspace(0, 1, PAR_POINTS)]
+    walks = env.walks()
+    walks.start(np.array([env.target_of(budget) for budget in budgets]))
+    while not walks.is_over:
+        walks.step(np.zeros(PAR_POINTS))
+    shares, rewards = [budget.share for budget in budgets], judge(walks, budgets)
+    return lambda asked: np.interp([budget.share for budget in asked], shares, rewards)
