@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.lanes import LANES, Recorder, Walkers, par
 from agents.replay import Policy
 from agents.surrogate import Surrogate
-from agents.training import ExecutedAction, hyperparameters, make_learner
+from agents.training import hyperparameters, make_learner
 from autoprune.allocation import Budget, BudgetRange
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import Walks
@@ -89,9 +90,23 @@ def train_dyna(recorder: Recorder, log: Path | None = None) -> Policy:
         walks = _promising(learner, imagination, budgets, recorder) if recorder.episodes else _first(learner, budgets)
         recorder.score(walks, budgets, len(budgets))
         imagination.learn_from(recorder)
-        learner.learn(UPDATES * IMAGINED * n_steps, ExecutedAction(), reset_num_timesteps=False, tb_log_name="dyna")
-        learner.policy.log_std.data.clamp_(min=math.log(LEAST_STD))
+        learner.learn(UPDATES * IMAGINED * n_steps, _Spread(), reset_num_timesteps=False, tb_log_name="dyna")
     return Policy.of("dyna", learner, hyperparameters("dyna")["policy_kwargs"])
+
+
+class _Spread(BaseCallback):
+    """Keeps the policy trying things.
+
+    Practice stores the sampled action, not the executed one: rounding belongs to the environment, and the gradient of a
+    policy's return is about the sample. Stored as executed, an action that was rounded many deviations away blows the
+    ratio of new to old policy up.
+    """
+
+    def _on_rollout_start(self) -> None:
+        self.model.policy.log_std.data.clamp_(min=math.log(LEAST_STD))
+
+    def _on_step(self) -> bool:
+        return True
 
 
 def _first(learner: BaseAlgorithm, budgets: list[Budget]) -> Walks:

@@ -12,7 +12,7 @@ from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
-from autoprune.allocation import Allocation
+from autoprune.allocation import Allocation, Budget
 from autoprune.errors import UserError
 from autoprune.runs import write_atomically, write_json
 from envs.observation import FEATURES, OBSERVATION_SPACE
@@ -98,7 +98,7 @@ def _feature_names() -> list[str]:
     return [feature.name for feature in FEATURES]
 
 
-def replay(policy: Policy, env: gymnasium.Env, budget: str | None = None) -> tuple[Allocation, dict]:
+def replay(policy: Policy, env: gymnasium.Env, budget: str | Budget | None = None) -> tuple[Allocation, dict]:
     """Lets a policy act once, without learning or chance.
 
     Args:

@@ -2,43 +2,21 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from agents.baselines import BASELINES
 from agents.dyna import train_dyna
+from agents.finalists import Finalist, finalists, front, knee
 from agents.lanes import Episode, Recorder
-from agents.replay import Policy, replay
+from agents.replay import Policy
 from agents.training import ALGORITHMS, train
-from autoprune.allocation import Allocation
+from autoprune.allocation import BudgetRange
 from autoprune.config import SearchConfig
 from autoprune.errors import check_known
 from autoprune.runs import RunFolder
-from autoprune.scoring import Evaluation
 from envs.layer_pruning import LayerPruningEnv
 
 AGENTS = (*ALGORITHMS, *BASELINES)
-
-
-@dataclass(frozen=True)
-class Finalist:
-    """A candidate of the final choice: its proxy score, and the score on the selection split that decides."""
-
-    allocation: Allocation
-    proxy: Evaluation
-    selection: Evaluation
-    reward: float
-    macs: int
-
-    def to_json(self) -> dict:
-        """Plain data for the results."""
-        scores = {
-            f"{split}_{name}": value
-            for split in ("proxy", "selection")
-            for name, value in asdict(getattr(self, split)).items()
-        }
-        return {"source": self.allocation.source, **scores, "reward": self.reward, "macs": self.macs}
 
 
 @dataclass(frozen=True)
@@ -46,8 +24,9 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        best: The finalist with the highest reward on the selection split.
-        finalists: All of them, best first.
+        best: The finalist with the highest reward on the selection split; under a range of budgets the front's knee.
+        finalists: All of them, best first; under a range of budgets the front.
+        front: Under a range of budgets the Pareto front, cheapest first; else empty.
         episodes: Every finished episode in order.
         policy: The trained policy; None for baselines.
         evaluations: Sub-models scored on the proxy split.
@@ -56,6 +35,7 @@ class SearchResult:
 
     best: Finalist
     finalists: list[Finalist]
+    front: list[Finalist]
     episodes: list[Episode]
     policy: Policy | None
     evaluations: int
@@ -86,13 +66,12 @@ def search(
     started, recorder = time.perf_counter(), Recorder(env, config, folder, on_episode)
     evaluated = env.proxy.evaluations
     policy = _run_agent(recorder, config, folder)
-    candidates = _candidates(recorder.episodes, config.finalists)
-    if policy is not None:
-        candidates.insert(0, _act(policy, env))
-    finalists = _judged(candidates, env)
+    points = front(recorder.episodes, policy, env) if isinstance(env.budget, BudgetRange) else []
+    compared = points or finalists(recorder.episodes, policy, env, config.finalists)
+    best = knee(points) if points else compared[0]
     evaluations = env.proxy.evaluations - evaluated + recorder.n_restored
     seconds = time.perf_counter() - started
-    return SearchResult(finalists[0], finalists, recorder.episodes, policy, evaluations, seconds)
+    return SearchResult(best, compared, points, recorder.episodes, policy, evaluations, seconds)
 
 
 def _run_agent(recorder: Recorder, config: SearchConfig, folder: RunFolder | None) -> Policy | None:
@@ -106,30 +85,3 @@ def _run_agent(recorder: Recorder, config: SearchConfig, folder: RunFolder | Non
     if config.agent == "dyna":
         return train_dyna(recorder, log)
     return train(config.agent, recorder, checkpoint, log)
-
-
-def _candidates(episodes: list[Episode], n: int) -> list[Episode]:
-    """The best different allocations by reward."""
-    best: dict[tuple, Episode] = {}
-    for episode in episodes:
-        best.setdefault(tuple(episode.allocation.kept.values()), episode)
-    return sorted(best.values(), key=lambda episode: -episode.reward)[:n]
-
-
-def _act(policy: Policy, env: LayerPruningEnv) -> Episode:
-    """The trained policy's own allocation, as episode 0."""
-    allocation, info = replay(policy, env)
-    return Episode(0, allocation, np.nan, Evaluation(info["accuracy"], info["loss"]), info["macs"])
-
-
-def _judged(candidates: list[Episode], env: LayerPruningEnv) -> list[Finalist]:
-    """The candidates with their scores on the selection split, best first."""
-    selections = env.proxy.select_all([candidate.allocation.kept for candidate in candidates])
-    pairs = zip(candidates, selections, strict=True)
-    return sorted((_finalist(episode, selection, env) for episode, selection in pairs), key=lambda f: -f.reward)
-
-
-def _finalist(episode: Episode, selection: Evaluation, env: LayerPruningEnv) -> Finalist:
-    source = f"episode {episode.number}" if episode.number else "policy"
-    allocation = replace(episode.allocation, source=source)
-    return Finalist(allocation, episode.evaluation, selection, env.reward_of(selection, episode.macs), episode.macs)

@@ -1,0 +1,117 @@
+"""From many scored allocations to the ones that count: compared once more, on images that no search has seen."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from agents.lanes import Episode
+from agents.replay import Policy, replay
+from autoprune.allocation import Allocation, Budget, BudgetRange
+from autoprune.scoring import Evaluation
+from envs.layer_pruning import LayerPruningEnv
+
+FRONT_BUDGETS = 6
+"""Budgets of a range that are compared for the Pareto front."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A candidate of the final choice: its proxy score, and the score on the selection split that decides."""
+
+    allocation: Allocation
+    proxy: Evaluation
+    selection: Evaluation
+    reward: float
+    macs: int
+    cost: int
+
+    def to_json(self) -> dict:
+        """Plain data for the results."""
+        scores = {
+            f"{split}_{name}": value
+            for split in ("proxy", "selection")
+            for name, value in asdict(getattr(self, split)).items()
+        }
+        return {"source": self.allocation.source, **scores, "reward": self.reward, "macs": self.macs}
+
+
+def finalists(episodes: list[Episode], policy: Policy | None, env: LayerPruningEnv, n: int) -> list[Finalist]:
+    """The `n` best different allocations by proxy reward, and the policy's own, best on the selection split first."""
+    candidates = _best(episodes, n)
+    if policy is not None:
+        candidates.insert(0, _own(policy, env, env.budget))
+    return sorted(_judged(candidates, env), key=lambda finalist: -finalist.reward)
+
+
+def front(episodes: list[Episode], policy: Policy | None, env: LayerPruningEnv) -> list[Finalist]:
+    """The allocations that no other one beats at its cost or below, cheapest first, for a range of budgets.
+
+    At each of a few budgets the policy's own allocation competes with the best that was ever evaluated within it: an
+    episode counts for every budget that it meets, whichever it was walked for.
+    """
+    candidates: dict[tuple[int, ...], Episode] = {}
+    for position in np.linspace(0, 1, FRONT_BUDGETS):
+        budget = env.budget.at(position)
+        target = env.target_of(budget)
+        within = [episode for episode in episodes if _cost(episode, env) <= target]
+        chosen = _best(within, 1) + ([_own(policy, env, budget)] if policy is not None else [])
+        candidates |= {tuple(episode.allocation.kept.values()): episode for episode in chosen}
+    judged = sorted(_judged(candidates.values(), env), key=lambda finalist: (finalist.cost, finalist.selection.loss))
+    best, undominated = np.inf, []
+    for finalist in judged:
+        if finalist.selection.loss < best:
+            best = finalist.selection.loss
+            undominated.append(finalist)
+    return undominated
+
+
+def uniform_line(env: LayerPruningEnv) -> list[Finalist]:
+    """Uniform pruning at the budgets of the front, to hold the front against."""
+    walks, budgets = env.walks(), [env.budget.at(position) for position in np.linspace(0, 1, FRONT_BUDGETS)]
+    walks.start(np.array([env.target_of(budget) for budget in budgets]))
+    while not walks.is_over:
+        walks.step(np.zeros(FRONT_BUDGETS))
+    _, infos = env.score(walks, budgets)
+    evaluations = [Evaluation(info["accuracy"], info["loss"]) for info in infos]
+    pairs = zip(infos, evaluations, strict=True)
+    episodes = [Episode(0, info["allocation"], np.nan, evaluation, info["macs"]) for info, evaluation in pairs]
+    return [replace(f, allocation=replace(f.allocation, source="uniform")) for f in _judged(episodes, env)]
+
+
+def knee(points: list[Finalist]) -> Finalist:
+    """Where the front bends most: the point farthest from the line between its ends, both axes scaled to [0, 1]."""
+    costs, losses = (np.array([of(p) for p in points], float) for of in (lambda p: p.cost, lambda p: p.selection.loss))
+    scaled = [(values - values.min()) / max(np.ptp(values), 1e-12) for values in (costs, losses)]
+    return points[int((scaled[0] + scaled[1]).argmin())]
+
+
+def _best(episodes: Iterable[Episode], n: int) -> list[Episode]:
+    """The best different allocations by reward."""
+    best: dict[tuple[int, ...], Episode] = {}
+    for episode in episodes:
+        best.setdefault(tuple(episode.allocation.kept.values()), episode)
+    return sorted(best.values(), key=lambda episode: -episode.reward)[:n]
+
+
+def _own(policy: Policy, env: LayerPruningEnv, budget: Budget | BudgetRange) -> Episode:
+    """The trained policy's own allocation, as episode 0."""
+    allocation, info = replay(policy, env, budget.at(0.5))
+    return Episode(0, allocation, np.nan, Evaluation(info["accuracy"], info["loss"]), info["macs"])
+
+
+def _judged(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]:
+    """The candidates with their scores on the selection split."""
+    episodes = list(candidates)
+    selections = env.proxy.select_all([episode.allocation.kept for episode in episodes])
+    return [_finalist(episode, selection, env) for episode, selection in zip(episodes, selections, strict=True)]
+
+
+def _finalist(episode: Episode, selection: Evaluation, env: LayerPruningEnv) -> Finalist:
+    source = f"episode {episode.number}" if episode.number else "policy"
+    allocation, reward = replace(episode.allocation, source=source), env.reward_of(selection, episode.macs)
+    return Finalist(allocation, episode.evaluation, selection, reward, episode.macs, _cost(episode, env))
+
+
+def _cost(episode: Episode, env: LayerPruningEnv) -> int:
+    return env.space.cost(np.array([episode.allocation.kept[name] for name in env.space.costs.names]))
