@@ -30,7 +30,7 @@ IMAGINED = 64
 """Imagined episodes between two updates."""
 PROPOSALS = 200
 """Episodes that the policy proposes for a batch."""
-UPDATES = 4
+UPDATES = 3
 """Policy updates between two batches."""
 LEAST_STD = 0.1
 """The policy's spread doesn't fall below this, as a share of the feasible interval's half."""
@@ -68,6 +68,7 @@ class Imagination(Walkers):
         """Fits the surrogate to everything evaluated so far."""
         kept = np.array([list(episode.allocation.kept.values()) for episode in recorder.episodes])
         self.surrogate.fit(kept, np.array([episode.reward for episode in recorder.episodes]))
+        recorder.estimates = self.surrogate.mean(kept).tolist()
 
 
 def train_dyna(recorder: Recorder, log: Path | None = None) -> Policy:

@@ -1,11 +1,11 @@
 """From many scored allocations to the ones that count: compared once more, on images that no search has seen."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from agents.lanes import Episode
+from agents.lanes import Episode, Recorder
 from agents.replay import Policy, replay
 from autoprune.allocation import Allocation, Budget, BudgetRange
 from autoprune.scoring import Evaluation
@@ -36,26 +36,32 @@ class Finalist:
         return {"source": self.allocation.source, **scores, "reward": self.reward, "macs": self.macs}
 
 
-def finalists(episodes: list[Episode], policy: Policy | None, env: LayerPruningEnv, n: int) -> list[Finalist]:
-    """The `n` best different allocations by proxy reward, and the policy's own, best on the selection split first."""
-    candidates = _best(episodes, n)
+def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
+    """The best different allocations by proxy reward, and the policy's own, best on the selection split first.
+
+    Where the agent has a model of the reward, its estimates count, which see through the luck of single scores.
+    """
+    env = recorder.env
+    rewards = recorder.estimates or [episode.reward for episode in recorder.episodes]
+    candidates = _best(recorder.episodes, rewards, recorder.config.finalists)
     if policy is not None:
         candidates.insert(0, _own(policy, env, env.budget))
     return sorted(_judged(candidates, env), key=lambda finalist: -finalist.reward)
 
 
-def front(episodes: list[Episode], policy: Policy | None, env: LayerPruningEnv) -> list[Finalist]:
+def front(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
     """The allocations that no other one beats at its cost or below, cheapest first, for a range of budgets.
 
     At each of a few budgets the policy's own allocation competes with the best that was ever evaluated within it: an
     episode counts for every budget that it meets, whichever it was walked for.
     """
-    candidates: dict[tuple[int, ...], Episode] = {}
+    env, candidates = recorder.env, {}
+    costs = np.array([_cost(episode, env) for episode in recorder.episodes])
+    rewards = np.array(recorder.estimates or [episode.reward for episode in recorder.episodes])
     for position in np.linspace(0, 1, FRONT_BUDGETS):
         budget = env.budget.at(position)
-        target = env.target_of(budget)
-        within = [episode for episode in episodes if _cost(episode, env) <= target]
-        chosen = _best(within, 1) + ([_own(policy, env, budget)] if policy is not None else [])
+        within = np.where(costs <= env.target_of(budget), rewards, -np.inf)
+        chosen = _best(recorder.episodes, within, 1) + ([_own(policy, env, budget)] if policy is not None else [])
         candidates |= {tuple(episode.allocation.kept.values()): episode for episode in chosen}
     judged = sorted(_judged(candidates.values(), env), key=lambda finalist: (finalist.cost, finalist.selection.loss))
     best, undominated = np.inf, []
@@ -86,12 +92,13 @@ def knee(points: list[Finalist]) -> Finalist:
     return points[int((scaled[0] + scaled[1]).argmin())]
 
 
-def _best(episodes: Iterable[Episode], n: int) -> list[Episode]:
-    """The best different allocations by reward."""
+def _best(episodes: list[Episode], rewards: Sequence[float], n: int) -> list[Episode]:
+    """The best different allocations by the given rewards."""
     best: dict[tuple[int, ...], Episode] = {}
-    for episode in episodes:
-        best.setdefault(tuple(episode.allocation.kept.values()), episode)
-    return sorted(best.values(), key=lambda episode: -episode.reward)[:n]
+    for place in np.argsort(-np.array(rewards), kind="stable"):
+        if np.isfinite(rewards[place]):
+            best.setdefault(tuple(episodes[place].allocation.kept.values()), episodes[place])
+    return list(best.values())[:n]
 
 
 def _own(policy: Policy, env: LayerPruningEnv, budget: Budget | BudgetRange) -> Episode:

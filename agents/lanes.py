@@ -66,6 +66,8 @@ class Recorder:
     ):
         self.env, self.config, self.folder, self.on_episode = env, config, folder, on_episode
         self.episodes: list[Episode] = []
+        self.estimates: list[float] | None = None
+        """What an agent with a model of the reward makes of its episodes in the end, all things considered."""
         entries = folder.events("episode") if folder else []
         self._logged = [Episode.from_json(entry, env.groups.fingerprint) for entry in entries]
         for episode in self._logged:
@@ -91,7 +93,7 @@ class Recorder:
 
     def score(self, walks: Walks, budgets: Sequence[Budget], live: int) -> np.ndarray:
         """Rewards `(n_lanes,)` of finished walks; the first `live` ones are recorded."""
-        rewards, infos = self.env.score(walks, budgets)
+        rewards, infos = self.env.score(walks, budgets, block=len(self.episodes) // LANES)
         for reward, info in zip(rewards[:live].tolist(), infos[:live], strict=True):
             evaluation = Evaluation(info["accuracy"], info["loss"])
             episode = Episode(len(self.episodes) + 1, info["allocation"], reward, evaluation, info["macs"])

@@ -66,8 +66,8 @@ def search(
     started, recorder = time.perf_counter(), Recorder(env, config, folder, on_episode)
     evaluated = env.proxy.evaluations
     policy = _run_agent(recorder, config, folder)
-    points = front(recorder.episodes, policy, env) if isinstance(env.budget, BudgetRange) else []
-    compared = points or finalists(recorder.episodes, policy, env, config.finalists)
+    points = front(recorder, policy) if isinstance(env.budget, BudgetRange) else []
+    compared = points or finalists(recorder, policy)
     best = knee(points) if points else compared[0]
     evaluations = env.proxy.evaluations - evaluated + recorder.n_restored
     seconds = time.perf_counter() - started

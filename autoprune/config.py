@@ -179,6 +179,9 @@ class ProxyConfig:
 
     images: int = 256
     """Images of the proxy split that are scored; more rank a little better and cost in proportion."""
+    blocks: int = 3
+    """Disjoint blocks of as many images, of equal difficulty, that the batches of a search take turns with; 1 scores
+    all candidates on the same images, to which a long search adapts. As many as the proxy split holds, at most."""
     loss: str = "cross_entropy"
     """What answers are held against: cross_entropy (with the labels) or kl (with the dense network's outputs)."""
     statistics: str = "batch"
@@ -198,7 +201,7 @@ class ProxyConfig:
     """Candidates scored at once, each on a core of its own (None: one for each core)."""
 
     def __post_init__(self) -> None:
-        _check_range(self, 1, float("inf"), "images", "recalibration_images", "sub_models", "workers")
+        _check_range(self, 1, float("inf"), "images", "blocks", "recalibration_images", "sub_models", "workers")
         _check_choice(self, "loss", "cross_entropy", "kl")
         _check_choice(self, "statistics", "batch", "calibration")
         _check_range(self, 0, float("inf"), "temperature")

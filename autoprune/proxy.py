@@ -10,12 +10,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from queue import SimpleQueue
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from autoprune.config import ProxyConfig
 from autoprune.criteria import Importance
@@ -65,17 +66,29 @@ class ProxyAccuracy:
         """The proxy score of an allocation: the mean over its drawn sub-models."""
         return self.score_all([kept])[0]
 
-    def score_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
-        """The proxy scores of several allocations, which share the cores; equal to those of one after the other."""
+    def score_all(self, allocations: Sequence[Mapping[str, int]], block: int = 0) -> list[Evaluation]:
+        """The proxy scores of several allocations, which share the cores; equal to those of one after the other.
+
+        Args:
+            allocations: Group to kept channels.
+            block: Which of the blocks of proxy images is asked; it counts modulo their number. An allocation that was
+                scored before keeps its score.
+        """
         keys = [self._key(kept) for kept in allocations]
         fresh = {key: kept for key, kept in zip(keys, allocations, strict=True) if key not in self._cache}
-        self._cache |= zip(fresh, self._side_by_side(self._proxy_score, list(fresh.values())), strict=True)
+        score = partial(self._proxy_score, self._blocks[block % len(self._blocks)]) if fresh else None
+        self._cache |= zip(fresh, self._side_by_side(score, list(fresh.values())), strict=True)
         self.evaluations += len(fresh)
         return [self._cache[key] for key in keys]
 
     def select_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
         """Scores on the larger selection split, for the finalists; calibrated on the whole calibration split."""
         return self._side_by_side(self._selection_score, allocations)
+
+    @property
+    def n_workers(self) -> int:
+        """Candidates that are scored at once."""
+        return len(self._slicers)
 
     @property
     def example(self) -> Tensor:
@@ -135,14 +148,14 @@ class ProxyAccuracy:
         torch.set_num_threads(n_threads)  # a thread's own setting is the default of those to come
         return scores
 
-    def _proxy_score(self, slicer: Slicer, kept: Kept) -> Evaluation:
+    def _proxy_score(self, images: Questions, slicer: Slicer, kept: Kept) -> Evaluation:
         model, bf16 = slicer.apply(kept), self.config.bf16
         if self.config.statistics == "batch":
             with on_batch_statistics(model):
-                return answer(model, self._proxy, bf16)
+                return answer(model, images, bf16)
         recalibrate(model, self._calibration, bf16=bf16)
         with in_eval_mode(model):
-            return answer(model, self._proxy, bf16)
+            return answer(model, images, bf16)
 
     def _selection_score(self, slicer: Slicer, kept: Kept) -> Evaluation:
         model, bf16 = slicer.apply(kept), self.config.bf16
@@ -173,8 +186,28 @@ class ProxyAccuracy:
         return self._splits.calibration.inputs[: self.config.recalibration_images]
 
     @cached_property
-    def _proxy(self) -> Questions:
-        return self._questions(self._splits.proxy[: self.config.images])
+    def _blocks(self) -> list[Questions]:
+        """Disjoint parts of the proxy split, of equal difficulty.
+
+        Images are sorted by the loss of the network that keeps half of every group, and dealt out in turns, so that the
+        same network scores about the same in every block. A search that sees another block with every batch can't
+        adapt to the images of one.
+        """
+        images, n = self._splits.proxy, self.config.images
+        n_blocks = min(self.config.blocks, len(images) // n)
+        if n_blocks <= 1:
+            return [self._questions(images[:n])]
+        images = images[: n * n_blocks]
+        halves = {group.name: -(-group.channels // 2) for group in self.groups}
+        order = self._difficulty(images, self.draw(halves)).argsort()
+        return [self._questions(images[order[block::n_blocks]]) for block in range(n_blocks)]
+
+    def _difficulty(self, images: Images, kept: Kept) -> Tensor:
+        """The cross-entropy of each image, `(n_images,)`."""
+        model = self._slicers[0].apply(kept)
+        with torch.no_grad(), on_batch_statistics(model):
+            logits = [model(part.inputs) for part, _ in Questions(images)]
+        return F.cross_entropy(torch.cat(logits), images.labels, reduction="none")
 
     @cached_property
     def _selection(self) -> Questions:

@@ -180,11 +180,17 @@ class LayerPruningEnv(gymnasium.Env):
         """Group to kept channels, from an array in the order of the groups."""
         return dict(zip(self.space.costs.names, map(int, kept), strict=True))
 
-    def score(self, walks: Walks, budgets: Sequence[Budget]) -> tuple[np.ndarray, list[dict]]:
-        """Rewards `(n_lanes,)` of finished walks, scored side by side, and what is told about each."""
+    def score(self, walks: Walks, budgets: Sequence[Budget], block: int = 0) -> tuple[np.ndarray, list[dict]]:
+        """Rewards `(n_lanes,)` of finished walks, scored side by side, and what is told about each.
+
+        Args:
+            walks: Episodes that are over.
+            budgets: What each was walked for.
+            block: The block of proxy images that scores them.
+        """
         counts = [self.counts(kept) for kept in walks.state.kept]
         rewards, infos = [], []
-        for lane, evaluation in enumerate(self.proxy.score_all(counts)):
+        for lane, evaluation in enumerate(self.proxy.score_all(counts, block)):
             kept = walks.state.kept[lane]
             macs = self.space.costs.macs(kept)
             rewards.append(self.reward_of(evaluation, macs))

@@ -1,116 +1,135 @@
 """Which searcher finds the best allocation at equal evaluations? Every agent and baseline on one network and budget.
 
-    python experiments/search_agents.py --model resnet20 --weights FILE --seeds 0 1 2
+    python experiments/search_agents.py --model resnet20 --weights FILE --budgets macs=50% macs=30% --seeds 0 1 2 3 4
 
-One row a searcher and seed in `experiments/results/search_MODEL.csv`: wall time, evaluations a second, and the scores
-of the allocation that won on the selection split (3,000 training images, never seen by the search). Rows that are
-there already aren't measured again, and a killed search goes on where it was. ResNet-20, 3 seeds: about 20 minutes on
-2 cores.
+One row a searcher, budget, seed and number of evaluations in `experiments/results/search_MODEL.csv`: wall time, and the
+scores of the allocation that won on the selection split (3,000 training images, never seen by the search). An agent
+measures its groups' sensitivity first, on a quarter of an evaluation's images a group; it walks that many episodes
+fewer. The rows of fewer evaluations are searches of their own whose scores come from the longest one's log as far as
+they agree. Rows that are there already aren't measured again, and a killed search goes on where it was.
+
+`--summary` prints mean and standard deviation over the seeds instead.
 """
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 
-import torch
+import numpy as np
 
+from agents.replay import ALGORITHMS
 from agents.search import AGENTS, SearchResult, search
 from autoprune.compress import Workspace
-from autoprune.config import DataConfig, NetworkConfig, SearchConfig, Settings
-from autoprune.runs import RunFolder
+from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
+from autoprune.proxy import SENSITIVITY_IMAGES
+from autoprune.runs import RunFolder, write_text
 from envs.layer_pruning import LayerPruningEnv
 from experiments.tables import read_table, write_table
 
+RESULTS = Path(__file__).parent / "results"
 DETERMINISTIC = ("uniform", "sensitivity")
+KEY = ("model", "budget", "searcher", "seed", "asked")
 FIELDS = (
-    "model",
-    "budget",
-    "searcher",
-    "seed",
-    "episodes",
-    "evaluations",
-    "seconds",
-    "evaluations_per_second",
-    "proxy_loss",
-    "selection_loss",
-    "selection_accuracy",
-    "policy_selection_loss",
-    "source",
-    "macs_ratio",
-    "threads",
+    *KEY,
+    *("episodes", "evaluations", "seconds", "proxy_loss", "selection_loss", "selection_accuracy"),
+    *("policy_selection_loss", "source", "macs_ratio", "workers"),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--budget", default="macs=50%")
-    parser.add_argument(
-        "--searchers", nargs="+", default=["uniform", "sensitivity", "random", "ppo", "sac", "td3", "ddpg"]
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--episodes", type=int, default=300)
+    parser.add_argument("--weights")
+    parser.add_argument("--budgets", nargs="+", default=["macs=50%"])
+    parser.add_argument("--searchers", nargs="+", choices=AGENTS, default=AGENTS, metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--evaluations", nargs="+", type=int, default=[300, 100])
+    parser.add_argument("--finalists", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=None, help="candidates scored at once (default: one a core)")
     parser.add_argument("--runs", type=Path, default=Path("runs/search_agents"))
+    parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
-    unknown = set(args.searchers) - set(AGENTS)
-    if unknown:
-        parser.error(f"unknown searchers {sorted(unknown)}; known: {', '.join(AGENTS)}")
+    table = RESULTS / f"search_{args.model}.csv"
+    if args.summary:
+        return summarise(read_table(table))
+    if args.weights is None:
+        parser.error("--weights: give the trained weights of the network")
 
-    table = Path(__file__).parent / "results" / f"search_{args.model}.csv"
-    config = SearchConfig(budget=args.budget, episodes=args.episodes)
-    settings = Settings(NetworkConfig(args.model, args.weights), DataConfig("cifar10"), config)
-    workspace = Workspace(settings)
-    for name in args.searchers:
-        for seed in args.seeds[:1] if name in DETERMINISTIC else args.seeds:
-            if not is_known(table, args.budget, name, seed):
-                result = measure(workspace, name, seed, args)
-                append(table, row(args, name, seed, result, workspace))
+    network, proxy = NetworkConfig(args.model, args.weights), ProxyConfig(workers=args.workers)
+    workspace = Workspace(Settings(network, DataConfig("cifar10"), SearchConfig(), proxy))
+    for cell in cells(args):
+        if not any(all(row[name] == str(cell[name]) for name in KEY) for row in read_table(table)):
+            row = cell | measure(workspace, cell, args)
+            write_table(table, [*read_table(table), row], FIELDS)
+            print(row, flush=True)
 
 
-def measure(workspace: Workspace, name: str, seed: int, args: argparse.Namespace) -> SearchResult:
+def cells(args: argparse.Namespace) -> list[dict]:
+    """What is to be measured: seed by seed, so that a table that isn't finished compares equal seeds."""
+    return [
+        dict(zip(KEY, (args.model, budget, name, seed, asked), strict=True))
+        for seed in args.seeds
+        for budget in args.budgets
+        for name in args.searchers
+        for asked in sorted(args.evaluations, reverse=True)
+        if seed == args.seeds[0] or name not in DETERMINISTIC
+    ]
+
+
+def measure(workspace: Workspace, cell: dict, args: argparse.Namespace) -> dict:
     """One search in a run folder of its own, so that it can be resumed and its policy replayed."""
-    search_config = SearchConfig(budget=args.budget, agent=name, episodes=args.episodes, seed=seed)
-    folder = RunFolder(args.runs / f"{args.model}-{name}-{seed}")
-    folder.root.mkdir(parents=True, exist_ok=True)
-    env = LayerPruningEnv(workspace.model, workspace.groups, workspace.proxy(), args.budget)
-    result = search(env, search_config, folder)
+    name, budget, asked = cell["searcher"], cell["budget"], cell["asked"]
+    episodes = asked - sensitivity_cost(workspace) if name in ALGORITHMS else asked
+    stem = f"{args.model}-{budget}-{name}-{cell['seed']}".replace("=", "-").replace("%", "")
+    folder = RunFolder(args.runs / f"{stem}-{asked}")
+    if not folder.root.exists():
+        folder.root.mkdir(parents=True)
+        longest = RunFolder(args.runs / f"{stem}-{max(args.evaluations)}")
+        if longest.log.exists() and name != "sensitivity":
+            write_text(folder.log, "".join(longest.log.read_text().splitlines(keepends=True)[:episodes]))
+    config = SearchConfig(budget, name, episodes=episodes, seed=cell["seed"], finalists=args.finalists)
+    env = LayerPruningEnv(workspace.model, workspace.groups, workspace.proxy(), budget)
+    result = search(env, config, folder)
     if result.policy is not None:
-        result.policy.save(folder.policy, network=workspace.groups.fingerprint, budget=args.budget)
-    return result
+        result.policy.save(folder.policy, network=workspace.groups.fingerprint, budget=budget)
+    return figures(result, workspace, env)
 
 
-def row(args: argparse.Namespace, name: str, seed: int, result: SearchResult, workspace: Workspace) -> dict:
+def sensitivity_cost(workspace: Workspace) -> int:
+    """What measuring the sensitivity of all groups costs, in evaluations."""
+    return -(-len(workspace.groups) * SENSITIVITY_IMAGES // workspace.settings.proxy.images)
+
+
+def figures(result: SearchResult, workspace: Workspace, env: LayerPruningEnv) -> dict:
     """The figures of one search."""
     best = result.best
     policy = [finalist.selection.loss for finalist in result.finalists if finalist.allocation.source == "policy"]
     return {
-        "model": args.model,
-        "budget": args.budget,
-        "searcher": name,
-        "seed": seed,
         "episodes": len(result.episodes),
         "evaluations": result.evaluations,
         "seconds": round(result.seconds, 1),
-        "evaluations_per_second": round(result.evaluations / result.seconds, 2),
         "proxy_loss": round(best.proxy.loss, 4),
         "selection_loss": round(best.selection.loss, 4),
         "selection_accuracy": round(best.selection.accuracy, 4),
         "policy_selection_loss": round(policy[0], 4) if policy else "",
         "source": best.allocation.source,
         "macs_ratio": round(best.macs / workspace.costs.macs(workspace.costs.dense), 5),
-        "threads": torch.get_num_threads(),
+        "workers": env.proxy.n_workers,
     }
 
 
-def is_known(table: Path, budget: str, name: str, seed: int) -> bool:
-    """Whether the table holds that cell."""
-    return any((r["budget"], r["searcher"], r["seed"]) == (budget, name, str(seed)) for r in read_table(table))
-
-
-def append(table: Path, entry: dict) -> None:
-    """Adds a row, atomically."""
-    write_table(table, [*read_table(table), entry], FIELDS)
-    print(entry, flush=True)
+def summarise(rows: list[dict]) -> None:
+    """Selection loss and accuracy, mean ± standard deviation over the seeds, best first within a cell."""
+    by_cell = defaultdict(list)
+    for row in rows:
+        by_cell[row["budget"], int(row["asked"]), row["searcher"]].append(row)
+    lines = []
+    for (budget, asked, name), group in by_cell.items():
+        losses, accuracies = (np.array([float(r[k]) for r in group]) for k in ("selection_loss", "selection_accuracy"))
+        spread = f"{losses.std(ddof=1):.3f}" if len(losses) > 1 else "-"
+        text = f"{losses.mean():.3f} ± {spread}  {accuracies.mean():.2%}  seeds {len(group)}"
+        lines.append((budget, asked, losses.mean(), f"{budget} {asked:4d} {name:12s} {text}"))
+    print("\n".join(line for *_, line in sorted(lines)))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class FakeProxy:
     def __call__(self, kept: Mapping[str, int]) -> Evaluation:
         return self.score_all([kept])[0]
 
-    def score_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
+    def score_all(self, allocations: Sequence[Mapping[str, int]], block: int = 0) -> list[Evaluation]:
         for kept in allocations:
             key = tuple(kept[name] for name in self.groups.channels)
             if key not in self.cache:
