@@ -2,8 +2,14 @@
 
 import gymnasium, envs
 env = gymnasium.make("autoprune/LayerPruning-v0", model=model, groups=groups, proxy=proxy, budget="macs=50%")
+
+`gymnasium.make_vec` with vectorization_mode="vector_entry_point" makes lanes that are scored together.
 """
 
 from gymnasium.envs.registration import register
 
-register(id="autoprune/LayerPruning-v0", entry_point="envs.layer_pruning:LayerPruningEnv")
+register(
+    id="autoprune/LayerPruning-v0",
+    entry_point="envs.layer_pruning:LayerPruningEnv",
+    vector_entry_point="envs.vector:LayerPruningVectorEnv",
+)

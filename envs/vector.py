@@ -1,0 +1,68 @@
+"""Episodes side by side behind Gymnasium's vector interface: they end together and are scored together."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from autoprune.allocation import Budget, parse_budget
+from envs.layer_pruning import LayerPruningEnv
+
+
+class LayerPruningVectorEnv(VectorEnv):
+    """`gymnasium.make_vec("autoprune/LayerPruning-v0", num_envs=10, vectorization_mode="vector_entry_point", ...)`.
+
+    All lanes decide the same group in the same step, so one pass of array arithmetic serves them all, and the finished
+    networks share the cores. An episode's last step returns the next one's first observation, with that of the episode's
+    end in `infos["final_obs"]` (same-step autoreset).
+
+    Args:
+        num_envs: How many lanes.
+        render_mode: Not available; None.
+        **options: As for `LayerPruningEnv`. From a range of budgets the lanes take evenly spread ones.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+
+    def __init__(self, num_envs: int, render_mode: str | None = None, **options: Any):
+        self.env, self.num_envs, self.render_mode = LayerPruningEnv(**options), num_envs, render_mode
+        self.single_observation_space = self.env.observation_space
+        self.single_action_space = self.env.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.walks = self.env.walks()
+        self.budgets: list[Budget] = []
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Starts an episode in every lane; `options={"budget": ...}` or `{"budgets": [...]}` set their targets."""
+        super().reset(seed=seed)
+        return self._start(_asked(options or {}, self.num_envs)), {}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """Prunes the current group in every lane, by the feasible sparsity that its action stands for."""
+        executed, sparsities = self.walks.step(np.asarray(actions)[:, 0])
+        n, infos = self.num_envs, {"executed_action": executed, "sparsity": sparsities}
+        observations, rewards = self.walks.observe(), np.zeros(n)
+        is_over = self.walks.is_over
+        if is_over:
+            rewards, outcomes = self.env.score(self.walks, self.budgets)
+            final = {name: np.array([outcome[name] for outcome in outcomes], object) for name in outcomes[0]}
+            marks = {name: np.ones(n, bool) for name in ("_final_obs", "_final_info")}
+            infos |= {"final_obs": np.array(list(observations), object), "final_info": final} | marks
+            observations = self._start(None)
+        return observations, rewards, np.full(n, is_over), np.zeros(n, bool), infos
+
+    def _start(self, budgets: Sequence[Budget] | None) -> np.ndarray:
+        offset = self.np_random.random()
+        drawn = [self.env.budget.at((lane + offset) / self.num_envs) for lane in range(self.num_envs)]
+        self.budgets = list(budgets or drawn)
+        self.walks.start(np.array([self.env.target_of(budget) for budget in self.budgets]))
+        return self.walks.observe()
+
+
+def _asked(options: dict, n: int) -> list[Budget] | None:
+    if "budget" in options:
+        return [parse_budget(options["budget"]).at((lane + 0.5) / n) for lane in range(n)]
+    return [Budget.parse(budget) for budget in options["budgets"]] if "budgets" in options else None
