@@ -14,6 +14,9 @@ from envs.layer_pruning import LayerPruningEnv
 FRONT_BUDGETS = 6
 """Budgets of a range that are compared for the Pareto front."""
 
+SURVEYED = 4
+"""Candidates that are scored on the whole proxy split for each one that reaches the selection split."""
+
 
 @dataclass(frozen=True)
 class Finalist:
@@ -39,14 +42,18 @@ class Finalist:
 def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
     """The best different allocations by proxy reward, and the policy's own, best on the selection split first.
 
-    Where the agent has a model of the reward, its estimates count, which see through the luck of single scores.
+    Four times as many are scored on the whole proxy split before, since the best of hundreds of scores on few images
+    owes much to luck. Where the agent has a model of the reward, its estimates decide who gets that far.
     """
-    env = recorder.env
+    env, n = recorder.env, recorder.config.finalists
     rewards = recorder.estimates or [episode.reward for episode in recorder.episodes]
-    candidates = _best(recorder.episodes, rewards, recorder.config.finalists)
+    candidates = _best(recorder.episodes, rewards, SURVEYED * n)
+    surveyed = env.proxy.survey_all([episode.allocation.kept for episode in candidates])
+    pairs = zip(candidates, surveyed, strict=True)
+    chosen = _best(candidates, [env.reward_of(evaluation, episode.macs) for episode, evaluation in pairs], n)
     if policy is not None:
-        candidates.insert(0, _own(policy, env, env.budget))
-    return sorted(_judged(candidates, env), key=lambda finalist: -finalist.reward)
+        chosen.insert(0, _own(policy, env, env.budget))
+    return sorted(_judged(chosen, env), key=lambda finalist: -finalist.reward)
 
 
 def front(recorder: Recorder, policy: Policy | None) -> list[Finalist]:

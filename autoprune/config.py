@@ -238,8 +238,9 @@ class SearchConfig(_Excluding):
     several patterns that mean a group the last counts."""
     round_to_for: str = ""
     """--round_to by pattern, PATTERN=N,PATTERN=N; the others keep to --round_to."""
-    finalists: int = 10
-    """Best allocations that are compared once more on the selection split."""
+    finalists: int = 5
+    """Best allocations that are compared once more on the selection split, chosen among four times as many on the whole
+    proxy split."""
     checkpoint_every: int = 10
     """Episodes between two checkpoints of the learner."""
 

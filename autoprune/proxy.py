@@ -81,6 +81,10 @@ class ProxyAccuracy:
         self.evaluations += len(fresh)
         return [self._cache[key] for key in keys]
 
+    def survey_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
+        """Scores on the whole proxy split, in one pass, for those that may become finalists."""
+        return self._side_by_side(partial(self._proxy_score, self._whole), allocations)
+
     def select_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
         """Scores on the larger selection split, for the finalists; calibrated on the whole calibration split."""
         return self._side_by_side(self._selection_score, allocations)
@@ -208,6 +212,10 @@ class ProxyAccuracy:
         with torch.no_grad(), on_batch_statistics(model):
             logits = [model(part.inputs) for part, _ in Questions(images)]
         return F.cross_entropy(torch.cat(logits), images.labels, reduction="none")
+
+    @cached_property
+    def _whole(self) -> Questions:
+        return self._questions(self._splits.proxy)
 
     @cached_property
     def _selection(self) -> Questions:

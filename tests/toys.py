@@ -61,6 +61,9 @@ class FakeProxy:
     def select_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
         return [self.evaluate(kept) for kept in allocations]
 
+    def survey_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
+        return self.select_all(allocations)
+
     def evaluate(self, kept: Mapping[str, int]) -> Evaluation:
         loss = float(self.loss_of(np.array([kept[name] for name in self.groups.channels])))
         return Evaluation(float(np.exp(-loss)), loss)
