@@ -147,10 +147,11 @@ class ProxyAccuracy:
 
         n_threads = torch.get_num_threads()
         # One thread a candidate, also for a single one: the order of sums, and so the score, depends on the threads.
-        with ThreadPoolExecutor(len(self._slicers), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            scores = list(pool.map(work, drawn))
-        torch.set_num_threads(n_threads)  # a thread's own setting is the default of those to come
-        return scores
+        try:
+            with ThreadPoolExecutor(len(self._slicers), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                return list(pool.map(work, drawn))
+        finally:
+            torch.set_num_threads(n_threads)  # a thread's own setting is the default of those to come
 
     def _proxy_score(self, images: Questions, slicer: Slicer, kept: Kept) -> Evaluation:
         model, bf16 = slicer.apply(kept), self.config.bf16
