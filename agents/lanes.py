@@ -121,8 +121,8 @@ class Walkers(VecEnv):
     """
 
     def __init__(self, env: LayerPruningEnv, n_lanes: int):
+        self.env, self.walks = env, env.walks()  # first: the parent asks for attributes of the environment
         super().__init__(n_lanes, env.observation_space, env.action_space)
-        self.env, self.walks = env, env.walks()
         self.budgets: list[Budget] = []
         self._actions = np.zeros(n_lanes)
 
