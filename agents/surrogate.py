@@ -39,7 +39,7 @@ class Surrogate:
         """Learns from evaluated allocations `(n, n_groups)` in the order of evaluation, and their rewards `(n,)`."""
         chosen = _chosen(rewards)
         self._x, y = self._inputs(kept[chosen]), torch.from_numpy(_winsorised(rewards)[chosen])
-        self._mean, self._scale = y.mean(), y.std().clamp_min(1e-9)
+        self._mean, self._scale = y.mean(), y.std(correction=0).clamp_min(1e-9)
         y = (y - self._mean) / self._scale
         for _ in range(FIRST_FIT_STEPS if self._is_first else FIT_STEPS):
             self._optimizer.zero_grad()
