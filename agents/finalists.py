@@ -46,30 +46,24 @@ def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
     owes much to luck. Where the agent has a model of the reward, its estimates decide who gets that far.
     """
     env, n = recorder.env, recorder.config.finalists
-    rewards = recorder.estimates or [episode.reward for episode in recorder.episodes]
-    candidates = _best(recorder.episodes, rewards, SURVEYED * n)
+    candidates = _best(recorder.episodes, recorder.judgements, SURVEYED * n)
     surveyed = env.proxy.survey_all([episode.allocation.kept for episode in candidates])
     pairs = zip(candidates, surveyed, strict=True)
     chosen = _best(candidates, [env.reward_of(evaluation, episode.macs) for episode, evaluation in pairs], n)
     if policy is not None:
-        chosen.insert(0, _own(policy, env, env.budget))
-    return sorted(_judged(chosen, env), key=lambda finalist: -finalist.reward)
+        chosen.insert(0, own(policy, env, env.budget))
+    return judge(chosen, env)
 
 
 def front(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
     """The allocations that no other one beats at its cost or below, cheapest first, for a range of budgets.
 
-    At each of a few budgets the policy's own allocation competes with the best that was ever evaluated within it: an
-    episode counts for every budget that it meets, whichever it was walked for.
+    At each of a few budgets the policy's own allocation competes with the best episode within it.
     """
     env, candidates = recorder.env, {}
-    costs = np.array([_cost(episode, env) for episode in recorder.episodes])
-    rewards = np.array(recorder.estimates or [episode.reward for episode in recorder.episodes])
     for position in np.linspace(0, 1, FRONT_BUDGETS):
-        budget = env.budget.at(position)
-        within = np.where(costs <= env.target_of(budget), rewards, -np.inf)
-        chosen = _best(recorder.episodes, within, 1) + ([_own(policy, env, budget)] if policy is not None else [])
-        candidates |= {tuple(episode.allocation.kept.values()): episode for episode in chosen}
+        for episode in within(recorder, policy, env.budget.at(position)):
+            candidates[tuple(episode.allocation.kept.values())] = episode
     judged = sorted(_judged(candidates.values(), env), key=lambda finalist: (finalist.cost, finalist.selection.loss))
     best, undominated = np.inf, []
     for finalist in judged:
@@ -79,17 +73,42 @@ def front(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
     return undominated
 
 
+def within(recorder: Recorder, policy: Policy | None, budget: Budget) -> list[Episode]:
+    """The best episode within a budget, and the policy's own allocation for it.
+
+    An episode counts for every budget that it meets, whichever it was walked for.
+    """
+    env = recorder.env
+    target, costs = env.target_of(budget), np.array([_cost(episode, env) for episode in recorder.episodes])
+    best = _best(recorder.episodes, np.where(costs <= target, recorder.judgements, -np.inf), 1)
+    return best + ([own(policy, env, budget)] if policy is not None else [])
+
+
+def judge(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]:
+    """The candidates with their scores on the selection split, best first."""
+    return sorted(_judged(candidates, env), key=lambda finalist: -finalist.reward)
+
+
+def own(policy: Policy, env: LayerPruningEnv, budget: Budget | BudgetRange) -> Episode:
+    """The trained policy's own allocation, as episode 0."""
+    allocation, info = replay(policy, env, budget.at(0.5))
+    return Episode(0, allocation, np.nan, Evaluation(info["accuracy"], info["loss"]), info["macs"])
+
+
 def uniform_line(env: LayerPruningEnv) -> list[Finalist]:
     """Uniform pruning at the budgets of the front, to hold the front against."""
-    walks, budgets = env.walks(), [env.budget.at(position) for position in np.linspace(0, 1, FRONT_BUDGETS)]
-    walks.start(np.array([env.target_of(budget) for budget in budgets]))
-    while not walks.is_over:
-        walks.step(np.zeros(FRONT_BUDGETS))
-    _, infos = env.score(walks, budgets)
-    evaluations = [Evaluation(info["accuracy"], info["loss"]) for info in infos]
-    pairs = zip(infos, evaluations, strict=True)
-    episodes = [Episode(0, info["allocation"], np.nan, evaluation, info["macs"]) for info, evaluation in pairs]
-    return [replace(f, allocation=replace(f.allocation, source="uniform")) for f in _judged(episodes, env)]
+    budgets = [env.budget.at(position) for position in np.linspace(0, 1, FRONT_BUDGETS)]
+    judged = _judged([uniform_episode(env, budget) for budget in budgets], env)
+    return [replace(f, allocation=replace(f.allocation, source="uniform")) for f in judged]
+
+
+def uniform_episode(env: LayerPruningEnv, budget: Budget | None = None) -> Episode:
+    """Uniform pruning, as episode 0."""
+    _, info = env.reset(options={"budget": budget} if budget else None)
+    done = False
+    while not done:
+        _, _, done, _, info = env.step(np.zeros(1))
+    return Episode(0, info["allocation"], np.nan, Evaluation(info["accuracy"], info["loss"]), info["macs"])
 
 
 def knee(points: list[Finalist]) -> Finalist:
@@ -106,12 +125,6 @@ def _best(episodes: list[Episode], rewards: Sequence[float], n: int) -> list[Epi
         if np.isfinite(rewards[place]):
             best.setdefault(tuple(episodes[place].allocation.kept.values()), episodes[place])
     return list(best.values())[:n]
-
-
-def _own(policy: Policy, env: LayerPruningEnv, budget: Budget | BudgetRange) -> Episode:
-    """The trained policy's own allocation, as episode 0."""
-    allocation, info = replay(policy, env, budget.at(0.5))
-    return Episode(0, allocation, np.nan, Evaluation(info["accuracy"], info["loss"]), info["macs"])
 
 
 def _judged(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]:

@@ -76,6 +76,11 @@ class Recorder:
         """Evaluations that an earlier, interrupted search paid for."""
 
     @property
+    def judgements(self) -> list[float]:
+        """How good each episode is: the agent's estimate if it has one, which sees through luck, else its reward."""
+        return self.estimates or [episode.reward for episode in self.episodes]
+
+    @property
     def remaining(self) -> int:
         """Episodes that are still asked for."""
         return self.config.episodes - len(self.episodes)

@@ -27,7 +27,7 @@ class SearchResult:
         best: The finalist with the highest reward on the selection split; under a range of budgets the front's knee.
         finalists: All of them, best first; under a range of budgets the front.
         front: Under a range of budgets the Pareto front, cheapest first; else empty.
-        episodes: Every finished episode in order.
+        recorder: Every finished episode.
         policy: The trained policy; None for baselines.
         evaluations: Sub-models scored on the proxy split.
         seconds: Wall time of the search, choice among the finalists included; a resumed run counts its last part.
@@ -36,10 +36,15 @@ class SearchResult:
     best: Finalist
     finalists: list[Finalist]
     front: list[Finalist]
-    episodes: list[Episode]
+    recorder: Recorder
     policy: Policy | None
     evaluations: int
     seconds: float
+
+    @property
+    def episodes(self) -> list[Episode]:
+        """Every finished episode in order."""
+        return self.recorder.episodes
 
 
 def search(
@@ -71,7 +76,7 @@ def search(
     best = knee(points) if points else compared[0]
     evaluations = env.proxy.evaluations - evaluated + recorder.n_restored
     seconds = time.perf_counter() - started
-    return SearchResult(best, compared, points, recorder.episodes, policy, evaluations, seconds)
+    return SearchResult(best, compared, points, recorder, policy, evaluations, seconds)
 
 
 def _run_agent(recorder: Recorder, config: SearchConfig, folder: RunFolder | None) -> Policy | None:

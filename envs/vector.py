@@ -15,8 +15,8 @@ class LayerPruningVectorEnv(VectorEnv):
     """`gymnasium.make_vec("autoprune/LayerPruning-v0", num_envs=10, vectorization_mode="vector_entry_point", ...)`.
 
     All lanes decide the same group in the same step, so one pass of array arithmetic serves them all, and the finished
-    networks share the cores. An episode's last step returns the next one's first observation, with that of the episode's
-    end in `infos["final_obs"]` (same-step autoreset).
+    networks share the cores. An episode's last step returns the first observation of the next one; the one at its end
+    is in `infos["final_obs"]` (same-step autoreset).
 
     Args:
         num_envs: How many lanes.

@@ -1,80 +1,79 @@
-"""What is a learned policy worth elsewhere? Policies trained at 50 % act at 40 % and 60 %, and on a deeper network.
+"""What is a learned policy worth on another network: without learning, and as a start?
 
-    python experiments/transfer.py --weights RESNET20_FILE --to_weights RESNET56_FILE
+    python experiments/transfer.py --policy FOLDER --model resnet56 --weights FILE --seeds 0 1 2
 
-Reads the policies that `search_agents.py` left in its run folders; none of them learns here. One row a policy and
-target in `experiments/results/transfer.csv`: the cost that the allocation meets, and its scores beside uniform's on the
-proxy and the selection split (both from the training set, before fine-tuning). About 2 minutes on 2 cores.
+Zero shot, the policy's one roll-out stands beside uniform pruning. Then searches of 100 evaluations that start from it
+stand beside searches of 100 and 300 from scratch. One row each in `experiments/results/transfer.csv`, scored on the
+selection split (3,000 training images that no search sees) before fine-tuning. Resumable row by row.
 """
 
 import argparse
 from pathlib import Path
 
-import numpy as np
-
-from agents.replay import Policy, replay
+from agents.finalists import Finalist, judge, own, uniform_episode
+from agents.replay import Policy
+from agents.search import search
 from autoprune.compress import Workspace
-from autoprune.config import DataConfig, NetworkConfig, SearchConfig, Settings
+from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
+from autoprune.runs import RunFolder
 from envs.layer_pruning import LayerPruningEnv
-from experiments.tables import write_table
+from experiments.tables import read_table, write_table
 
-TRAINED_ON = "resnet20"
-TARGETS = (("resnet20", "macs=40%"), ("resnet20", "macs=50%"), ("resnet20", "macs=60%"), ("resnet56", "macs=50%"))
+TABLE = Path(__file__).parent / "results" / "transfer.csv"
+KEY = ("policy", "model", "budget", "kind", "seed")
+FIELDS = (*KEY, "evaluations", "seconds", "selection_loss", "selection_accuracy", "source", "macs_ratio")
+SEARCHES = {"warm, 100": (100, True), "scratch, 100": (100, False), "scratch, 300": (300, False)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", type=Path, required=True, help="folder of a saved policy")
+    parser.add_argument("--model", default="resnet56")
     parser.add_argument("--weights", required=True)
-    parser.add_argument("--to_weights", required=True)
-    parser.add_argument("--algorithms", nargs="+", default=["ppo"])
+    parser.add_argument("--budget", default="macs=50%")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("runs/search_agents"))
+    parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
     args = parser.parse_args()
-
-    weights = {TRAINED_ON: args.weights, "resnet56": args.to_weights}
-    spaces = {name: workspace(name, file) for name, file in weights.items()}
-    rows = []
-    for network, budget in TARGETS:
-        env = make_env(spaces[network], budget)
-        rows.append(uniform_row(env, network, budget))
-        for name in args.algorithms:
-            for seed in args.seeds:
-                policy = Policy.load(args.runs / f"{TRAINED_ON}-{name}-{seed}" / "policy")
-                allocation, _ = replay(policy, env)
-                rows.append(
-                    row(env, network, budget, f"{name} policy of {TRAINED_ON} at 50 %, seed {seed}", allocation.kept)
-                )
-                print(rows[-1], flush=True)
-    write_table(Path(__file__).parent / "results" / "transfer.csv", rows, list(rows[0]))
+    network, proxy = NetworkConfig(args.model, args.weights), ProxyConfig(workers=args.workers)
+    workspace = Workspace(Settings(network, DataConfig("cifar10"), SearchConfig(), proxy))
+    kinds = [(kind, 0) for kind in ("uniform", "zero shot")]
+    for kind, seed in [*kinds, *((kind, seed) for seed in args.seeds for kind in SEARCHES)]:
+        cell = dict(zip(KEY, (args.policy.name, args.model, args.budget, kind, seed), strict=True))
+        if not any(all(row[name] == str(cell[name]) for name in KEY) for row in read_table(TABLE)):
+            row = cell | measure(workspace, cell, args)
+            write_table(TABLE, [*read_table(TABLE), row], FIELDS)
+            print(row, flush=True)
 
 
-def workspace(name: str, weights: str) -> Workspace:
-    return Workspace(Settings(NetworkConfig(name, weights), DataConfig("cifar10"), SearchConfig()))
+def measure(workspace: Workspace, cell: dict, args: argparse.Namespace) -> dict:
+    """One roll-out or search."""
+    env = LayerPruningEnv(workspace.model, workspace.groups, workspace.proxy(), args.budget)
+    if cell["kind"] in SEARCHES:
+        return searched(env, cell, args)
+    episode = uniform_episode(env) if cell["kind"] == "uniform" else own(Policy.load(args.policy), env, env.budget)
+    return figures(judge([episode], env)[0], env) | {"evaluations": 0}
 
 
-def make_env(space: Workspace, budget: str) -> LayerPruningEnv:
-    return LayerPruningEnv(space.model, space.groups, space.proxy(), budget)
+def searched(env: LayerPruningEnv, cell: dict, args: argparse.Namespace) -> dict:
+    """One search, in a run folder of its own so that it can be resumed."""
+    evaluations, is_warm = SEARCHES[cell["kind"]]
+    stem = "-".join(str(cell[name]) for name in KEY).replace("=", "-").replace("%", "").replace(", ", "-")
+    folder = RunFolder(args.runs / stem)
+    folder.root.mkdir(parents=True, exist_ok=True)
+    start = Policy.load(args.policy)
+    policy = str(args.policy) if is_warm else ""
+    config = SearchConfig(args.budget, start.algorithm, episodes=evaluations, seed=cell["seed"], policy=policy)
+    result = search(env, config, folder)
+    return figures(result.best, env) | {"evaluations": result.evaluations, "seconds": round(result.seconds, 1)}
 
 
-def uniform_row(env: LayerPruningEnv, network: str, budget: str) -> dict:
-    env.reset()
-    kept = dict(zip(env.space.costs.names, map(int, env.space.uniform(env.target)), strict=True))
-    return row(env, network, budget, "uniform", kept)
-
-
-def row(env: LayerPruningEnv, network: str, budget: str, allocator: str, kept: dict[str, int]) -> dict:
-    """The cost and the scores of one allocation."""
-    proxy, (selection,) = env.proxy(kept), env.proxy.select_all([kept])
-    counts = np.array([kept[name] for name in env.space.costs.names])
+def figures(finalist: Finalist, env: LayerPruningEnv) -> dict:
     return {
-        "network": network,
-        "budget": budget,
-        "allocator": allocator,
-        "macs_ratio": round(env.space.costs.macs(counts) / env.space.costs.macs(env.space.costs.dense), 5),
-        "proxy_accuracy": round(proxy.accuracy, 4),
-        "proxy_loss": round(proxy.loss, 4),
-        "selection_accuracy": round(selection.accuracy, 4),
-        "selection_loss": round(selection.loss, 4),
+        "selection_loss": round(finalist.selection.loss, 4),
+        "selection_accuracy": round(finalist.selection.accuracy, 4),
+        "source": finalist.allocation.source,
+        "macs_ratio": round(finalist.macs / env.space.costs.macs(env.space.costs.dense), 5),
     }
 
 

@@ -1,0 +1,89 @@
+"""Does one policy for a range of budgets do what a policy for each of them does?
+
+    python experiments/multi_budget.py --model resnet20 --weights FILE --seeds 0 1 2
+
+One search over `macs=30%..70%` of twice the evaluations, against five searches for 30, 40, 50, 60 and 70 % alone. At
+each budget both are judged by the same rule: the policy's own allocation and the best episode within the budget are
+scored on the selection split (3,000 training images that no search sees), and the better one counts. One row a seed,
+budget and kind in `experiments/results/multi_budget.csv`; the columns `policy_*` hold the policy's own roll-out.
+Resumable search by search.
+"""
+
+import argparse
+from pathlib import Path
+
+from agents.finalists import Finalist, judge, within
+from agents.search import search
+from autoprune.allocation import Budget
+from autoprune.compress import Workspace
+from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
+from autoprune.runs import RunFolder
+from envs.layer_pruning import LayerPruningEnv
+from experiments.tables import read_table, write_table
+
+RANGE, SHARES = "macs=30%..70%", (30, 40, 50, 60, 70)
+TABLE = Path(__file__).parent / "results" / "multi_budget.csv"
+KEY = ("model", "agent", "seed", "kind", "budget")
+FIELDS = (
+    *KEY,
+    *("evaluations", "seconds", "selection_loss", "selection_accuracy", "source"),
+    *("policy_selection_loss", "policy_selection_accuracy"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--agent", default="dyna")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--episodes", type=int, default=300, help="of a search for one budget; the range gets twice")
+    parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--runs", type=Path, default=Path("runs/multi_budget"))
+    args = parser.parse_args()
+    network, proxy = NetworkConfig(args.model, args.weights), ProxyConfig(workers=args.workers)
+    workspace = Workspace(Settings(network, DataConfig("cifar10"), SearchConfig(), proxy))
+    alone = [("alone", f"macs={share}%", [f"macs={share}%"]) for share in SHARES]
+    for seed in args.seeds:
+        for kind, trained_on, budgets in [("range", RANGE, [f"macs={share}%" for share in SHARES]), *alone]:
+            cells = [dict(zip(KEY, (args.model, args.agent, seed, kind, budget), strict=True)) for budget in budgets]
+            if not all(is_known(cell) for cell in cells):
+                measure(workspace, cells, trained_on, args)
+
+
+def is_known(cell: dict) -> bool:
+    return any(all(row[name] == str(cell[name]) for name in KEY) for row in read_table(TABLE))
+
+
+def measure(workspace: Workspace, cells: list[dict], trained_on: str, args: argparse.Namespace) -> None:
+    """One search, and its rows."""
+    first, n = cells[0], args.episodes * (2 if cells[0]["kind"] == "range" else 1)
+    stem = f"{args.model}-{args.agent}-{first['seed']}-{trained_on}".replace("=", "-").replace("%", "")
+    folder = RunFolder(args.runs / stem)
+    folder.root.mkdir(parents=True, exist_ok=True)
+    config = SearchConfig(trained_on, args.agent, episodes=n, seed=first["seed"])
+    env = LayerPruningEnv(workspace.model, workspace.groups, workspace.proxy(), trained_on)
+    result = search(env, config, folder)
+    result.policy.save(folder.policy, network=workspace.groups.fingerprint, budget=trained_on)
+    for cell in cells:
+        finalists = judge(within(result.recorder, result.policy, Budget.parse(cell["budget"])), env)
+        costs = {"evaluations": result.evaluations, "seconds": round(result.seconds, 1)}
+        write_table(TABLE, [*read_table(TABLE), cell | costs | scores(finalists)], FIELDS)
+        print(cell | scores(finalists), flush=True)
+
+
+def scores(finalists: list[Finalist]) -> dict:
+    """The better of the two, and the policy's own."""
+    best = finalists[0]
+    own = next(finalist for finalist in finalists if finalist.allocation.source == "policy")
+    return {
+        "selection_loss": round(best.selection.loss, 4),
+        "selection_accuracy": round(best.selection.accuracy, 4),
+        "source": best.allocation.source,
+        "policy_selection_loss": round(own.selection.loss, 4),
+        "policy_selection_accuracy": round(own.selection.accuracy, 4),
+    }
+
+
+if __name__ == "__main__":
+    main()
