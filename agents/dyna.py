@@ -71,7 +71,7 @@ class Imagination(Walkers):
         recorder.estimates = self.surrogate.mean(kept).tolist()
 
 
-def train_dyna(recorder: Recorder, log: Path | None = None) -> Policy:
+def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None = None) -> Policy:
     """Trains the agent for as many episodes as the recorder asks for.
 
     There is nothing to checkpoint: a resumed search practises again, which takes seconds, and pays for no score twice.
@@ -79,20 +79,21 @@ def train_dyna(recorder: Recorder, log: Path | None = None) -> Policy:
     Args:
         recorder: Environment, configuration, and where episodes go.
         log: Folder for TensorBoard events.
+        start: A trained policy to start from; PPO's will do.
 
     Returns:
         The policy after the last update.
     """
     n_steps = len(recorder.env.groups)
     imagination = Imagination(recorder.env, IMAGINED)
-    learner = make_learner("dyna", imagination, n_steps, recorder.config.seed, log)
+    learner = make_learner("dyna", imagination, n_steps, recorder.config.seed, log, start)
     while recorder.remaining:
         budgets = recorder.budgets(min(LANES, recorder.remaining))
         walks = _promising(learner, imagination, budgets, recorder) if recorder.episodes else _first(learner, budgets)
         recorder.score(walks, budgets, len(budgets))
         imagination.learn_from(recorder)
         learner.learn(UPDATES * IMAGINED * n_steps, _Spread(), reset_num_timesteps=False, tb_log_name="dyna")
-    return Policy.of("dyna", learner, hyperparameters("dyna")["policy_kwargs"])
+    return Policy.of("dyna", learner, start.policy_kwargs if start else hyperparameters("dyna")["policy_kwargs"])
 
 
 class _Spread(BaseCallback):

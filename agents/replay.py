@@ -56,13 +56,17 @@ class Policy:
         write_json(folder / "policy.json", description | about)
 
     @classmethod
-    def load(cls, folder: Path) -> "Policy":
+    def load(cls, folder: Path, flag: str = "RUN") -> "Policy":
         """Reads a saved policy.
+
+        Args:
+            folder: Where `save` wrote it.
+            flag: What the message of an error starts with.
 
         Raises:
             UserError: If it is missing, damaged, or was trained on other observations.
         """
-        description = describe_policy(folder)
+        description = describe_policy(folder, flag)
         try:
             algorithm, kwargs = description["algorithm"], description["policy_kwargs"]
             action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -71,25 +75,25 @@ class Policy:
             network.load_state_dict(load_file(folder / "policy.safetensors"))
         except Exception as error:  # a damaged file can fail in any of these steps
             reason = (str(error).splitlines() or [""])[0]
-            raise UserError(f"RUN: the policy in {str(folder)!r} is damaged ({reason}); search anew") from error
+            raise UserError(f"{flag}: the policy in {str(folder)!r} is damaged ({reason}); search anew") from error
         return cls(algorithm, network, kwargs)
 
 
-def describe_policy(folder: Path) -> dict:
+def describe_policy(folder: Path, flag: str = "RUN") -> dict:
     """The JSON beside a saved policy; raises a `UserError` if there is none or it is for other observations."""
     path = folder / "policy.json"
     if not path.is_file():
         raise UserError(
-            f"RUN: no policy in {str(folder)!r}; baselines learn none, search with --agent ppo, sac, td3 or ddpg"
+            f"{flag}: no policy in {str(folder)!r}; baselines learn none, search with --agent ppo, sac, td3 or ddpg"
         )
     try:
         description = json.loads(path.read_text())
         features = description["features"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"RUN: {str(path)!r} is damaged ({error!r}); search anew") from error
+        raise UserError(f"{flag}: {str(path)!r} is damaged ({error!r}); search anew") from error
     if features != _feature_names():
         raise UserError(
-            f"RUN: the policy in {str(folder)!r} was trained on other observations; train it with this version"
+            f"{flag}: the policy in {str(folder)!r} was trained on other observations; train it with this version"
         )
     return description
 

@@ -8,6 +8,7 @@ from agents.baselines import BASELINES
 from agents.dyna import train_dyna
 from agents.finalists import Finalist, finalists, front, knee
 from agents.lanes import Episode, Recorder
+from agents.policies import starting_policy
 from agents.replay import Policy
 from agents.training import ALGORITHMS, train
 from autoprune.allocation import BudgetRange
@@ -60,12 +61,12 @@ def search(
 
     Args:
         env: The environment, fresh.
-        config: Agent, episodes, seed, number of finalists.
+        config: Agent, episodes, seed, policy to start from, number of finalists.
         folder: Run folder for log, checkpoint and TensorBoard events.
         on_episode: Called after each episode, for progress.
 
     Raises:
-        UserError: If the agent is unknown, or a checkpoint is damaged.
+        UserError: If the agent is unknown, a checkpoint is damaged, or the policy to start from can't be used.
     """
     check_known("agent", config.agent, AGENTS)
     started, recorder = time.perf_counter(), Recorder(env, config, folder, on_episode)
@@ -83,10 +84,11 @@ def _run_agent(recorder: Recorder, config: SearchConfig, folder: RunFolder | Non
     if config.agent in BASELINES:
         BASELINES[config.agent](recorder)
         return None
+    start = starting_policy(config.agent, config.policy, folder and folder.start)
     checkpoint = log = None
     if folder is not None:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         checkpoint, log = folder.checkpoints / "learner.pt", folder.tensorboard
     if config.agent == "dyna":
-        return train_dyna(recorder, log)
-    return train(config.agent, recorder, checkpoint, log)
+        return train_dyna(recorder, log, start)
+    return train(config.agent, recorder, checkpoint, log, start)

@@ -32,8 +32,10 @@ def hyperparameters(name: str) -> dict:
     return yaml.safe_load((Path(__file__).parent / "hyperparameters" / f"{name}.yaml").read_text())
 
 
-def make_learner(name: str, lanes: VecEnv, n_steps: int, seed: int, log: Path | None = None) -> BaseAlgorithm:
-    """A learner whose first deterministic policy is uniform pruning.
+def make_learner(
+    name: str, lanes: VecEnv, n_steps: int, seed: int, log: Path | None = None, start: Policy | None = None
+) -> BaseAlgorithm:
+    """A learner whose first deterministic policy is uniform pruning, or the one that it starts from.
 
     Args:
         name: A key of `ALGORITHMS`.
@@ -41,8 +43,11 @@ def make_learner(name: str, lanes: VecEnv, n_steps: int, seed: int, log: Path | 
         n_steps: Steps of an episode.
         seed: Seed of weights and exploration.
         log: Folder for TensorBoard events.
+        start: A trained policy of the same class.
     """
     settings = hyperparameters(name)
+    if start is not None:
+        settings["policy_kwargs"] = start.policy_kwargs
     updates = settings.pop("updates_per_step", None)
     std, actor_rate = settings.pop("exploration_std", None), settings.pop("actor_learning_rate", None)
     if updates is None:
@@ -57,7 +62,10 @@ def make_learner(name: str, lanes: VecEnv, n_steps: int, seed: int, log: Path | 
     learner = ALGORITHMS[name]("MlpPolicy", lanes, seed=seed, device="cpu", tensorboard_log=tensorboard, **settings)
     if log is None:
         learner.set_logger(Logger(None, []))  # Stable-Baselines3's own would leave a folder in the temporary one
-    _start_at_uniform(learner)
+    if start is None:
+        _start_at_uniform(learner)
+    else:
+        _start_from(learner, start)
     if actor_rate is not None:
         _set_actor_rate(learner, actor_rate)
     return learner
@@ -78,6 +86,17 @@ def _start_at_uniform(learner: BaseAlgorithm) -> None:
     target = getattr(learner, "actor_target", None)
     if target is not None:
         target.load_state_dict(actor.state_dict())
+
+
+def _start_from(learner: BaseAlgorithm, start: Policy) -> None:
+    """Takes a policy over, critics included.
+
+    PPO's spread is set to half of the usual first one: trained, it may be next to nothing, and the whole of it would
+    bury what the policy knows.
+    """
+    learner.policy.load_state_dict(start.network.state_dict())
+    if isinstance(learner, OnPolicyAlgorithm):
+        learner.policy.log_std.data.fill_(math.log(START_STD / 2))
 
 
 def _set_actor_rate(learner: BaseAlgorithm, rate: float) -> None:
@@ -134,7 +153,13 @@ class Checkpoints(BaseCallback):
         return True
 
 
-def train(name: str, recorder: Recorder, checkpoint: Path | None = None, log: Path | None = None) -> Policy:
+def train(
+    name: str,
+    recorder: Recorder,
+    checkpoint: Path | None = None,
+    log: Path | None = None,
+    start: Policy | None = None,
+) -> Policy:
     """Trains an agent for as many episodes as the recorder asks for, going on from the checkpoint if there is one.
 
     Args:
@@ -142,6 +167,7 @@ def train(name: str, recorder: Recorder, checkpoint: Path | None = None, log: Pa
         recorder: Environment, configuration, and where episodes go.
         checkpoint: File of the learner's state.
         log: Folder for TensorBoard events.
+        start: A trained policy to start from.
 
     Returns:
         The policy after the last update.
@@ -151,7 +177,7 @@ def train(name: str, recorder: Recorder, checkpoint: Path | None = None, log: Pa
     """
     config, n_steps = recorder.config, len(recorder.env.groups)
     lanes = Lanes(recorder, min(LANES, config.episodes))
-    learner = make_learner(name, lanes, n_steps, config.seed, log)
+    learner = make_learner(name, lanes, n_steps, config.seed, log, start)
     done = restore_learner(learner, checkpoint) if checkpoint is not None and checkpoint.exists() else 0
     recorder.resume_at(done)
     if recorder.remaining:
@@ -159,4 +185,4 @@ def train(name: str, recorder: Recorder, checkpoint: Path | None = None, log: Pa
         callbacks = [ExecutedAction(), Checkpoints(recorder, checkpoint)]
         steps = n_batches * lanes.num_envs * n_steps
         learner.learn(steps, callbacks, log_interval=1, tb_log_name=name, reset_num_timesteps=done == 0)
-    return Policy.of(name, learner, hyperparameters(name)["policy_kwargs"])
+    return Policy.of(name, learner, start.policy_kwargs if start else hyperparameters(name)["policy_kwargs"])

@@ -85,7 +85,8 @@ class OutputConfig:
     resume: bool = False
     """Go on with the run in --out where it was interrupted."""
     baselines: str = "uniform,random,sensitivity"
-    """Searched beside the agent at the same number of evaluations and drawn in the report; "none" for none."""
+    """Searched beside the agent at the same number of evaluations and drawn in the report; "none" for none. With a
+    range of budgets none is searched: uniform pruning is the line that the front is drawn against."""
     latency_batch: int = 64
     """Batch size at which latency is measured, beside batch 1."""
     json: bool = False
@@ -213,9 +214,13 @@ class SearchConfig(_Excluding):
     """What is searched, by whom and for how long."""
 
     budget: str = "macs=50%"
-    """Cost not to exceed: macs or params, a share (50%, 0.5) or an absolute number (20M)."""
+    """Cost not to exceed: macs or params, a share (50%, 0.5) or an absolute number (20M). A range of shares, as in
+    macs=30%..80%, is searched as a whole: one policy, and the Pareto front."""
     agent: str = "ppo"
     """ppo, sac, td3, ddpg, or a baseline: uniform, random, sensitivity."""
+    policy: str = ""
+    """Policy to start from, instead of from uniform pruning: a name that `autoprune policies` lists, a run, or a
+    policy's folder."""
     episodes: int = 300
     """Allocations to try; each is one evaluation."""
     seed: int = 0

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,11 +72,13 @@ class RunFolder:
     config = property(lambda self: self.root / "config.yaml")
     log = property(lambda self: self.root / "log.jsonl")
     allocation = property(lambda self: self.root / "allocation.json")
+    start = property(lambda self: self.root / "start")
     policy = property(lambda self: self.root / "policy")
     pruned = property(lambda self: self.root / "pruned")
     onnx = property(lambda self: self.root / "model.onnx")
     report = property(lambda self: self.root / "report.html")
     results = property(lambda self: self.root / "results.json")
+    pareto = property(lambda self: self.root / "pareto.json")
     checkpoints = property(lambda self: self.root / "checkpoints")
     finetune_checkpoint = property(lambda self: self.checkpoints / "finetune.pt")
     tensorboard = property(lambda self: self.root / "tensorboard")
@@ -184,13 +187,16 @@ def start_run(settings: Settings, out: str | None, resume: bool) -> RunFolder:
 
 def _next_folder(settings: Settings) -> Path:
     search = settings.search
-    stem = (
-        f"{settings.network.model}-{search.budget}-{search.agent}".replace(":", "-").replace("=", "-").replace("%", "")
-    )
+    stem = file_stem(settings.network.model, search.budget, search.agent)
     number = 1
     while (Path("runs") / f"{stem}-{number}").exists():
         number += 1
     return Path("runs") / f"{stem}-{number}"
+
+
+def file_stem(*parts: str) -> str:
+    """Words as the name of a file, joined by dashes: networks and budgets hold signs that no name should."""
+    return re.sub("[:=/]", "-", "-".join(parts)).replace("%", "")
 
 
 def _differences(old: dict, new: dict) -> str:
