@@ -19,23 +19,52 @@ DASHES = ("--", "-.", ":")
 WIDTH = 7.6
 
 
-def reward_curve(rewards: Mapping[int, float], baselines: Mapping[str, float]) -> Figure:
+def reward_curve(rewards: Mapping[int, float], baselines: Mapping[str, float], comparable: bool = True) -> Figure:
     """Every episode's reward as a dot, the best so far as a line, baselines as labelled horizontal lines.
 
     Args:
         rewards: Episode number, ascending, to reward; at least one.
         baselines: Name to reward.
+        comparable: Whether all episodes had the same budget; if not, there is no best so far.
     """
     figure, axes = _axes(3.6, left=0.1, right=0.84)
     episodes, values = np.array(list(rewards)), np.array(list(rewards.values()), dtype=float)
     best = np.fmax.accumulate(values)
     axes.plot(episodes, values, "o", color=MUTED, markersize=3.5, alpha=0.6, markeredgewidth=0)
-    axes.step(episodes, best, where="post", color=ACCENT, linewidth=2)
+    if comparable:
+        axes.step(episodes, best, where="post", color=ACCENT, linewidth=2)
     for reward, dashes in zip(baselines.values(), cycle(DASHES), strict=False):
         axes.axhline(reward, color=MUTED, linewidth=1, linestyle=dashes)
     axes.set_xlabel("episode")
     axes.set_ylabel("reward")
-    _label_at_right(axes, {"best so far": best[-1], **baselines}, {"best so far": ACCENT})
+    if comparable:
+        _label_at_right(axes, {"best so far": best[-1], **baselines}, {"best so far": ACCENT})
+    return figure
+
+
+def pareto_front(
+    front: Sequence[tuple[float, float]], uniform: Sequence[tuple[float, float]], metric: str, chosen: int | None = None
+) -> Figure:
+    """A Pareto front as dots on a line, uniform pruning dashed.
+
+    Args:
+        front: Share of the budgeted cost kept and accuracy of each point, in [0, 1], cheapest first; at least one.
+        uniform: The same for uniform pruning; at least one.
+        metric: What is budgeted, for the axis.
+        chosen: The point of the front to ring.
+    """
+    figure, axes = _axes(3.8, left=0.1, right=0.88)
+    (shares, accuracies), (uniform_shares, uniform_accuracies) = (100 * np.array(line).T for line in (front, uniform))
+    axes.plot(uniform_shares, uniform_accuracies, color=MUTED, linewidth=1.2, linestyle="--")
+    axes.plot(shares, accuracies, "o-", color=ACCENT, linewidth=2, markersize=6)
+    if chosen is not None:
+        ringed = shares[chosen], accuracies[chosen]
+        axes.plot(*ringed, "o", color=ACCENT, markersize=12, markerfacecolor="none", markeredgewidth=1.5)
+        # Above and to the left of a point of a front there is never another one.
+        axes.annotate("chosen", ringed, (-9, 9), textcoords="offset points", ha="right", color=INK, fontsize=9)
+    axes.set_xlabel(f"share of {metric} kept, %")
+    axes.set_ylabel("accuracy before fine-tuning, %")
+    _label_at_right(axes, {"front": accuracies[-1], "uniform": uniform_accuracies[-1]}, {"front": ACCENT})
     return figure
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from autoprune.figures import allocation_bars, loss_curve, render_svg, reward_curve
+from autoprune.figures import allocation_bars, loss_curve, pareto_front, render_svg, reward_curve
 from autoprune.runs import RunFolder, write_text
 
 ASSETS = Path(__file__).parent / "assets"
@@ -26,6 +26,7 @@ def write_report(folder: RunFolder) -> Path:
     """
     results = {key: value for key, value in folder.read_json(folder.results).items() if value is not None}
     rewards, losses = _series(folder, "episode", "reward"), _series(folder, "epoch", "loss")
+    pareto = folder.read_json(folder.pareto) if folder.pareto.exists() else None
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
         autoescape=True,
@@ -41,9 +42,12 @@ def write_report(folder: RunFolder) -> Path:
         stages=_stage_rows(results),
         groups=_columns(results.get("groups", []), "kept"),
         pinned=_columns(results.get("pinned", []), "reason"),
+        pareto=pareto,
+        has_policy=(folder.policy / "policy.json").exists(),
+        points=_point_rows(pareto, results) if pareto else [],
         searchers=_searcher_rows(results, rewards),
         finalists=_finalist_rows(results),
-        figures=_figures(results, rewards, losses),
+        figures=_figures(results, pareto, rewards, losses),
         config=yaml.safe_dump(folder.read_config(), sort_keys=False, allow_unicode=True),
     )
     write_text(folder.report, html)
@@ -154,9 +158,42 @@ def _finalist_rows(results: dict) -> Rows:
     ]
 
 
-def _figures(results: dict, rewards: dict[int, float], losses: dict[int, float]) -> dict[str, str]:
+METRICS = {"macs": "MACs", "params": "parameters"}
+
+
+def _point_rows(pareto: dict, results: dict) -> Rows:
+    return [
+        [
+            _percent(point["share"], 1) + (", chosen" if line == "front" and _is_chosen(point, results) else ""),
+            "uniform" if line == "uniform" else point["source"],
+            _count(point["cost"]),
+            *_scores(point),
+        ]
+        for line in ("front", "uniform")
+        for point in pareto[line]
+    ]
+
+
+def _pareto_figure(pareto: dict, results: dict) -> str:
+    front, uniform = ([(p["share"], p["selection_accuracy"]) for p in pareto[line]] for line in ("front", "uniform"))
+    metric = METRICS[pareto["metric"]]
+    chosen = next((i for i, point in enumerate(pareto["front"]) if _is_chosen(point, results)), None)
+    ends = " to ".join(_percent(accuracy, 1) for _, accuracy in (front[0], front[-1]))
+    shares = " to ".join(_percent(share, 1) for share, _ in (front[0], front[-1]))
+    others = " to ".join(_percent(accuracy, 1) for _, accuracy in (uniform[0], uniform[-1]))
+    title = f"Pareto front of {_plural(len(front), 'point')}: accuracy {ends} with {shares} of the {metric}; "
+    title += f"uniform pruning {others}; the table below holds the same numbers"
+    return render_svg(pareto_front(front, uniform, metric, chosen), "pareto", title)
+
+
+def _figures(results: dict, pareto: dict | None, rewards: dict[int, float], losses: dict[int, float]) -> dict[str, str]:
     figures = {}
-    if rewards:
+    if pareto:
+        figures["pareto"] = _pareto_figure(pareto, results)
+    if rewards and pareto:
+        title = f"Reward of {_plural(len(rewards), 'episode')}, each under a budget of its own"
+        figures["reward"] = render_svg(reward_curve(rewards, {}, comparable=False), "reward", title)
+    elif rewards:
         best = max(rewards, key=rewards.get)
         rivals = {
             name: entry["reward"]
