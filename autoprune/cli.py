@@ -5,6 +5,7 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from autoprune.options import (
     export_options,
     finetune_options,
     pick,
+    policies_options,
     prune_options,
     replay_options,
     run_options,
@@ -87,8 +89,9 @@ def _start(options: Namespace, prepare: Callable):
 def _check_names(settings: Settings, output: OutputConfig) -> None:
     """Refuses unknown names and impossible budgets before anything slow happens or is written."""
     from agents.baselines import check_baselines
+    from agents.policies import starting_policy
     from agents.search import AGENTS
-    from autoprune.allocation import Budget
+    from autoprune.allocation import parse_budget
     from autoprune.criteria import check_criterion
     from envs.rewards import reward_named
 
@@ -96,7 +99,9 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     check_baselines(output.baselines)
     check_criterion(settings.search.criterion)
     reward_named(settings.search.reward)
-    Budget.parse(settings.search.budget)
+    parse_budget(settings.search.budget)
+    if not output.resume:  # a run that goes on has a copy
+        starting_policy(settings.search.agent, settings.search.policy)
 
 
 def _open(run: str):
@@ -155,6 +160,8 @@ def search(options: Namespace) -> None:
 def _search(workspace, folder, output: OutputConfig) -> None:
     """Baselines, then the agent; each is skipped when its results are there already."""
     from agents.baselines import check_baselines
+    from agents.pareto import pareto
+    from autoprune.allocation import BudgetRange
     from autoprune.compress import timed
     from autoprune.console import say
     from autoprune.runs import RunFolder
@@ -165,18 +172,20 @@ def _search(workspace, folder, output: OutputConfig) -> None:
     say(f"{network}: {len(workspace.groups)} prunable groups, {len(workspace.groups.pinned)} pinned")
     folder.add_results(run=str(folder.root), model=network, data=settings.data.data, seed=settings.search.seed)
     folder.add_results(budget=str(env.budget), agent=settings.search.agent)
-    for name in check_baselines(output.baselines):
+    # Under a range uniform pruning is the line that the front is drawn against; it needs no search.
+    for name in check_baselines(output.baselines) if not isinstance(env.budget, BudgetRange) else []:
         known = folder.known_results.get("baselines", {})
         if name not in known and name != settings.search.agent:
             with timed(folder, f"baseline {name}"):
-                result = _one_search(workspace, name, RunFolder(folder.root / "baselines" / name))
+                result = _one_search(workspace, _make_env(workspace), name, RunFolder(folder.root / "baselines" / name))
             entry = result.best.to_json() | {"evaluations": result.evaluations}
             entry["reward"] = max(episode.reward for episode in result.episodes)
             folder.add_results(baselines=known | {name: entry})
     if not folder.allocation.exists():
         with timed(folder, "search"):
-            result = _one_search(workspace, settings.search.agent, folder)
-        _keep(result, workspace, folder, env)
+            result = _one_search(workspace, env, settings.search.agent, folder)
+            found = pareto(result.front, env) if result.front else None
+        _keep(result, found, workspace, folder, env)
 
 
 def _make_env(workspace):
@@ -184,7 +193,7 @@ def _make_env(workspace):
     from envs.layer_pruning import LayerPruningEnv
 
     search = workspace.settings.search
-    return LayerPruningEnv(
+    env = LayerPruningEnv(
         workspace.model,
         workspace.groups,
         workspace.proxy(),
@@ -194,43 +203,87 @@ def _make_env(workspace):
         accuracy_floor=search.accuracy_floor,
         **search_limits(workspace.groups, search),
     )
+    env.target_of(env.budget.at(0))  # the tightest budget of a range has to be within reach as well
+    return env
 
 
-def _one_search(workspace, agent: str, folder):
+def _one_search(workspace, env, agent: str, folder):
     from agents.search import search
+    from autoprune.allocation import BudgetRange
     from autoprune.console import progress
 
     folder.root.mkdir(parents=True, exist_ok=True)
-    config = dataclasses.replace(workspace.settings.search, agent=agent)
-    best = float("-inf")
+    own = workspace.settings.search
+    config = own if agent == own.agent else dataclasses.replace(own, agent=agent, policy="")
+    best, is_range = float("-inf"), isinstance(env.budget, BudgetRange)
     with progress(agent, config.episodes) as advance:
 
         def on_episode(episode) -> None:
             nonlocal best
             best = max(best, episode.reward)
-            advance(f"best reward {best:.3f}")
+            advance(f"{episode.allocation.budget}: {episode.reward:.3f}" if is_range else f"best reward {best:.3f}")
 
-        return search(_make_env(workspace), config, folder, on_episode)
+        return search(env, config, folder, on_episode)
 
 
-def _keep(result, workspace, folder, env) -> None:
+def _keep(result, found, workspace, folder, env) -> None:
     """Stores what a search found; the allocation comes last, since its file says that the search is done."""
     from autoprune.compress import use_allocation
 
     if result.policy is not None:
-        own = next(f for f in result.finalists if f.allocation.source == "policy")
-        about = {"network": workspace.groups.fingerprint, "budget": str(env.budget), "allocation": own.allocation.kept}
-        result.policy.save(folder.policy, **about)
+        _save_policy(result.policy, workspace, folder, env)
     chosen = result.best
     folder.add_results(
         episodes=len(result.episodes),
         evaluations=result.evaluations,
         seconds_search=round(result.seconds, 2),
-        finalists=[finalist.to_json() for finalist in result.finalists],
         selection_accuracy=chosen.selection.accuracy,
         selection_loss=chosen.selection.loss,
     )
+    if found is not None:
+        _keep_front(result, found, workspace, folder, env)
+    else:
+        folder.add_results(finalists=[finalist.to_json() for finalist in result.finalists])
     use_allocation(workspace, chosen.allocation, folder)
+
+
+def _save_policy(policy, workspace, folder, env) -> None:
+    """Stores a policy, with what it was trained on and its own allocation, under a range that of the middle budget."""
+    from agents.replay import replay
+
+    settings = workspace.settings
+    allocation, _ = replay(policy, env, env.budget.at(0.5))
+    about = {"trained_on": f"{settings.network.model} on {settings.data.data}", "budget": str(env.budget)}
+    if settings.search.policy:
+        about["start"] = settings.search.policy
+    policy.save(folder.policy, **about, network=workspace.groups.fingerprint, allocation=allocation.kept)
+
+
+def _keep_front(result, found, workspace, folder, env) -> None:
+    """Stores the Pareto front that a search of a range found, and tells how to go on from any point of it."""
+    from autoprune.console import print_front, say
+    from autoprune.runs import write_json
+
+    write_json(folder.pareto, found)
+    folder.add_results(pareto=str(folder.pareto))
+    print_front(found)
+    share = result.best.cost / found["dense"]
+    say(f"the run goes on with the front's knee, at {share:.1%}; all points: {folder.pareto}")
+    if result.policy is not None:
+        between, file = env.budget.at(0.2), folder.root / "another.json"
+        say(f"another budget: autoprune replay {folder.root} --budget {between} --out {file}")
+        flags = _flags(workspace.settings)
+        say(f"and then: autoprune prune --allocation {file}{flags} --out NEW_RUN; autoprune finetune NEW_RUN")
+
+
+def _flags(settings: Settings) -> str:
+    """The options that say which network, data, groups and channels are meant, where they aren't the usual ones."""
+    usual, others = Settings(), {}
+    stages = {"network": vars(usual.network), "data": vars(usual.data), "search": ("exclude", "criterion")}
+    for stage, names in stages.items():
+        own, default = getattr(settings, stage), getattr(usual, stage)
+        others |= {name: getattr(own, name) for name in names if getattr(own, name) != getattr(default, name)}
+    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in others.items())
 
 
 def _finetune(workspace, folder) -> None:
@@ -243,44 +296,84 @@ def _finetune(workspace, folder) -> None:
 
 def replay(options: Namespace) -> None:
     """Lets a learned policy act, without learning, on its own network or another one, at its own budget or another."""
-    from agents.replay import Policy, replay
-    from autoprune.compress import Workspace, costs_of
+    from agents.policies import find_policy
+    from agents.replay import Policy
+    from autoprune.allocation import BudgetRange
+    from autoprune.compress import Workspace
     from autoprune.console import print_results
-    from autoprune.runs import write_json
+    from autoprune.runs import RunFolder, file_stem, write_json
 
-    home, folder = _open(options.run)
-    policy = Policy.load(folder.policy)
-    workspace = Workspace(_elsewhere(home.settings, options))
+    place = find_policy(options.policy, "POLICY")
+    policy = Policy.load(place, "POLICY")
+    run = RunFolder(place.parent)
+    is_of_run = run.policy == place and run.config.is_file()
+    workspace = Workspace(_elsewhere(_open(run.root)[0].settings if is_of_run else Settings(), options))
     env = _make_env(workspace)
-    allocation, info = replay(policy, env)
-    uniform = env.proxy(dict(zip(workspace.costs.names, map(int, env.space.uniform(env.target)), strict=True)))
-    settings = workspace.settings
-    name = f"replay-{settings.network.model.replace(':', '-')}-{env.budget}.json".replace("=", "-")
-    path = Path(options.out) if options.out else folder.root / name
-    write_json(path, dataclasses.replace(allocation, source="policy").to_json())
-    results = {"model": settings.network.model, "budget": str(env.budget), "agent": f"policy of {folder.root.name}"}
-    results |= costs_of(workspace, allocation) | {"allocation": str(path)}
-    results |= {"proxy_accuracy": info["accuracy"], "proxy_loss": info["loss"]}
-    results |= {"proxy_accuracy_uniform": uniform.accuracy, "proxy_loss_uniform": uniform.loss}
+    settings, name = workspace.settings, run.root.name if is_of_run else place.name
+    stem = file_stem("replay" if is_of_run else name, settings.network.model, str(env.budget))
+    path = Path(options.out) if options.out else (run.root if is_of_run else Path("runs")) / f"{stem}.json"
+    act = _replay_front if isinstance(env.budget, BudgetRange) else _replay_once
+    written, results, last = act(policy, workspace, env)
+    write_json(path, written)
+    results = {"model": settings.network.model, "budget": str(env.budget), "agent": f"policy of {name}"} | results
+    results |= {"pareto" if "front" in written else "allocation": str(path)}
     print_results(results)
-    print(f"proxy accuracy {info['accuracy']:.2%}, uniform {uniform.accuracy:.2%}; allocation: {path}")
+    print(f"{last}: {path}")
     if options.json:
         print(json.dumps({key: value for key, value in results.items() if not isinstance(value, list)}))
 
 
+def _replay_once(policy, workspace, env) -> tuple[dict, dict, str]:
+    """The policy's allocation, its costs and scores beside those of uniform pruning, and them in words."""
+    from agents.replay import replay
+    from autoprune.compress import costs_of
+
+    allocation, info = replay(policy, env)
+    uniform = env.proxy(env.counts(env.space.uniform(env.target)))
+    results = costs_of(workspace, allocation)
+    results |= {"proxy_accuracy": info["accuracy"], "proxy_loss": info["loss"]}
+    results |= {"proxy_accuracy_uniform": uniform.accuracy, "proxy_loss_uniform": uniform.loss}
+    words = f"proxy accuracy {info['accuracy']:.2%}, uniform {uniform.accuracy:.2%}; allocation"
+    return dataclasses.replace(allocation, source="policy").to_json(), results, words
+
+
+def _replay_front(policy, workspace, env) -> tuple[dict, dict, str]:
+    """The front of what the policy does at the budgets of a range, and it in words."""
+    from agents.finalists import front
+    from agents.lanes import Recorder
+    from agents.pareto import pareto
+    from autoprune.console import print_front
+
+    found = pareto(front(Recorder(env, workspace.settings.search), policy), env)
+    print_front(found)
+    return found, {"points": len(found["front"])}, f"front of {len(found['front'])} points"
+
+
 def _elsewhere(settings: Settings, options: Namespace) -> Settings:
-    """The run's settings with another network, dataset, budget or limits of single groups."""
-    network = settings.network
-    if options.model:
-        network = NetworkConfig(options.model)
-    if options.weights:
-        network = dataclasses.replace(network, weights=options.weights)
-    data = dataclasses.replace(settings.data, data=options.data) if options.data else settings.data
-    names = "budget", "exclude", "min_width", "round_to_for"
-    asked = {name: options[name] for name in names if options[name] is not None}
-    return dataclasses.replace(
-        settings, network=network, data=data, search=dataclasses.replace(settings.search, **asked)
-    )
+    """Settings with what the options of `replay_options` ask for; another network doesn't keep these weights."""
+    flat = {name: value for name, value in vars(options).items() if name not in ("policy", "proxy")}
+    if flat["model"] is not None and flat["weights"] is None:
+        flat["weights"] = NetworkConfig.weights
+    stages = {"network": flat, "data": flat, "search": flat, "proxy": vars(options.proxy)}
+    return dataclasses.replace(settings, **{name: _asked(settings, name, given) for name, given in stages.items()})
+
+
+def _asked(settings: Settings, stage: str, given: dict):
+    """One stage of the settings, with the options that were given."""
+    old = getattr(settings, stage)
+    known = {field.name for field in dataclasses.fields(old)}
+    return dataclasses.replace(old, **{k: v for k, v in given.items() if k in known and v is not None})
+
+
+def policies(options: Namespace) -> None:
+    """Lists the policies that autoprune ships: algorithm, what they were trained on, their budgets."""
+    from agents.policies import shipped_table
+    from autoprune.console import print_policies
+
+    rows = shipped_table()
+    print_policies(rows)
+    if options.json:
+        print(json.dumps({"policies": rows}))
 
 
 def prune(options: Namespace) -> None:
@@ -294,6 +387,7 @@ def prune(options: Namespace) -> None:
     if options.run:
         workspace, folder = _open(options.run)
     else:
+        _check_single(options)
         read = lambda workspace: Allocation.read(options.allocation, workspace.groups)  # noqa: E731
         workspace, folder, _ = _start(options, read)
         allocation = read(workspace)
@@ -303,6 +397,23 @@ def prune(options: Namespace) -> None:
         compress.use_allocation(workspace, allocation, folder)
     compress.prune_stage(workspace, folder, say)
     _finish(folder, options.json)
+
+
+def _check_single(options: Namespace) -> None:
+    """Refuses ranges and whole fronts where one allocation is meant."""
+    from autoprune.allocation import BudgetRange, parse_budget
+
+    if isinstance(parse_budget(options.budget), BudgetRange):
+        raise UserError(
+            f"--budget: prune applies one allocation, got the range {options.budget}; leave --budget out, "
+            "the allocation knows its own"
+        )
+    path = Path(options.allocation)
+    if path.is_file() and '"front"' in path.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(
+            f"--allocation: {options.allocation!r} holds a whole front; give one of its points: the allocation that "
+            'autoprune replay RUN --budget macs=40% writes, or an entry of "front" as a file of its own'
+        )
 
 
 def finetune(options: Namespace) -> None:
@@ -394,4 +505,5 @@ COMMANDS: dict[str, Command] = {
     "report": Command(report, run_options),
     "trace": Command(trace, trace_options),
     "data": Command(data, data_options),
+    "policies": Command(policies, policies_options),
 }

@@ -59,7 +59,38 @@ def print_results(results: dict) -> None:
             table.add_row("test accuracy, fine-tuned", dense, f"{results['accuracy']:.2%}", f"{change * 100:+.2f}")
     elif "selection_accuracy" in results:
         table.add_row("selection accuracy, not fine-tuned", "", f"{results['selection_accuracy']:.2%}", "")
+    if table.row_count:
+        Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def print_front(pareto: dict) -> None:
+    """The points of a Pareto front, and uniform pruning at about the same cost."""
+    metric = {"macs": "MACs", "params": "parameters"}[pareto["metric"]]
+    columns = {f"{metric} kept": "left", "front: selection accuracy": "right", "found by": "left", "uniform": "right"}
+    table = Table(title="Pareto front, not fine-tuned")
+    for heading, justify in columns.items():
+        table.add_column(heading, justify=justify)
+    for point in pareto["front"]:
+        nearest = min(pareto["uniform"], key=lambda other: abs(other["share"] - point["share"]))
+        uniform = f"{nearest['selection_accuracy']:.2%} at {nearest['share']:.1%}"
+        table.add_row(f"{point['share']:.1%}", f"{point['selection_accuracy']:.2%}", point["source"], uniform)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def print_policies(policies: list[dict]) -> None:
+    """The shipped policies and, below, what is wrong with those that can't be used."""
+    if not policies:
+        print("no policy is shipped; RUN and FOLDER work wherever a policy is asked for")
+        return
+    table = Table()
+    for heading in ("policy", "algorithm", "trained on", "budget", "usable here"):
+        table.add_column(heading, overflow="fold")
+    for row in policies:
+        table.add_row(
+            *(row[key] for key in ("name", "algorithm", "trained_on", "budget")), "no" if row["problem"] else "yes"
+        )
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    _print_list("can't be used", [row["problem"] for row in policies if row["problem"]])
 
 
 NAMES_SHOWN = 4

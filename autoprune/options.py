@@ -69,20 +69,23 @@ def run_options(parser: Parser) -> None:
     _json_option(parser)
 
 
+LEARNING = {"agent", "policy", "episodes", "seed", "finalists", "checkpoint_every"}
+"""Options of a search that mean nothing to a policy that only acts."""
+
+
 def replay_options(parser: Parser) -> None:
-    """An existing run, and where else its policy shall act."""
-    run_options(parser)
-    for name, text in (
-        ("model", "Another network (default: the run's own)."),
-        ("weights", "Its trained weights."),
-        ("data", "Another dataset."),
-        ("budget", "Another budget, e.g. macs=40%%."),
-        ("exclude", "Other patterns of what stays whole; '' for none (default: the run's own)."),
-        ("min_width", "Other least widths, PATTERN=N,PATTERN=N; '' for none."),
-        ("round_to_for", "Other multiples by pattern, PATTERN=N,PATTERN=N; '' for none."),
-        ("out", "File for the allocation (default: in the run folder)."),
-    ):
-        parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
+    """A policy, and where it shall act; the defaults are its run's settings, without a run those of `autoprune run`."""
+    text = (
+        "A run, the name of a shipped policy, or a policy's folder. Options that aren't given are as in the run, or, "
+    )
+    parser.add_argument("policy", help=f"{text}for a policy of no run, as `autoprune run` has them.")
+    _json_option(parser)
+    for config in (NetworkConfig, DataConfig, SearchConfig):
+        parser.add_class_arguments(config, skip=LEARNING & {field.name for field in dataclasses.fields(config)})
+    parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
+    parser.set_defaults({name: None for name in parser.get_defaults().clone().keys() if name not in ("json", "policy")})
+    text = "File for the allocation, or for the front of a range (default: in the run folder, else in runs/)."
+    parser.add_argument("--out", type=str | None, default=None, help=text)
 
 
 def prune_options(parser: Parser) -> None:
@@ -103,6 +106,11 @@ def export_options(parser: Parser) -> None:
     """An existing run, the format."""
     run_options(parser)
     parser.add_argument("--format", type=str, default="onnx", help="onnx or torch.")
+
+
+def policies_options(parser: Parser) -> None:
+    """Nothing but the form of the answer."""
+    _json_option(parser)
 
 
 def trace_options(parser: Parser) -> None:

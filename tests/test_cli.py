@@ -202,6 +202,13 @@ def test_help_answers_without_importing_torch():
         (["--budget", "macs=half"], "'half' is no number"),
         (["--budget", "watts=50%"], "unknown metric 'watts'"),
         (["--budget", "macs=0.1%"], r"below the reachable floor"),
+        (["--budget", "macs=0.1%..80%"], r"macs=0.1% is below the reachable floor"),
+        (["--budget", "macs=80%..30%"], "from a smaller to a larger share, as in macs=30%..80%; got 'macs=80%..30%'"),
+        (["--budget", "macs=20k..40k"], "a range goes from a smaller to a larger share"),
+        (["--budget", "macs=30%..120%"], "above 0 and at most 100%, got '120%'"),
+        (["--policy", "nowhere"], "--policy: no shipped policy and no folder is called 'nowhere'"),
+        (["--policy", "docs"], "--policy: 'docs' is neither a run nor a policy's folder"),
+        (["--policy", "nowhere", "--agent", "random"], "--policy: random learns no policy to start from one"),
         (["--model", "resnet56"], "give the trained weights of resnet56"),
         (["--weights", "missing.th"], "no file 'missing.th'"),
         (["--model", "tests.tiny:sick"], "0.0.weight holds NaN"),
@@ -256,10 +263,19 @@ def test_an_image_folder_with_other_classes_than_the_head_is_refused(tmp_path, c
     assert "10 classes" in line and "the data has 3" in line
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("run", "search", "trace", "data")])
+OF_RUNS = "prune", "finetune", "evaluate", "export", "report"
+
+
+@pytest.mark.parametrize("command", OF_RUNS)
 def test_a_folder_that_is_no_run_is_refused(command, tmp_path, capsys):
     assert "is not a run folder (no config.yaml)" in failure(capsys, command, str(tmp_path))
     assert "no folder 'nowhere'" in failure(capsys, command, "nowhere")
+
+
+def test_replay_without_a_policy_is_refused(tmp_path, capsys):
+    assert "POLICY: no shipped policy and no folder is called 'nowhere'" in failure(capsys, "replay", "nowhere")
+    line = failure(capsys, "replay", str(tmp_path))
+    assert "is neither a run nor a policy's folder (no config.yaml, no policy.json)" in line
 
 
 def test_a_damaged_run_folder_is_named(tmp_path, capsys):
