@@ -28,9 +28,10 @@ from autoprune.latency import measure_latency
 from autoprune.models import EMBEDDED_WEIGHTS, build, load_weights
 from autoprune.proxy import ProxyAccuracy
 from autoprune.pruning import prune, top_channels
+from autoprune.reconstruction import Reconstruction
 from autoprune.report import write_report
 from autoprune.runs import RunFolder, write_atomically, write_json
-from autoprune.scoring import accuracy, recalibrate
+from autoprune.scoring import accuracy, recalibrate, score
 from autoprune.tracing import trace
 
 Say = Callable[[str], None]
@@ -147,10 +148,16 @@ def prune_stage(workspace: Workspace, folder: RunFolder, say: Say) -> None:
 
 
 def _pruned(workspace: Workspace, allocation: Allocation) -> nn.Module:
-    """The sub-model with the most important channels, recalibrated."""
-    pruned = prune(workspace.model, workspace.groups, top_channels(workspace.importance, allocation.kept))
-    recalibrate(pruned, workspace.splits.calibration.inputs)
-    return pruned
+    """The sub-model with the most important channels, recalibrated; with reconstructed weights if that helps."""
+    kept = top_channels(workspace.importance, allocation.kept)
+    pruned, inputs = prune(workspace.model, workspace.groups, kept), workspace.splits.calibration.inputs
+    recalibrate(pruned, inputs)
+    if not workspace.settings.proxy.reconstruct:
+        return pruned
+    solved = prune(workspace.model, workspace.groups, kept)
+    Reconstruction(workspace.model, workspace.groups, inputs).apply(solved, kept)
+    recalibrate(solved, inputs)
+    return min(solved, pruned, key=lambda model: score(model, workspace.splits.proxy).loss)
 
 
 def read_plan(folder: RunFolder) -> dict:

@@ -190,6 +190,9 @@ class ProxyConfig:
     images, in a pass of their own)."""
     recalibration_images: int = 250
     """Images of the calibration split for --proxy.statistics calibration."""
+    reconstruct: bool = False
+    """Solve the weights of pruned layers anew, so that they reproduce the dense network's outputs as well as the kept
+    channels can; the pruned network starts fine-tuning from them if that makes it better."""
     temperature: float = 0.0
     """0 keeps the most important channels; above 0 they are sampled, the more evenly the higher."""
     sub_models: int = 1

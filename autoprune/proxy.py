@@ -23,6 +23,7 @@ from autoprune.criteria import Importance
 from autoprune.data import Images, Splits
 from autoprune.groups import Groups
 from autoprune.pruning import Kept, Slicer, top_channels
+from autoprune.reconstruction import Reconstruction
 from autoprune.scoring import Evaluation, Questions, answer, in_eval_mode, on_batch_statistics, recalibrate
 
 SENSITIVITY_IMAGES = 64
@@ -134,6 +135,8 @@ class ProxyAccuracy:
     def _on_all_cores(self, score: Callable[[Slicer, Kept], Evaluation], drawn: list[Kept]) -> list[Evaluation]:
         if len(self._slicers) == 1:
             return [score(self._slicers[0], kept) for kept in drawn]
+        if self.config.reconstruct:
+            _ = self._reconstruction  # measured once, before threads would do so at the same time
         idle: SimpleQueue[Slicer] = SimpleQueue()
         for slicer in self._slicers:
             idle.put(slicer)
@@ -154,7 +157,7 @@ class ProxyAccuracy:
             torch.set_num_threads(n_threads)  # a thread's own setting is the default of those to come
 
     def _proxy_score(self, images: Questions, slicer: Slicer, kept: Kept) -> Evaluation:
-        model, bf16 = slicer.apply(kept), self.config.bf16
+        model, bf16 = self._sub_model(slicer, kept), self.config.bf16
         if self.config.statistics == "batch":
             with on_batch_statistics(model):
                 return answer(model, images, bf16)
@@ -163,10 +166,20 @@ class ProxyAccuracy:
             return answer(model, images, bf16)
 
     def _selection_score(self, slicer: Slicer, kept: Kept) -> Evaluation:
-        model, bf16 = slicer.apply(kept), self.config.bf16
+        model, bf16 = self._sub_model(slicer, kept), self.config.bf16
         recalibrate(model, self._splits.calibration.inputs, bf16=bf16)
         with in_eval_mode(model):
             return answer(model, self._selection, bf16)
+
+    def _sub_model(self, slicer: Slicer, kept: Kept) -> nn.Module:
+        model = slicer.apply(kept)
+        if self.config.reconstruct:
+            self._reconstruction.apply(model, kept)
+        return model
+
+    @cached_property
+    def _reconstruction(self) -> Reconstruction:
+        return Reconstruction(self._dense, self.groups, self._splits.calibration.inputs)
 
     @cached_property
     def sensitivity(self) -> np.ndarray:
