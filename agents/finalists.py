@@ -58,11 +58,13 @@ def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
 def front(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
     """The allocations that no other one beats at its cost or below, cheapest first, for a range of budgets.
 
-    At each of a few budgets the policy's own allocation competes with the best episode within it.
+    At each of a few budgets the policy's own allocation competes with the best episode within it and with uniform
+    pruning.
     """
     env, candidates = recorder.env, {}
     for position in np.linspace(0, 1, FRONT_BUDGETS):
-        for episode in within(recorder, policy, env.budget.at(position)):
+        budget = env.budget.at(position)
+        for episode in [uniform_episode(env, budget), *within(recorder, policy, budget)]:
             candidates[tuple(episode.allocation.kept.values())] = episode
     judged = sorted(_judged(candidates.values(), env), key=lambda finalist: (finalist.cost, finalist.selection.loss))
     best, undominated = np.inf, []
@@ -92,14 +94,13 @@ def judge(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]
 def own(policy: Policy, env: LayerPruningEnv, budget: Budget | BudgetRange) -> Episode:
     """The trained policy's own allocation, as episode 0."""
     allocation, info = replay(policy, env, budget.at(0.5))
-    return Episode(0, allocation, np.nan, Evaluation(info["accuracy"], info["loss"]), info["macs"])
+    return _unlearned(allocation, info, "policy")
 
 
 def uniform_line(env: LayerPruningEnv) -> list[Finalist]:
     """Uniform pruning at the budgets of the front, to hold the front against."""
     budgets = [env.budget.at(position) for position in np.linspace(0, 1, FRONT_BUDGETS)]
-    judged = _judged([uniform_episode(env, budget) for budget in budgets], env)
-    return [replace(f, allocation=replace(f.allocation, source="uniform")) for f in judged]
+    return _judged([uniform_episode(env, budget) for budget in budgets], env)
 
 
 def uniform_episode(env: LayerPruningEnv, budget: Budget | None = None) -> Episode:
@@ -108,7 +109,13 @@ def uniform_episode(env: LayerPruningEnv, budget: Budget | None = None) -> Episo
     done = False
     while not done:
         _, _, done, _, info = env.step(np.zeros(1))
-    return Episode(0, info["allocation"], np.nan, Evaluation(info["accuracy"], info["loss"]), info["macs"])
+    return _unlearned(info["allocation"], info, "uniform")
+
+
+def _unlearned(allocation: Allocation, info: dict, source: str) -> Episode:
+    """A roll-out that nobody learned from, as episode 0."""
+    evaluation = Evaluation(info["accuracy"], info["loss"])
+    return Episode(0, replace(allocation, source=source), np.nan, evaluation, info["macs"])
 
 
 def knee(points: list[Finalist]) -> Finalist:
@@ -135,7 +142,7 @@ def _judged(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalis
 
 
 def _finalist(episode: Episode, selection: Evaluation, env: LayerPruningEnv) -> Finalist:
-    source = f"episode {episode.number}" if episode.number else "policy"
+    source = f"episode {episode.number}" if episode.number else episode.allocation.source
     allocation, reward = replace(episode.allocation, source=source), env.reward_of(selection, episode.macs)
     return Finalist(allocation, episode.evaluation, selection, reward, episode.macs, _cost(episode, env))
 

@@ -124,8 +124,9 @@ def use_allocation(workspace: Workspace, allocation: Allocation, folder: RunFold
         UserError: If it is for another network.
     """
     allocation.check(workspace.groups)
-    write_json(folder.allocation, allocation.to_json())
+    # The allocation comes last: its file says that the search is done, and a resumed run looks no further.
     folder.add_results(**costs_of(workspace, allocation))
+    write_json(folder.allocation, allocation.to_json())
 
 
 def prune_stage(workspace: Workspace, folder: RunFolder, say: Say) -> None:

@@ -219,8 +219,8 @@ class SearchConfig(_Excluding):
     budget: str = "macs=50%"
     """Cost not to exceed: macs or params, a share (50%, 0.5) or an absolute number (20M). A range of shares, as in
     macs=30%..80%, is searched as a whole: one policy, and the Pareto front."""
-    agent: str = "ppo"
-    """ppo, sac, td3, ddpg, or a baseline: uniform, random, sensitivity."""
+    agent: str = "dyna"
+    """dyna, ppo, sac, td3, ddpg, tqc, or a baseline: uniform, random, sensitivity, evolution, tpe."""
     policy: str = ""
     """Policy to start from, instead of from uniform pruning: a name that `autoprune policies` lists, a run, or a
     policy's folder."""
