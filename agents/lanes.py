@@ -213,8 +213,9 @@ class Lanes(Walkers):
 
     def judge(self) -> np.ndarray:
         """Scores the networks."""
-        rewards = self.recorder.score(self.walks, self.budgets, min(self.num_envs, self.recorder.remaining))
-        return rewards - self._par(self.budgets) if isinstance(self.env.budget, BudgetRange) else rewards
+        # Par first: a resumed search then sees it scored before its episodes too, on the same block of images.
+        expected = self._par(self.budgets) if isinstance(self.env.budget, BudgetRange) else 0.0
+        return self.recorder.score(self.walks, self.budgets, min(self.num_envs, self.recorder.remaining)) - expected
 
     @cached_property
     def _par(self) -> Callable[[list[Budget]], np.ndarray]:

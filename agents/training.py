@@ -14,7 +14,7 @@ import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.noise import NormalActionNoise, VectorizedActionNoise
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
@@ -50,6 +50,7 @@ def make_learner(
         settings["policy_kwargs"] = start.policy_kwargs
     updates = settings.pop("updates_per_step", None)
     std, actor_rate = settings.pop("exploration_std", None), settings.pop("actor_learning_rate", None)
+    settings.pop("last_exploration_std", None)
     if updates is None:
         batch_size = lanes.num_envs * n_steps // settings.pop("n_minibatches")
         settings |= {"n_steps": n_steps, "batch_size": batch_size}
@@ -57,7 +58,7 @@ def make_learner(
         gradient_steps = updates * n_steps * lanes.num_envs
         settings |= {"train_freq": (n_steps, "step"), "gradient_steps": gradient_steps, "n_steps": n_steps}
     if std is not None:
-        settings["action_noise"] = NormalActionNoise(np.zeros(1), np.full(1, std))
+        settings["action_noise"] = VectorizedActionNoise(_noise(std), lanes.num_envs)
     tensorboard = str(log) if log is not None else None
     learner = ALGORITHMS[name]("MlpPolicy", lanes, seed=seed, device="cpu", tensorboard_log=tensorboard, **settings)
     if log is None:
@@ -69,6 +70,10 @@ def make_learner(
     if actor_rate is not None:
         _set_actor_rate(learner, actor_rate)
     return learner
+
+
+def _noise(std: float) -> NormalActionNoise:
+    return NormalActionNoise(np.zeros(1), np.full(1, std))
 
 
 @torch.no_grad()
@@ -135,6 +140,29 @@ class ExecutedAction(BaseCallback):
         return True
 
 
+class FadingNoise(BaseCallback):
+    """Lets a deterministic policy's exploration shrink linearly from the first to the last roll-out.
+
+    Noise that stays hides what the actor has learned: each of an episode's steps is off by it, and the more groups a
+    network has, the less likely is an episode that is better than the actor's own.
+
+    Args:
+        first: Standard deviation at the start.
+        last: At the end.
+    """
+
+    def __init__(self, first: float, last: float):
+        super().__init__()
+        self.first, self.last = first, last
+
+    def _on_rollout_start(self) -> None:
+        std = self.last + (self.first - self.last) * self.model._current_progress_remaining
+        self.model.action_noise.noises = [_noise(std) for _ in range(self.model.n_envs)]
+
+    def _on_step(self) -> bool:
+        return True
+
+
 class Checkpoints(BaseCallback):
     """Saves the learner between roll-outs: the one moment at which the last update is over and no episode is open."""
 
@@ -182,7 +210,10 @@ def train(
     recorder.resume_at(done)
     if recorder.remaining:
         n_batches = -(-recorder.remaining // lanes.num_envs)
-        callbacks = [ExecutedAction(), Checkpoints(recorder, checkpoint)]
+        callbacks: list[BaseCallback] = [ExecutedAction(), Checkpoints(recorder, checkpoint)]
+        settings = hyperparameters(name)
+        if "exploration_std" in settings:
+            callbacks.append(FadingNoise(settings["exploration_std"], settings["last_exploration_std"]))
         steps = n_batches * lanes.num_envs * n_steps
         learner.learn(steps, callbacks, log_interval=1, tb_log_name=name, reset_num_timesteps=done == 0)
     return Policy.of(name, learner, start.policy_kwargs if start else hyperparameters(name)["policy_kwargs"])

@@ -37,6 +37,7 @@ class Walks:
         chosen, state = Walks(self.space, self.observer, self.uses_up_budget), self.state
         rows = {name: getattr(state, name)[lanes] for name in ("kept", "targets", "uniform_to_go", "previous")}
         chosen.state = replace(state, bounds=tuple(bound[lanes] for bound in state.bounds), **rows)
+        chosen._counts = tuple(counts[lanes] for counts in self._counts)
         return chosen
 
     @property

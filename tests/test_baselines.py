@@ -1,14 +1,16 @@
 """The baselines: the same door, the same evaluations, and the optimum where it is known."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
-from toys import digits_env, fake_env
+from toys import digits_env, fake_env, target_env
 
-from agents.baselines import BASELINES, sensitivity, uniform, walk
+from agents.baselines import BASELINES, walk
 from agents.lanes import Recorder
 from autoprune.config import SearchConfig
+from autoprune.errors import UserError
 
 
 def run(name: str, env, **config) -> list:
@@ -101,7 +103,29 @@ def test_sensitivity_beats_uniform_on_a_trained_network():
     assert min(losses) < walk(env, lambda _: 0.0)["loss"]
 
 
-def test_baselines_walk_the_plain_environment_too():
-    env = fake_env()
-    assert uniform(env, SearchConfig()) is None
-    assert sensitivity(env, SearchConfig(episodes=20)) is None
+@pytest.mark.parametrize("name", list(BASELINES))
+@pytest.mark.parametrize("network", ["one", "wide"])
+@pytest.mark.parametrize("episodes", [1, 9, 13])
+def test_every_baseline_walks_at_most_the_asked_episodes_on_any_network(name, network, episodes):
+    env = target_env(network)
+    walked = run(name, env, episodes=episodes)
+    assert len(walked) == {"uniform": 1}.get(name, episodes) or (name == "sensitivity" and 1 <= len(walked) <= 2)
+    assert [episode.number for episode in walked] == list(range(1, len(walked) + 1))
+    assert all(env.space.cost(np.array(counts(episode))) <= env.target for episode in walked)
+
+
+@pytest.mark.parametrize("name", ["evolution", "tpe"])
+def test_model_based_baselines_are_reproducible_by_seed_and_come_close_to_a_known_optimum(name):
+    first, again, other = (run(name, target_env(), episodes=60, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert [counts(e) for e in first] != [counts(e) for e in other]
+    uniform = walk(target_env(), lambda _: 0.0)["loss"]
+    assert min(episode.evaluation.loss for episode in first) < 0.3 * uniform
+
+
+@pytest.mark.parametrize(("name", "package"), [("evolution", "cma"), ("tpe", "optuna")])
+def test_a_missing_package_is_named_with_the_way_to_install_it(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError) as error:
+        run(name, fake_env(), episodes=5)
+    assert str(error.value) == f"--agent: {name} needs {package}; install it with: pip install {package}"

@@ -1,7 +1,7 @@
 """The observation: bounded, of the group that the next action is for, and documented as it is."""
 
-from math import log2
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,17 +23,18 @@ def observations(env, action) -> np.ndarray:
 
 
 def test_feature_names_are_unique_and_fill_the_space():
-    assert len(INDEX) == len(FEATURES) == OBSERVATION_SPACE.shape[0] == 20
+    assert len(INDEX) == len(FEATURES) == OBSERVATION_SPACE.shape[0] == 21
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_observation_describes_the_group_that_the_next_action_is_for(network):
     env = fake_env(network)
     rows = observations(env, lambda _: 0.1)
-    channels = [log2(1 + group.channels) / 13 for group in env.groups]
-    assert rows[:, INDEX["channels"]] == pytest.approx(channels, abs=1e-6)
-    assert rows[:, INDEX["macs_share"]] == pytest.approx([group.macs_share for group in env.groups], abs=1e-6)
-    assert rows[:, INDEX["position"]] == pytest.approx(np.arange(len(channels)) / len(channels), abs=1e-6)
+    widths = np.array([group.channels for group in env.groups])
+    macs = np.array([group.macs_share for group in env.groups])
+    assert rows[:, INDEX["width"]] == pytest.approx(widths / max(widths), abs=1e-6)
+    assert rows[:, INDEX["macs_share"]] == pytest.approx(macs / (macs + macs.mean()), abs=1e-6)
+    assert rows[:, INDEX["position"]] == pytest.approx(np.arange(len(widths)) / len(widths), abs=1e-6)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -45,11 +46,12 @@ def test_observations_stay_within_the_bounds_without_being_clipped(network, budg
         rows = observations(env, lambda _: generator.uniform(-1, 1))
         assert np.isfinite(rows).all()
         assert all(OBSERVATION_SPACE.contains(row) for row in rows)
-        state, clipped = env._state, {"budget"} if budget == "macs=99G" else set()
-        state = type(state)(0, env.space.costs.dense, env.target, state.bounds, state.uniform_to_go, state.previous)
-        for feature in FEATURES:
-            if feature.name not in clipped:
-                assert 0 <= feature.value(env.observer, state) <= 1, feature.name
+        env.reset()
+        for _ in env.groups:
+            for feature in FEATURES:
+                if feature.name != "budget" or budget != "macs=99G":
+                    assert 0 <= feature.value(env.observer, env.walk.state) <= 1, feature.name
+            env.step(np.array([generator.uniform(-1, 1)]))
 
 
 def test_bounds_and_uniform_to_go_are_those_of_the_next_action():
@@ -104,9 +106,67 @@ def test_weak_half_tells_equal_channels_from_unequal_ones():
     env = fake_env("wide")
     equal = {name: scores * 0 + 1 for name, scores in env.proxy.importance.items()}
     steep = {name: scores.argsort().float() ** 4 for name, scores in env.proxy.importance.items()}
-    values = [Observer(env.groups, env.space, scores).static[0]["weak_half"] for scores in (equal, steep)]
+    values = [observed(env, "weak_half", importance=scores) for scores in (equal, steep)]
     assert values[0] == pytest.approx(1)
-    assert values[1] < 0.1
+    assert (values[1] < 0.1).all()
+
+
+def observed(env, feature: str, **measured) -> np.ndarray:
+    """A feature `(n_groups,)` if the proxy measured something else."""
+    proxy = SimpleNamespace(**{"importance": env.proxy.importance, "sensitivity": env.proxy.sensitivity} | measured)
+    return Observer(env.groups, env.space, proxy).static[feature]
+
+
+def test_sensitivity_is_told_relative_to_the_mean_and_by_rank():
+    env, damage = fake_env("wide"), np.array([0.3, 0.0, 0.1, 0.5, 0.1])
+    assert observed(env, "sensitivity", sensitivity=damage) == pytest.approx([0.6, 0, 1 / 3, 5 / 7, 1 / 3])
+    # Of equals the earlier one comes first.
+    assert observed(env, "sensitivity_rank", sensitivity=damage).tolist() == [0.75, 0, 0.25, 1, 0.5]
+    ahead = np.array([0.175, 0.7 / 3, 0.3, 0.1, 0.1]) / 0.2
+    assert observed(env, "sensitivity_ahead", sensitivity=damage) == pytest.approx(ahead / (1 + ahead))
+
+
+def test_damage_rank_orders_the_groups_by_damage_for_the_cost_that_half_of_each_saves():
+    env, dense = fake_env("wide"), fake_env("wide").space.costs.dense
+    saved = []
+    for index in range(5):
+        halved = dense.copy()
+        halved[index] -= dense[index] // 2
+        saved.append(env.space.cost(dense) - env.space.cost(halved))
+    saved = np.array(saved)
+    rank = observed(env, "damage_rank", sensitivity=saved * np.array([3, 1, 5, 2, 4]))
+    assert rank.tolist() == [0.5, 0, 1, 0.25, 0.75]
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_the_unit_of_damage_does_not_matter_and_no_damage_at_all_is_bearable(factor):
+    env = fake_env("wide")
+    for feature in ("sensitivity", "sensitivity_rank", "damage_rank", "sensitivity_ahead"):
+        as_is, scaled = (observed(env, feature, sensitivity=env.proxy.sensitivity * by) for by in (1, factor))
+        assert scaled == pytest.approx(as_is)
+        assert np.isfinite(observed(env, feature, sensitivity=np.zeros(5))).all()
+
+
+def test_sensitivity_is_measured_no_earlier_than_for_the_first_observation():
+    env = fake_env()
+    observer = Observer(env.groups, env.space, SimpleNamespace(importance=env.proxy.importance))
+    with pytest.raises(AttributeError, match="sensitivity"):
+        observer.observe(env.walk.state)
+
+
+def test_lanes_are_observed_as_each_would_be_alone():
+    env, generator = fake_env("resnet20"), np.random.default_rng(0)
+    targets = np.linspace(0.3, 0.8, 6) * env.space.cost(env.space.costs.dense)
+    together, alone = env.walks(), [env.walks() for _ in targets]
+    together.start(targets.astype(int))
+    for walk, target in zip(alone, targets.astype(int), strict=True):
+        walk.start(np.array([target]))
+    for _ in env.groups:
+        actions = generator.uniform(-1, 1, 6)
+        assert np.array_equal(together.observe(), np.concatenate([walk.observe() for walk in alone]))
+        together.step(actions)
+        for walk, action in zip(alone, actions, strict=True):
+            walk.step(np.array([action]))
 
 
 def test_documented_table_is_that_of_the_code():

@@ -1,24 +1,28 @@
-"""Proxy scores are plain evaluations of recalibrated sub-models, cached, and blind to the test split."""
+"""Proxy scores are plain evaluations of sliced networks, cached, the same side by side, and blind to the test split."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from nets import NETS, build, images
-from torch import Tensor
+from nets import NETS, Residual, build, images
+from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import digits
 
-from autoprune import proxy
 from autoprune.config import ProxyConfig
 from autoprune.criteria import importance
 from autoprune.data import Images, Splits
-from autoprune.proxy import Evaluation, ProxyAccuracy, accuracy, recalibrate, score
+from autoprune.proxy import SENSITIVITY_IMAGES, ProxyAccuracy
 from autoprune.pruning import prune, top_channels
+from autoprune.scoring import Evaluation, Questions, accuracy, answer, on_batch_statistics, recalibrate, score
 from autoprune.tracing import trace
 
 FLOAT32 = ProxyConfig(images=40, recalibration_images=30, bf16="off")
+CALIBRATED = replace(FLOAT32, statistics="calibration")
 KEPT = {"stem": 5, "inner": 3}
 
 
@@ -145,11 +149,212 @@ def test_network_without_batch_norm_is_not_even_run():
     recalibrate(model, torch.zeros(1, 99, 1, 1))  # would fail in the first convolution
 
 
-def test_proxy_score_is_that_of_the_pruned_and_recalibrated_network(residual):
+def test_score_with_statistics_of_other_images_is_that_of_the_pruned_and_recalibrated_network(residual):
     model, groups, scores = residual
     pruned = prune(model, groups, top_channels(scores, KEPT))
-    recalibrate(pruned, SPLITS.calibration.inputs[: FLOAT32.recalibration_images])
-    assert_close(build_proxy(residual)(KEPT), plain(pruned, SPLITS.proxy[: FLOAT32.images]))
+    recalibrate(pruned, SPLITS.calibration.inputs[: CALIBRATED.recalibration_images])
+    assert_close(build_proxy(residual, CALIBRATED)(KEPT), plain(pruned, SPLITS.proxy[: FLOAT32.images]))
+
+
+def on_their_own_statistics(model: Residual, x: Tensor) -> Tensor:
+    """The logits of a residual network whose batch norms see one batch, written out in functions."""
+
+    def norm(x: Tensor, layer: nn.BatchNorm2d) -> Tensor:
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        return (x - mean) / (var + layer.eps).sqrt() * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+    def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
+        return F.conv2d(x, layer.weight, layer.bias, padding=1)
+
+    with torch.no_grad():
+        stream = F.relu(norm(conv(x, model.stem), model.bn))
+        inner = F.relu(norm(conv(stream, model.inner), model.bn_inner))
+        stream = stream + norm(conv(inner, model.outer), model.bn_outer)
+        return F.relu(stream).mean((2, 3)) @ model.head.weight.T + model.head.bias
+
+
+def by_hand(logits: Tensor, labels: Tensor) -> Evaluation:
+    losses = -logits.log_softmax(1)[torch.arange(len(labels)), labels]
+    return Evaluation((logits.argmax(1) == labels).double().mean().item(), losses.mean().item())
+
+
+def test_score_in_one_pass_takes_batch_norm_from_the_images_that_are_scored(residual):
+    model, groups, scores = residual
+    pruned, x = prune(model, groups, top_channels(scores, KEPT)), SPLITS.proxy[: FLOAT32.images]
+    expected = by_hand(on_their_own_statistics(pruned, x.inputs), x.labels)
+    assert_close(build_proxy(residual)(KEPT), expected)
+    assert abs(plain(pruned, x).loss - expected.loss) > 0.01
+
+
+def test_blocks_are_disjoint_of_equal_difficulty_and_asked_in_turn():
+    model, groups, splits = digits()
+    l1 = importance("l1", model, groups, splits.train)
+    scorer = ProxyAccuracy(model, groups, l1, splits, replace(FLOAT32, images=40, blocks=3))
+    blocks = [block.images for block in scorer._blocks]
+    seen = torch.cat([block.pixels for block in blocks]).flatten(1)
+    assert [len(block) for block in blocks] == [40] * 3 and len(seen.unique(dim=0)) == 120
+    half = {group.name: group.channels // 2 for group in groups}
+    pruned = prune(model, groups, top_channels(l1, half))
+    with on_batch_statistics(pruned):
+        expected = [answer(pruned, Questions(block), "off") for block in blocks]
+    first = [ProxyAccuracy(model, groups, l1, splits, scorer.config).score_all([half], block)[0] for block in range(4)]
+    for found, evaluation in zip(first, [*expected, expected[0]], strict=True):
+        assert_close(found, evaluation)
+    losses = [evaluation.loss for evaluation in expected]
+    assert np.ptp(losses) < 0.2 * np.mean(losses) and len(set(losses)) == 3
+
+
+def test_an_allocation_that_was_scored_keeps_its_score_in_every_block():
+    model, groups, splits = digits()
+    scorer = ProxyAccuracy(model, groups, importance("l1", model, groups, splits.train), splits, FLOAT32)
+    half = {group.name: group.channels // 2 for group in groups}
+    assert scorer.score_all([half], 1) == scorer.score_all([half], 2) == [scorer(half)]
+    assert scorer.evaluations == 1
+
+
+def test_survey_scores_the_whole_proxy_split_in_one_pass_and_counts_as_no_evaluation(residual):
+    model, groups, scores = residual
+    pruned, scorer = prune(model, groups, top_channels(scores, KEPT)), build_proxy(residual)
+    scorer(KEPT)
+    expected = by_hand(on_their_own_statistics(pruned, SPLITS.proxy.inputs), SPLITS.proxy.labels)
+    assert_close(scorer.survey_all([KEPT])[0], expected)
+    assert scorer.evaluations == 1 and scorer(KEPT) != expected
+
+
+@pytest.mark.parametrize("batch_size", [10, 20, 60])
+def test_in_several_batches_each_has_its_own_statistics(residual, batch_size):
+    model, questions = residual[0], Questions(SPLITS.proxy, batch_size)
+    parts = [on_their_own_statistics(model, x) for x in SPLITS.proxy.inputs.split(batch_size)]
+    with on_batch_statistics(model):
+        assert_close(answer(model, questions, "off"), by_hand(torch.cat(parts), SPLITS.proxy.labels))
+
+
+def test_batch_statistics_leave_everything_as_found_even_after_a_failure():
+    model = build("residual").train()
+    model.bn.eval()
+    before = copy.deepcopy(model.state_dict())
+    flags = [(m.training, getattr(m, "track_running_stats", None)) for m in model.modules()]
+    with on_batch_statistics(model):
+        model(SPLITS.proxy.inputs)
+    with pytest.raises(RuntimeError, match="expected input"), on_batch_statistics(model):
+        model(torch.zeros(1, 99, 1, 1))
+    assert [(m.training, getattr(m, "track_running_stats", None)) for m in model.modules()] == flags
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_only_batch_norm_leaves_eval_mode_for_batch_statistics():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    with on_batch_statistics(model):
+        assert [module.training for module in model] == [False, True, False]
+
+
+@pytest.mark.parametrize("config", [FLOAT32, CALIBRATED])
+def test_kl_loss_is_the_divergence_from_the_dense_networks_answers(residual, config):
+    model, groups, scores = residual
+    scorer = build_proxy(residual, replace(config, loss="kl"))
+    found, x = scorer(KEPT), SPLITS.proxy[: config.images]
+    pruned = prune(model, groups, top_channels(scores, KEPT))
+    if config is CALIBRATED:
+        recalibrate(pruned, SPLITS.calibration.inputs[: config.recalibration_images])
+    with torch.no_grad():
+        theirs = model(x.inputs).double().softmax(1)
+        ours = on_their_own_statistics(pruned, x.inputs) if config is FLOAT32 else pruned.eval()(x.inputs)
+    divergence = (theirs * (theirs.log() - ours.double().log_softmax(1))).sum(1).mean().item()
+    assert found.loss == pytest.approx(divergence, rel=1e-4) and divergence > 0
+    assert found.accuracy == pytest.approx(by_hand(ours, x.labels).accuracy)
+
+
+def test_the_dense_network_does_not_diverge_from_itself(residual):
+    scorer = build_proxy(residual, replace(CALIBRATED, loss="kl"))
+    recalibrate(scorer._dense, SPLITS.calibration.inputs[: CALIBRATED.recalibration_images])
+    scorer = ProxyAccuracy(scorer._dense, residual[1], residual[2], SPLITS, scorer.config)
+    assert scorer({"stem": 8, "inner": 6}).loss == pytest.approx(0, abs=1e-6)
+
+
+def test_sensitivity_is_the_divergence_when_each_group_alone_loses_half(residual):
+    model, groups, scores = residual
+    scorer, x = build_proxy(residual), SPLITS.proxy[:SENSITIVITY_IMAGES].inputs
+    with torch.no_grad():
+        theirs = model(x).double().softmax(1)
+    for group, damage in zip(groups, scorer.sensitivity, strict=True):
+        best = scores[group.name].argsort(descending=True)[: -(-group.channels // 2)].sort().values
+        ours = on_their_own_statistics(prune(model, groups, {group.name: best}), x).double()
+        divergence = (theirs * (theirs.log() - ours.log_softmax(1))).sum(1).mean().item()
+        assert damage == pytest.approx(divergence, rel=1e-4)
+    assert scorer.sensitivity.shape == (2,) and (scorer.sensitivity > 0).all()
+    assert scorer.evaluations == 0
+
+
+def allocations(groups, n: int) -> list[dict[str, int]]:
+    generator = np.random.default_rng(0)
+    return [{group.name: int(generator.integers(1, group.channels + 1)) for group in groups} for _ in range(n)]
+
+
+@pytest.mark.parametrize("config", [FLOAT32, CALIBRATED, replace(FLOAT32, temperature=1.0, sub_models=2)])
+def test_scores_side_by_side_are_those_of_one_after_the_other_in_order(config):
+    model, groups, splits = digits()
+    config, l1 = replace(config, images=100), importance("l1", model, groups, splits.train)
+    one_by_one = ProxyAccuracy(model, groups, l1, splits, replace(config, workers=1))
+    asked = allocations(groups, 7)
+    expected = [one_by_one(kept) for kept in asked]
+    assert len({evaluation.loss for evaluation in expected}) == 7
+    for workers in (1, 2, 3):
+        scorer = ProxyAccuracy(model, groups, l1, splits, replace(config, workers=workers))
+        assert scorer.score_all(asked) == expected
+        assert scorer.score_all(asked[::-1]) == expected[::-1]
+        assert scorer.evaluations == 7
+        finalists = scorer.select_all(asked[:3])
+        assert finalists == one_by_one.select_all(asked[:3]) == [one_by_one.select_all([kept])[0] for kept in asked[:3]]
+        assert scorer.survey_all(asked[:3]) == one_by_one.survey_all(asked[:3])
+        assert np.array_equal(scorer.sensitivity, one_by_one.sensitivity)
+
+
+def test_the_same_allocation_twice_in_a_batch_is_scored_once(residual, monkeypatch):
+    scorer, scored = build_proxy(residual), []
+    inner = scorer._proxy_score
+    monkeypatch.setattr(scorer, "_proxy_score", lambda *parts: scored.append(parts) or inner(*parts))
+    other = {"stem": 2, "inner": 6}
+    first, second, third = scorer.score_all([KEPT, other, dict(reversed(KEPT.items()))])
+    assert first is third and first != second
+    assert len(scored) == scorer.evaluations == 2
+    assert scorer.score_all([other, KEPT]) == [second, first] and len(scored) == 2
+    assert scorer.score_all([]) == []
+
+
+def threads_seen() -> tuple[int, int]:
+    """Of this thread, and of one that starts now."""
+    with ThreadPoolExecutor(1) as pool:
+        return torch.get_num_threads(), pool.submit(torch.get_num_threads).result()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_scoring_leaves_the_number_of_threads_as_found(residual, fails, monkeypatch):
+    scorer = build_proxy(residual, replace(FLOAT32, workers=2))
+    inside = []
+
+    def score(images, slicer, kept):
+        inside.append(torch.get_num_threads())
+        assert not fails
+        return Evaluation(0.5, 1.0)
+
+    monkeypatch.setattr(scorer, "_proxy_score", score)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(AssertionError) if fails else nullcontext():
+            scorer.score_all(allocations(residual[1], 4))
+        assert threads_seen() == (3, 3)
+        assert set(inside) == {1}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_failed_score_takes_no_worker_away(residual, monkeypatch):
+    scorer = build_proxy(residual, replace(FLOAT32, workers=2))
+    with monkeypatch.context() as context, pytest.raises(AttributeError):
+        context.setattr(scorer, "_proxy_score", lambda images, slicer, kept: kept.anything)
+        scorer.score_all(allocations(residual[1], 4))
+    assert scorer(KEPT) == build_proxy(residual, replace(FLOAT32, workers=2))(KEPT)
 
 
 def test_finalists_are_scored_on_the_selection_split_with_all_calibration_images(residual):
@@ -157,7 +362,7 @@ def test_finalists_are_scored_on_the_selection_split_with_all_calibration_images
     pruned = prune(model, groups, top_channels(scores, KEPT))
     recalibrate(pruned, SPLITS.calibration.inputs)
     scorer = build_proxy(residual)
-    assert_close(scorer.select(KEPT), plain(pruned, SPLITS.selection))
+    assert_close(scorer.select_all([KEPT])[0], plain(pruned, SPLITS.selection))
     assert scorer.evaluations == 0
 
 
@@ -172,7 +377,7 @@ def test_scores_do_not_depend_on_what_was_scored_before(residual):
 def test_second_call_is_looked_up(residual, monkeypatch):
     scorer = build_proxy(residual)
     first = scorer(KEPT)
-    monkeypatch.setattr(proxy, "score", None)  # a second evaluation would fail
+    monkeypatch.setattr(scorer, "_proxy_score", None)  # a second evaluation would fail
     assert scorer(dict(reversed(KEPT.items()))) is first
     assert scorer.evaluations == 1
 
@@ -189,7 +394,9 @@ def test_test_split_is_never_read_and_the_dense_model_never_changed(residual):
     before, training = copy.deepcopy(model.state_dict()), model.training
     scorer = build_proxy(residual, replace(FLOAT32, temperature=0.5, sub_models=2))
     scorer(KEPT)
-    scorer.select(KEPT)
+    scorer.select_all([KEPT])
+    scorer.survey_all([KEPT])
+    assert scorer.sensitivity.shape == (2,)
     assert scorer.example.shape == (1, 3, 8, 8)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert model.training is training
@@ -253,7 +460,7 @@ def test_drawing_leaves_the_global_generator_alone(residual):
 
 
 def test_score_of_several_sub_models_is_their_mean(residual):
-    config = replace(FLOAT32, temperature=1.0, sub_models=3)
+    config = replace(CALIBRATED, temperature=1.0, sub_models=3)
     model, groups, _ = residual
     scorer, singles = build_proxy(residual, config), []
     for draw in range(3):
@@ -268,14 +475,14 @@ def test_score_of_several_sub_models_is_their_mean(residual):
 
 
 def test_bfloat16_scores_are_roughly_those_of_float32(residual):
-    exact, fast = build_proxy(residual)(KEPT), build_proxy(residual, replace(FLOAT32, bf16="on"))(KEPT)
+    exact, fast = (build_proxy(residual, replace(FLOAT32, bf16=bf16))(KEPT) for bf16 in ("off", "on"))
     assert fast.loss == pytest.approx(exact.loss, rel=0.02)
     assert abs(fast.accuracy - exact.accuracy) <= 2 / FLOAT32.images
     assert fast.loss != exact.loss
 
 
 def test_more_images_than_there_are_means_all(residual):
-    scorer = build_proxy(residual, replace(FLOAT32, images=10_000, recalibration_images=10_000))
+    scorer = build_proxy(residual, replace(CALIBRATED, images=10_000, recalibration_images=10_000))
     pruned = prune(residual[0], residual[1], top_channels(residual[2], KEPT))
     recalibrate(pruned, SPLITS.calibration.inputs)
     assert_close(scorer(KEPT), plain(pruned, SPLITS.proxy))
@@ -288,3 +495,4 @@ def test_every_small_network_can_be_scored():
         scorer = ProxyAccuracy(model, groups, importance("l1", model, groups, SPLITS.train), SPLITS, FLOAT32)
         result = scorer({group.name: max(1, group.channels // 2) for group in groups})
         assert 0 <= result.accuracy <= 1 and np.isfinite(result.loss)
+        assert (scorer.sensitivity >= 0).all()

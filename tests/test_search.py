@@ -12,6 +12,7 @@ import pytest
 import torch
 from toys import FakeProxy, digits_env, digits_proxy, fake_env, target_env, traced
 
+from agents.baselines import BASELINES
 from agents.search import AGENTS, search
 from autoprune.config import ProxyConfig, SearchConfig
 from autoprune.criteria import importance
@@ -21,6 +22,8 @@ from autoprune.runs import RunFolder
 from envs.layer_pruning import LayerPruningEnv
 
 N_KILLED = 40
+N_EPISODES = {"uniform": 1, "sensitivity": 2}
+"""Of those that walk fewer than they are asked for."""
 
 
 class Poisoned(Images):
@@ -39,9 +42,11 @@ class Poisoned(Images):
 class Shifted(FakeProxy):
     """Orders candidates on the selection split the other way round."""
 
-    def __call__(self, kept):
-        proxy = super().__call__(kept)
-        return type(proxy)(1 - proxy.accuracy, 2 - proxy.loss)
+    def score_all(self, allocations, block=0):
+        return [type(proxy)(1 - proxy.accuracy, 2 - proxy.loss) for proxy in super().score_all(allocations, block)]
+
+    def survey_all(self, allocations):
+        return [type(proxy)(1 - proxy.accuracy, 2 - proxy.loss) for proxy in super().survey_all(allocations)]
 
 
 def killable_search(agent: str, folder: Path):
@@ -69,7 +74,7 @@ def logged(folder: Path) -> list[dict]:
 def test_every_episode_of_200_meets_the_budget_whoever_walks_it(agent):
     env = target_env("chain")
     episodes = search(env, SearchConfig(agent=agent, episodes=200, finalists=1)).episodes
-    assert len(episodes) == {"uniform": 1, "sensitivity": 2}.get(agent, 200)
+    assert len(episodes) == N_EPISODES.get(agent, 200)
     costs = [env.space.cost(np.array(list(episode.allocation.kept.values()))) for episode in episodes]
     assert max(costs) <= env.target
 
@@ -82,7 +87,7 @@ def test_every_agent_and_baseline_returns_an_allocation_within_the_budget(agent)
     kept = np.array(list(result.best.allocation.kept.values()))
     assert env.space.cost(kept) <= env.target
     assert result.best.macs == env.space.costs.macs(kept)
-    assert (result.policy is None) == (agent in ("uniform", "random", "sensitivity"))
+    assert (result.policy is None) == (agent in BASELINES)
     assert 1 <= len(result.finalists) <= 5
     assert result.best.allocation.source == "policy" or result.best.allocation.source.startswith("episode ")
 
@@ -117,7 +122,7 @@ def test_test_split_is_never_touched():
     assert search(env, SearchConfig(agent="sensitivity", episodes=12)).best
 
 
-@pytest.mark.parametrize("agent", ["ppo", "random", "sensitivity", "uniform"])
+@pytest.mark.parametrize("agent", ["ppo", "dyna", *BASELINES])
 def test_evaluations_count_the_sub_models_that_were_scored(agent):
     calls = []
 
@@ -128,7 +133,8 @@ def test_evaluations_count_the_sub_models_that_were_scored(agent):
     env = fake_env("chain", loss_of)
     result = search(env, SearchConfig(agent=agent, episodes=20, finalists=5))
     assert result.evaluations == env.proxy.evaluations == len(set(calls))
-    assert len(calls) == result.evaluations + len(result.finalists)
+    surveyed = min(4 * 5, len({tuple(episode.allocation.kept.values()) for episode in result.episodes}))
+    assert len(calls) == result.evaluations + surveyed + len(result.finalists)
     assert result.seconds > 0
 
 
@@ -157,7 +163,7 @@ def test_finished_search_is_not_searched_again(agent, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12; PyTorch runs one thread here
-@pytest.mark.parametrize("agent", ["ppo", "td3"])
+@pytest.mark.parametrize("agent", [agent for agent in AGENTS if agent not in N_EPISODES])
 def test_search_killed_at_any_moment_ends_as_one_left_alone(agent, tmp_path):
     expected = killable_search(agent, tmp_path / "alone")
     folder, generator, exits = tmp_path / "killed", random.Random(agent), []
@@ -178,7 +184,7 @@ def test_search_killed_at_any_moment_ends_as_one_left_alone(agent, tmp_path):
     assert result.episodes == expected.episodes
     assert result.evaluations == expected.evaluations
     assert logged(folder) == logged(tmp_path / "alone")
-    for key, weights in expected.policy.network.state_dict().items():
+    for key, weights in expected.policy.network.state_dict().items() if expected.policy else ():
         assert torch.equal(result.policy.network.state_dict()[key], weights), key
 
 

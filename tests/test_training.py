@@ -2,49 +2,57 @@
 
 import random
 import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
 from toys import fake_env, target_env
 
 from agents.baselines import walk
+from agents.dyna import train_dyna
 from agents.lanes import Lanes, Recorder
 from agents.replay import Policy, replay
 from agents.search import search
-from agents.training import ALGORITHMS, Checkpoints, ExecutedAction, hyperparameters, make_learner, train
+from agents.training import ALGORITHMS, ExecutedAction, hyperparameters, make_learner, train
 from autoprune.config import SearchConfig
 from autoprune.errors import UserError
 from autoprune.runs import RunFolder
+from envs.layer_pruning import LayerPruningEnv
 
-OFF_POLICY = ("sac", "td3", "ddpg")
+OFF_POLICY = ("sac", "td3", "ddpg", "tqc")
 
 
 class Interrupted(Exception):
     pass
 
 
-class Noted(gymnasium.Wrapper):
-    """Keeps the info of every step."""
+class Noted(Lanes):
+    """Keeps what was wished and what was executed at every step."""
 
-    def __init__(self, env: gymnasium.Env):
-        super().__init__(env)
-        self.infos = []
+    def __init__(self, recorder: Recorder, n_lanes: int):
+        super().__init__(recorder, n_lanes)
+        self.wished, self.executed = [], []
 
-    def step(self, action):
-        result = self.env.step(action)
-        self.infos.append(result[4])
+    def step_async(self, actions):
+        self.wished.append(actions[:, 0].copy())
+        super().step_async(actions)
+
+    def step_wait(self):
+        result = super().step_wait()
+        self.executed.append([info["executed_action"] for info in result[3]])
         return result
 
 
-def learned(name: str, env: gymnasium.Env, episodes: int, seed: int = 0):
-    """A learner after some episodes, trained as `train` does."""
-    recorder = Recorder(env, SearchConfig(episodes=episodes, seed=seed))
-    n_steps, lanes = len(env.groups), Lanes(recorder)
-    learner = make_learner(name, lanes, n_steps, seed)
-    return learner.learn(episodes * n_steps, [ExecutedAction(), Checkpoints(recorder, None)])
+def lanes_of(env: LayerPruningEnv, n_lanes: int = 10, seed: int = 0, episodes: int = 100) -> Noted:
+    return Noted(Recorder(env, SearchConfig(episodes=episodes, seed=seed)), n_lanes)
+
+
+def learner_on(name: str, lanes: Lanes, seed: int = 0):
+    return make_learner(name, lanes, len(lanes.env.groups), seed)
 
 
 def trained(name: str, env, config: SearchConfig, folder: Path | None = None, interrupt_at: int = 0):
@@ -55,7 +63,10 @@ def trained(name: str, env, config: SearchConfig, folder: Path | None = None, in
             raise Interrupted
 
     recorder = Recorder(env, config, None if folder is None else RunFolder(folder), on_episode)
-    policy = train(name, recorder, None if folder is None else folder / "learner.pt")
+    if name == "dyna":
+        policy = train_dyna(recorder)
+    else:
+        policy = train(name, recorder, None if folder is None else folder / "learner.pt")
     return policy, recorder.episodes
 
 
@@ -66,24 +77,53 @@ def assert_same_policy(first: Policy, second: Policy) -> None:
 
 @pytest.mark.parametrize("name", OFF_POLICY)
 def test_replay_buffer_holds_the_executed_actions_of_every_step(name):
-    env = Noted(target_env())
-    buffer = learned(name, env, 4).replay_buffer
-    executed = np.array([info["executed_action"] for info in env.infos], dtype=np.float32)
-    assert buffer.pos == len(executed) == 4 * 4
-    assert np.array_equal(buffer.actions[: buffer.pos, 0, 0], executed)
-    assert buffer.dones[: buffer.pos, 0].tolist() == [0, 0, 0, 1] * 4
-    assert (buffer.rewards[: buffer.pos, 0] != 0).tolist() == [False, False, False, True] * 4
+    lanes = lanes_of(target_env(), n_lanes=3)
+    buffer = learner_on(name, lanes).learn(2 * 3 * 4, ExecutedAction()).replay_buffer
+    executed = np.array(lanes.executed, dtype=np.float32)
+    assert executed.shape == (8, 3) and buffer.pos == 8
+    assert np.array_equal(buffer.actions[:8, :, 0], executed)
+    assert not np.array_equal(np.array(lanes.wished), executed)  # rounding
+    assert buffer.dones[:8].tolist() == [[is_last] * 3 for is_last in (0, 0, 0, 1) * 2]
+    assert ((buffer.rewards[:8] != 0) == buffer.dones[:8].astype(bool)).all()
+    returns = [episode.reward for episode in lanes.recorder.episodes]
+    assert buffer.rewards[[3, 7]].flatten() == pytest.approx(returns, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", OFF_POLICY)
+def test_every_step_is_credited_with_its_own_episodes_reward(name):
+    lanes = lanes_of(target_env(), n_lanes=3)
+    buffer = learner_on(name, lanes).learn(2 * 3 * 4, ExecutedAction()).replay_buffer
+    # Rounding lets different episodes begin with the same step.
+    expected = defaultdict(list)
+    for step, reward in walked_anew(lanes):
+        expected[step].append(reward)
+    batch = buffer.sample(200)
+    keys = [tuple(row) for row in torch.cat([batch.observations, batch.actions], 1).numpy()]
+    for key, reward in zip(keys, batch.rewards[:, 0].tolist(), strict=True):
+        assert min(abs(reward - other) for other in expected[key]) < 1e-5
+    assert (batch.dones == 1).all()  # nothing is bootstrapped
+
+
+def walked_anew(lanes: Noted) -> Iterator[tuple[tuple[float, ...], float]]:
+    """Observation and executed action of every step, and the reward at its episode's end."""
+    rewards, walks, n_steps = [episode.reward for episode in lanes.recorder.episodes], lanes.env.walks(), 4
+    for batch in range(len(lanes.executed) // n_steps):
+        walks.start(np.full(lanes.num_envs, lanes.env.target))
+        ends = rewards[batch * lanes.num_envs :][: lanes.num_envs]
+        for executed in np.array(lanes.executed[n_steps * batch :][:n_steps]):
+            steps = np.column_stack([walks.observe(), executed.astype(np.float32)])
+            yield from zip(map(tuple, steps), ends, strict=True)
+            walks.step(executed)
 
 
 def test_rollout_buffer_holds_the_executed_actions_and_the_first_ratio_is_one():
-    env, config = Noted(target_env()), SearchConfig(episodes=10)
-    learner = make_learner("ppo", env, 4, config)
+    lanes = lanes_of(target_env())
+    learner = learner_on("ppo", lanes)
     learner.train = lambda: None  # the buffer as it is when the first update starts
-    learner.learn(40, [ExecutedAction(), Episodes(10, 10, None, 0)])
+    learner.learn(40, ExecutedAction())
     buffer = learner.rollout_buffer
     assert buffer.full
-    executed = np.array([info["executed_action"] for info in env.infos], dtype=np.float32)
-    assert np.array_equal(buffer.actions[:, 0, 0], executed)
+    assert np.array_equal(buffer.actions[:, :, 0], np.array(lanes.executed, dtype=np.float32))
     batch = next(buffer.get())
     with torch.no_grad():
         _, log_prob, _ = learner.policy.evaluate_actions(batch.observations, batch.actions)
@@ -94,7 +134,7 @@ def test_rollout_buffer_holds_the_executed_actions_and_the_first_ratio_is_one():
 def test_first_deterministic_policy_is_nearly_uniform(name):
     for seed in range(3):
         env = target_env("wide")
-        policy = Policy.of(name, make_learner(name, env, 5, SearchConfig(seed=seed)), {})
+        policy = Policy.of(name, learner_on(name, lanes_of(env, n_lanes=20), seed), {})
         observation, _ = env.reset()
         for _ in range(5):
             action = policy.act(observation)
@@ -104,26 +144,26 @@ def test_first_deterministic_policy_is_nearly_uniform(name):
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_first_explored_actions_spread_by_about_four_tenths(name):
-    env = target_env("wide")
-    learner = make_learner(name, env, 5, SearchConfig())
-    observation, _ = env.reset()
+    lanes = lanes_of(target_env("wide"), n_lanes=200)
+    learner = learner_on(name, lanes)
     torch.manual_seed(0)
-    learner._last_obs = observation[None]
-    if name == "ppo":
-        actions = [learner.predict(observation)[0][0] for _ in range(200)]
-    else:
-        np.random.seed(0)
-        actions = [learner._sample_action(0, learner.action_noise)[0][0, 0] for _ in range(200)]
-    assert 0.3 < np.std(actions) < 0.5
+    np.random.seed(0)
+    learner.learn(1, StopAtOnce())
+    assert 0.3 < np.std(lanes.wished[0]) < 0.5
 
 
-@pytest.mark.parametrize("name, n_episodes", [("ppo", 60), ("sac", 50), ("td3", 50), ("ddpg", 50)])
-def test_agent_learns_an_allocation_clearly_better_than_uniform(name, n_episodes):
-    for seed in range(3 if name == "ppo" else 1):  # three pass for the others too, but take long
+class StopAtOnce(BaseCallback):
+    def _on_step(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_agent_learns_an_allocation_clearly_better_than_uniform(name):
+    for seed in range(3 if name in ("ppo", "dyna") else 1):  # three pass for the others too, but take long
         env = target_env(round_to=1)
         uniform = walk(env, lambda _: 0.0)["loss"]
-        policy, episodes = trained(name, env, SearchConfig(episodes=n_episodes, seed=seed))
-        assert len(episodes) == n_episodes
+        policy, episodes = trained(name, env, SearchConfig(episodes=60, seed=seed))
+        assert len(episodes) == 60
         assert replay(policy, env)[1]["loss"] < 0.7 * uniform
         assert min(episode.evaluation.loss for episode in episodes) < 0.3 * uniform
 
@@ -137,7 +177,7 @@ def test_off_policy_agent_never_stops_trying_new_allocations(name):
 
 def test_last_batch_is_learned_from():
     for name in ("ppo", "ddpg"):
-        first = make_learner(name, target_env(), 4, SearchConfig(episodes=10))
+        first = learner_on(name, lanes_of(target_env()))
         policy, _ = trained(name, target_env(), SearchConfig(episodes=10))
         before, after = first.policy.state_dict(), policy.network.state_dict()
         assert any(not torch.equal(before[key], after[key]) for key in before)
@@ -161,9 +201,9 @@ def test_same_seed_gives_the_same_episodes_and_policy_and_another_seed_others(na
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_interrupted_training_goes_on_to_the_same_episodes_and_weights(name, tmp_path):
-    config = SearchConfig(episodes=24, seed=3, checkpoint_every=4)
+    config = SearchConfig(episodes=34, seed=3, checkpoint_every=4)
     expected, expected_episodes = trained(name, target_env(), config)
-    for interrupt_at in sorted(random.Random(name).sample(range(1, 25), 3)):
+    for interrupt_at in sorted(random.Random(name).sample(range(1, 35), 3)):
         with pytest.raises(Interrupted):
             trained(name, target_env(), config, tmp_path, interrupt_at)
         torch.manual_seed(99)  # whatever another process would have in its generators
@@ -182,14 +222,14 @@ def test_finished_training_is_not_repeated_and_gives_the_same_policy(tmp_path):
 
 
 def test_checkpoint_loads_without_executing_code(tmp_path):
-    trained("sac", target_env(), SearchConfig(episodes=6, checkpoint_every=2), tmp_path)
-    assert torch.load(tmp_path / "learner.pt", weights_only=True)["episodes"] == 4
+    trained("sac", target_env(), SearchConfig(episodes=26, checkpoint_every=2), tmp_path)
+    assert torch.load(tmp_path / "learner.pt", weights_only=True)["episodes"] == 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["learner.pt", "log.jsonl"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "empty", "other algorithm", "other file"])
 def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
-    checkpoint, config = tmp_path / "learner.pt", SearchConfig(episodes=6, checkpoint_every=2)
+    checkpoint, config = tmp_path / "learner.pt", SearchConfig(episodes=12, checkpoint_every=2)
     trained("sac" if damage == "other algorithm" else "td3", target_env(), config, tmp_path)
     content = checkpoint.read_bytes()
     if damage == "other file":
@@ -201,9 +241,11 @@ def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name, near", [("pp0", "ppo"), ("tdd3", "td3"), ("unifrom", "uniform"), ("evolution", "ppo")])
+@pytest.mark.parametrize("name, near", [("pp0", "ppo"), ("tdd3", "td3"), ("unifrom", "uniform"), ("dina", "dyna")])
 def test_unknown_agent_is_refused_with_the_nearest_known(name, near):
-    with pytest.raises(UserError, match=f"--agent: unknown agent '{name}'; did you mean '{near}'.*Known: ppo, sac"):
+    with pytest.raises(
+        UserError, match=f"--agent: unknown agent '{name}'; did you mean '{near}'.*Known: dyna, ppo, sac"
+    ):
         search(fake_env(), SearchConfig(agent=name))
 
 

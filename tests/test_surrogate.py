@@ -1,0 +1,156 @@
+"""The surrogate is a textbook Gaussian process: its mean and draws equal those of a plain solve in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+
+from agents import surrogate
+from agents.surrogate import MAX_POINTS, WINSOR, Surrogate
+
+DENSE, LOW = np.array([16, 40, 24]), np.array([2, 4, 4])
+
+
+def allocations(n: int, seed: int = 0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return np.column_stack([generator.integers(low, high + 1, n) for low, high in zip(LOW, DENSE, strict=True)])
+
+
+def smooth(kept: np.ndarray) -> np.ndarray:
+    """Curved, with an interaction, and so even that nothing is winsorised."""
+    octaves = np.log2(DENSE / kept)
+    return -octaves @ np.array([0.5, 0.2, 0.3]) - 0.3 * np.sin(octaves[:, 0] * octaves[:, 1])
+
+
+def fitted(n: int = 40, rewards=smooth) -> Surrogate:
+    model, kept = Surrogate(DENSE, LOW), allocations(n)
+    model.fit(kept, rewards(kept))
+    return model
+
+
+class Textbook:
+    """Rasmussen & Williams 2006, chapter 2, with the hyperparameters that the surrogate has found."""
+
+    def __init__(self, model: Surrogate, kept: np.ndarray, rewards: np.ndarray):
+        assert rewards.min() > np.median(rewards) - WINSOR * np.ptp(rewards[rewards >= np.median(rewards)])
+        logs = model._logs.detach().numpy()
+        self.scales, self.deviation, self.linear = np.exp(logs[:3]), np.exp(logs[3]), np.exp(logs[4])
+        self.kept, self.mean, self.std = kept, rewards.mean(), rewards.std()
+        self.noisy = self.kernel(kept, kept) + (np.exp(logs[5]) ** 2 + 1e-5) * np.eye(len(kept))
+        self.y = (rewards - self.mean) / self.std
+
+    def kernel(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        covariance = np.empty((len(first), len(second)))
+        x, z = (np.log2(DENSE / kept) / np.log2(DENSE / LOW) for kept in (first, second))
+        for i, one in enumerate(x):
+            for j, other in enumerate(z):
+                r = np.sqrt(5 * (((one - other) / self.scales) ** 2).sum())
+                matern = self.deviation**2 * (1 + r + r**2 / 3) * np.exp(-r)
+                covariance[i, j] = matern + self.linear**2 * ((one - 0.5) * (other - 0.5)).sum()
+        return covariance
+
+    def posterior(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and covariance in units of the fit."""
+        cross, inverse = self.kernel(at, self.kept), np.linalg.inv(self.noisy)
+        return cross @ inverse @ self.y, self.kernel(at, at) - cross @ inverse @ cross.T
+
+
+def test_mean_is_that_of_a_textbook_solve():
+    model, kept, at = fitted(), allocations(40), allocations(25, seed=1)
+    book = Textbook(model, kept, smooth(kept))
+    assert model.mean(at) == pytest.approx(book.mean + book.std * book.posterior(at)[0], rel=1e-4, abs=1e-6)
+
+
+def test_draws_have_the_textbooks_mean_and_covariance():
+    model, kept, at = fitted(), allocations(40), allocations(6, seed=2)
+    mean, covariance = Textbook(model, kept, smooth(kept)).posterior(at)
+    n = 20_000
+    draws = model.samples(at, n, torch.Generator().manual_seed(0))
+    assert draws.shape == (n, 6)
+    deviations = np.sqrt(covariance.diagonal() + 1e-4)
+    assert np.abs(draws.mean(0) - mean).max() < 5 * deviations.max() / np.sqrt(n)
+    expected = covariance + 1e-4 * np.eye(6)
+    spread = np.outer(deviations, deviations)
+    assert (np.abs(np.cov(draws.T) - expected) < 5 * 1.5 * spread / np.sqrt(n)).all()
+
+
+def test_draws_are_reproducible_by_seed():
+    model, at = fitted(), allocations(5, seed=3)
+    first, again, other = (model.samples(at, 4, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_evaluated_allocations_are_predicted_within_the_noise():
+    model, kept = fitted(), allocations(40)
+    noise = float(model._logs[-1].detach().exp()) * smooth(kept).std()
+    assert np.abs(model.mean(kept) - smooth(kept)).max() < 3 * noise + 1e-3
+    uncertain = model.samples(kept, 500, torch.Generator().manual_seed(0)).std(0)
+    far = model.samples(allocations(40, seed=9), 500, torch.Generator().manual_seed(0)).std(0)
+    assert uncertain.mean() < far.mean()
+
+
+def test_a_smooth_reward_is_learned_from_few_evaluations():
+    model, at = fitted(60), allocations(300, seed=5)
+    error = model.mean(at) - smooth(at)
+    assert np.sqrt((error**2).mean()) < 0.25 * smooth(at).std()
+
+
+def test_what_a_group_does_not_matter_for_gets_a_longer_scale():
+    model = fitted(60, lambda kept: -(np.log2(DENSE[0] / kept[:, 0]) ** 2))
+    scales = model._logs.detach()[:3].numpy()
+    assert scales[0] < scales[1:].min()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_few_evaluations_are_enough_and_equal_ones_too(n):
+    for rewards in (smooth, lambda kept: np.full(len(kept), -3.0)):
+        model = fitted(n, rewards)
+        at = allocations(10, seed=1)
+        assert np.isfinite(model.mean(at)).all()
+        assert np.isfinite(model.samples(at, 3, torch.Generator().manual_seed(0))).all()
+    assert model.mean(at) == pytest.approx(-3.0)
+
+
+def test_the_unit_and_the_origin_of_rewards_do_not_matter():
+    at = allocations(20, seed=1)
+    plain, scaled = fitted().mean(at), fitted(rewards=lambda kept: 1000 * smooth(kept) + 7).mean(at)
+    assert scaled == pytest.approx(1000 * plain + 7, rel=1e-6)
+
+
+def test_how_bad_the_bad_ones_are_does_not_matter():
+    def with_outliers(factor: float):
+        def rewards(kept: np.ndarray) -> np.ndarray:
+            values = smooth(kept)
+            return np.where(np.arange(len(kept)) % 7 == 3, factor * values.min(), values)
+
+        return rewards
+
+    at = allocations(20, seed=1)
+    bad, worse = (fitted(rewards=with_outliers(factor)).mean(at) for factor in (100, 10_000))
+    assert np.array_equal(bad, worse)
+
+
+def test_winsorised_rewards_keep_the_good_half_and_their_order():
+    rewards = np.random.default_rng(0).normal(size=101) ** 3
+    cut, median, best = surrogate._winsorised(rewards), np.median(rewards), rewards.max()
+    assert (cut[rewards >= median] == rewards[rewards >= median]).all()
+    assert cut.min() >= median - WINSOR * (best - median) - 1e-12
+    order = np.argsort(rewards)
+    assert (np.diff(cut[order]) >= 0).all()
+
+
+def test_of_many_evaluations_the_best_and_the_latest_are_fitted_in_their_order():
+    rewards = np.random.default_rng(0).normal(size=3 * MAX_POINTS)
+    chosen = surrogate._chosen(rewards)
+    assert len(chosen) == len(set(chosen)) == MAX_POINTS and (np.diff(chosen) > 0).all()
+    best = set(np.argsort(-rewards)[: MAX_POINTS // 3])
+    assert best <= set(chosen)
+    others = sorted(set(chosen) - best)
+    assert others == sorted(set(range(len(rewards))) - best)[-len(others) :]
+    assert surrogate._chosen(rewards[:MAX_POINTS]).tolist() == list(range(MAX_POINTS))
+
+
+def test_a_group_that_cannot_shrink_is_no_obstacle():
+    model = Surrogate(np.array([16, 8]), np.array([2, 8]))
+    kept = np.column_stack([np.arange(2, 17), np.full(15, 8)])
+    model.fit(kept, -np.log2(16 / kept[:, 0]))
+    assert np.abs(model.mean(kept) + np.log2(16 / kept[:, 0])).max() < 0.2
