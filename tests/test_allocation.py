@@ -9,7 +9,7 @@ import torch
 from nets import NETS, build, images
 
 from autoprune import models
-from autoprune.allocation import Allocation, Budget, SearchSpace
+from autoprune.allocation import Allocation, Budget, BudgetRange, SearchSpace, parse_budget
 from autoprune.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.groups import Groups
@@ -74,6 +74,33 @@ def test_unknown_metric_is_refused_with_the_known_ones(text):
 def test_metric_without_target_is_refused():
     with pytest.raises(UserError, match=r"^--budget: '' is no number"):
         Budget.parse("macs")
+
+
+@pytest.mark.parametrize("text", ["macs=30%..80%", "macs=0.3..0.8", "macs=30%..0.8"])
+def test_a_range_goes_from_one_share_to_a_larger_one(text):
+    budgets = parse_budget(text)
+    assert budgets == BudgetRange(Budget("macs", share=0.3), Budget("macs", share=0.8))
+    assert parse_budget(str(budgets)) == parse_budget(budgets) == budgets
+    assert [budgets.at(position) for position in (0, 0.5, 1)] == [Budget("macs", share=s) for s in (0.3, 0.55, 0.8)]
+
+
+def test_a_single_budget_is_the_same_at_every_position():
+    budget = parse_budget("params=40%")
+    assert budget == Budget("params", share=0.4) and budget.at(0) is budget.at(1) is budget
+
+
+@pytest.mark.parametrize("text", ["macs=80%..30%", "macs=50%..50%", "macs=10M..20M", "macs=30%..20M"])
+def test_a_range_that_is_none_is_refused_with_an_example(text):
+    with pytest.raises(UserError) as error:
+        parse_budget(text)
+    expected = "--budget: a range goes from a smaller to a larger share, as in macs=30%..80%; got "
+    assert str(error.value) == expected + repr(text)
+
+
+@pytest.mark.parametrize("text", ["macs=30%..", "flops=30%..80%", "macs=..80%", "macs=0%..80%", "macs=30%..150%"])
+def test_a_range_with_a_wrong_end_is_refused_as_that_end_would_be(text):
+    with pytest.raises(UserError, match=r"--budget: (unknown metric|.* is no number|the target must be)"):
+        parse_budget(text)
 
 
 @pytest.mark.parametrize("share", [0.07, 0.1, 0.29, 1 / 8, 0.123456, 0.999])

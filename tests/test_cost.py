@@ -121,3 +121,17 @@ def test_continuous_curve_passes_through_the_exact_values_and_between_them():
 def test_large_networks_do_not_overflow():
     costs = table("chain")
     assert costs.macs(np.array([2**20, 2**20])) > AREA // 4 * K * 2**40
+
+
+@pytest.mark.parametrize("name", [name for name, net in NETS.items() if net.groups])
+def test_arrays_of_counts_cost_what_each_row_costs_and_what_its_mapping_costs(name):
+    costs, generator = table(name, verify=False), np.random.default_rng(0)
+    kept = np.stack([generator.integers(1, costs.dense + 1) for _ in range(12)]).reshape(3, 4, -1)
+    for metric in ("macs", "params"):
+        cost = costs.metrics[metric]
+        together = cost(kept)
+        assert together.shape == (3, 4) and together.dtype == np.int64
+        rows = [[cost(row) for row in block] for block in kept]
+        assert together.tolist() == rows
+        assert rows == [[cost(dict(zip(costs.names, map(int, row), strict=True))) for row in block] for block in kept]
+        assert costs.continuous(metric, kept.astype(float)) == pytest.approx(together)

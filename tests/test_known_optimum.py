@@ -1,8 +1,13 @@
-"""Where the best allocation is known by enumeration the default agent finds it, and needs its observation to do so.
+"""Where the best allocation is known by enumeration the default agent finds it; a blind policy comes nowhere near.
 
-Found means: the policy's own allocation, not only the best that was ever tried, loses at most 1 % of what can be gained
-over uniform pruning, `(loss - best) / (uniform - best) <= 0.01`. A share of the gain, since a share of the loss would
-change when a constant is added to it, and a network that can't be pruned badly would make everybody pass.
+Measured as the share of the possible gain over uniform pruning that is left, `(loss - best) / (uniform - best)`. A
+share of the loss itself would change when a constant is added to it, and where uniform pruning is good everybody would
+pass.
+
+The agent's answer has to be within 1 %. The policy's own allocation, without the search around it, is held to 15 %: it
+learns the best mean of a spread, and one channel more or less in a group is 3 to 7 % here. A policy that ignores its
+observation leaves 40 % at least, so it fails both. (The search around a blindfolded policy can still succeed: of its
+samples the Gaussian process picks the good ones. So what is held against blind policies is their own allocation.)
 """
 
 import itertools
@@ -16,18 +21,20 @@ from agents.baselines import walk
 from agents.dyna import train_dyna
 from agents.lanes import Recorder
 from agents.replay import Policy, replay
+from agents.search import SearchResult, search
 from autoprune.config import SearchConfig
 from envs.layer_pruning import LayerPruningEnv
 
 SEEDS, N_EPISODES = range(5), 60
+FOUND, CLOSE, BLIND = 0.01, 0.15, 0.4
 WEIGHTS = np.array([0.2, 1.0, 0.1])
 """Damage of each group: neighbours differ, so that no common sparsity is good."""
 
 
-def damage(kept: np.ndarray) -> float:
+def damage(kept: np.ndarray) -> np.ndarray:
     """Grows with the octaves by which each group shrinks, and once more where two neighbours shrink together."""
-    octaves = np.log2(np.array([12, 16, 8]) / kept)
-    return float(WEIGHTS @ octaves**2 + 0.1 * octaves[:-1] @ octaves[1:])
+    octaves = np.log2(np.array([24, 32, 16]) / kept)
+    return octaves**2 @ WEIGHTS + 0.1 * (octaves[..., :-1] * octaves[..., 1:]).sum(-1)
 
 
 def pruning_env() -> LayerPruningEnv:
@@ -40,8 +47,8 @@ def optimum() -> tuple[float, float]:
     env = pruning_env()
     every = np.array(list(itertools.product(*env.space.levels)))
     affordable = every[env.space.costs.macs(every) <= env.target]
-    assert len(affordable) > 500
-    return min(map(damage, affordable)), walk(env, lambda _: 0.0)["loss"]
+    assert len(affordable) > 1000
+    return damage(affordable).min(), walk(env, lambda _: 0.0)["loss"]
 
 
 def lost(loss: float) -> float:
@@ -58,10 +65,8 @@ def blind_env(shown: np.ndarray) -> LayerPruningEnv:
 
 
 @cache
-def trained(seed: int) -> tuple[Policy, float]:
-    """The policy, and the lowest loss that its search has seen."""
-    recorder = Recorder(pruning_env(), SearchConfig(episodes=N_EPISODES, seed=seed))
-    return train_dyna(recorder), min(episode.evaluation.loss for episode in recorder.episodes)
+def found(seed: int) -> SearchResult:
+    return search(pruning_env(), SearchConfig(agent="dyna", episodes=N_EPISODES, seed=seed))
 
 
 def own_loss(policy: Policy, env: LayerPruningEnv) -> float:
@@ -78,30 +83,35 @@ def mean_observation(policy: Policy) -> np.ndarray:
 
 def test_uniform_pruning_is_far_from_the_optimum_and_the_optimum_is_known():
     best, uniform = optimum()
-    assert 0 < best < 0.6 * uniform
+    assert 0 < best < 0.7 * uniform
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_default_agent_finds_the_known_optimum(seed):
-    policy, best_seen = trained(seed)
-    assert lost(best_seen) <= 0.01
-    assert lost(own_loss(policy, pruning_env())) <= 0.01
+    result = found(seed)
+    assert SearchConfig().agent == "dyna"
+    assert result.evaluations <= N_EPISODES
+    assert lost(damage(np.array(list(result.best.allocation.kept.values())))) <= FOUND
 
 
-def test_no_policy_that_ignores_its_observation_can_pass():
+@pytest.mark.parametrize("seed", SEEDS)
+def test_its_policy_alone_comes_close(seed):
+    assert lost(own_loss(found(seed).policy, pruning_env())) <= CLOSE
+
+
+def test_no_policy_that_ignores_its_observation_comes_close():
     # Without chance and without an observation a policy is one action, the same for every group.
     losses = [walk(pruning_env(), lambda _, action=action: action)["loss"] for action in np.linspace(-1, 1, 401)]
-    assert min(map(lost, losses)) > 0.1
+    assert min(map(lost, losses)) > BLIND
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_learned_policy_fails_when_it_is_shown_its_mean_observation_all_the_time(seed):
-    policy, _ = trained(seed)
-    assert lost(own_loss(policy, blind_env(mean_observation(policy)))) > 0.1
+    policy = found(seed).policy
+    assert lost(own_loss(policy, blind_env(mean_observation(policy)))) > BLIND
 
 
-def test_an_agent_that_is_trained_blindfolded_fails():
-    shown = mean_observation(trained(0)[0])
-    env = blind_env(shown)
+def test_a_policy_that_is_trained_blindfolded_fails():
+    env = blind_env(mean_observation(found(0).policy))
     policy = train_dyna(Recorder(env, SearchConfig(episodes=N_EPISODES)))
-    assert lost(own_loss(policy, env)) > 0.1
+    assert lost(own_loss(policy, env)) > BLIND

@@ -102,6 +102,19 @@ def test_slicer_gives_the_same_at_any_time_and_can_grow_back():
     assert slicer.apply({}) is slicer.apply({"inner": torch.arange(2)})
 
 
+@pytest.mark.parametrize("name", [name for name, net in NETS.items() if net.groups])
+def test_a_used_slicer_gives_what_a_fresh_prune_gives_and_leaves_the_network_alone(name):
+    model, groups = traced(name)
+    before, x = copy.deepcopy(model.state_dict()), images(2, NETS[name].size)
+    slicer = Slicer(model, groups, borrow=True)
+    for seed in (0, 1):
+        sub, fresh = slicer.apply(random_kept(groups, seed)), prune(model, groups, random_kept(groups, seed))
+        assert all(torch.equal(tensor, sub.state_dict()[key]) for key, tensor in fresh.state_dict().items())
+        assert [str(module) for module in sub.modules()] == [str(module) for module in fresh.modules()]
+        assert torch.equal(outputs(sub, x), outputs(fresh, x))
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
 def test_slicer_keeps_the_weights_that_the_network_had_when_it_was_made():
     model, groups = traced("chain")
     slicer, before = Slicer(model, groups), copy.deepcopy(model.state_dict())

@@ -83,7 +83,7 @@ def chain(*widths: int, seed: int = 0, n_classes: int = 10) -> nn.Module:
 @functools.cache
 def traced(name: str) -> tuple[nn.Module, Groups, Tensor]:
     """A network with its trace and an example: "chain", "wide", "three", "one", or a name of `autoprune.models`."""
-    own = {"chain": (8, 16, 12, 16), "wide": (16, 40, 24, 48, 32), "one": (16,), "three": (12, 16, 8)}
+    own = {"chain": (8, 16, 12, 16), "wide": (16, 40, 24, 48, 32), "one": (16,), "three": (24, 32, 16)}
     torch.manual_seed(0)
     model = chain(*own[name]) if name in own else build(name)
     example = torch.randn(1, 3, 16 if name in own else 32, 16 if name in own else 32)
