@@ -192,7 +192,7 @@ class ProxyAccuracy:
         questions.hold_against(self._dense, self.config.bf16)
 
         def damage(slicer: Slicer, kept: Kept) -> Evaluation:
-            model = slicer.apply(kept)
+            model = self._sub_model(slicer, kept)
             with on_batch_statistics(model):
                 return answer(model, questions, self.config.bf16)
 

@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +10,18 @@ from nets import CLASSES, NETS, RGB, build, difference, images, outputs, pooled,
 from test_pruning import TiedParameter
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import digits, digits_proxy
 
-from autoprune import reconstruction
+from autoprune import compress, reconstruction
+from autoprune.allocation import Allocation
 from autoprune.attention import open_attention
+from autoprune.config import ProxyConfig, Settings
+from autoprune.criteria import importance
 from autoprune.errors import UserError
-from autoprune.pruning import Slicer, prune
+from autoprune.proxy import ProxyAccuracy
+from autoprune.pruning import Slicer, prune, top_channels
 from autoprune.reconstruction import Reconstruction
+from autoprune.scoring import Evaluation, recalibrate, score
 from autoprune.tracing import trace
 
 ALL = 10_000
@@ -324,3 +331,44 @@ def test_numbers_out_of_range_are_refused(options, message):
     model, groups, x = traced("chain")
     with pytest.raises(UserError, match=message):
         Reconstruction(model, groups, x, **options)
+
+
+def solved_digits(allocation: dict[str, int]):
+    """The digits network's pruned copy with solved weights, recalibrated, and the one that was only sliced."""
+    model, groups, splits = digits()
+    kept = top_channels(importance("l1", model, groups, splits.train), allocation)
+    sliced, solved = prune(model, groups, kept), prune(model, groups, kept)
+    Reconstruction(model, groups, splits.calibration.inputs).apply(solved, kept)
+    for network in (sliced, solved):
+        recalibrate(network, splits.calibration.inputs)
+    return sliced, solved, splits
+
+
+def halves() -> dict[str, int]:
+    return {name: channels // 2 for name, channels in digits()[1].channels.items()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_proxy_scores_reconstructed_networks_if_asked(workers):
+    model, groups, splits = digits()
+    config = ProxyConfig(reconstruct=True, bf16="off", workers=workers, statistics="calibration")
+    proxy = ProxyAccuracy(model, groups, importance("l1", model, groups, splits.train), splits, config)
+    _, solved, _ = solved_digits(halves())
+    (selection,) = proxy.select_all([halves()])
+    assert selection.loss == pytest.approx(score(solved, splits.selection).loss, rel=1e-4)
+    assert proxy(halves()).loss < digits_proxy()(halves()).loss
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_the_pruned_network_starts_from_solved_weights_only_where_they_help(helps, monkeypatch):
+    sliced, solved, splits = solved_digits(halves())
+    model, groups, _ = digits()
+    settings = Settings(proxy=ProxyConfig(reconstruct=True))
+    scores = importance("l1", model, groups, splits.train)
+    workspace = SimpleNamespace(model=model, groups=groups, importance=scores, splits=splits, settings=settings)
+    if not helps:
+        monkeypatch.setattr(compress, "score", lambda network, images: Evaluation(0.5, -score(network, images).loss))
+    pruned = compress._pruned(workspace, Allocation(halves(), groups.fingerprint))
+    assert score(solved, splits.proxy).loss < score(sliced, splits.proxy).loss
+    expected = solved if helps else sliced
+    assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), expected.parameters(), strict=True))
