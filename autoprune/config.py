@@ -178,9 +178,9 @@ def _check_choice(config: object, name: str, *choices: str) -> None:
 class ProxyConfig:
     """How a sub-model is scored during the search."""
 
-    images: int = 256
+    images: int = 224
     """Images of the proxy split that are scored; more rank a little better and cost in proportion."""
-    blocks: int = 3
+    blocks: int = 4
     """Disjoint blocks of as many images, of equal difficulty, that the batches of a search take turns with; 1 scores
     all candidates on the same images, to which a long search adapts. As many as the proxy split holds, at most."""
     loss: str = "cross_entropy"
