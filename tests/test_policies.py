@@ -222,7 +222,7 @@ def test_baselines_beside_a_started_search_learn_nothing(run, tmp_path):
 
 def test_a_search_is_refused_for_another_algorithm_before_anything_is_written(run, tmp_path, capsys):
     line = failure(capsys, "search", *FAST, "--agent", "sac", "--policy", str(run), "--out", str(tmp_path / "run"))
-    assert "was trained by ppo and can't start sac; use --agent dyna or ppo" in line
+    assert "was trained by dyna and can't start sac; use --agent dyna or ppo" in line
     assert not (tmp_path / "run").exists()
 
 
