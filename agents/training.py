@@ -143,8 +143,9 @@ class ExecutedAction(BaseCallback):
 class FadingNoise(BaseCallback):
     """Lets a deterministic policy's exploration shrink linearly from the first to the last roll-out.
 
-    Noise that stays hides what the actor has learned: each of an episode's steps is off by it, and the more groups a
-    network has, the less likely is an episode that is better than the actor's own.
+    Late episodes are then near what the actor has learned, and after 50 episodes on a toy of four groups DDPG's own
+    allocation was better for it. It isn't a gain everywhere: after 300 on five groups neither the actor's allocation
+    nor the best one found was better than with noise that stays.
 
     Args:
         first: Standard deviation at the start.
