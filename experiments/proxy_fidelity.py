@@ -12,7 +12,8 @@ test images judges the proxies; no network and no setting is chosen by it.
 Stage `score`: every entry of `PROXIES` scores every network as it is before fine-tuning. Then the table of agreement is
 written for all networks measured so far. A proxy on few images scores four disjoint sets of them: agreement is the mean
 over sets, `noise` the deviation over sets of a network's score by that over networks of one set's, and `noise_apart`
-the same once what moves all networks of a set alike is taken off.
+the same once what moves all networks of a set alike is taken off. `seconds` are processor time on one thread, from an
+allocation to its score.
 
 Tables in `experiments/results`: `proxy_fidelity_runs.csv` (a row a fine-tuned network), `proxy_fidelity_scores.csv`
 (network x proxy x set) and `proxy_fidelity.csv` (agreement). A killed script goes on where it was. On one core,
