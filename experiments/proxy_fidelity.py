@@ -311,6 +311,7 @@ PROXIES = {
     "recalibrated, 250": Proxy(recalibrated, 250, 2),
     "recalibrated, 1000": Proxy(recalibrated, 1_000, 2),
     "one pass, 128": Proxy(batch_statistics, 128, 1),
+    "one pass, 224": Proxy(batch_statistics, 224, 1),
     "one pass, 256": Proxy(batch_statistics, 256, 1),
     "one pass, 512": Proxy(batch_statistics, 512, 1),
     "one pass, 256, float32": Proxy(batch_statistics, 256, 1, bf16="off"),
