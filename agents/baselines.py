@@ -9,20 +9,18 @@ from math import sqrt
 import gymnasium
 import numpy as np
 
-from agents.lanes import LANES, Recorder
+from agents.lanes import LANES, START_STD, Recorder
 from autoprune.errors import UserError, check_known
 from envs.layer_pruning import LayerPruningEnv
-from envs.walks import Walks
+from envs.walks import Walks, uniformly
 
 GRID = 200
 """Steps into which the dynamic program divides the budget."""
-START_STD = 0.4
-"""Spread of evolution's first generation, as a share of the feasible interval's half: that of the agents."""
 
 
 def uniform(recorder: Recorder) -> None:
     """One episode: the same sparsity everywhere."""
-    recorder.walk(lambda walks: np.zeros(1), 1)
+    recorder.walk(uniformly, 1)
 
 
 def random(recorder: Recorder) -> None:

@@ -18,11 +18,11 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.lanes import LANES, Recorder, Walkers, par
+from agents.lanes import LANES, Par, Recorder, Walkers
 from agents.replay import Policy
 from agents.surrogate import Surrogate
 from agents.training import hyperparameters, make_learner
-from autoprune.allocation import Budget, BudgetRange
+from autoprune.allocation import Budget, BudgetRange, spread
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import Walks
 
@@ -51,22 +51,22 @@ class Imagination(Walkers):
         super().__init__(env, n_lanes)
         self.surrogate = Surrogate(env.space.costs.dense, env.space.low)
         self.generator = np.random.default_rng(0)
+        self._par = Par(env) if isinstance(env.budget, BudgetRange) else None
 
     def draw(self) -> list[Budget]:
         """Spread evenly over the range."""
-        positions = (np.arange(self.num_envs) + self.generator.random()) / self.num_envs
-        return [self.env.budget.at(position) for position in positions]
+        return spread(self.env.budget, self.num_envs, self.generator.random())
 
     def judge(self) -> np.ndarray:
         """What the surrogate expects."""
         rewards = self.surrogate.mean(self.walks.state.kept)
-        if isinstance(self.env.budget, BudgetRange):
-            rewards -= par(self.env, lambda walks, budgets: self.surrogate.mean(walks.state.kept))(self.budgets)
+        if self._par is not None:
+            rewards -= self._par.at(self.budgets, self.surrogate.mean(self._par.walks.state.kept))
         return rewards
 
     def learn_from(self, recorder: Recorder) -> None:
         """Fits the surrogate to everything evaluated so far."""
-        kept = np.array([list(episode.allocation.kept.values()) for episode in recorder.episodes])
+        kept = np.array([episode.counts for episode in recorder.episodes])
         self.surrogate.fit(kept, np.array([episode.reward for episode in recorder.episodes]))
         recorder.estimates = self.surrogate.mean(kept).tolist()
 
@@ -127,7 +127,7 @@ def _promising(learner: BaseAlgorithm, imagination: Imagination, budgets: list[B
     kept = walks.state.kept
     generator = torch.Generator().manual_seed(recorder.config.seed * 100_003 + len(recorder.episodes))
     draws = imagination.surrogate.samples(kept, len(budgets), generator)
-    known = {tuple(episode.allocation.kept.values()) for episode in recorder.episodes}
+    known = {episode.counts for episode in recorder.episodes}
     chosen: list[int] = []
     for draw, budget in zip(draws, budgets, strict=True):
         fits = np.array([other == budget for other in proposed])
@@ -141,10 +141,10 @@ def _promising(learner: BaseAlgorithm, imagination: Imagination, budgets: list[B
 def _walked(learner: BaseAlgorithm, budgets: list[Budget], is_best: np.ndarray) -> Walks:
     """Episodes of the policy: sampled, or in marked lanes its deterministic one."""
     env: LayerPruningEnv = learner.get_env().env
-    walks = env.walks()
-    walks.start(np.array([env.target_of(budget) for budget in budgets]))
-    while not walks.is_over:
+
+    def act(walks: Walks) -> np.ndarray:
         observations = walks.observe()
         sampled, best = (learner.policy.predict(observations, deterministic=fixed)[0][:, 0] for fixed in (False, True))
-        walks.step(np.where(is_best, best, sampled))
-    return walks
+        return np.where(is_best, best, sampled)
+
+    return env.walks(budgets).follow(act)

@@ -1,15 +1,16 @@
 """From many scored allocations to the ones that count: compared once more, on images that no search has seen."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from agents.lanes import Episode, Recorder
-from agents.replay import Policy, replay
+from agents.replay import Policy
 from autoprune.allocation import Allocation, Budget, BudgetRange
 from autoprune.scoring import Evaluation
 from envs.layer_pruning import LayerPruningEnv
+from envs.walks import Walks, uniformly
 
 FRONT_BUDGETS = 6
 """Budgets of a range that are compared for the Pareto front."""
@@ -55,24 +56,33 @@ def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
     return judge(chosen, env)
 
 
-def front(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
-    """The allocations that no other one beats at its cost or below, cheapest first, for a range of budgets.
+def front(recorder: Recorder, policy: Policy | None) -> tuple[list[Finalist], list[Finalist]]:
+    """For a range of budgets the allocations that no other one beats at its cost or below, cheapest first.
 
     At each of a few budgets the policy's own allocation competes with the best episode within it and with uniform
     pruning.
+
+    Returns:
+        The front, and uniform pruning at these budgets, to hold it against.
     """
     env, candidates = recorder.env, {}
-    for position in np.linspace(0, 1, FRONT_BUDGETS):
-        budget = env.budget.at(position)
-        for episode in [uniform_episode(env, budget), *within(recorder, policy, budget)]:
-            candidates[tuple(episode.allocation.kept.values())] = episode
-    judged = sorted(_judged(candidates.values(), env), key=lambda finalist: (finalist.cost, finalist.selection.loss))
-    best, undominated = np.inf, []
-    for finalist in judged:
-        if finalist.selection.loss < best:
-            best = finalist.selection.loss
-            undominated.append(finalist)
-    return undominated
+    budgets = [env.budget.at(position) for position in np.linspace(0, 1, FRONT_BUDGETS)]
+    uniform = rolled_out(uniformly, env, budgets, "uniform")
+    for budget, even in zip(budgets, uniform, strict=True):
+        for episode in [even, *within(recorder, policy, budget)]:
+            candidates[episode.counts] = episode
+    points = _judged(candidates.values(), env)
+    selections = {counts: point.selection for counts, point in zip(candidates, points, strict=True)}
+    return _undominated(points), [_finalist(even, selections[even.counts], env) for even in uniform]
+
+
+def _undominated(points: list[Finalist]) -> list[Finalist]:
+    best, found = np.inf, []
+    for point in sorted(points, key=lambda finalist: (finalist.cost, finalist.selection.loss)):
+        if point.selection.loss < best:
+            best = point.selection.loss
+            found.append(point)
+    return found
 
 
 def within(recorder: Recorder, policy: Policy | None, budget: Budget) -> list[Episode]:
@@ -93,29 +103,16 @@ def judge(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]
 
 def own(policy: Policy, env: LayerPruningEnv, budget: Budget | BudgetRange) -> Episode:
     """The trained policy's own allocation, as episode 0."""
-    allocation, info = replay(policy, env, budget.at(0.5))
-    return _unlearned(allocation, info, "policy")
+    return rolled_out(lambda walks: policy.act(walks.observe())[:, 0], env, [budget.at(0.5)], "policy")[0]
 
 
-def uniform_line(env: LayerPruningEnv) -> list[Finalist]:
-    """Uniform pruning at the budgets of the front, to hold the front against."""
-    budgets = [env.budget.at(position) for position in np.linspace(0, 1, FRONT_BUDGETS)]
-    return _judged([uniform_episode(env, budget) for budget in budgets], env)
-
-
-def uniform_episode(env: LayerPruningEnv, budget: Budget | None = None) -> Episode:
-    """Uniform pruning, as episode 0."""
-    _, info = env.reset(options={"budget": budget} if budget else None)
-    done = False
-    while not done:
-        _, _, done, _, info = env.step(np.zeros(1))
-    return _unlearned(info["allocation"], info, "uniform")
-
-
-def _unlearned(allocation: Allocation, info: dict, source: str) -> Episode:
-    """A roll-out that nobody learned from, as episode 0."""
-    evaluation = Evaluation(info["accuracy"], info["loss"])
-    return Episode(0, replace(allocation, source=source), np.nan, evaluation, info["macs"])
+def rolled_out(
+    act: Callable[[Walks], np.ndarray], env: LayerPruningEnv, budgets: list[Budget], source: str
+) -> list[Episode]:
+    """Where `act` goes under each budget: roll-outs that nobody learned from, as episodes 0."""
+    rewards, infos = env.score(env.walks(budgets).follow(act), budgets)
+    named = [info | {"allocation": replace(info["allocation"], source=source)} for info in infos]
+    return [Episode.of(0, reward, info) for reward, info in zip(rewards.tolist(), named, strict=True)]
 
 
 def knee(points: list[Finalist]) -> Finalist:
@@ -130,7 +127,7 @@ def _best(episodes: list[Episode], rewards: Sequence[float], n: int) -> list[Epi
     best: dict[tuple[int, ...], Episode] = {}
     for place in np.argsort(-np.array(rewards), kind="stable"):
         if np.isfinite(rewards[place]):
-            best.setdefault(tuple(episodes[place].allocation.kept.values()), episodes[place])
+            best.setdefault(episodes[place].counts, episodes[place])
     return list(best.values())[:n]
 
 

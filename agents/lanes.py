@@ -7,15 +7,17 @@ from functools import cached_property
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
-from autoprune.allocation import Allocation, Budget, BudgetRange
+from autoprune.allocation import Allocation, Budget, BudgetRange, spread
 from autoprune.config import SearchConfig
 from autoprune.runs import RunFolder
 from autoprune.scoring import Evaluation
 from envs.layer_pruning import LayerPruningEnv
-from envs.walks import Walks
+from envs.walks import Walks, uniformly
 
 LANES = 10
 """Episodes that end together; a multiple of the cores of small machines, and enough for a policy update."""
+START_STD = 0.4
+"""Spread of the first actions, as a share of the feasible interval's half: about 0.2 in sparsity."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,21 @@ class Episode:
             "kept": self.allocation.kept,
         }
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Kept channels in the order of the groups."""
+        return tuple(self.allocation.kept.values())
+
+    @classmethod
+    def of(cls, number: int, reward: float, info: dict) -> "Episode":
+        """From what an environment tells about a finished episode."""
+        return cls(number, info["allocation"], reward, Evaluation(info["accuracy"], info["loss"]), info["macs"])
+
     @classmethod
     def from_json(cls, entry: dict, network: str) -> "Episode":
         """From a line of the log of a network with that fingerprint."""
-        allocation = Allocation(entry["kept"], network, entry["budget"])
-        evaluation = Evaluation(entry["accuracy"], entry["loss"])
-        return cls(entry["episode"], allocation, entry["reward"], evaluation, entry["macs"])
+        info = entry | {"allocation": Allocation(entry["kept"], network, entry["budget"])}
+        return cls.of(entry["episode"], entry["reward"], info)
 
 
 class Recorder:
@@ -72,7 +83,7 @@ class Recorder:
         self._logged = [Episode.from_json(entry, env.groups.fingerprint) for entry in entries]
         for episode in self._logged:
             env.proxy.restore(episode.allocation.kept, episode.evaluation)
-        self.n_restored = len({tuple(episode.allocation.kept.values()) for episode in self._logged})
+        self.n_restored = len({episode.counts for episode in self._logged})
         """Evaluations that an earlier, interrupted search paid for."""
 
     @property
@@ -94,14 +105,13 @@ class Recorder:
     def budgets(self, n: int) -> list[Budget]:
         """One budget a lane, spread evenly over the range if there is one; the same for the same seed and episode."""
         offset = np.random.default_rng([self.config.seed, len(self.episodes)]).random()
-        return [self.env.budget.at((lane + offset) / n) for lane in range(n)]
+        return spread(self.env.budget, n, offset)
 
     def score(self, walks: Walks, budgets: Sequence[Budget], live: int) -> np.ndarray:
         """Rewards `(n_lanes,)` of finished walks; the first `live` ones are recorded."""
         rewards, infos = self.env.score(walks, budgets, block=len(self.episodes) // LANES)
         for reward, info in zip(rewards[:live].tolist(), infos[:live], strict=True):
-            evaluation = Evaluation(info["accuracy"], info["loss"])
-            episode = Episode(len(self.episodes) + 1, info["allocation"], reward, evaluation, info["macs"])
+            episode = Episode.of(len(self.episodes) + 1, reward, info)
             self.episodes.append(episode)
             if self.folder and episode.number > len(self._logged):
                 self.folder.append("episode", **episode.to_json())
@@ -110,11 +120,8 @@ class Recorder:
 
     def walk(self, act: Callable[[Walks], np.ndarray], n_lanes: int) -> np.ndarray:
         """Walks and records an episode a lane; `act` wishes actions `(n_lanes,)`. Returns their rewards."""
-        budgets, walks = self.budgets(n_lanes), self.env.walks()
-        walks.start(np.array([self.env.target_of(budget) for budget in budgets]))
-        while not walks.is_over:
-            walks.step(act(walks))
-        return self.score(walks, budgets, n_lanes)
+        budgets = self.budgets(n_lanes)
+        return self.score(self.env.walks(budgets).follow(act), budgets, n_lanes)
 
 
 class Walkers(VecEnv):
@@ -126,9 +133,10 @@ class Walkers(VecEnv):
     """
 
     def __init__(self, env: LayerPruningEnv, n_lanes: int):
-        self.env, self.walks = env, env.walks()  # first: the parent asks for attributes of the environment
+        self.env = env  # first: the parent asks for attributes of the environment
         super().__init__(n_lanes, env.observation_space, env.action_space)
         self.budgets: list[Budget] = []
+        self.walks: Walks
         self._actions = np.zeros(n_lanes)
 
     def draw(self) -> list[Budget]:
@@ -142,7 +150,7 @@ class Walkers(VecEnv):
     def reset(self) -> np.ndarray:
         """Starts the next episodes."""
         self.budgets = self.draw()
-        self.walks.start(np.array([self.env.target_of(budget) for budget in self.budgets]))
+        self.walks = self.env.walks(self.budgets)
         return self.walks.observe()
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -214,25 +222,37 @@ class Lanes(Walkers):
     def judge(self) -> np.ndarray:
         """Scores the networks."""
         # Par first: a resumed search then sees it scored before its episodes too, on the same block of images.
-        expected = self._par(self.budgets) if isinstance(self.env.budget, BudgetRange) else 0.0
+        expected = self._par.at(self.budgets, self._par_rewards) if isinstance(self.env.budget, BudgetRange) else 0.0
         return self.recorder.score(self.walks, self.budgets, min(self.num_envs, self.recorder.remaining)) - expected
 
     @cached_property
-    def _par(self) -> Callable[[list[Budget]], np.ndarray]:
-        return par(self.env, lambda walks, budgets: self.env.score(walks, budgets)[0])
+    def _par(self) -> "Par":
+        return Par(self.env)
+
+    @cached_property
+    def _par_rewards(self) -> np.ndarray:
+        return self.env.score(self._par.walks, self._par.budgets)[0]
 
 
 PAR_POINTS = 6
 
 
-def par(
-    env: LayerPruningEnv, judge: Callable[[Walks, list[Budget]], np.ndarray]
-) -> Callable[[list[Budget]], np.ndarray]:
-    """What uniform pruning earns under each budget of the environment's range: judged at a few, linear in between."""
-    budgets = [env.budget.at(position) for position in np.linspace(0, 1, PAR_POINTS)]
-    walks = env.walks()
-    walks.start(np.array([env.target_of(budget) for budget in budgets]))
-    while not walks.is_over:
-        walks.step(np.zeros(PAR_POINTS))
-    shares, rewards = [budget.share for budget in budgets], judge(walks, budgets)
-    return lambda asked: np.interp([budget.share for budget in asked], shares, rewards)
+class Par:
+    """What a budget of an environment's range is worth to uniform pruning, which is judged at a few of them.
+
+    Args:
+        env: An environment with a range of budgets.
+
+    Attributes:
+        budgets: Where uniform pruning is judged.
+        walks: Its episodes under those budgets, at their end.
+    """
+
+    def __init__(self, env: LayerPruningEnv):
+        self.budgets = [env.budget.at(position) for position in np.linspace(0, 1, PAR_POINTS)]
+        self.walks = env.walks(self.budgets).follow(uniformly)
+
+    def at(self, budgets: Sequence[Budget], rewards: np.ndarray) -> np.ndarray:
+        """What uniform pruning earns under `budgets`, linear between its `rewards` in the walks."""
+        shares, asked = ([budget.share for budget in some] for some in (self.budgets, budgets))
+        return np.interp(asked, shares, rewards)

@@ -1,22 +1,23 @@
 """A Pareto front as plain data, beside uniform pruning at the same budgets."""
 
-from agents.finalists import Finalist, uniform_line
+from agents.finalists import Finalist
 from envs.layer_pruning import LayerPruningEnv
 
 
-def pareto(points: list[Finalist], env: LayerPruningEnv) -> dict:
+def pareto(points: list[Finalist], uniform: list[Finalist], env: LayerPruningEnv) -> dict:
     """The front of a range of budgets, for `pareto.json`.
 
     Args:
         points: The front, cheapest first.
-        env: Their environment; scores uniform pruning at the budgets of the front.
+        uniform: Uniform pruning at the budgets that were compared.
+        env: Their environment.
 
     Returns:
         `metric` and `dense`, the budgeted cost and its value for the dense network; `front` and `uniform`, a list of
         points each: an allocation, as its own file would hold it, with its costs and scores.
     """
     dense = env.space.cost(env.space.costs.dense)
-    lines = {"front": points, "uniform": uniform_line(env)}
+    lines = {"front": points, "uniform": uniform}
     return {"metric": env.space.metric, "dense": int(dense)} | {
         name: [_point(finalist, env) for finalist in line] for name, line in lines.items()
     }

@@ -28,6 +28,7 @@ class SearchResult:
         best: The finalist with the highest reward on the selection split; under a range of budgets the front's knee.
         finalists: All of them, best first; under a range of budgets the front.
         front: Under a range of budgets the Pareto front, cheapest first; else empty.
+        uniform: Under a range of budgets uniform pruning at those that were compared; else empty.
         recorder: Every finished episode.
         policy: The trained policy; None for baselines.
         evaluations: Sub-models scored on the proxy split.
@@ -37,6 +38,7 @@ class SearchResult:
     best: Finalist
     finalists: list[Finalist]
     front: list[Finalist]
+    uniform: list[Finalist]
     recorder: Recorder
     policy: Policy | None
     evaluations: int
@@ -72,12 +74,12 @@ def search(
     started, recorder = time.perf_counter(), Recorder(env, config, folder, on_episode)
     evaluated = env.proxy.evaluations
     policy = _run_agent(recorder, config, folder)
-    points = front(recorder, policy) if isinstance(env.budget, BudgetRange) else []
+    points, uniform = front(recorder, policy) if isinstance(env.budget, BudgetRange) else ([], [])
     compared = points or finalists(recorder, policy)
     best = knee(points) if points else compared[0]
     evaluations = env.proxy.evaluations - evaluated + recorder.n_restored
     seconds = time.perf_counter() - started
-    return SearchResult(best, compared, points, recorder, policy, evaluations, seconds)
+    return SearchResult(best, compared, points, uniform, recorder, policy, evaluations, seconds)
 
 
 def _run_agent(recorder: Recorder, config: SearchConfig, folder: RunFolder | None) -> Policy | None:

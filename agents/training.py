@@ -20,11 +20,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from agents.checkpoint import restore_learner, save_learner
-from agents.lanes import LANES, Lanes, Recorder
+from agents.lanes import LANES, START_STD, Lanes, Recorder
 from agents.replay import ALGORITHMS, Policy
-
-START_STD = 0.4
-"""Spread of the first actions, as a share of the feasible interval's half: about 0.2 in sparsity."""
 
 
 def hyperparameters(name: str) -> dict:

@@ -105,6 +105,11 @@ def parse_budget(text: str | Budget | BudgetRange) -> Budget | BudgetRange:
     return BudgetRange(low, high)
 
 
+def spread(budget: Budget | BudgetRange, n: int, offset: float = 0.5) -> list[Budget]:
+    """`n` budgets evenly over a range, each `offset` in [0, 1] into its part of it; a single one `n` times."""
+    return [budget.at((place + offset) / n) for place in range(n)]
+
+
 def _number(text: str) -> float:
     if text.endswith("%"):
         return round(float(text[:-1]) / 100, 12)  # 99.9% is 0.999, not 0.9990000000000001

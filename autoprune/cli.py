@@ -184,7 +184,7 @@ def _search(workspace, folder, output: OutputConfig) -> None:
     if not folder.allocation.exists():
         with timed(folder, "search"):
             result = _one_search(workspace, env, settings.search.agent, folder)
-            found = pareto(result.front, env) if result.front else None
+            found = pareto(result.front, result.uniform, env) if result.front else None
         _keep(result, found, workspace, folder, env)
 
 
@@ -193,7 +193,7 @@ def _make_env(workspace):
     from envs.layer_pruning import LayerPruningEnv
 
     search = workspace.settings.search
-    env = LayerPruningEnv(
+    return LayerPruningEnv(
         workspace.model,
         workspace.groups,
         workspace.proxy(),
@@ -203,8 +203,6 @@ def _make_env(workspace):
         accuracy_floor=search.accuracy_floor,
         **search_limits(workspace.groups, search),
     )
-    env.target_of(env.budget.at(0))  # the tightest budget of a range has to be within reach as well
-    return env
 
 
 def _one_search(workspace, env, agent: str, folder):
@@ -344,7 +342,7 @@ def _replay_front(policy, workspace, env) -> tuple[dict, dict, str]:
     from agents.pareto import pareto
     from autoprune.console import print_front
 
-    found = pareto(front(Recorder(env, workspace.settings.search), policy), env)
+    found = pareto(*front(Recorder(env, workspace.settings.search), policy), env)
     print_front(found)
     return found, {"points": len(found["front"])}, f"front of {len(found['front'])} points"
 

@@ -107,8 +107,7 @@ class LayerPruningEnv(gymnasium.Env):
         self.observer = Observer(self.groups, self.space, proxy)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.observation_space = OBSERVATION_SPACE
-        self.walk = self.walks()
-        self._start(self.budget.at(0.5))
+        self._start(self.budget.at(0))  # the tightest of a range, which has to be within reach as well
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Starts an episode; `options={"budget": ...}` sets its target, else a range is drawn from."""
@@ -158,9 +157,16 @@ class LayerPruningEnv(gymnasium.Env):
         """
         return float(self.walk.actions_of(np.array([sparsity]), np.array([otherwise]))[0])
 
-    def walks(self) -> Walks:
-        """Lanes of this environment, not started."""
-        return Walks(self.space, self.observer, self.reward.uses_up_budget)
+    def walks(self, budgets: Sequence[Budget]) -> Walks:
+        """Lanes of this environment, one a budget, at the start of their episodes.
+
+        Raises:
+            UserError: If a budget is of another metric or can't be reached.
+        """
+        targets = np.array([self.target_of(budget) for budget in budgets])
+        walks = Walks(self.space, self.observer, self.reward.uses_up_budget)
+        walks.start(targets)
+        return walks
 
     def target_of(self, budget: Budget) -> int:
         """A budget as an absolute cost.
@@ -204,8 +210,7 @@ class LayerPruningEnv(gymnasium.Env):
         return self.reward.function(Outcome(evaluation, macs, self._macs_dense, self.accuracy_floor))
 
     def _start(self, budget: Budget) -> None:
-        self.walk.start(np.array([self.target_of(budget)]))
-        self.episode_budget = budget
+        self.walk, self.episode_budget = self.walks([budget]), budget
 
 
 def _check_network(model: nn.Module, groups: Groups, proxy: ProxyAccuracy) -> None:

@@ -1,13 +1,12 @@
 """Episodes side by side behind Gymnasium's vector interface: they end together and are scored together."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from autoprune.allocation import Budget, parse_budget
+from autoprune.allocation import Budget, parse_budget, spread
 from envs.layer_pruning import LayerPruningEnv
 
 
@@ -32,8 +31,7 @@ class LayerPruningVectorEnv(VectorEnv):
         self.single_action_space = self.env.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self.walks = self.env.walks()
-        self.budgets: list[Budget] = []
+        self._start(None)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Starts an episode in every lane; `options={"budget": ...}` or `{"budgets": [...]}` set their targets."""
@@ -54,15 +52,13 @@ class LayerPruningVectorEnv(VectorEnv):
             observations = self._start(None)
         return observations, rewards, np.full(n, is_over), np.zeros(n, bool), infos
 
-    def _start(self, budgets: Sequence[Budget] | None) -> np.ndarray:
-        offset = self.np_random.random()
-        drawn = [self.env.budget.at((lane + offset) / self.num_envs) for lane in range(self.num_envs)]
-        self.budgets = list(budgets or drawn)
-        self.walks.start(np.array([self.env.target_of(budget) for budget in self.budgets]))
+    def _start(self, budgets: list[Budget] | None) -> np.ndarray:
+        self.budgets = budgets or spread(self.env.budget, self.num_envs, self.np_random.random())
+        self.walks = self.env.walks(self.budgets)
         return self.walks.observe()
 
 
 def _asked(options: dict, n: int) -> list[Budget] | None:
     if "budget" in options:
-        return [parse_budget(options["budget"]).at((lane + 0.5) / n) for lane in range(n)]
+        return spread(parse_budget(options["budget"]), n)
     return [Budget.parse(budget) for budget in options["budgets"]] if "budgets" in options else None

@@ -1,6 +1,6 @@
 """Episodes side by side, in step: what an action does to an allocation. Knows nothing of scores or learners."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +31,12 @@ class Walks:
         """Begins an episode in every lane; `targets` are absolute costs, `(n_lanes,)`."""
         kept = np.repeat(self.space.costs.dense[None], len(targets), 0)
         self._look(0, kept, np.asarray(targets), np.zeros(len(targets)))
+
+    def follow(self, act: Callable[["Walks"], np.ndarray]) -> "Walks":
+        """Goes to the end; `act` wishes actions `(n_lanes,)` at every step. Returns itself."""
+        while not self.is_over:
+            self.step(act(self))
+        return self
 
     def only(self, lanes: Sequence[int]) -> "Walks":
         """Some of the lanes, as walks of their own."""
@@ -104,3 +110,8 @@ class Walks:
         self._counts = lowest, highest
         uniform = self.space.uniform_to_go(kept, index, targets)
         self.state = State(index, kept, targets, (1 - highest / dense, 1 - lowest / dense), uniform, previous)
+
+
+def uniformly(walks: Walks) -> np.ndarray:
+    """Uniform pruning, as something to `follow`."""
+    return np.zeros(len(walks.state.kept))

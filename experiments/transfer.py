@@ -10,13 +10,14 @@ selection split (3,000 training images that no search sees) before fine-tuning. 
 import argparse
 from pathlib import Path
 
-from agents.finalists import Finalist, judge, own, uniform_episode
+from agents.finalists import Finalist, judge, own, rolled_out
 from agents.replay import Policy
 from agents.search import search
 from autoprune.compress import Workspace
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
 from autoprune.runs import RunFolder
 from envs.layer_pruning import LayerPruningEnv
+from envs.walks import uniformly
 from experiments.tables import read_table, write_table
 
 TABLE = Path(__file__).parent / "results" / "transfer.csv"
@@ -51,7 +52,10 @@ def measure(workspace: Workspace, cell: dict, args: argparse.Namespace) -> dict:
     env = LayerPruningEnv(workspace.model, workspace.groups, workspace.proxy(), args.budget)
     if cell["kind"] in SEARCHES:
         return searched(env, cell, args)
-    episode = uniform_episode(env) if cell["kind"] == "uniform" else own(Policy.load(args.policy), env, env.budget)
+    if cell["kind"] == "uniform":
+        (episode,) = rolled_out(uniformly, env, [env.budget], "uniform")
+    else:
+        episode = own(Policy.load(args.policy), env, env.budget)
     return figures(judge([episode], env)[0], env) | {"evaluations": 0}
 
 

@@ -95,11 +95,10 @@ def test_imagined_episodes_end_with_the_predicted_reward_and_cost_no_evaluation(
     imagination.learn_from(recorder)
     paid = env.proxy.evaluations
     imagination.reset()
-    generator, single = np.random.default_rng(0), env.walks()
+    generator, single = np.random.default_rng(0), env.walks([env.budget] * 8)
     actions = generator.uniform(-1, 1, (5, 8))
     for row in actions:
         _, rewards, dones, _ = imagination.step(row[:, None])
-    single.start(np.full(8, env.target))
     for row in actions:
         single.step(row)
     assert dones.all() and rewards == pytest.approx(imagination.surrogate.mean(single.state.kept), rel=1e-5)

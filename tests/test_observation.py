@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from toys import fake_env
 
+from autoprune.allocation import Budget
 from envs.observation import FEATURES, OBSERVATION_SPACE, Observer, feature_table
 
 INDEX = {feature.name: index for index, feature in enumerate(FEATURES)}
@@ -156,11 +157,8 @@ def test_sensitivity_is_measured_no_earlier_than_for_the_first_observation():
 
 def test_lanes_are_observed_as_each_would_be_alone():
     env, generator = fake_env("resnet20"), np.random.default_rng(0)
-    targets = np.linspace(0.3, 0.8, 6) * env.space.cost(env.space.costs.dense)
-    together, alone = env.walks(), [env.walks() for _ in targets]
-    together.start(targets.astype(int))
-    for walk, target in zip(alone, targets.astype(int), strict=True):
-        walk.start(np.array([target]))
+    budgets = [Budget("macs", share) for share in np.linspace(0.3, 0.8, 6).tolist()]
+    together, alone = env.walks(budgets), [env.walks([budget]) for budget in budgets]
     for _ in env.groups:
         actions = generator.uniform(-1, 1, 6)
         assert np.array_equal(together.observe(), np.concatenate([walk.observe() for walk in alone]))

@@ -34,7 +34,8 @@ def lopsided(kept: np.ndarray) -> float:
 def found() -> tuple[dict, object]:
     """The front of a search on a toy, and its environment."""
     env = fake_env("chain", lopsided, budget=RANGE)
-    return pareto(search(env, SearchConfig(agent="random", episodes=200)).front, env), env
+    result = search(env, SearchConfig(agent="random", episodes=200))
+    return pareto(result.front, result.uniform, env), env
 
 
 def test_every_point_is_an_allocation_with_its_own_costs(found, tmp_path):
@@ -67,7 +68,8 @@ def test_uniform_stands_at_the_budgets_of_the_front_and_is_beaten(found):
 
 def test_parameters_are_budgeted_apart_from_macs():
     env = fake_env("chain", lopsided, budget="params=40%..60%")
-    data = pareto(search(env, SearchConfig(agent="random", episodes=20)).front, env)
+    result = search(env, SearchConfig(agent="random", episodes=20))
+    data = pareto(result.front, result.uniform, env)
     assert data["metric"] == "params" and data["dense"] == env.space.costs.params(env.space.costs.dense)
     assert all(point["cost"] != point["macs"] and point["share"] != point["macs_ratio"] for point in data["front"])
 

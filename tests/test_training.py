@@ -106,9 +106,9 @@ def test_every_step_is_credited_with_its_own_episodes_reward(name):
 
 def walked_anew(lanes: Noted) -> Iterator[tuple[tuple[float, ...], float]]:
     """Observation and executed action of every step, and the reward at its episode's end."""
-    rewards, walks, n_steps = [episode.reward for episode in lanes.recorder.episodes], lanes.env.walks(), 4
+    rewards, n_steps = [episode.reward for episode in lanes.recorder.episodes], 4
     for batch in range(len(lanes.executed) // n_steps):
-        walks.start(np.full(lanes.num_envs, lanes.env.target))
+        walks = lanes.env.walks([lanes.env.budget] * lanes.num_envs)
         ends = rewards[batch * lanes.num_envs :][: lanes.num_envs]
         for executed in np.array(lanes.executed[n_steps * batch :][:n_steps]):
             steps = np.column_stack([walks.observe(), executed.astype(np.float32)])

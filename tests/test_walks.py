@@ -7,16 +7,9 @@ from toys import fake_env, traced
 from autoprune.allocation import SearchSpace
 from autoprune.cost import CostTable
 from envs.layer_pruning import LayerPruningEnv
-from envs.walks import Walks
 
 NETWORKS = ("one", "chain", "wide", "resnet20", "mobilenet_v2_cifar")
 BUDGETS = ("macs=30%", "macs=50%", "macs=77%", "macs=100%")
-
-
-def started(env: LayerPruningEnv, budgets) -> Walks:
-    walks = env.walks()
-    walks.start(np.array([env.target_of(budget.at(0.5)) for budget in budgets]))
-    return walks
 
 
 def parsed(metric: str, shares) -> list:
@@ -38,7 +31,7 @@ def test_lanes_end_where_the_environment_does(network, metric, options):
     budgets = parsed(metric, (0.45, 0.5, 0.62, 0.8, 1.0, 0.5, 0.5))
     actions = np.random.default_rng(0).uniform(-1.3, 1.3, (len(env.groups), len(budgets)))
     actions[:, 1], actions[:, 2], actions[:, 3] = 0, 1, -1
-    walks = started(env, budgets)
+    walks = env.walks(budgets)
     steps = [walks.step(row) for row in actions]
     assert walks.is_over
     for lane, budget in enumerate(budgets):
@@ -53,7 +46,7 @@ def test_some_of_the_lanes_go_on_as_they_would_have_with_the_others():
     env = fake_env("wide")
     budgets = parsed("macs", np.linspace(0.3, 0.9, 6))
     actions = np.random.default_rng(1).uniform(-1, 1, (5, 6))
-    walks = started(env, budgets)
+    walks = env.walks(budgets)
     for row in actions[:2]:
         walks.step(row)
     chosen = [4, 1, 1]
@@ -67,7 +60,7 @@ def test_some_of_the_lanes_go_on_as_they_would_have_with_the_others():
 
 def test_a_walk_leaves_what_others_have_seen_of_it_as_it_was():
     env = fake_env("wide")
-    walks = started(env, parsed("macs", (0.4, 0.6)))
+    walks = env.walks(parsed("macs", (0.4, 0.6)))
     before, kept = walks.state, walks.state.kept.copy()
     walks.step(np.array([0.3, -0.3]))
     assert np.array_equal(before.kept, kept) and walks.state is not before
