@@ -21,7 +21,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents.lanes import LANES, Par, Recorder, Walkers
 from agents.replay import Policy
 from agents.surrogate import Surrogate
-from agents.training import hyperparameters, make_learner
+from agents.training import make_learner, policy_of
 from autoprune.allocation import Budget, BudgetRange, spread
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import Walks
@@ -93,7 +93,7 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
         recorder.score(walks, budgets, len(budgets))
         imagination.learn_from(recorder)
         learner.learn(UPDATES * IMAGINED * n_steps, _Spread(), reset_num_timesteps=False, tb_log_name="dyna")
-    return Policy.of("dyna", learner, start.policy_kwargs if start else hyperparameters("dyna")["policy_kwargs"])
+    return policy_of("dyna", learner, start)
 
 
 class _Spread(BaseCallback):

@@ -214,4 +214,9 @@ def train(
             callbacks.append(FadingNoise(settings["exploration_std"], settings["last_exploration_std"]))
         steps = n_batches * lanes.num_envs * n_steps
         learner.learn(steps, callbacks, log_interval=1, tb_log_name=name, reset_num_timesteps=done == 0)
+    return policy_of(name, learner, start)
+
+
+def policy_of(name: str, learner: BaseAlgorithm, start: Policy | None) -> Policy:
+    """The policy of a learner that was made from `start`."""
     return Policy.of(name, learner, start.policy_kwargs if start else hyperparameters(name)["policy_kwargs"])

@@ -77,9 +77,17 @@ class Workspace:
         """Scores per channel by the configured criterion."""
         return importance(self.settings.search.criterion, self.model, self.groups, self.splits.train)
 
+    @cached_property
+    def reconstruction(self) -> Reconstruction | None:
+        """What weights of pruned layers are solved with, if the settings ask for it."""
+        if not self.settings.proxy.reconstruct:
+            return None
+        return Reconstruction(self.model, self.groups, self.splits.calibration.inputs)
+
     def proxy(self) -> ProxyAccuracy:
         """A fresh proxy with an empty cache."""
-        return ProxyAccuracy(self.model, self.groups, self.importance, self.splits, self.settings.proxy)
+        config, solved = self.settings.proxy, self.reconstruction
+        return ProxyAccuracy(self.model, self.groups, self.importance, self.splits, config, solved)
 
 
 def _weights_file(model: str, weights: str, data: str) -> Path | None:
@@ -153,10 +161,10 @@ def _pruned(workspace: Workspace, allocation: Allocation) -> nn.Module:
     kept = top_channels(workspace.importance, allocation.kept)
     pruned, inputs = prune(workspace.model, workspace.groups, kept), workspace.splits.calibration.inputs
     recalibrate(pruned, inputs)
-    if not workspace.settings.proxy.reconstruct:
+    if workspace.reconstruction is None:
         return pruned
     solved = prune(workspace.model, workspace.groups, kept)
-    Reconstruction(workspace.model, workspace.groups, inputs).apply(solved, kept)
+    workspace.reconstruction.apply(solved, kept)
     recalibrate(solved, inputs)
     return min(solved, pruned, key=lambda model: score(model, workspace.splits.proxy).loss)
 

@@ -7,8 +7,9 @@ Several candidates are scored at once, each on a core of its own. An allocation 
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, partial
 from queue import SimpleQueue
@@ -34,6 +35,22 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextmanager
+def one_thread_each(n_workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers in which PyTorch's operations run on a single thread; outside nothing changes."""
+    n_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(n_threads)  # a thread's own setting is the default of those to come
+
+
+def half(channels: int | np.ndarray) -> int | np.ndarray:
+    """What is left of a group that loses half of its channels, rounded up."""
+    return -(-channels // 2)
+
+
 class ProxyAccuracy:
     """Scores allocations of one network on the proxy split; equal allocations are scored once.
 
@@ -43,6 +60,7 @@ class ProxyAccuracy:
         importance: Scores per group that decide which channels survive.
         splits: Proxy images for the score, calibration images for batch norm.
         config: Numbers of images and of sub-models, what the answers are held against.
+        reconstruction: Of that network, on the calibration images; measured here if None and the config asks for it.
     """
 
     def __init__(
@@ -52,6 +70,7 @@ class ProxyAccuracy:
         importance: Importance,
         splits: Splits,
         config: ProxyConfig = ProxyConfig(),  # noqa: B008, frozen
+        reconstruction: Reconstruction | None = None,
     ):
         self.groups = groups
         self.importance = importance
@@ -61,6 +80,9 @@ class ProxyAccuracy:
         self._splits = splits
         self._dense = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
         self._slicers = [Slicer(self._dense, groups, borrow=True) for _ in range(config.workers or available_cores())]
+        if config.reconstruct and reconstruction is None:
+            reconstruction = Reconstruction(self._dense, groups, splits.calibration.inputs)
+        self._reconstruction = reconstruction
         self._cache: dict[tuple[int, ...], Evaluation] = {}
 
     def __call__(self, kept: Mapping[str, int]) -> Evaluation:
@@ -135,8 +157,6 @@ class ProxyAccuracy:
     def _on_all_cores(self, score: Callable[[Slicer, Kept], Evaluation], drawn: list[Kept]) -> list[Evaluation]:
         if len(self._slicers) == 1:
             return [score(self._slicers[0], kept) for kept in drawn]
-        if self.config.reconstruct:
-            _ = self._reconstruction  # measured once, before threads would do so at the same time
         idle: SimpleQueue[Slicer] = SimpleQueue()
         for slicer in self._slicers:
             idle.put(slicer)
@@ -148,56 +168,39 @@ class ProxyAccuracy:
             finally:
                 idle.put(slicer)
 
-        n_threads = torch.get_num_threads()
         # One thread a candidate, also for a single one: the order of sums, and so the score, depends on the threads.
-        try:
-            with ThreadPoolExecutor(len(self._slicers), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                return list(pool.map(work, drawn))
-        finally:
-            torch.set_num_threads(n_threads)  # a thread's own setting is the default of those to come
+        with one_thread_each(len(self._slicers)) as pool:
+            return list(pool.map(work, drawn))
 
     def _proxy_score(self, images: Questions, slicer: Slicer, kept: Kept) -> Evaluation:
-        model, bf16 = self._sub_model(slicer, kept), self.config.bf16
-        if self.config.statistics == "batch":
-            with on_batch_statistics(model):
-                return answer(model, images, bf16)
-        recalibrate(model, self._calibration, bf16=bf16)
-        with in_eval_mode(model):
-            return answer(model, images, bf16)
+        calibration = None if self.config.statistics == "batch" else self._calibration
+        return self._score(images, calibration, slicer, kept)
 
     def _selection_score(self, slicer: Slicer, kept: Kept) -> Evaluation:
-        model, bf16 = self._sub_model(slicer, kept), self.config.bf16
-        recalibrate(model, self._splits.calibration.inputs, bf16=bf16)
-        with in_eval_mode(model):
-            return answer(model, self._selection, bf16)
+        return self._score(self._selection, self._splits.calibration.inputs, slicer, kept)
 
-    def _sub_model(self, slicer: Slicer, kept: Kept) -> nn.Module:
-        model = slicer.apply(kept)
-        if self.config.reconstruct:
+    def _score(self, images: Questions, calibration: Tensor | None, slicer: Slicer, kept: Kept) -> Evaluation:
+        """Batch norm takes its statistics from `calibration`, or from the images that are scored."""
+        model, bf16 = slicer.apply(kept), self.config.bf16
+        if self._reconstruction is not None:
             self._reconstruction.apply(model, kept)
-        return model
-
-    @cached_property
-    def _reconstruction(self) -> Reconstruction:
-        return Reconstruction(self._dense, self.groups, self._splits.calibration.inputs)
+        if calibration is not None:
+            recalibrate(model, calibration, bf16=bf16)
+        with on_batch_statistics(model) if calibration is None else in_eval_mode(model):
+            return answer(model, images, bf16)
 
     @cached_property
     def sensitivity(self) -> np.ndarray:
         """Damage when each prunable group alone loses half of its channels, `(n_groups,)`, 0 or more.
 
-        It is the divergence from the dense network's answers on `SENSITIVITY_IMAGES` proxy images, in nats: a quarter
-        of a usual evaluation for each group, measured once.
+        It is the divergence from the dense network's answers on `SENSITIVITY_IMAGES` proxy images, in nats: about a
+        quarter of a usual evaluation for each group, measured once.
         """
         questions = Questions(self._splits.proxy[:SENSITIVITY_IMAGES])
         questions.hold_against(self._dense, self.config.bf16)
-
-        def damage(slicer: Slicer, kept: Kept) -> Evaluation:
-            model = self._sub_model(slicer, kept)
-            with on_batch_statistics(model):
-                return answer(model, questions, self.config.bf16)
-
-        halves = [top_channels(self.importance, {group.name: -(-group.channels // 2)}) for group in self.groups]
-        return np.array([evaluation.loss for evaluation in self._on_all_cores(damage, halves)])
+        halves = [top_channels(self.importance, {group.name: half(group.channels)}) for group in self.groups]
+        damaged = self._on_all_cores(partial(self._score, questions, None), halves)
+        return np.array([evaluation.loss for evaluation in damaged])
 
     @cached_property
     def _calibration(self) -> Tensor:
@@ -216,7 +219,7 @@ class ProxyAccuracy:
         if n_blocks <= 1:
             return [self._questions(images[:n])]
         images = images[: n * n_blocks]
-        halves = {group.name: -(-group.channels // 2) for group in self.groups}
+        halves = {group.name: half(group.channels) for group in self.groups}
         order = self._difficulty(images, self.draw(halves)).argsort()
         return [self._questions(images[order[block::n_blocks]]) for block in range(n_blocks)]
 

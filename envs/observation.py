@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoprune.allocation import SearchSpace
 from autoprune.groups import Group, Groups
-from autoprune.proxy import ProxyAccuracy
+from autoprune.proxy import ProxyAccuracy, half
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Observer:
         rows = [_describe(group, self.groups, self.proxy.importance[group.name]) for group in self.groups]
         columns = {name: np.array([row[name] for row in rows], float) for name in rows[0]}
         damage, dense = self.proxy.sensitivity, self.space.costs.dense
-        halves = np.where(np.eye(len(dense), dtype=bool), -(-dense // 2), dense)
+        halves = np.where(np.eye(len(dense), dtype=bool), half(dense), dense)
         saved = self.dense_cost - self.space.cost(halves)
         return columns | {
             "width": dense / dense.max(),

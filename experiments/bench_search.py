@@ -20,10 +20,8 @@ EagleEye's batches and scales the seconds up (`share_run`). ResNet-56: a few min
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -39,11 +37,11 @@ from autoprune.console import say
 from autoprune.cost import CostTable
 from autoprune.finetune import autocast
 from autoprune.groups import Groups
-from autoprune.proxy import ProxyAccuracy
+from autoprune.proxy import ProxyAccuracy, available_cores, one_thread_each
 from autoprune.pruning import Slicer, top_channels
 from experiments import rival_proxies
 from experiments.rival_proxies import Contender, Draws, Ground, Kept, one_by_one
-from experiments.tables import read_table, write_table
+from experiments.tables import add_rows
 
 DESCRIBED = ("images", "batch", "precision", "threads", "share_run")
 FIELDS = (
@@ -81,7 +79,7 @@ def main() -> None:
     contenders = ours(ground, proxy, drawn) | rival_proxies.rivals(ground, proxy.config.images, drawn, by_layer)
     seconds = measure(contenders, args.repeats)
     rows = [row(args, name, contender, seconds) for name, contender in contenders.items()]
-    write_table(args.out, [*read_table(args.out), *rows], FIELDS)
+    add_rows(args.out, rows, FIELDS)
     results = summary(args, seconds) | {
         "amc_style_batch": contenders["amc_style"].batch,
         "macs_ratio": ground.macs_ratio(networks[0]),
@@ -126,7 +124,7 @@ def in_parts(items: Sequence, size: int) -> list[Sequence]:
 def ours(ground: Ground, proxy: ProxyAccuracy, drawn: Draws) -> dict[str, Contender]:
     """The proxy, first in every repetition so that none has warmed up its networks, and what it can't do without."""
     images, slicer = proxy.config.images, Slicer(ground.model, ground.groups, borrow=True)
-    common = images, images, precision(proxy), f"{n_cores()}x1", drawn
+    common = images, images, precision(proxy), f"{proxy.n_workers}x1", drawn
     return {
         "autoprune": Contender(*common, lambda allocations: 1 / candidates_per_second(proxy, allocations)),
         "floor": Contender(*common, lambda allocations: floor(ground, proxy, allocations)),
@@ -151,14 +149,12 @@ def floor(ground: Ground, proxy: ProxyAccuracy, allocations: Sequence[Kept]) -> 
         with autocast(proxy.config.bf16):
             network(inputs)
 
-    n_threads = torch.get_num_threads()
-    with ThreadPoolExecutor(n_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with one_thread_each(proxy.n_workers) as pool:
         list(pool.map(forward, networks))
         started = time.perf_counter()
         for batch in in_parts(networks, BATCH):
             list(pool.map(forward, batch))
         seconds = time.perf_counter() - started
-    torch.set_num_threads(n_threads)  # a thread's own setting is the default of those to come
     return seconds / len(networks)
 
 
@@ -167,11 +163,6 @@ def slicing(slicer: Slicer, ground: Ground, kept: Kept) -> float:
     started = time.perf_counter()
     slicer.apply(top_channels(ground.importance, kept))
     return time.perf_counter() - started
-
-
-def n_cores() -> int:
-    """Candidates that the proxy scores at once."""
-    return len(os.sched_getaffinity(0))
 
 
 def precision(proxy: ProxyAccuracy) -> str:
@@ -216,9 +207,9 @@ def summary(args: argparse.Namespace, seconds: Mapping[str, list[float]]) -> dic
         "candidates_per_second": round(1 / median(seconds["autoprune"]), 3),
         **{f"ratio_{name}": ratio(seconds, name) for name in rivals},
         "slicing_ms": round(median(seconds["slicing"]) * 1000, 3),
-        "slicing_share": round(ratio(seconds, "slicing") / n_cores(), 4),
+        "slicing_share": round(ratio(seconds, "slicing") / available_cores(), 4),
         "extrapolated": args.quick,
-        "machine": {"cpus": n_cores(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": {"cpus": available_cores(), "threads": torch.get_num_threads(), "torch": torch.__version__},
     }
 
 

@@ -19,7 +19,7 @@ from autoprune.compress import Workspace
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
 from autoprune.runs import RunFolder
 from envs.layer_pruning import LayerPruningEnv
-from experiments.tables import read_table, write_table
+from experiments.tables import add_rows, holds
 
 RANGE, SHARES = "macs=30%..70%", (30, 40, 50, 60, 70)
 TABLE = Path(__file__).parent / "results" / "multi_budget.csv"
@@ -47,12 +47,8 @@ def main() -> None:
     for seed in args.seeds:
         for kind, trained_on, budgets in [("range", RANGE, [f"macs={share}%" for share in SHARES]), *alone]:
             cells = [dict(zip(KEY, (args.model, args.agent, seed, kind, budget), strict=True)) for budget in budgets]
-            if not all(is_known(cell) for cell in cells):
+            if not all(holds(TABLE, cell) for cell in cells):
                 measure(workspace, cells, trained_on, args)
-
-
-def is_known(cell: dict) -> bool:
-    return any(all(row[name] == str(cell[name]) for name in KEY) for row in read_table(TABLE))
 
 
 def measure(workspace: Workspace, cells: list[dict], trained_on: str, args: argparse.Namespace) -> None:
@@ -68,8 +64,9 @@ def measure(workspace: Workspace, cells: list[dict], trained_on: str, args: argp
     for cell in cells:
         finalists = judge(within(result.recorder, result.policy, Budget.parse(cell["budget"])), env)
         costs = {"evaluations": result.evaluations, "seconds": round(result.seconds, 1)}
-        write_table(TABLE, [*read_table(TABLE), cell | costs | scores(finalists)], FIELDS)
-        print(cell | scores(finalists), flush=True)
+        row = cell | costs | scores(finalists)
+        add_rows(TABLE, [row], FIELDS)
+        print(row, flush=True)
 
 
 def scores(finalists: list[Finalist]) -> dict:

@@ -24,6 +24,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -40,8 +41,8 @@ from autoprune.config import DataConfig, FinetuneConfig, NetworkConfig, SearchCo
 from autoprune.data import Images, batches
 from autoprune.finetune import autocast, finetune
 from autoprune.pruning import Slicer, prune, top_channels
-from autoprune.scoring import recalibrate
-from experiments.tables import read_table, write_table
+from autoprune.scoring import in_eval_mode, on_batch_statistics, recalibrate
+from experiments.tables import add_rows, holds, read_table, write_table
 
 RESULTS = Path(__file__).parent / "results"
 RUNS, SCORES, AGREEMENT = (RESULTS / f"proxy_fidelity{part}.csv" for part in ("_runs", "_scores", ""))
@@ -160,17 +161,7 @@ class Network:
 
     def lay(self, kept: dict[str, int]) -> nn.Module:
         """The sub-model of an allocation with the dense network's statistics, valid until the next; in eval mode."""
-        model = self.slicer.apply(top_channels(self.workspace.importance, kept))
-        return use_batch_statistics(model, False)
-
-
-def use_batch_statistics(model: nn.Module, wanted: bool) -> nn.Module:
-    """Eval mode, in which batch norm takes the statistics of the batch at hand, or those that it has stored."""
-    model.eval()
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.training, layer.track_running_stats = wanted, not wanted
-    return model
+        return self.slicer.apply(top_channels(self.workspace.importance, kept)).eval()
 
 
 @dataclass(frozen=True)
@@ -190,12 +181,12 @@ class Candidate:
 
 def finetune_all(network: Network, seed: int) -> None:
     """Adds the networks that the table lacks, one by one."""
-    known = {(row["model"], row["number"], row["seed"]) for row in read_table(RUNS)}
-    missing = [number for number in range(24) if (network.name, str(number), str(seed)) not in known]
+    cells = ({"model": network.name, "number": number, "seed": seed} for number in range(24))
+    missing = [cell for cell in cells if not holds(RUNS, cell)]
     chosen = candidates(network) if missing else []
-    for number in missing:
-        row = {"model": network.name, "number": number, "seed": seed} | finetuned(network, chosen[number], seed)
-        write_table(RUNS, [*read_table(RUNS), row], RUN_FIELDS)
+    for cell in missing:
+        row = cell | finetuned(network, chosen[cell["number"]], seed)
+        add_rows(RUNS, [row], RUN_FIELDS)
         print(row, flush=True)
 
 
@@ -260,7 +251,8 @@ class Proxy:
     """A way to score a network before fine-tuning.
 
     Attributes:
-        prepare: `(network, model, part)` settles where batch norm takes its statistics from; `part` is the set at hand.
+        prepare: `(network, model, part)` settles where batch norm takes its statistics from, and gives the context in
+            which `model` is to be scored; `part` is the set at hand.
         images: Images that are scored.
         passes: Over images, that of `prepare` included.
         split: The exam they come from, "proxy" or "train".
@@ -268,7 +260,7 @@ class Proxy:
         measures: Those of `MEASURES` that are reported.
     """
 
-    prepare: Callable[[Network, nn.Module, slice], None]
+    prepare: Callable[[Network, nn.Module, slice], AbstractContextManager]
     images: int
     passes: int
     split: str = "proxy"
@@ -282,26 +274,28 @@ class Proxy:
         return [slice(at, at + self.images) for at in range(0, n_sets * self.images, self.images)]
 
 
-def as_pruned(network: Network, model: nn.Module, part: slice) -> None:
+def as_pruned(network: Network, model: nn.Module, part: slice) -> AbstractContextManager:
     """The dense network's statistics."""
+    return in_eval_mode(model)
 
 
-def moving_average(network: Network, model: nn.Module, part: slice) -> None:
+def moving_average(network: Network, model: nn.Module, part: slice) -> AbstractContextManager:
     """The dense network's statistics, moved by PyTorch's usual momentum over training batches."""
     model.train()
     for inputs in network.train_batches:
         answer(model, inputs)
-    model.eval()
+    return in_eval_mode(model)
 
 
-def recalibrated(network: Network, model: nn.Module, part: slice) -> None:
+def recalibrated(network: Network, model: nn.Module, part: slice) -> AbstractContextManager:
     """Statistics measured anew, on as many other images as are scored."""
     recalibrate(model, network.calibration[part], bf16="auto")
+    return in_eval_mode(model)
 
 
-def batch_statistics(network: Network, model: nn.Module, part: slice) -> None:
+def batch_statistics(network: Network, model: nn.Module, part: slice) -> AbstractContextManager:
     """The statistics of the very images that are scored."""
-    use_batch_statistics(model, True)
+    return on_batch_statistics(model)
 
 
 PUBLISHED = {"split": "train", "bf16": "off", "measures": ("accuracy",)}
@@ -320,12 +314,12 @@ PROXIES = {
 
 def score_all(network: Network) -> None:
     """Adds the scores that the table lacks, network by network."""
-    known = {(row["model"], row["number"], row["proxy"]) for row in read_table(SCORES)}
     kept = {row["number"]: json.loads(row["kept"]) for row in read_table(RUNS) if row["model"] == network.name}
     for number in kept:
-        missing = [name for name in PROXIES if (network.name, number, name) not in known]
-        rows = [{"model": network.name, "number": number} | row for row in scores(network, kept[number], missing)]
-        write_table(SCORES, [*read_table(SCORES), *rows], SCORE_FIELDS)
+        cell = {"model": network.name, "number": number}
+        missing = [name for name in PROXIES if not holds(SCORES, cell | {"proxy": name})]
+        rows = [cell | row for row in scores(network, kept[number], missing)]
+        add_rows(SCORES, rows, SCORE_FIELDS)
         print(network.name, number, len(rows), flush=True)
 
 
@@ -344,8 +338,8 @@ def score(network: Network, kept: dict[str, int], proxy: Proxy, part: slice, exa
     """`MEASURES` of a sub-model, and the processor seconds from allocation to score."""
     started = time.process_time()
     model = network.lay(kept)
-    proxy.prepare(network, model, part)
-    measured = exam.measure(answer(model, exam.inputs, proxy.bf16))
+    with proxy.prepare(network, model, part):
+        measured = exam.measure(answer(model, exam.inputs, proxy.bf16))
     return measured, time.process_time() - started
 
 

@@ -24,7 +24,7 @@ from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfi
 from autoprune.proxy import SENSITIVITY_IMAGES
 from autoprune.runs import RunFolder, write_text
 from envs.layer_pruning import LayerPruningEnv
-from experiments.tables import read_table, write_table
+from experiments.tables import add_rows, holds, read_table
 
 RESULTS = Path(__file__).parent / "results"
 DETERMINISTIC = ("uniform", "sensitivity")
@@ -58,9 +58,9 @@ def main() -> None:
     network, proxy = NetworkConfig(args.model, args.weights), ProxyConfig(workers=args.workers)
     workspace = Workspace(Settings(network, DataConfig("cifar10"), SearchConfig(), proxy))
     for cell in cells(args):
-        if not any(all(row[name] == str(cell[name]) for name in KEY) for row in read_table(table)):
+        if not holds(table, cell):
             row = cell | measure(workspace, cell, args)
-            write_table(table, [*read_table(table), row], FIELDS)
+            add_rows(table, [row], FIELDS)
             print(row, flush=True)
 
 

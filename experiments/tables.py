@@ -16,6 +16,16 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def holds(path: Path, cell: dict) -> bool:
+    """Whether a table has a row with these values."""
+    return any(all(row[name] == str(value) for name, value in cell.items()) for row in read_table(path))
+
+
+def add_rows(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
+    """Writes a table with further rows; see `write_table`."""
+    write_table(path, [*read_table(path), *rows], columns)
+
+
 def write_table(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
     """Writes a table at once, so that a killed script leaves the old one or the new one.
 

@@ -18,7 +18,7 @@ from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfi
 from autoprune.runs import RunFolder
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import uniformly
-from experiments.tables import read_table, write_table
+from experiments.tables import add_rows, holds
 
 TABLE = Path(__file__).parent / "results" / "transfer.csv"
 KEY = ("policy", "model", "budget", "kind", "seed")
@@ -41,9 +41,9 @@ def main() -> None:
     kinds = [(kind, 0) for kind in ("uniform", "zero shot")]
     for kind, seed in [*kinds, *((kind, seed) for seed in args.seeds for kind in SEARCHES)]:
         cell = dict(zip(KEY, (args.policy.name, args.model, args.budget, kind, seed), strict=True))
-        if not any(all(row[name] == str(cell[name]) for name in KEY) for row in read_table(TABLE)):
+        if not holds(TABLE, cell):
             row = cell | measure(workspace, cell, args)
-            write_table(TABLE, [*read_table(TABLE), row], FIELDS)
+            add_rows(TABLE, [row], FIELDS)
             print(row, flush=True)
 
 

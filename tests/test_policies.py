@@ -9,37 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_cli import TINY, failure
-from toys import fake_env
+from toys import fake_env, learner_of, some_policy
 
 from agents import policies
-from agents.dyna import Imagination
-from agents.lanes import Lanes, Recorder
+from agents.lanes import START_STD
 from agents.policies import find_policy, shipped, shipped_table, starting_policy
 from agents.replay import ALGORITHMS, Policy, replay
 from agents.search import search
-from agents.training import START_STD, hyperparameters, make_learner
 from autoprune.cli import main
 from autoprune.config import SearchConfig
 from autoprune.errors import UserError
 from envs.observation import FEATURES
 
 FAST = [*TINY, "--episodes", "10", "--baselines", "none", "--proxy.images", "40", "--proxy.workers", "1"]
-
-
-def learner_of(name: str, start: Policy | None = None):
-    recorder = Recorder(fake_env(), SearchConfig())
-    lanes = Imagination(recorder.env, 10) if name == "dyna" else Lanes(recorder)
-    return make_learner(name, lanes, len(recorder.env.groups), 0, start=start)
-
-
-def some_policy(name: str = "ppo") -> Policy:
-    """Far from uniform pruning, without training it."""
-    policy = Policy.of(name, learner_of(name), hyperparameters(name)["policy_kwargs"])
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in policy.network.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return policy
 
 
 @pytest.fixture

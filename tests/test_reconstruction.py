@@ -15,7 +15,7 @@ from toys import digits, digits_proxy
 from autoprune import compress, reconstruction
 from autoprune.allocation import Allocation
 from autoprune.attention import open_attention
-from autoprune.config import ProxyConfig, Settings
+from autoprune.config import ProxyConfig
 from autoprune.criteria import importance
 from autoprune.errors import UserError
 from autoprune.proxy import ProxyAccuracy
@@ -363,9 +363,9 @@ def test_the_proxy_scores_reconstructed_networks_if_asked(workers):
 def test_the_pruned_network_starts_from_solved_weights_only_where_they_help(helps, monkeypatch):
     sliced, solved, splits = solved_digits(halves())
     model, groups, _ = digits()
-    settings = Settings(proxy=ProxyConfig(reconstruct=True))
-    scores = importance("l1", model, groups, splits.train)
-    workspace = SimpleNamespace(model=model, groups=groups, importance=scores, splits=splits, settings=settings)
+    workspace = SimpleNamespace(model=model, groups=groups, splits=splits)
+    workspace.importance = importance("l1", model, groups, splits.train)
+    workspace.reconstruction = Reconstruction(model, groups, splits.calibration.inputs)
     if not helps:
         monkeypatch.setattr(compress, "score", lambda network, images: Evaluation(0.5, -score(network, images).loss))
     pruned = compress._pruned(workspace, Allocation(halves(), groups.fingerprint))

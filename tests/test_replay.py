@@ -6,25 +6,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import fake_env, target_env
+from toys import fake_env, some_policy, target_env
 
-from agents.lanes import Lanes, Recorder
 from agents.replay import Policy, describe_policy, replay
-from agents.training import ALGORITHMS, hyperparameters, make_learner
-from autoprune.config import SearchConfig
+from agents.training import ALGORITHMS
 from autoprune.errors import UserError
 from envs.observation import FEATURES
-
-
-def some_policy(name: str = "ppo") -> Policy:
-    """A policy whose actions are far from zero and differ between observations, without training it."""
-    learner = make_learner(name, Lanes(Recorder(fake_env(), SearchConfig())), 4, seed=0)
-    policy = Policy.of(name, learner, hyperparameters(name)["policy_kwargs"])
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in policy.network.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return policy
 
 
 @pytest.fixture

@@ -6,10 +6,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor, nn
 
+from agents.dyna import Imagination
+from agents.lanes import Lanes, Recorder
+from agents.replay import Policy
+from agents.training import hyperparameters, make_learner
 from autoprune.allocation import Budget
-from autoprune.config import DataConfig, FinetuneConfig, ProxyConfig
+from autoprune.config import DataConfig, FinetuneConfig, ProxyConfig, SearchConfig
 from autoprune.criteria import importance
 from autoprune.data import Splits, load
 from autoprune.finetune import finetune
@@ -136,3 +141,20 @@ def digits_env(budget: str = "macs=50%", **options) -> LayerPruningEnv:
     """The environment of the digits network with a fresh real proxy."""
     model, groups, _ = digits()
     return LayerPruningEnv(model, groups, digits_proxy(), budget=budget, **options)
+
+
+def learner_of(name: str, start: Policy | None = None) -> BaseAlgorithm:
+    """An agent's untrained learner on a toy, at uniform pruning or at `start`."""
+    recorder = Recorder(fake_env(), SearchConfig())
+    lanes = Imagination(recorder.env, 10) if name == "dyna" else Lanes(recorder)
+    return make_learner(name, lanes, len(recorder.env.groups), 0, start=start)
+
+
+def some_policy(name: str = "ppo") -> Policy:
+    """Its actions are far from zero and differ between observations, without training it."""
+    policy = Policy.of(name, learner_of(name), hyperparameters(name)["policy_kwargs"])
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.network.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return policy
