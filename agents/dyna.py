@@ -65,9 +65,11 @@ class Imagination(Walkers):
         return rewards
 
     def learn_from(self, recorder: Recorder) -> None:
-        """Fits the surrogate to everything evaluated so far."""
+        """Fits the surrogate to everything evaluated so far; a walk that was repeated has told nothing new."""
         kept = np.array([episode.counts for episode in recorder.episodes])
-        self.surrogate.fit(kept, np.array([episode.reward for episode in recorder.episodes]))
+        rewards = np.array([episode.reward for episode in recorder.episodes])
+        first = np.sort(np.unique(kept, axis=0, return_index=True)[1])
+        self.surrogate.fit(kept[first], rewards[first], recorder.blocks[first])
         recorder.estimates = self.surrogate.mean(kept).tolist()
 
 

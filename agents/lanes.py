@@ -92,6 +92,11 @@ class Recorder:
         return self.estimates or [episode.reward for episode in self.episodes]
 
     @property
+    def blocks(self) -> np.ndarray:
+        """Which block of proxy images each episode was scored on, if it was the first with its allocation."""
+        return np.arange(len(self.episodes)) // LANES % self.env.proxy.n_blocks
+
+    @property
     def remaining(self) -> int:
         """Episodes that are still asked for."""
         return self.config.episodes - len(self.episodes)

@@ -9,17 +9,28 @@ from torch import Tensor
 MAX_POINTS = 400
 """Evaluations that the process is fitted to: the latest ones, and half as many of the best."""
 FIT_STEPS, FIRST_FIT_STEPS, FIT_RATE = 10, 60, 0.1
+SCALE_ALONE = 0.25
+"""Length scale of the groups' own kernels, as a share of the octaves allowed; a fitted one was no better."""
+PRIOR_DEVIATIONS = {"together": 1.0, "alone": 1.0, "linear": 0.3, "block": 0.3, "noise": 0.1}
+"""Where each part's standard deviation starts, and the median of its prior, in units of the rewards' own."""
 WINSOR = 3.0
 """Rewards further below the median than this many times the best one's distance from it count as that: how bad a bad
 network is tells nothing about the good ones."""
 
 
 class Surrogate:
-    """Matern-5/2 kernel with a length scale for each group, plus a linear kernel.
+    """A sum of kernels: Matern-5/2 with a length scale for each group, Matern-5/2 of each group alone, linear.
 
-    Length scales have the prior of Hvarfner et al. 2024 ("Vanilla Bayesian Optimization Performs Great in High
-    Dimensions", section 5), which grows with the number of groups; all hyperparameters are maximum a posteriori. Inputs
-    are the octaves by which a group was shrunk, relative to the most that is allowed.
+    Most of the damage of pruning adds up over the groups, and in each it is rugged: which channels leave at a count is
+    a matter of that count. Sums of functions of one group are learned from a hundred evaluations where a function of
+    all of them isn't (Duvenaud et al. 2011, "Additive Gaussian Processes"). On the logs of twelve searches on ResNet-20
+    and five on ResNet-56 the sum's rank correlation with the best quarter of other searches' rewards was 0.52 and 0.44
+    after 290 evaluations, 0.42 and 0.40 without it. Joint length scales have the prior of Hvarfner et al. 2024
+    ("Vanilla Bayesian Optimization Performs Great in High Dimensions", section 5), which grows with the number of
+    groups; all hyperparameters are maximum a posteriori. Inputs are the octaves by which a group was shrunk, relative to
+    the most that is allowed.
+
+    A block of proxy images adds an unknown constant to all rewards that come from it; predictions are free of it.
 
     Args:
         dense: Channels of each group, `(n_groups,)`.
@@ -29,39 +40,52 @@ class Surrogate:
     def __init__(self, dense: np.ndarray, low: np.ndarray):
         self._dense, self._octaves = dense, np.maximum(np.log2(dense / low), 1e-6)
         n_groups = len(dense)
-        # Log of: length scale of each group, deviation of the kernel, of the linear part's weights, of the noise.
-        start = [0.5 * math.log(n_groups)] * n_groups + [0.0, math.log(0.3), math.log(0.1)]
-        self._logs = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-        self._optimizer = torch.optim.Adam([self._logs], FIT_RATE)
+        self._logs = {
+            "scales": torch.full((n_groups,), 0.5 * math.log(n_groups), dtype=torch.float64),
+            "shares": torch.zeros(n_groups, dtype=torch.float64),
+            "deviations": torch.tensor(list(PRIOR_DEVIATIONS.values()), dtype=torch.float64).log(),
+        }
+        for logs in self._logs.values():
+            logs.requires_grad_()
+        self._optimizer = torch.optim.Adam(self._logs.values(), FIT_RATE)
         self._is_first = True
 
-    def fit(self, kept: np.ndarray, rewards: np.ndarray) -> None:
-        """Learns from evaluated allocations `(n, n_groups)` in the order of evaluation, and their rewards `(n,)`."""
+    def fit(self, kept: np.ndarray, rewards: np.ndarray, blocks: np.ndarray) -> None:
+        """Learns from evaluations, in their order.
+
+        Args:
+            kept: The allocations, `(n, n_groups)`.
+            rewards: What each earned, `(n,)`.
+            blocks: Which block of images judged each, `(n,)`.
+        """
         chosen = _chosen(rewards)
         self._x, y = self._inputs(kept[chosen]), torch.from_numpy(_winsorised(rewards)[chosen])
         self._mean, self._scale = y.mean(), y.std(correction=0).clamp_min(1e-9)
         y = (y - self._mean) / self._scale
+        same_block = torch.from_numpy((blocks[chosen][:, None] == blocks[chosen][None]).astype(float))
+        alone = _alone(self._x, self._x)
         for _ in range(FIRST_FIT_STEPS if self._is_first else FIT_STEPS):
             self._optimizer.zero_grad()
-            self._negative_log_posterior(y).backward()
+            self._negative_log_posterior(y, alone, same_block).backward()
             self._optimizer.step()
         self._is_first = False
         with torch.no_grad():
-            self._root = torch.linalg.cholesky(self._covariance())
+            self._root = torch.linalg.cholesky(self._covariance(alone, same_block))
             self._weights = torch.cholesky_solve(y[:, None], self._root)[:, 0]
 
     @torch.no_grad()
     def mean(self, kept: np.ndarray) -> np.ndarray:
         """Expected rewards `(n,)` of allocations `(n, n_groups)`."""
-        return (self._mean + self._scale * (self._kernel(self._inputs(kept), self._x) @ self._weights)).numpy()
+        x = self._inputs(kept)
+        return (self._mean + self._scale * (self._kernel(x, self._x, _alone(x, self._x)) @ self._weights)).numpy()
 
     @torch.no_grad()
     def samples(self, kept: np.ndarray, n: int, generator: torch.Generator) -> np.ndarray:
         """`n` functions drawn from the posterior, at some allocations: `(n, n_allocations)`, in units of the fit."""
         x = self._inputs(kept)
-        cross = self._kernel(x, self._x)
+        cross = self._kernel(x, self._x, _alone(x, self._x))
         half = torch.linalg.solve_triangular(self._root, cross.T, upper=False)
-        covariance = self._kernel(x, x) - half.T @ half
+        covariance = self._kernel(x, x, _alone(x, x)) - half.T @ half
         root = torch.linalg.cholesky(covariance + 1e-4 * torch.eye(len(x), dtype=torch.float64))
         noise = torch.randn(len(x), n, dtype=torch.float64, generator=generator)
         return ((cross @ self._weights)[:, None] + root @ noise).T.numpy()
@@ -69,25 +93,41 @@ class Surrogate:
     def _inputs(self, kept: np.ndarray) -> Tensor:
         return torch.from_numpy(np.log2(self._dense / kept) / self._octaves)
 
-    def _kernel(self, first: Tensor, second: Tensor) -> Tensor:
-        scales, deviation, linear = self._logs[:-3].exp(), self._logs[-3].exp(), self._logs[-2].exp()
-        squares = ((first / scales)[:, None] - (second / scales)[None]).square().sum(-1)
-        distance = (5 * squares + 1e-12).sqrt()
-        matern = (1 + distance + distance.square() / 3) * (-distance).exp()
-        return deviation**2 * matern + linear**2 * ((first - 0.5) @ (second - 0.5).T)
+    def _deviation(self, name: str) -> Tensor:
+        return self._logs["deviations"][list(PRIOR_DEVIATIONS).index(name)].exp()
 
-    def _covariance(self) -> Tensor:
-        noise = (2 * self._logs[-1]).exp() + 1e-5
-        return self._kernel(self._x, self._x) + noise * torch.eye(len(self._x), dtype=torch.float64)
+    def _kernel(self, first: Tensor, second: Tensor, alone: Tensor) -> Tensor:
+        scales = self._logs["scales"].exp()
+        squares = torch.cdist(first / scales, second / scales).square()
+        together = self._deviation("together") ** 2 * _matern((5 * squares + 1e-12).sqrt())
+        shares = self._deviation("alone") ** 2 * self._logs["shares"].softmax(0)
+        linear = self._deviation("linear") ** 2 * ((first - 0.5) @ (second - 0.5).T)
+        return together + (shares @ alone.flatten(1)).view(together.shape) + linear
 
-    def _negative_log_posterior(self, y: Tensor) -> Tensor:
-        root = torch.linalg.cholesky(self._covariance())
+    def _covariance(self, alone: Tensor, same_block: Tensor) -> Tensor:
+        noise = self._deviation("noise") ** 2 + 1e-5
+        kernel = self._kernel(self._x, self._x, alone) + self._deviation("block") ** 2 * same_block
+        return kernel + noise * torch.eye(len(self._x), dtype=torch.float64)
+
+    def _negative_log_posterior(self, y: Tensor, alone: Tensor, same_block: Tensor) -> Tensor:
+        root = torch.linalg.cholesky(self._covariance(alone, same_block))
         weights = torch.cholesky_solve(y[:, None], root)[:, 0]
         likelihood = -0.5 * y @ weights - root.diagonal().log().sum()
         centre = math.sqrt(2) + 0.5 * math.log(len(self._dense))
-        scales = -((self._logs[:-3] - centre) ** 2 / (2 * 3)).sum()
-        others = -((self._logs[-3:] - torch.tensor([0.0, -1.2, -3.0])) ** 2 / 2).sum()
-        return -(likelihood + scales + others) / len(y)
+        usual = torch.tensor(list(PRIOR_DEVIATIONS.values()), dtype=torch.float64).log()
+        distances = {"scales": (centre, 3.0), "shares": (0.0, 1.0), "deviations": (usual, 1.0)}
+        prior = -sum(((self._logs[k] - at) ** 2 / (2 * var)).sum() for k, (at, var) in distances.items())
+        return -(likelihood + prior) / len(y)
+
+
+def _matern(distance: Tensor) -> Tensor:
+    """Matern-5/2, of distances in units of the length scale over the root of 5."""
+    return (1 + distance + distance.square() / 3) * (-distance).exp()
+
+
+def _alone(first: Tensor, second: Tensor) -> Tensor:
+    """The kernel of each group alone, `(n_groups, n, n_others)`."""
+    return _matern(math.sqrt(5) / SCALE_ALONE * (first.T[:, :, None] - second.T[:, None]).abs())
 
 
 def _chosen(rewards: np.ndarray) -> np.ndarray:

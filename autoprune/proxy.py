@@ -113,6 +113,11 @@ class ProxyAccuracy:
         return self._side_by_side(self._selection_score, allocations)
 
     @property
+    def n_blocks(self) -> int:
+        """Blocks of proxy images: as many as asked for, fewer where the proxy split is too small."""
+        return max(1, min(self.config.blocks, len(self._splits.proxy) // self.config.images))
+
+    @property
     def n_workers(self) -> int:
         """Candidates that are scored at once."""
         return len(self._slicers)
@@ -214,11 +219,9 @@ class ProxyAccuracy:
         same network scores about the same in every block. A search that sees another block with every batch can't
         adapt to the images of one.
         """
-        images, n = self._splits.proxy, self.config.images
-        n_blocks = min(self.config.blocks, len(images) // n)
-        if n_blocks <= 1:
-            return [self._questions(images[:n])]
-        images = images[: n * n_blocks]
+        images, n_blocks = self._splits.proxy[: self.config.images * self.n_blocks], self.n_blocks
+        if n_blocks == 1:
+            return [self._questions(images)]
         halves = {group.name: half(group.channels) for group in self.groups}
         order = self._difficulty(images, self.draw(halves)).argsort()
         return [self._questions(images[order[block::n_blocks]]) for block in range(n_blocks)]

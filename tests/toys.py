@@ -45,6 +45,10 @@ class FakeProxy:
     cache: dict[tuple[int, ...], Evaluation] = field(default_factory=dict)
 
     @property
+    def n_blocks(self) -> int:
+        return 1
+
+    @property
     def importance(self) -> dict[str, Tensor]:
         return {group.name: torch.linspace(0.5, 1.5, group.channels) for group in self.groups}
 
