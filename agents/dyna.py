@@ -1,10 +1,11 @@
 """Dyna: an agent that learns from imagined episodes between the real ones.
 
 What an action does to an allocation is known and costs microseconds; only the score of a finished network is expensive.
-So after each batch of real episodes a Gaussian process learns to predict the reward of an allocation, PPO practises on
-hundreds of episodes that end with its prediction, and of many episodes that the policy then proposes, those are
-evaluated for which draws from the process promise most. Sutton 1991 ("Dyna") learns a model of the whole environment
-and lets every real step train the policy too; here real episodes reach the policy through the model alone.
+So after each batch of real episodes a Gaussian process learns to predict the reward of an allocation, and PPO practises
+on hundreds of episodes that end with its prediction. Of many episodes that the policy then proposes, and of variations
+of the most promising, those are evaluated for which draws from the process promise most. Sutton 1991 ("Dyna") learns a
+model of the whole environment and lets every real step train the policy too; here real episodes reach the policy
+through the model alone.
 
 An allocation's score doesn't depend on the budget that it was made for. So under a range of budgets every evaluation
 teaches about all of them.
@@ -30,6 +31,12 @@ IMAGINED = 64
 """Imagined episodes between two updates."""
 PROPOSALS = 200
 """Episodes that the policy proposes for a batch."""
+VARIATIONS, PARENTS = 200, 10
+"""Changed copies that are proposed too, and of how many of the most promising allocations."""
+CHANGED = (2, 4, 8)
+"""Groups that a variation changes, on average; every number is as likely."""
+STEPS = (0.08, 0.15, 0.3)
+"""Standard deviations of these changes, in sparsity."""
 UPDATES = 3
 """Policy updates between two batches."""
 LEAST_STD = 0.1
@@ -120,24 +127,52 @@ def _first(learner: BaseAlgorithm, budgets: list[Budget]) -> Walks:
 
 
 def _promising(learner: BaseAlgorithm, imagination: Imagination, budgets: list[Budget], recorder: Recorder) -> Walks:
-    """Of many episodes that the policy proposes, one a budget: the best new one by a draw from the posterior.
+    """Of many proposals, one a budget: the best new one by a draw from the posterior.
 
     Thompson 1933: a draw for each lane tries what may be good in proportion to the belief that it is.
     """
+    seed = recorder.config.seed * 100_003 + len(recorder.episodes)
     proposed = [budget for budget in budgets for _ in range(PROPOSALS // len(budgets))]
-    walks = _walked(learner, proposed, np.arange(len(proposed)) % (PROPOSALS // len(budgets)) == 0)
-    kept = walks.state.kept
-    generator = torch.Generator().manual_seed(recorder.config.seed * 100_003 + len(recorder.episodes))
-    draws = imagination.surrogate.samples(kept, len(budgets), generator)
+    own = _walked(learner, proposed, np.arange(len(proposed)) % (PROPOSALS // len(budgets)) == 0).state
+    varied = _variations(own.kept, imagination, budgets, recorder, np.random.default_rng(seed)).state
+    kept, targets = (np.concatenate([getattr(own, name), getattr(varied, name)]) for name in ("kept", "targets"))
+    draws = imagination.surrogate.samples(kept, len(budgets), torch.Generator().manual_seed(seed))
     known = {episode.counts for episode in recorder.episodes}
     chosen: list[int] = []
     for draw, budget in zip(draws, budgets, strict=True):
-        fits = np.array([other == budget for other in proposed])
+        fits = targets == recorder.env.target_of(budget)
         new = fits & np.array([tuple(row) not in known for row in kept])
         # Where the lane's budget has no new proposal, the one that promises most is walked again.
         chosen.append(int(np.where(new if new.any() else fits, draw, -np.inf).argmax()))
         known.add(tuple(kept[chosen[-1]]))
-    return walks.only(chosen)
+    return recorder.env.walks(budgets).along(1 - kept[chosen] / recorder.env.space.costs.dense)
+
+
+def _variations(
+    proposed: np.ndarray,
+    imagination: Imagination,
+    budgets: list[Budget],
+    recorder: Recorder,
+    generator: np.random.Generator,
+) -> Walks:
+    """Changed copies of what promises most within a budget, evaluated or proposed by the policy, as many a budget.
+
+    The policy generalises over groups and so finds its way early; what sets a single group apart is found here.
+    """
+    env, space = recorder.env, recorder.env.space
+    pool = np.unique([*proposed, *(episode.counts for episode in recorder.episodes)], axis=0)
+    pool = pool[np.argsort(-imagination.surrogate.mean(pool), kind="stable")]
+    costs, n = space.cost(pool), VARIATIONS // len(budgets)
+    parents = [
+        generator.choice(pool[costs <= target][:PARENTS], n) for target in (env.target_of(budget) for budget in budgets)
+    ]
+    walks = env.walks([budget for budget in budgets for _ in range(n)])
+    sparsities = 1 - np.concatenate(parents) / space.costs.dense
+    shape, column = sparsities.shape, (len(sparsities), 1)
+    is_changed = generator.random(shape) < generator.choice(CHANGED, column) / shape[1]
+    changes = is_changed * generator.normal(0, generator.choice(STEPS, column), shape)
+    sparsities += changes
+    return walks.along(space.shifted(sparsities, walks.state.targets) if walks.uses_up_budget else sparsities)
 
 
 def _walked(learner: BaseAlgorithm, budgets: list[Budget], is_best: np.ndarray) -> Walks:

@@ -27,8 +27,8 @@ class Surrogate:
     and five on ResNet-56 the sum's rank correlation with the best quarter of other searches' rewards was 0.52 and 0.44
     after 290 evaluations, 0.42 and 0.40 without it. Joint length scales have the prior of Hvarfner et al. 2024
     ("Vanilla Bayesian Optimization Performs Great in High Dimensions", section 5), which grows with the number of
-    groups; all hyperparameters are maximum a posteriori. Inputs are the octaves by which a group was shrunk, relative to
-    the most that is allowed.
+    groups; all hyperparameters are maximum a posteriori. Inputs are the octaves by which a group was shrunk, relative
+    to the most that is allowed.
 
     A block of proxy images adds an unknown constant to all rewards that come from it; predictions are free of it.
 

@@ -269,6 +269,20 @@ class SearchSpace:
             low, high = np.where(above, sparsity, low), np.where(above, high, sparsity)
         return high
 
+    def shifted(self, sparsities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Sparsities `(n, n_groups)`, each row raised or lowered by one number so that it meets its target `(n,)`.
+
+        Counts aren't rounded; a group stops at what it may lose, and at dense.
+        """
+        least, most = 1 - self.high / self.costs.dense, 1 - self.low / self.costs.dense
+        low, high = np.full(len(sparsities), -1.0) - most.max(), np.full(len(sparsities), 1.0) + most.max()
+        for _ in range(20):
+            by = (low + high) / 2
+            trial = self.costs.dense * (1 - np.clip(sparsities + by[:, None], least, most))
+            above = self.costs.continuous(self.metric, trial) > targets
+            low, high = np.where(above, by, low), np.where(above, high, by)
+        return np.clip(sparsities + high[:, None], least, most)
+
     def nearest(self, index: int, sparsity: float | np.ndarray, bounds: tuple) -> np.ndarray:
         """The allowed count `(...)` of group `index` nearest to a sparsity `(...)`, within bounds."""
         levels = self.levels[index]

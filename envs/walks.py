@@ -1,6 +1,6 @@
 """Episodes side by side, in step: what an action does to an allocation. Knows nothing of scores or learners."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -38,13 +38,10 @@ class Walks:
             self.step(act(self))
         return self
 
-    def only(self, lanes: Sequence[int]) -> "Walks":
-        """Some of the lanes, as walks of their own."""
-        chosen, state = Walks(self.space, self.observer, self.uses_up_budget), self.state
-        rows = {name: getattr(state, name)[lanes] for name in ("kept", "targets", "uniform_to_go", "previous")}
-        chosen.state = replace(state, bounds=tuple(bound[lanes] for bound in state.bounds), **rows)
-        chosen._counts = tuple(counts[lanes] for counts in self._counts)
-        return chosen
+    def along(self, sparsities: np.ndarray) -> "Walks":
+        """Goes to the end along sparsities `(n_lanes, n_groups)`, as far as they are feasible. Returns itself."""
+        nothing = np.zeros(len(sparsities))
+        return self.follow(lambda walks: walks.actions_of(sparsities[:, walks.state.index], nothing))
 
     @property
     def is_over(self) -> bool:

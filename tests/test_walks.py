@@ -42,20 +42,14 @@ def test_lanes_end_where_the_environment_does(network, metric, options):
         assert env.space.cost(kept) <= walks.state.targets[lane] == infos[-1]["target"]
 
 
-def test_some_of_the_lanes_go_on_as_they_would_have_with_the_others():
-    env = fake_env("wide")
-    budgets = parsed("macs", np.linspace(0.3, 0.9, 6))
-    actions = np.random.default_rng(1).uniform(-1, 1, (5, 6))
-    walks = env.walks(budgets)
-    for row in actions[:2]:
-        walks.step(row)
-    chosen = [4, 1, 1]
-    ours = walks.only(chosen)
-    for row in actions[2:]:
-        assert np.array_equal(ours.observe(), walks.observe()[chosen])
-        assert np.array_equal(ours.step(row[chosen]), np.array(walks.step(row))[:, chosen])
-    assert ours.is_over and np.array_equal(ours.state.kept, walks.state.kept[chosen])
-    assert np.array_equal(walks.only(chosen).state.kept, walks.state.kept[chosen])
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_an_allocation_that_a_walk_reached_is_reached_again_along_its_sparsities(network, metric):
+    env = fake_env(network, budget=f"{metric}=60%")
+    budgets = parsed(metric, np.linspace(0.45, 1, 12))
+    actions = np.random.default_rng(1).uniform(-1, 1, (len(env.groups), 12))
+    kept = env.walks(budgets).follow(lambda walks: actions[walks.state.index]).state.kept
+    assert np.array_equal(env.walks(budgets).along(1 - kept / env.space.costs.dense).state.kept, kept)
 
 
 def test_a_walk_leaves_what_others_have_seen_of_it_as_it_was():
@@ -64,6 +58,21 @@ def test_a_walk_leaves_what_others_have_seen_of_it_as_it_was():
     before, kept = walks.state, walks.state.kept.copy()
     walks.step(np.array([0.3, -0.3]))
     assert np.array_equal(before.kept, kept) and walks.state is not before
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_shifted_sparsities_keep_their_differences_and_meet_their_targets(network, metric):
+    env = fake_env(network, budget=f"{metric}=60%")
+    space, targets = env.space, np.array([env.target_of(budget) for budget in parsed(metric, (0.45, 0.6, 0.8, 1.0))])
+    wishes = np.random.default_rng(2).uniform(-0.5, 1.5, (4, len(env.groups)))
+    shifted = space.shifted(wishes, targets)
+    counts = space.costs.dense * (1 - shifted)
+    assert space.costs.continuous(metric, counts) == pytest.approx(targets, rel=1e-3)
+    inside = (counts > space.low + 1e-9) & (counts < space.high - 1e-9)
+    for lane in range(4):
+        by = (shifted - wishes)[lane, inside[lane]]
+        assert by.size == 0 or np.ptp(by) < 1e-9
 
 
 SPACES = [
