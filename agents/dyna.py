@@ -29,9 +29,9 @@ from envs.walks import Walks
 
 IMAGINED = 64
 """Imagined episodes between two updates."""
-PROPOSALS = 200
+PROPOSALS = 150
 """Episodes that the policy proposes for a batch."""
-VARIATIONS, PARENTS = 200, 10
+VARIATIONS, PARENTS = 100, 10
 """Changed copies that are proposed too, and of how many of the most promising allocations."""
 CHANGED = (2, 4, 8)
 """Groups that a variation changes, on average; every number is as likely."""

@@ -100,9 +100,9 @@ class Surrogate:
         scales = self._logs["scales"].exp()
         squares = torch.cdist(first / scales, second / scales).square()
         together = self._deviation("together") ** 2 * _matern((5 * squares + 1e-12).sqrt())
-        shares = self._deviation("alone") ** 2 * self._logs["shares"].softmax(0)
+        shares = (self._deviation("alone") ** 2 * self._logs["shares"].softmax(0)).float()
         linear = self._deviation("linear") ** 2 * ((first - 0.5) @ (second - 0.5).T)
-        return together + (shares @ alone.flatten(1)).view(together.shape) + linear
+        return together + (shares @ alone.flatten(1)).view(together.shape).double() + linear
 
     def _covariance(self, alone: Tensor, same_block: Tensor) -> Tensor:
         noise = self._deviation("noise") ** 2 + 1e-5
@@ -126,8 +126,9 @@ def _matern(distance: Tensor) -> Tensor:
 
 
 def _alone(first: Tensor, second: Tensor) -> Tensor:
-    """The kernel of each group alone, `(n_groups, n, n_others)`."""
-    return _matern(math.sqrt(5) / SCALE_ALONE * (first.T[:, :, None] - second.T[:, None]).abs())
+    """The kernel of each group alone, `(n_groups, n, n_others)`; the largest arrays of all, hence float32."""
+    one, other = (x.T.float().mul(math.sqrt(5) / SCALE_ALONE) for x in (first, second))
+    return _matern((one[:, :, None] - other[:, None]).abs())
 
 
 def _chosen(rewards: np.ndarray) -> np.ndarray:
