@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from agents.lanes import LANES
 from agents.replay import ALGORITHMS
 from agents.search import AGENTS, SearchResult, search
 from autoprune.compress import Workspace
@@ -86,7 +87,8 @@ def measure(workspace: Workspace, cell: dict, args: argparse.Namespace) -> dict:
         folder.root.mkdir(parents=True)
         longest = RunFolder(args.runs / f"{stem}-{max(args.evaluations)}")
         if longest.log.exists() and name != "sensitivity":
-            write_text(folder.log, "".join(longest.log.read_text().splitlines(keepends=True)[:episodes]))
+            alike = episodes // LANES * LANES  # the last batch may be a smaller one
+            write_text(folder.log, "".join(longest.log.read_text().splitlines(keepends=True)[:alike]))
     config = SearchConfig(budget, name, episodes=episodes, seed=cell["seed"], finalists=args.finalists)
     env = LayerPruningEnv(workspace.model, workspace.groups, workspace.proxy(), budget)
     result = search(env, config, folder)

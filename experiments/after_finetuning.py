@@ -1,7 +1,7 @@
 """What is a search worth once its network is fine-tuned? The agent's allocation against every simple answer.
 
-    python experiments/finetuned.py --model resnet20 --weights FILE --budgets macs=50% macs=30% --seeds 0 1 2
-    python experiments/finetuned.py --model resnet20 --summary
+    python experiments/after_finetuning.py --model resnet20 --weights FILE --budgets macs=50% macs=30% --seeds 0 1 2
+    python experiments/after_finetuning.py --model resnet20 --summary
 
 Every network is pruned (L1; Torch-Pruning by its own criterion), recalibrated and fine-tuned alike: annealed epochs
 over all 45,000 training images with distillation, the last epoch counts, the test split is read once, after it. A seed
@@ -13,7 +13,7 @@ measuring sensitivity is a part.
   that the budget allows. It is kept from layers that share their channels with others: with shortcuts padded by zeros
   the network that it would leave can't run.
 
-A row a network in `experiments/results/finetuned_MODEL.csv`. Rows that are there aren't measured again, and a killed
+A row a network in `experiments/results/after_finetuning_MODEL.csv`. Rows that are there aren't measured again, and a killed
 script goes on after the last epoch. ResNet-20: about six minutes a network on one core, ResNet-56 fifteen.
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/finetuned"))
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
-    table = RESULTS / f"finetuned_{args.model}.csv"
+    table = RESULTS / f"after_finetuning_{args.model}.csv"
     if args.summary:
         return summarise(read_table(table))
     if args.weights is None:
