@@ -13,8 +13,8 @@ measuring sensitivity is a part.
   that the budget allows. It is kept from layers that share their channels with others: with shortcuts padded by zeros
   the network that it would leave can't run.
 
-A row a network in `experiments/results/after_finetuning_MODEL.csv`. Rows that are there aren't measured again, and a killed
-script goes on after the last epoch. ResNet-20: about six minutes a network on one core, ResNet-56 fifteen.
+A row a network in `experiments/results/after_finetuning_MODEL.csv`. Rows that are there aren't measured again, and a
+killed script goes on after the last epoch. ResNet-20: about six minutes a network on one core, ResNet-56 fifteen.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=300)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--runs", type=Path, default=Path("runs/finetuned"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/after_finetuning"))
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
     table = RESULTS / f"after_finetuning_{args.model}.csv"
