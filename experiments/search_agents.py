@@ -108,7 +108,7 @@ def figures(result: SearchResult, workspace: Workspace, env: LayerPruningEnv) ->
     policy = [finalist.selection.loss for finalist in result.finalists if finalist.allocation.source == "policy"]
     return {
         "episodes": len(result.episodes),
-        "evaluations": result.evaluations,
+        "evaluations": len({episode.counts for episode in result.episodes}),
         "seconds": round(result.seconds, 1),
         "proxy_loss": round(best.proxy.loss, 4),
         "selection_loss": round(best.selection.loss, 4),
