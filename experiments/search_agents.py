@@ -29,6 +29,8 @@ from experiments.tables import add_rows, holds, read_table
 
 RESULTS = Path(__file__).parent / "results"
 DETERMINISTIC = ("uniform", "sensitivity")
+OF_THEIR_LENGTH = ("sensitivity", "td3", "ddpg")
+"""Searchers that begin otherwise where fewer evaluations are asked for."""
 KEY = ("model", "budget", "searcher", "seed", "asked")
 FIELDS = (
     *KEY,
@@ -86,7 +88,7 @@ def measure(workspace: Workspace, cell: dict, args: argparse.Namespace) -> dict:
     if not folder.root.exists():
         folder.root.mkdir(parents=True)
         longest = RunFolder(args.runs / f"{stem}-{max(args.evaluations)}")
-        if longest.log.exists() and name != "sensitivity":
+        if longest.log.exists() and name not in OF_THEIR_LENGTH:
             alike = episodes // LANES * LANES  # the last batch may be a smaller one
             write_text(folder.log, "".join(longest.log.read_text().splitlines(keepends=True)[:alike]))
     config = SearchConfig(budget, name, episodes=episodes, seed=cell["seed"], finalists=args.finalists)
@@ -108,7 +110,7 @@ def figures(result: SearchResult, workspace: Workspace, env: LayerPruningEnv) ->
     policy = [finalist.selection.loss for finalist in result.finalists if finalist.allocation.source == "policy"]
     return {
         "episodes": len(result.episodes),
-        "evaluations": len({episode.counts for episode in result.episodes}),
+        "evaluations": result.evaluations,
         "seconds": round(result.seconds, 1),
         "proxy_loss": round(best.proxy.loss, 4),
         "selection_loss": round(best.selection.loss, 4),
