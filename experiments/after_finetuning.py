@@ -32,16 +32,14 @@ from agents.search import search
 from autoprune.allocation import Allocation, Budget
 from autoprune.compress import Workspace
 from autoprune.config import DataConfig, FinetuneConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
-from autoprune.cost import CostTable
 from autoprune.finetune import finetune
 from autoprune.pruning import prune, top_channels
 from autoprune.runs import RunFolder, write_json
 from autoprune.scoring import accuracy, recalibrate
-from autoprune.tracing import trace
 from envs.layer_pruning import LayerPruningEnv
-from experiments.rival_proxies import cut_by_layer
+from experiments.rival_proxies import cut_by_layer, macs_of
 from experiments.search_agents import sensitivity_cost
-from experiments.tables import add_rows, holds, read_table
+from experiments.tables import fill, read_table
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("model", "budget", "method", "seed")
@@ -70,11 +68,7 @@ def main() -> None:
 
     network = NetworkConfig(args.model, args.weights)
     workspace = Workspace(Settings(network, DataConfig("cifar10"), SearchConfig(), ProxyConfig()))
-    for cell in cells(args):
-        if not holds(table, cell):
-            row = cell | measure(workspace, cell, args)
-            add_rows(table, [row], FIELDS)
-            print(row, flush=True)
+    fill(table, cells(args), lambda cell: measure(workspace, cell, args), FIELDS)
 
 
 def cells(args: argparse.Namespace) -> list[dict]:
@@ -98,13 +92,13 @@ def measure(workspace: Workspace, cell: dict, args: argparse.Namespace) -> dict:
         allocation = allocated(workspace, cell, args.evaluations, folder)
         pruned = prune(workspace.model, workspace.groups, top_channels(workspace.importance, allocation.kept))
     recalibrate(pruned, splits.calibration.inputs)
-    before, macs = accuracy(pruned, splits.selection), macs_of(pruned, workspace)
+    before, macs = accuracy(pruned, splits.selection), macs_of(pruned, splits.example)
     config, checkpoint = FinetuneConfig(epochs=args.epochs), folder.finetune_checkpoint
     finetune(pruned, splits.train, config, cell["seed"], workspace.model, checkpoint)
     return {
         "evaluations": args.evaluations if cell["method"] in ("dyna", "random") else "",
         "epochs": args.epochs,
-        "macs_ratio": round(macs / macs_of(workspace.model, workspace), 5),
+        "macs_ratio": round(macs / macs_of(workspace.model, splits.example), 5),
         "selection_pruned": round(before, 4),
         "test_dense": round(accuracy(workspace.model, splits.test), 4),
         "test": round(accuracy(pruned, splits.test), 4),
@@ -127,7 +121,7 @@ def pruned_globally(workspace: Workspace, budget: Budget) -> nn.Module:
     allowed, low, high = budget.target(workspace.costs), 0.0, 1.0
     for _ in range(20):
         ratio = (low + high) / 2
-        fits = macs_of(_by_ratio(workspace, ratio), workspace) <= allowed
+        fits = macs_of(_by_ratio(workspace, ratio), workspace.splits.example) <= allowed
         low, high = (low, ratio) if fits else (ratio, high)
     return _by_ratio(workspace, high)
 
@@ -145,12 +139,6 @@ def _by_ratio(workspace: Workspace, ratio: float) -> nn.Module:
     example = workspace.splits.example
     tp.pruner.BasePruner(model, example, tp.importance.GroupMagnitudeImportance(p=2), **options).step()
     return model
-
-
-def macs_of(model: nn.Module, workspace: Workspace) -> int:
-    """MACs by our own count, which is exact."""
-    costs = CostTable(trace(model, workspace.splits.example))
-    return costs.macs(costs.dense)
 
 
 def summarise(rows: list[dict]) -> None:

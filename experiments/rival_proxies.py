@@ -72,7 +72,7 @@ class Ground:
 
     def macs_ratio(self, pruned: nn.Module) -> float:
         """MACs of a pruned network over those of the dense one, counted while they run."""
-        return round(_macs(pruned, self.inputs[:1]) / _macs(self.model, self.inputs[:1]), 4)
+        return round(macs_of(pruned, self.inputs[:1]) / macs_of(self.model, self.inputs[:1]), 4)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,8 @@ def _passes(model: nn.Module, inputs: Tensor, batch: int, share_run: float = 1.0
     return (time.perf_counter() - started) * len(batches) / len(run)
 
 
-def _macs(model: nn.Module, example: Tensor) -> int:
+def macs_of(model: nn.Module, example: Tensor) -> int:
+    """MACs of a network on one input, counted while it runs."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(example)
     return counter.get_total_flops() // 2

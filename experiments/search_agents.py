@@ -25,7 +25,7 @@ from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfi
 from autoprune.proxy import SENSITIVITY_IMAGES
 from autoprune.runs import RunFolder, write_text
 from envs.layer_pruning import LayerPruningEnv
-from experiments.tables import add_rows, holds, read_table
+from experiments.tables import fill, read_table
 
 RESULTS = Path(__file__).parent / "results"
 DETERMINISTIC = ("uniform", "sensitivity")
@@ -60,11 +60,7 @@ def main() -> None:
 
     network, proxy = NetworkConfig(args.model, args.weights), ProxyConfig(workers=args.workers)
     workspace = Workspace(Settings(network, DataConfig("cifar10"), SearchConfig(), proxy))
-    for cell in cells(args):
-        if not holds(table, cell):
-            row = cell | measure(workspace, cell, args)
-            add_rows(table, [row], FIELDS)
-            print(row, flush=True)
+    fill(table, cells(args), lambda cell: measure(workspace, cell, args), FIELDS)
 
 
 def cells(args: argparse.Namespace) -> list[dict]:

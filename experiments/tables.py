@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from autoprune.runs import write_text
@@ -24,6 +24,15 @@ def holds(path: Path, cell: dict) -> bool:
 def add_rows(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
     """Writes a table with further rows; see `write_table`."""
     write_table(path, [*read_table(path), *rows], columns)
+
+
+def fill(path: Path, cells: Iterable[dict], measure: Callable[[dict], dict], columns: Sequence[str]) -> None:
+    """Measures the cells that a table lacks, and adds and prints a row after each, so that a killed script goes on."""
+    for cell in cells:
+        if not holds(path, cell):
+            row = cell | measure(cell)
+            add_rows(path, [row], columns)
+            print(row, flush=True)
 
 
 def write_table(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:

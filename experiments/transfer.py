@@ -18,7 +18,7 @@ from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfi
 from autoprune.runs import RunFolder
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import uniformly
-from experiments.tables import add_rows, holds
+from experiments.tables import fill
 
 TABLE = Path(__file__).parent / "results" / "transfer.csv"
 KEY = ("policy", "model", "budget", "kind", "seed")
@@ -39,12 +39,11 @@ def main() -> None:
     network, proxy = NetworkConfig(args.model, args.weights), ProxyConfig(workers=args.workers)
     workspace = Workspace(Settings(network, DataConfig("cifar10"), SearchConfig(), proxy))
     kinds = [(kind, 0) for kind in ("uniform", "zero shot")]
-    for kind, seed in [*kinds, *((kind, seed) for seed in args.seeds for kind in SEARCHES)]:
-        cell = dict(zip(KEY, (args.policy.name, args.model, args.budget, kind, seed), strict=True))
-        if not holds(TABLE, cell):
-            row = cell | measure(workspace, cell, args)
-            add_rows(TABLE, [row], FIELDS)
-            print(row, flush=True)
+    kinds += [(kind, seed) for seed in args.seeds for kind in SEARCHES]
+    cells = [
+        dict(zip(KEY, (args.policy.name, args.model, args.budget, kind, seed), strict=True)) for kind, seed in kinds
+    ]
+    fill(TABLE, cells, lambda cell: measure(workspace, cell, args), FIELDS)
 
 
 def measure(workspace: Workspace, cell: dict, args: argparse.Namespace) -> dict:
