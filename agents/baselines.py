@@ -12,7 +12,7 @@ import numpy as np
 from agents.lanes import LANES, START_STD, Recorder
 from autoprune.errors import UserError, check_known
 from envs.layer_pruning import LayerPruningEnv
-from envs.walks import Walks, uniformly
+from envs.walks import Walks, along, uniformly
 
 GRID = 200
 """Steps into which the dynamic program divides the budget."""
@@ -52,12 +52,7 @@ def sensitivity(recorder: Recorder) -> None:
     for transform in (lambda damage: damage, sqrt):
         table = [[transform(max(0.0, damage)) for damage in row] for row in damages]
         sparsities = 1 - _allocate(core, levels, table) / core.space.costs.dense
-        _follow(recorder, sparsities)
-
-
-def _follow(recorder: Recorder, sparsities: np.ndarray) -> None:
-    """One episode with these sparsities, as far as they are feasible."""
-    recorder.walk(lambda walks: walks.actions_of(sparsities[[walks.state.index]], np.zeros(1)), 1)
+        recorder.walk(along(sparsities[None]), 1)
 
 
 def evolution(recorder: Recorder) -> None:

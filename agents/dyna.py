@@ -25,7 +25,7 @@ from agents.surrogate import Surrogate
 from agents.training import make_learner, policy_of
 from autoprune.allocation import Budget, BudgetRange, spread
 from envs.layer_pruning import LayerPruningEnv
-from envs.walks import Walks
+from envs.walks import Walks, along
 
 IMAGINED = 64
 """Imagined episodes between two updates."""
@@ -145,7 +145,7 @@ def _promising(learner: BaseAlgorithm, imagination: Imagination, budgets: list[B
         # Where the lane's budget has no new proposal, the one that promises most is walked again.
         chosen.append(int(np.where(new if new.any() else fits, draw, -np.inf).argmax()))
         known.add(tuple(kept[chosen[-1]]))
-    return recorder.env.walks(budgets).along(1 - kept[chosen] / recorder.env.space.costs.dense)
+    return recorder.env.walks(budgets).follow(along(1 - kept[chosen] / recorder.env.space.costs.dense))
 
 
 def _variations(
@@ -172,7 +172,7 @@ def _variations(
     is_changed = generator.random(shape) < generator.choice(CHANGED, column) / shape[1]
     changes = is_changed * generator.normal(0, generator.choice(STEPS, column), shape)
     sparsities += changes
-    return walks.along(space.shifted(sparsities, walks.state.targets) if walks.uses_up_budget else sparsities)
+    return walks.follow(along(space.shifted(sparsities, walks.state.targets) if walks.uses_up_budget else sparsities))
 
 
 def _walked(learner: BaseAlgorithm, budgets: list[Budget], is_best: np.ndarray) -> Walks:

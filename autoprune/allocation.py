@@ -259,15 +259,14 @@ class SearchSpace:
 
     def uniform_to_go(self, kept: np.ndarray, index: int, target: int | np.ndarray) -> np.ndarray:
         """The sparsity `(...)` that meets the budget if group `index` and all later ones get the same."""
-        low, high = np.zeros(kept.shape[:-1]), np.ones(kept.shape[:-1])
         trial = kept.astype(float)
-        for _ in range(20):
-            sparsity = (low + high) / 2
+
+        def counts(sparsity: np.ndarray) -> np.ndarray:
             rest = self.costs.dense[index:] * (1 - sparsity[..., None])
             trial[..., index:] = np.clip(rest, self.low[index:], self.high[index:])
-            above = self.costs.continuous(self.metric, trial) > target
-            low, high = np.where(above, sparsity, low), np.where(above, high, sparsity)
-        return high
+            return trial
+
+        return self._least(counts, np.zeros(kept.shape[:-1]), np.ones(kept.shape[:-1]), target)
 
     def shifted(self, sparsities: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Sparsities `(n, n_groups)`, each row raised or lowered by one number so that it meets its target `(n,)`.
@@ -276,12 +275,22 @@ class SearchSpace:
         """
         least, most = 1 - self.high / self.costs.dense, 1 - self.low / self.costs.dense
         low, high = np.full(len(sparsities), -1.0) - most.max(), np.full(len(sparsities), 1.0) + most.max()
+
+        def wanted(by: np.ndarray) -> np.ndarray:
+            return np.clip(sparsities + by[:, None], least, most)
+
+        by = self._least(lambda by: self.costs.dense * (1 - wanted(by)), low, high, targets)
+        return wanted(by)
+
+    def _least(
+        self, counts: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray, target: int | np.ndarray
+    ) -> np.ndarray:
+        """By bisection the least number `(...)` for which `counts` of it, `(..., n_groups)`, meet the target."""
         for _ in range(20):
-            by = (low + high) / 2
-            trial = self.costs.dense * (1 - np.clip(sparsities + by[:, None], least, most))
-            above = self.costs.continuous(self.metric, trial) > targets
-            low, high = np.where(above, by, low), np.where(above, high, by)
-        return np.clip(sparsities + high[:, None], least, most)
+            middle = (low + high) / 2
+            above = self.costs.continuous(self.metric, counts(middle)) > target
+            low, high = np.where(above, middle, low), np.where(above, high, middle)
+        return high
 
     def nearest(self, index: int, sparsity: float | np.ndarray, bounds: tuple) -> np.ndarray:
         """The allowed count `(...)` of group `index` nearest to a sparsity `(...)`, within bounds."""

@@ -38,11 +38,6 @@ class Walks:
             self.step(act(self))
         return self
 
-    def along(self, sparsities: np.ndarray) -> "Walks":
-        """Goes to the end along sparsities `(n_lanes, n_groups)`, as far as they are feasible. Returns itself."""
-        nothing = np.zeros(len(sparsities))
-        return self.follow(lambda walks: walks.actions_of(sparsities[:, walks.state.index], nothing))
-
     @property
     def is_over(self) -> bool:
         """Whether all groups are decided; `state.kept` then holds the allocations."""
@@ -112,3 +107,9 @@ class Walks:
 def uniformly(walks: Walks) -> np.ndarray:
     """Uniform pruning, as something to `follow`."""
     return np.zeros(len(walks.state.kept))
+
+
+def along(sparsities: np.ndarray) -> Callable[[Walks], np.ndarray]:
+    """Given sparsities `(n_lanes, n_groups)`, as far as they are feasible, as something to `follow`."""
+    nothing = np.zeros(len(sparsities))
+    return lambda walks: walks.actions_of(sparsities[:, walks.state.index], nothing)

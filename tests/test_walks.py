@@ -7,6 +7,7 @@ from toys import fake_env, traced
 from autoprune.allocation import SearchSpace
 from autoprune.cost import CostTable
 from envs.layer_pruning import LayerPruningEnv
+from envs.walks import along
 
 NETWORKS = ("one", "chain", "wide", "resnet20", "mobilenet_v2_cifar")
 BUDGETS = ("macs=30%", "macs=50%", "macs=77%", "macs=100%")
@@ -49,7 +50,7 @@ def test_an_allocation_that_a_walk_reached_is_reached_again_along_its_sparsities
     budgets = parsed(metric, np.linspace(0.45, 1, 12))
     actions = np.random.default_rng(1).uniform(-1, 1, (len(env.groups), 12))
     kept = env.walks(budgets).follow(lambda walks: actions[walks.state.index]).state.kept
-    assert np.array_equal(env.walks(budgets).along(1 - kept / env.space.costs.dense).state.kept, kept)
+    assert np.array_equal(env.walks(budgets).follow(along(1 - kept / env.space.costs.dense)).state.kept, kept)
 
 
 def test_a_walk_leaves_what_others_have_seen_of_it_as_it_was():
