@@ -44,8 +44,8 @@ from experiments.tables import fill, read_table
 RESULTS = Path(__file__).parent / "results"
 KEY = ("model", "budget", "method", "seed")
 FIELDS = (*KEY, "evaluations", "epochs", "macs_ratio", "selection_pruned", "test_dense", "test", "seconds")
-SEARCHERS = ("dyna", "random", "sensitivity", "uniform")
 TORCH_PRUNING = "torch_pruning_l2"
+METHODS = ("dyna", "random", "sensitivity", "uniform", TORCH_PRUNING)
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--weights")
     parser.add_argument("--budgets", nargs="+", default=["macs=50%"])
-    parser.add_argument("--methods", nargs="+", default=[*SEARCHERS, TORCH_PRUNING], metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=300)
     parser.add_argument("--epochs", type=int, default=5)
