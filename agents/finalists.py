@@ -44,10 +44,11 @@ def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
     """The best different allocations by proxy reward, and the policy's own, best on the selection split first.
 
     Four times as many are scored on the whole proxy split before, since the best of hundreds of scores on few images
-    owes much to luck. Where the agent has a model of the reward, its estimates decide who gets that far.
+    owes much to luck. Where the agent has a model of the reward, its estimates decide who gets that far; else as many
+    come from each block of images.
     """
     env, n = recorder.env, recorder.config.finalists
-    candidates = _best(recorder.episodes, recorder.judgements, SURVEYED * n)
+    candidates = _best(recorder.episodes, recorder.estimates or _places(recorder), SURVEYED * n)
     surveyed = env.proxy.survey_all([episode.allocation.kept for episode in candidates])
     pairs = zip(candidates, surveyed, strict=True)
     chosen = _best(candidates, [env.reward_of(evaluation, episode.macs) for episode, evaluation in pairs], n)
@@ -129,6 +130,21 @@ def _best(episodes: list[Episode], rewards: Sequence[float], n: int) -> list[Epi
         if np.isfinite(rewards[place]):
             best.setdefault(episodes[place].counts, episodes[place])
     return list(best.values())[:n]
+
+
+def _places(recorder: Recorder) -> np.ndarray:
+    """Minus the place of each episode among those of its block, the best reward first; -inf where one is repeated.
+
+    Blocks differ by more than good allocations do, so by reward alone one block would send nearly all of the best.
+    """
+    episodes, places = recorder.episodes, np.full(len(recorder.episodes), -np.inf)
+    rewards = np.array([episode.reward for episode in episodes])
+    # A repeated allocation has kept the score of the block that judged it first.
+    first = np.sort(np.unique([episode.counts for episode in episodes], axis=0, return_index=True)[1])
+    for block in range(recorder.env.proxy.n_blocks):
+        own = first[recorder.blocks[first] == block]
+        places[own[np.argsort(-rewards[own], kind="stable")]] = -np.arange(len(own))
+    return places
 
 
 def _judged(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]:

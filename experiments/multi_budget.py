@@ -19,7 +19,7 @@ from autoprune.compress import Workspace
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
 from autoprune.runs import RunFolder
 from envs.layer_pruning import LayerPruningEnv
-from experiments.tables import add_rows, holds
+from experiments.tables import add_rows, device, holds
 
 RANGE, SHARES = "macs=30%..70%", (30, 40, 50, 60, 70)
 TABLE = Path(__file__).parent / "results" / "multi_budget.csv"
@@ -27,7 +27,7 @@ KEY = ("model", "agent", "seed", "kind", "budget")
 FIELDS = (
     *KEY,
     *("evaluations", "seconds", "selection_loss", "selection_accuracy", "source"),
-    *("policy_selection_loss", "policy_selection_accuracy"),
+    *("policy_selection_loss", "policy_selection_accuracy", "device"),
 )
 
 
@@ -64,7 +64,7 @@ def measure(workspace: Workspace, cells: list[dict], trained_on: str, args: argp
     for cell in cells:
         finalists = judge(within(result.recorder, result.policy, Budget.parse(cell["budget"])), env)
         costs = {"evaluations": result.evaluations, "seconds": round(result.seconds, 1)}
-        row = cell | costs | scores(finalists)
+        row = cell | costs | scores(finalists) | {"device": device()}
         add_rows(TABLE, [row], FIELDS)
         print(row, flush=True)
 

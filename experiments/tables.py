@@ -5,6 +5,10 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import torch
+
+from autoprune.finetune import has_fast_bf16
+from autoprune.proxy import available_cores
 from autoprune.runs import write_text
 
 
@@ -27,12 +31,21 @@ def add_rows(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
 
 
 def fill(path: Path, cells: Iterable[dict], measure: Callable[[dict], dict], columns: Sequence[str]) -> None:
-    """Measures the cells that a table lacks, and adds and prints a row after each, so that a killed script goes on."""
+    """Measures the cells that a table lacks, and adds and prints a row after each, so that a killed script goes on.
+
+    A last column tells on what device.
+    """
     for cell in cells:
         if not holds(path, cell):
-            row = cell | measure(cell)
-            add_rows(path, [row], columns)
+            row = cell | measure(cell) | {"device": device()}
+            add_rows(path, [row], [*columns, "device"])
             print(row, flush=True)
+
+
+def device() -> str:
+    """What this process computes on: the instructions decide about times, the precision about scores' last digits."""
+    precision = "bf16" if has_fast_bf16() else "float32"
+    return f"{available_cores()} x CPU {torch.backends.cpu.get_cpu_capability()} {precision}"
 
 
 def write_table(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:

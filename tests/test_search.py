@@ -19,6 +19,7 @@ from autoprune.criteria import importance
 from autoprune.data import Images, Splits
 from autoprune.proxy import ProxyAccuracy
 from autoprune.runs import RunFolder
+from autoprune.scoring import Evaluation
 from envs.layer_pruning import LayerPruningEnv
 
 N_KILLED = 40
@@ -47,6 +48,23 @@ class Shifted(FakeProxy):
 
     def survey_all(self, allocations):
         return [type(proxy)(1 - proxy.accuracy, 2 - proxy.loss) for proxy in super().survey_all(allocations)]
+
+
+class Uneven(FakeProxy):
+    """Two blocks of images, the second much harder than the first."""
+
+    surveyed: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def n_blocks(self) -> int:
+        return 2
+
+    def score_all(self, allocations, block=0):
+        return [Evaluation(proxy.accuracy, proxy.loss + block % 2) for proxy in super().score_all(allocations, block)]
+
+    def survey_all(self, allocations):
+        self.surveyed = tuple(tuple(kept.values()) for kept in allocations)
+        return super().survey_all(allocations)
 
 
 def killable_search(agent: str, folder: Path):
@@ -106,6 +124,21 @@ def test_finalists_are_the_best_different_episodes_sorted_by_their_selection_rew
     assert min(by_kept[kept] for kept in chosen) >= max(others)
     # The best on the proxy split is not the best on the selection split here, and the latter decides.
     assert by_kept[tuple(result.best.allocation.kept.values())] < max(by_kept.values())
+
+
+def test_every_block_of_images_sends_its_best_episodes_to_the_survey():
+    model, groups, example = traced("wide")
+    proxy = Uneven(groups, example, lambda kept: float(kept[0] / 40))
+    result = search(LayerPruningEnv(model, groups, proxy), SearchConfig(agent="random", episodes=40, finalists=2))
+    rewards = {episode.counts: episode.reward for episode in reversed(result.episodes)}
+    easy, hard = (
+        sorted({e.counts for e in result.episodes if (e.number - 1) // 10 % 2 == block}, key=lambda c: -rewards[c])
+        for block in (0, 1)
+    )
+    assert max(rewards[counts] for counts in hard) < min(rewards[counts] for counts in easy)
+    for block in (easy, hard):
+        sent = [rewards[counts] for counts in block if counts in proxy.surveyed]
+        assert len(sent) == 4 and min(sent) >= max(rewards[c] for c in block if c not in proxy.surveyed)
 
 
 def test_trained_policy_competes_as_a_finalist():
