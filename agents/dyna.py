@@ -19,9 +19,9 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.lanes import LANES, Par, Recorder, Walkers
+from agents.lanes import LANES, Recorder, Walkers
 from agents.replay import Policy
-from agents.surrogate import Surrogate
+from agents.surrogate import Surrogate, Usual
 from agents.training import make_learner, policy_of
 from autoprune.allocation import Budget, BudgetRange, spread
 from envs.layer_pruning import LayerPruningEnv
@@ -33,12 +33,16 @@ PROPOSALS = 150
 """Episodes that the policy proposes for a batch."""
 VARIATIONS, PARENTS = 100, 10
 """Changed copies that are proposed too, and of how many of the most promising allocations."""
+NEAR = 0.9
+"""Least cost of such an allocation, as a share of the budget's; what is good at half of it says little here."""
 CHANGED = (2, 4, 8)
 """Groups that a variation changes, on average; every number is as likely."""
 STEPS = (0.08, 0.15, 0.3)
 """Standard deviations of these changes, in sparsity."""
 UPDATES = 3
 """Policy updates between two batches."""
+PRACTICE = 120
+"""Updates after the last batch of a range of budgets, at a rate that falls to 0: there the policy is what remains."""
 LEAST_STD = 0.1
 """The policy's spread doesn't fall below this, as a share of the feasible interval's half."""
 
@@ -46,8 +50,7 @@ LEAST_STD = 0.1
 class Imagination(Walkers):
     """Lanes whose finished networks are not scored but predicted.
 
-    Under a range of budgets the reward is how much better than uniform pruning under the same budget a network is
-    expected to be.
+    Under a range of budgets the reward is how much better than usual at its cost a network is expected to be.
 
     Args:
         env: The real environment, for its arithmetic.
@@ -57,8 +60,8 @@ class Imagination(Walkers):
     def __init__(self, env: LayerPruningEnv, n_lanes: int):
         super().__init__(env, n_lanes)
         self.surrogate = Surrogate(env.space.costs.dense, env.space.low)
+        self.usual: Usual | None = None
         self.generator = np.random.default_rng(0)
-        self._par = Par(env) if isinstance(env.budget, BudgetRange) else None
 
     def draw(self) -> list[Budget]:
         """Spread evenly over the range."""
@@ -66,18 +69,24 @@ class Imagination(Walkers):
 
     def judge(self) -> np.ndarray:
         """What the surrogate expects."""
-        rewards = self.surrogate.mean(self.walks.state.kept)
-        if self._par is not None:
-            rewards -= self._par.at(self.budgets, self.surrogate.mean(self._par.walks.state.kept))
-        return rewards
+        return self.surrogate.mean(self.walks.state.kept)
 
     def learn_from(self, recorder: Recorder) -> None:
         """Fits the surrogate to everything evaluated so far; a walk that was repeated has told nothing new."""
         kept = np.array([episode.counts for episode in recorder.episodes])
         rewards = np.array([episode.reward for episode in recorder.episodes])
         first = np.sort(np.unique(kept, axis=0, return_index=True)[1])
-        self.surrogate.fit(kept[first], rewards[first], recorder.blocks[first])
-        recorder.estimates = self.surrogate.mean(kept).tolist()
+        kept, rewards = kept[first], rewards[first]
+        costs = self.env.space.cost(kept)
+        self.usual = Usual(costs, rewards) if isinstance(self.env.budget, BudgetRange) else None
+        if self.usual is not None:
+            rewards = (rewards - self.usual.centre(costs)) / self.usual.spread(costs)
+        self.surrogate.fit(kept, rewards, recorder.blocks[first])
+
+    def expected(self, kept: np.ndarray) -> np.ndarray:
+        """Expected rewards `(n,)` of allocations `(n, n_groups)`."""
+        rewards, costs = self.surrogate.mean(kept), self.env.space.cost(kept)
+        return rewards if self.usual is None else self.usual.centre(costs) + self.usual.spread(costs) * rewards
 
 
 def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None = None) -> Policy:
@@ -96,13 +105,21 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
     n_steps = len(recorder.env.groups)
     imagination = Imagination(recorder.env, IMAGINED)
     learner = make_learner("dyna", imagination, n_steps, recorder.config.seed, log, start)
+    recorder.expected = imagination.expected
     while recorder.remaining:
         budgets = recorder.budgets(min(LANES, recorder.remaining))
         walks = _promising(learner, imagination, budgets, recorder) if recorder.episodes else _first(learner, budgets)
         recorder.score(walks, budgets, len(budgets))
         imagination.learn_from(recorder)
-        learner.learn(UPDATES * IMAGINED * n_steps, _Spread(), reset_num_timesteps=False, tb_log_name="dyna")
+        _practise(learner, UPDATES)
+    if imagination.usual is not None:
+        _practise(learner, PRACTICE, _FadingRate(learner))
     return policy_of("dyna", learner, start)
+
+
+def _practise(learner: BaseAlgorithm, updates: int, *callbacks: BaseCallback) -> None:
+    steps = updates * IMAGINED * learner.n_steps
+    learner.learn(steps, [_Spread(), *callbacks], reset_num_timesteps=False, tb_log_name="dyna")
 
 
 class _Spread(BaseCallback):
@@ -115,6 +132,21 @@ class _Spread(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self.model.policy.log_std.data.clamp_(min=math.log(LEAST_STD))
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class _FadingRate(BaseCallback):
+    """Lets the learning rate fall to 0 until the last update, so that the policy settles."""
+
+    def __init__(self, learner: BaseAlgorithm):
+        super().__init__()
+        self._first, self._rate = learner.num_timesteps, learner.lr_schedule(1.0)
+
+    def _on_rollout_start(self) -> None:
+        done = (self.model.num_timesteps - self._first) / (self.model._total_timesteps - self._first)
+        self.model.lr_schedule = lambda _: self._rate * (1 - done)
 
     def _on_step(self) -> bool:
         return True
@@ -163,9 +195,11 @@ def _variations(
     pool = np.unique([*proposed, *(episode.counts for episode in recorder.episodes)], axis=0)
     pool = pool[np.argsort(-imagination.surrogate.mean(pool), kind="stable")]
     costs, n = space.cost(pool), VARIATIONS // len(budgets)
-    parents = [
-        generator.choice(pool[costs <= target][:PARENTS], n) for target in (env.target_of(budget) for budget in budgets)
-    ]
+    least = NEAR if env.reward.uses_up_budget else 0.0
+    parents = []
+    for target in map(env.target_of, budgets):
+        affordable, near = costs <= target, (costs <= target) & (costs > least * target)
+        parents.append(generator.choice(pool[near if near.any() else affordable][:PARENTS], n))
     walks = env.walks([budget for budget in budgets for _ in range(n)])
     sparsities = 1 - np.concatenate(parents) / space.costs.dense
     shape, column = sparsities.shape, (len(sparsities), 1)

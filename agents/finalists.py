@@ -10,13 +10,19 @@ from agents.replay import Policy
 from autoprune.allocation import Allocation, Budget, BudgetRange
 from autoprune.scoring import Evaluation
 from envs.layer_pruning import LayerPruningEnv
-from envs.walks import Walks, uniformly
+from envs.walks import Walks, along, uniformly
 
 FRONT_BUDGETS = 6
 """Budgets of a range that are compared for the Pareto front."""
 
 SURVEYED = 4
 """Candidates that are scored on the whole proxy split for each one that reaches the selection split."""
+
+SURVEYED_WITHIN = 8
+"""The same for the one best episode within a budget of a range."""
+
+NEAR = 0.9
+"""Least cost of an episode that is grown to a budget, as a share of it; if there is none, any below counts."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
     owes much to luck. Where the agent has a model of the reward, its estimates decide who gets that far; else as many
     come from each block of images.
     """
-    env, n = recorder.env, recorder.config.finalists
-    candidates = _best(recorder.episodes, recorder.estimates or _places(recorder), SURVEYED * n)
+    env, n, episodes = recorder.env, recorder.config.finalists, recorder.episodes
+    candidates = _best(episodes, _promise(recorder, episodes, _counts(episodes)), SURVEYED * n)
     surveyed = env.proxy.survey_all([episode.allocation.kept for episode in candidates])
     pairs = zip(candidates, surveyed, strict=True)
     chosen = _best(candidates, [env.reward_of(evaluation, episode.macs) for episode, evaluation in pairs], n)
@@ -87,14 +93,39 @@ def _undominated(points: list[Finalist]) -> list[Finalist]:
 
 
 def within(recorder: Recorder, policy: Policy | None, budget: Budget) -> list[Episode]:
-    """The best episode within a budget, and the policy's own allocation for it.
+    """The best of the episodes within a budget, and the policy's own allocation for it.
 
-    An episode counts for every budget that it meets, whichever it was walked for.
+    An episode counts whichever budget it was walked for, and is grown until this one is used up: a percent of the cost
+    is worth more than what tells good allocations apart. The most promising are scored on the whole proxy split.
     """
-    env = recorder.env
-    target, costs = env.target_of(budget), np.array([_cost(episode, env) for episode in recorder.episodes])
-    best = _best(recorder.episodes, np.where(costs <= target, recorder.judgements, -np.inf), 1)
+    env, target = recorder.env, recorder.env.target_of(budget)
+    affordable = [episode for episode in recorder.episodes if _cost(episode, env) <= target]
+    near = [episode for episode in affordable if _cost(episode, env) > NEAR * target] or affordable
+    best = [_grown(near, recorder, budget)] if near else []
     return best + ([own(policy, env, budget)] if policy is not None else [])
+
+
+def _grown(episodes: list[Episode], recorder: Recorder, budget: Budget) -> Episode:
+    """The best of some episodes after all sparsities of each were lowered alike until the budget is used up."""
+    env, counts = recorder.env, _counts(episodes)
+    walks = env.walks([budget] * len(episodes))
+    if walks.uses_up_budget:
+        sparsities = env.space.shifted(1 - counts / env.space.costs.dense, walks.state.targets)
+        counts = walks.follow(along(sparsities)).state.kept
+    grown = [
+        episode if tuple(row) == episode.counts else _changed(episode, row, env, budget)
+        for episode, row in zip(episodes, counts, strict=True)
+    ]
+    candidates = _best(grown, _promise(recorder, episodes, counts), SURVEYED_WITHIN)
+    surveyed = env.proxy.survey_all([episode.allocation.kept for episode in candidates])
+    scored = [replace(episode, evaluation=score) for episode, score in zip(candidates, surveyed, strict=True)]
+    return max(scored, key=lambda episode: env.reward_of(episode.evaluation, episode.macs))
+
+
+def _changed(episode: Episode, counts: np.ndarray, env: LayerPruningEnv, budget: Budget) -> Episode:
+    source = f"episode {episode.number}, grown"
+    allocation = Allocation(env.counts(counts), env.groups.fingerprint, str(budget), source)
+    return replace(episode, allocation=allocation, macs=env.space.costs.macs(counts))
 
 
 def judge(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]:
@@ -132,19 +163,26 @@ def _best(episodes: list[Episode], rewards: Sequence[float], n: int) -> list[Epi
     return list(best.values())[:n]
 
 
-def _places(recorder: Recorder) -> np.ndarray:
-    """Minus the place of each episode among those of its block, the best reward first; -inf where one is repeated.
+def _counts(episodes: list[Episode]) -> np.ndarray:
+    return np.array([episode.counts for episode in episodes])
 
-    Blocks differ by more than good allocations do, so by reward alone one block would send nearly all of the best.
+
+def _promise(recorder: Recorder, episodes: list[Episode], counts: np.ndarray) -> np.ndarray:
+    """How good allocations `(n, n_groups)` that came from some episodes are: what the agent expects if it has a model.
+
+    Else minus the place of the episode's reward among those of its block, -inf where it repeats another one. Blocks
+    differ by more than good allocations do, so by reward alone one block would send nearly all of the best.
     """
-    episodes, places = recorder.episodes, np.full(len(recorder.episodes), -np.inf)
-    rewards = np.array([episode.reward for episode in episodes])
+    if recorder.expected is not None:
+        return recorder.expected(counts)
+    rewards, promise = np.array([episode.reward for episode in episodes]), np.full(len(episodes), -np.inf)
+    blocks = recorder.blocks[[episode.number - 1 for episode in episodes]]
     # A repeated allocation has kept the score of the block that judged it first.
-    first = np.sort(np.unique([episode.counts for episode in episodes], axis=0, return_index=True)[1])
-    for block in range(recorder.env.proxy.n_blocks):
-        own = first[recorder.blocks[first] == block]
-        places[own[np.argsort(-rewards[own], kind="stable")]] = -np.arange(len(own))
-    return places
+    first = np.sort(np.unique(_counts(episodes), axis=0, return_index=True)[1])
+    for block in np.unique(blocks):
+        own = first[blocks[first] == block]
+        promise[own[np.argsort(-rewards[own], kind="stable")]] = -np.arange(len(own))
+    return promise
 
 
 def _judged(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]:
@@ -155,7 +193,7 @@ def _judged(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalis
 
 
 def _finalist(episode: Episode, selection: Evaluation, env: LayerPruningEnv) -> Finalist:
-    source = f"episode {episode.number}" if episode.number else episode.allocation.source
+    source = episode.allocation.source or f"episode {episode.number}"
     allocation, reward = replace(episode.allocation, source=source), env.reward_of(selection, episode.macs)
     return Finalist(allocation, episode.evaluation, selection, reward, episode.macs, _cost(episode, env))
 

@@ -77,19 +77,14 @@ class Recorder:
     ):
         self.env, self.config, self.folder, self.on_episode = env, config, folder, on_episode
         self.episodes: list[Episode] = []
-        self.estimates: list[float] | None = None
-        """What an agent with a model of the reward makes of its episodes in the end, all things considered."""
+        self.expected: Callable[[np.ndarray], np.ndarray] | None = None
+        """What an agent with a model of the reward expects of allocations `(n, n_groups)`: rewards `(n,)`."""
         entries = folder.events("episode") if folder else []
         self._logged = [Episode.from_json(entry, env.groups.fingerprint) for entry in entries]
         for episode in self._logged:
             env.proxy.restore(episode.allocation.kept, episode.evaluation)
         self.n_restored = len({episode.counts for episode in self._logged})
         """Evaluations that an earlier, interrupted search paid for."""
-
-    @property
-    def judgements(self) -> list[float]:
-        """How good each episode is: the agent's estimate if it has one, which sees through luck, else its reward."""
-        return self.estimates or [episode.reward for episode in self.episodes]
 
     @property
     def blocks(self) -> np.ndarray:

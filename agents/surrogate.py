@@ -18,6 +18,37 @@ WINSOR = 3.0
 network is tells nothing about the good ones."""
 
 
+class Usual:
+    """What reward is usual at a cost, and how far rewards there lie apart.
+
+    Under a range of budgets rewards differ by more between tight and loose ones than within either, and where they are
+    low they lie far apart. Measured from the usual in units of its spread all budgets count alike.
+
+    Args:
+        costs: Of allocations, `(n,)`.
+        rewards: What each earned, `(n,)`.
+    """
+
+    def __init__(self, costs: np.ndarray, rewards: np.ndarray):
+        octaves, degree = np.log2(costs), min(2, (len(np.unique(costs)) - 1) // 4)
+        self._middle, self._scale = octaves.mean(), max(octaves.std(), 1e-9)
+        self._centre = np.polyfit(self._place(costs), rewards, degree)
+        distances = np.abs(rewards - self.centre(costs))
+        logs = np.log(distances + 0.1 * distances.mean() + 1e-9)
+        self._spread = np.polyfit(self._place(costs), logs, min(1, degree))
+
+    def centre(self, costs: np.ndarray) -> np.ndarray:
+        """The usual reward, a parabola in the octaves of cost."""
+        return np.polyval(self._centre, self._place(costs))
+
+    def spread(self, costs: np.ndarray) -> np.ndarray:
+        """A typical distance from it, a line in octaves of both."""
+        return np.exp(np.polyval(self._spread, self._place(costs)))
+
+    def _place(self, costs: np.ndarray) -> np.ndarray:
+        return (np.log2(costs) - self._middle) / self._scale
+
+
 class Surrogate:
     """A sum of kernels: Matern-5/2 with a length scale for each group, Matern-5/2 of each group alone, linear.
 

@@ -105,7 +105,7 @@ def test_imagined_episodes_end_with_the_predicted_reward_and_cost_no_evaluation(
     assert env.proxy.evaluations == paid
 
 
-def test_imagined_rewards_under_a_range_are_relative_to_uniform_at_the_same_budget():
+def test_imagined_rewards_under_a_range_are_expected_ones_relative_to_the_usual_at_their_cost():
     env = weighted()
     recorder = Recorder(env, SearchConfig(episodes=40))
     recorder.walk(lambda walks: np.random.default_rng(walks.state.index).uniform(-1, 1, 40), 40)
@@ -116,13 +116,13 @@ def test_imagined_rewards_under_a_range_are_relative_to_uniform_at_the_same_budg
     assert len({str(budget) for budget in budgets}) == 6
     for _ in env.groups:
         _, rewards, *_ = imagination.step(np.zeros((6, 1)))
-    grid = [env.budget.at(position) for position in np.linspace(0, 1, 6)]
-    uniform, par = (
-        imagination.surrogate.mean(np.array([env.space.uniform(env.target_of(budget)) for budget in row]))
-        for row in (budgets, grid)
-    )
-    expected = uniform - np.interp([budget.share for budget in budgets], [budget.share for budget in grid], par)
-    assert rewards == pytest.approx(expected, abs=1e-6)
+    uniform = np.array([env.space.uniform(env.target_of(budget)) for budget in budgets])
+    costs, usual = env.space.cost(uniform), imagination.usual
+    relative = (imagination.expected(uniform) - usual.centre(costs)) / usual.spread(costs)
+    assert rewards == pytest.approx(relative, abs=1e-5)
+    known = np.array([episode.counts for episode in recorder.episodes])
+    earned = [episode.reward for episode in recorder.episodes]
+    assert np.corrcoef(imagination.expected(known), earned)[0, 1] > 0.9
 
 
 def test_the_policy_keeps_trying():

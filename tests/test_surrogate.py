@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from agents import surrogate
-from agents.surrogate import MAX_POINTS, WINSOR, Surrogate
+from agents.surrogate import MAX_POINTS, WINSOR, Surrogate, Usual
 
 DENSE, LOW = np.array([16, 40, 24]), np.array([2, 4, 4])
 
@@ -196,3 +196,29 @@ def test_a_group_that_cannot_shrink_is_no_obstacle():
     kept = np.column_stack([np.arange(2, 17), np.full(15, 8)])
     model.fit(kept, -np.log2(16 / kept[:, 0]), np.zeros(15))
     assert np.abs(model.mean(kept) + np.log2(16 / kept[:, 0])).max() < 0.2
+
+
+def heap(n: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Costs, rewards and how far each reward lies from the usual: the cheaper, the lower and the farther apart."""
+    generator = np.random.default_rng(0)
+    costs, deviations = generator.uniform(3e5, 8e5, n), generator.normal(0, 1, n)
+    octaves = np.log2(costs / 8e5)
+    return costs, -(octaves**2) + 0.5 * 4**-octaves * 0.1 * deviations, deviations
+
+
+def test_relative_to_the_usual_at_their_cost_rewards_of_all_budgets_count_alike():
+    costs, rewards, deviations = heap()
+    usual = Usual(costs, rewards)
+    relative = (rewards - usual.centre(costs)) / usual.spread(costs)
+    cheap, dear = costs < np.quantile(costs, 0.25), costs > np.quantile(costs, 0.75)
+    assert np.std(rewards[cheap]) > 5 * np.std(rewards[dear])
+    assert 1 / 1.5 < np.std(relative[cheap]) / np.std(relative[dear]) < 1.5
+    assert np.corrcoef(relative, deviations)[0, 1] > 0.97
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 10])
+def test_the_usual_of_few_or_equal_costs_is_finite(n):
+    costs, rewards, _ = heap(n)
+    for some in (costs, np.full(n, costs[0])):
+        usual = Usual(some, rewards)
+        assert np.isfinite(usual.centre(costs)).all() and (usual.spread(costs) > 0).all()
