@@ -83,9 +83,8 @@ def describe_policy(folder: Path, flag: str = "RUN") -> dict:
     """The JSON beside a saved policy; raises a `UserError` if there is none or it is for other observations."""
     path = folder / "policy.json"
     if not path.is_file():
-        raise UserError(
-            f"{flag}: no policy in {str(folder)!r}; baselines learn none, search with --agent ppo, sac, td3 or ddpg"
-        )
+        learners = " or ".join(ALGORITHMS)
+        raise UserError(f"{flag}: no policy in {str(folder)!r}; baselines learn none, search with --agent {learners}")
     try:
         description = json.loads(path.read_text())
         features = description["features"]
