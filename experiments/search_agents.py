@@ -66,12 +66,11 @@ def main() -> None:
 def cells(args: argparse.Namespace) -> list[dict]:
     """What is to be measured: seed by seed, so that a table that isn't finished compares equal seeds."""
     return [
-        dict(zip(KEY, (args.model, budget, name, seed, asked), strict=True))
+        dict(zip(KEY, (args.model, budget, name, 0 if name in DETERMINISTIC else seed, asked), strict=True))
         for seed in args.seeds
         for budget in args.budgets
         for name in args.searchers
         for asked in sorted(args.evaluations, reverse=True)
-        if seed == args.seeds[0] or name not in DETERMINISTIC
     ]
 
 
