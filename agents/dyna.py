@@ -19,7 +19,7 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.lanes import LANES, Recorder, Walkers
+from agents.lanes import LANES, Recorder, Walkers, counts_of, near
 from agents.replay import Policy
 from agents.surrogate import Surrogate, Usual
 from agents.training import make_learner, policy_of
@@ -33,8 +33,6 @@ PROPOSALS = 150
 """Episodes that the policy proposes for a batch."""
 VARIATIONS, PARENTS = 100, 10
 """Changed copies that are proposed too, and of how many of the most promising allocations."""
-NEAR = 0.9
-"""Least cost of such an allocation, as a share of the budget's; what is good at half of it says little here."""
 CHANGED = (2, 4, 8)
 """Groups that a variation changes, on average; every number is as likely."""
 STEPS = (0.08, 0.15, 0.3)
@@ -73,15 +71,14 @@ class Imagination(Walkers):
 
     def learn_from(self, recorder: Recorder) -> None:
         """Fits the surrogate to everything evaluated so far; a walk that was repeated has told nothing new."""
-        kept = np.array([episode.counts for episode in recorder.episodes])
-        rewards = np.array([episode.reward for episode in recorder.episodes])
-        first = np.sort(np.unique(kept, axis=0, return_index=True)[1])
-        kept, rewards = kept[first], rewards[first]
+        is_first = recorder.is_first
+        kept = counts_of(recorder.episodes)[is_first]
+        rewards = np.array([episode.reward for episode in recorder.episodes])[is_first]
         costs = self.env.space.cost(kept)
         self.usual = Usual(costs, rewards) if isinstance(self.env.budget, BudgetRange) else None
         if self.usual is not None:
             rewards = (rewards - self.usual.centre(costs)) / self.usual.spread(costs)
-        self.surrogate.fit(kept, rewards, recorder.blocks[first])
+        self.surrogate.fit(kept, rewards, recorder.blocks[is_first])
 
     def expected(self, kept: np.ndarray) -> np.ndarray:
         """Expected rewards `(n,)` of allocations `(n, n_groups)`."""
@@ -113,7 +110,7 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
         imagination.learn_from(recorder)
         _practise(learner, UPDATES)
     if imagination.usual is not None:
-        _practise(learner, PRACTICE, _FadingRate(learner))
+        _practise(learner, PRACTICE, _FadingRate())
     return policy_of("dyna", learner, start)
 
 
@@ -140,9 +137,8 @@ class _Spread(BaseCallback):
 class _FadingRate(BaseCallback):
     """Lets the learning rate fall to 0 until the last update, so that the policy settles."""
 
-    def __init__(self, learner: BaseAlgorithm):
-        super().__init__()
-        self._first, self._rate = learner.num_timesteps, learner.lr_schedule(1.0)
+    def _on_training_start(self) -> None:
+        self._first, self._rate = self.model.num_timesteps, self.model.lr_schedule(1.0)
 
     def _on_rollout_start(self) -> None:
         done = (self.model.num_timesteps - self._first) / (self.model._total_timesteps - self._first)
@@ -195,11 +191,7 @@ def _variations(
     pool = np.unique([*proposed, *(episode.counts for episode in recorder.episodes)], axis=0)
     pool = pool[np.argsort(-imagination.surrogate.mean(pool), kind="stable")]
     costs, n = space.cost(pool), VARIATIONS // len(budgets)
-    least = NEAR if env.reward.uses_up_budget else 0.0
-    parents = []
-    for target in map(env.target_of, budgets):
-        affordable, near = costs <= target, (costs <= target) & (costs > least * target)
-        parents.append(generator.choice(pool[near if near.any() else affordable][:PARENTS], n))
+    parents = [generator.choice(pool[near(env, costs, budget)][:PARENTS], n) for budget in budgets]
     walks = env.walks([budget for budget in budgets for _ in range(n)])
     sparsities = 1 - np.concatenate(parents) / space.costs.dense
     shape, column = sparsities.shape, (len(sparsities), 1)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from agents.lanes import Episode, Recorder
+from agents.lanes import Episode, Recorder, counts_of, near
 from agents.replay import Policy
 from autoprune.allocation import Allocation, Budget, BudgetRange
 from autoprune.scoring import Evaluation
@@ -20,9 +20,6 @@ SURVEYED = 4
 
 SURVEYED_WITHIN = 8
 """The same for the one best episode within a budget of a range."""
-
-NEAR = 0.9
-"""Least cost of an episode that is grown to a budget, as a share of it; if there is none, any below counts."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,8 @@ def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
     come from each block of images.
     """
     env, n, episodes = recorder.env, recorder.config.finalists, recorder.episodes
-    candidates = _best(episodes, _promise(recorder, episodes, _counts(episodes)), SURVEYED * n)
-    surveyed = env.proxy.survey_all([episode.allocation.kept for episode in candidates])
-    pairs = zip(candidates, surveyed, strict=True)
-    chosen = _best(candidates, [env.reward_of(evaluation, episode.macs) for episode, evaluation in pairs], n)
+    candidates = _best(episodes, _promise(recorder, episodes, counts_of(episodes)), SURVEYED * n)
+    chosen = _best(candidates, _surveyed(candidates, env)[1], n)
     if policy is not None:
         chosen.insert(0, own(policy, env, env.budget))
     return judge(chosen, env)
@@ -66,7 +61,7 @@ def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
 def front(recorder: Recorder, policy: Policy | None) -> tuple[list[Finalist], list[Finalist]]:
     """For a range of budgets the allocations that no other one beats at its cost or below, cheapest first.
 
-    At each of a few budgets the policy's own allocation competes with the best episode within it and with uniform
+    At each of a few budgets the policy's own allocation competes with the best episode, grown to it, and with uniform
     pruning.
 
     Returns:
@@ -98,16 +93,16 @@ def within(recorder: Recorder, policy: Policy | None, budget: Budget) -> list[Ep
     An episode counts whichever budget it was walked for, and is grown until this one is used up: a percent of the cost
     is worth more than what tells good allocations apart. The most promising are scored on the whole proxy split.
     """
-    env, target = recorder.env, recorder.env.target_of(budget)
-    affordable = [episode for episode in recorder.episodes if _cost(episode, env) <= target]
-    near = [episode for episode in affordable if _cost(episode, env) > NEAR * target] or affordable
-    best = [_grown(near, recorder, budget)] if near else []
+    env = recorder.env
+    is_near = near(env, np.array([_cost(episode, env) for episode in recorder.episodes]), budget)
+    close = [recorder.episodes[place] for place in np.flatnonzero(is_near)]
+    best = [_grown(close, recorder, budget)] if close else []
     return best + ([own(policy, env, budget)] if policy is not None else [])
 
 
 def _grown(episodes: list[Episode], recorder: Recorder, budget: Budget) -> Episode:
     """The best of some episodes after all sparsities of each were lowered alike until the budget is used up."""
-    env, counts = recorder.env, _counts(episodes)
+    env, counts = recorder.env, counts_of(episodes)
     walks = env.walks([budget] * len(episodes))
     if walks.uses_up_budget:
         sparsities = env.space.shifted(1 - counts / env.space.costs.dense, walks.state.targets)
@@ -117,9 +112,15 @@ def _grown(episodes: list[Episode], recorder: Recorder, budget: Budget) -> Episo
         for episode, row in zip(episodes, counts, strict=True)
     ]
     candidates = _best(grown, _promise(recorder, episodes, counts), SURVEYED_WITHIN)
-    surveyed = env.proxy.survey_all([episode.allocation.kept for episode in candidates])
-    scored = [replace(episode, evaluation=score) for episode, score in zip(candidates, surveyed, strict=True)]
-    return max(scored, key=lambda episode: env.reward_of(episode.evaluation, episode.macs))
+    scores, rewards = _surveyed(candidates, env)
+    best = int(np.argmax(rewards))
+    return replace(candidates[best], evaluation=scores[best])
+
+
+def _surveyed(candidates: list[Episode], env: LayerPruningEnv) -> tuple[list[Evaluation], list[float]]:
+    """Scores on the whole proxy split, and the rewards for them."""
+    scores = env.proxy.survey_all([episode.allocation.kept for episode in candidates])
+    return scores, [env.reward_of(score, episode.macs) for score, episode in zip(scores, candidates, strict=True)]
 
 
 def _changed(episode: Episode, counts: np.ndarray, env: LayerPruningEnv, budget: Budget) -> Episode:
@@ -163,10 +164,6 @@ def _best(episodes: list[Episode], rewards: Sequence[float], n: int) -> list[Epi
     return list(best.values())[:n]
 
 
-def _counts(episodes: list[Episode]) -> np.ndarray:
-    return np.array([episode.counts for episode in episodes])
-
-
 def _promise(recorder: Recorder, episodes: list[Episode], counts: np.ndarray) -> np.ndarray:
     """How good allocations `(n, n_groups)` that came from some episodes are: what the agent expects if it has a model.
 
@@ -176,12 +173,11 @@ def _promise(recorder: Recorder, episodes: list[Episode], counts: np.ndarray) ->
     if recorder.expected is not None:
         return recorder.expected(counts)
     rewards, promise = np.array([episode.reward for episode in episodes]), np.full(len(episodes), -np.inf)
-    blocks = recorder.blocks[[episode.number - 1 for episode in episodes]]
-    # A repeated allocation has kept the score of the block that judged it first.
-    first = np.sort(np.unique(_counts(episodes), axis=0, return_index=True)[1])
+    places = [episode.number - 1 for episode in episodes]
+    is_first, blocks = recorder.is_first[places], recorder.blocks[places]
     for block in np.unique(blocks):
-        own = first[blocks[first] == block]
-        promise[own[np.argsort(-rewards[own], kind="stable")]] = -np.arange(len(own))
+        here = np.flatnonzero(is_first & (blocks == block))
+        promise[here[np.argsort(-rewards[here], kind="stable")]] = -np.arange(len(here))
     return promise
 
 

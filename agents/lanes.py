@@ -16,6 +16,8 @@ from envs.walks import Walks, uniformly
 
 LANES = 10
 """Episodes that end together; a multiple of the cores of small machines, and enough for a policy update."""
+NEAR = 0.9
+"""Least cost that counts as close to a budget, as a share of it."""
 START_STD = 0.4
 """Spread of the first actions, as a share of the feasible interval's half: about 0.2 in sparsity."""
 
@@ -58,6 +60,21 @@ class Episode:
         return cls.of(entry["episode"], entry["reward"], info)
 
 
+def counts_of(episodes: Sequence[Episode]) -> np.ndarray:
+    """Kept channels `(n, n_groups)`."""
+    return np.array([episode.counts for episode in episodes])
+
+
+def near(env: LayerPruningEnv, costs: np.ndarray, budget: Budget) -> np.ndarray:
+    """Which costs `(n,)` lie within a budget and close to it: what is good at half of it says little there.
+
+    All within it if none is close, or where a budget is a ceiling and cost is searched too.
+    """
+    target = env.target_of(budget)
+    is_near = (costs <= target) & (costs > NEAR * target)
+    return is_near if env.reward.uses_up_budget and is_near.any() else costs <= target
+
+
 class Recorder:
     """Keeps every finished episode, logs it, and feeds a resumed search with the scores that it paid for before.
 
@@ -85,6 +102,13 @@ class Recorder:
             env.proxy.restore(episode.allocation.kept, episode.evaluation)
         self.n_restored = len({episode.counts for episode in self._logged})
         """Evaluations that an earlier, interrupted search paid for."""
+
+    @property
+    def is_first(self) -> np.ndarray:
+        """Whether each episode was the first with its allocation; others have its score and tell nothing new."""
+        is_first = np.zeros(len(self.episodes), bool)
+        is_first[np.unique(counts_of(self.episodes), axis=0, return_index=True)[1]] = True
+        return is_first
 
     @property
     def blocks(self) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 from toys import fake_env, target_env
 
 from agents.baselines import walk
-from agents.lanes import Lanes, Recorder
+from agents.lanes import Lanes, Recorder, near
 from autoprune.allocation import Budget
 from autoprune.config import SearchConfig
 from autoprune.runs import RunFolder
@@ -170,3 +170,14 @@ def test_lanes_are_no_place_for_attributes_of_their_own():
     assert lanes.env_is_wrapped(object) == [False] * 3
     with pytest.raises(NotImplementedError, match="target: lanes share one environment"):
         lanes.set_attr("target", 3)
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"), [("weighted_sum", [0.91, 1.0]), ("accuracy_guaranteed", [0.5, 0.91, 1.0])]
+)
+def test_near_a_budget_is_just_below_it_and_anywhere_below_a_ceiling(reward, expected):
+    env = fake_env("wide", reward=reward)
+    budget, target = env.budget, env.target
+    shares = np.array([0.5, 0.91, 1.0, 1.01])
+    assert shares[near(env, shares * target, budget)].tolist() == expected
+    assert near(env, np.array([0.2, 0.5, 1.5]) * target, budget).tolist() == [True, True, False]

@@ -83,7 +83,8 @@ def test_a_folder_that_holds_no_policy_is_refused(home, tmp_path):
 
 def test_a_run_of_a_baseline_has_no_policy(home, tmp_path):
     (tmp_path / "config.yaml").write_text("network: {}")
-    with pytest.raises(UserError, match=r"--policy: no policy in .*; .* search with --agent dyna or ppo or sac"):
+    advice = "baselines learn none, search with --agent dyna or ppo or sac"
+    with pytest.raises(UserError, match=rf"--policy: no policy in .*; {advice}"):
         starting_policy("ppo", str(tmp_path))
 
 

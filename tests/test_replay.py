@@ -83,7 +83,8 @@ def test_replay_for_another_metric_is_refused(saved):
 
 
 def test_missing_policy_says_how_to_get_one(tmp_path):
-    with pytest.raises(UserError, match=r"no policy in '.*'; .* search with --agent dyna or ppo or sac"):
+    advice = "baselines learn none, search with --agent dyna or ppo or sac"
+    with pytest.raises(UserError, match=rf"no policy in '.*'; {advice}"):
         Policy.load(tmp_path)
 
 
