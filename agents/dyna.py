@@ -57,7 +57,7 @@ class Imagination(Walkers):
 
     def __init__(self, env: LayerPruningEnv, n_lanes: int):
         super().__init__(env, n_lanes)
-        self.surrogate = Surrogate(env.space.costs.dense, env.space.low)
+        self.surrogate = Surrogate(env.space.costs.dense, env.space.low, env.space.cost)
         self.usual: Usual | None = None
         self.generator = np.random.default_rng(0)
 
@@ -77,13 +77,13 @@ class Imagination(Walkers):
         costs = self.env.space.cost(kept)
         self.usual = Usual(costs, rewards) if isinstance(self.env.budget, BudgetRange) else None
         if self.usual is not None:
-            rewards = (rewards - self.usual.centre(costs)) / self.usual.spread(costs)
+            rewards = self.usual.relative(rewards, costs)
         self.surrogate.fit(kept, rewards, recorder.blocks[is_first])
 
     def expected(self, kept: np.ndarray) -> np.ndarray:
         """Expected rewards `(n,)` of allocations `(n, n_groups)`."""
         rewards, costs = self.surrogate.mean(kept), self.env.space.cost(kept)
-        return rewards if self.usual is None else self.usual.centre(costs) + self.usual.spread(costs) * rewards
+        return rewards if self.usual is None else self.usual.absolute(rewards, costs)
 
 
 def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None = None) -> Policy:

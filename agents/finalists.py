@@ -7,6 +7,7 @@ import numpy as np
 
 from agents.lanes import Episode, Recorder, counts_of, near
 from agents.replay import Policy
+from agents.surrogate import Usual
 from autoprune.allocation import Allocation, Budget, BudgetRange
 from autoprune.scoring import Evaluation
 from envs.layer_pruning import LayerPruningEnv
@@ -61,8 +62,8 @@ def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
 def front(recorder: Recorder, policy: Policy | None) -> tuple[list[Finalist], list[Finalist]]:
     """For a range of budgets the allocations that no other one beats at its cost or below, cheapest first.
 
-    At each of a few budgets the policy's own allocation competes with the best episode, grown to it, and with uniform
-    pruning.
+    At each of a few budgets the policy's own allocation competes with the best episode, resized to it, and with
+    uniform pruning.
 
     Returns:
         The front, and uniform pruning at these budgets, to hold it against.
@@ -90,28 +91,29 @@ def _undominated(points: list[Finalist]) -> list[Finalist]:
 def within(recorder: Recorder, policy: Policy | None, budget: Budget) -> list[Episode]:
     """The best of the episodes within a budget, and the policy's own allocation for it.
 
-    An episode counts whichever budget it was walked for, and is grown until this one is used up: a percent of the cost
-    is worth more than what tells good allocations apart. The most promising are scored on the whole proxy split.
+    An episode counts whichever budget near this one it was walked for, and is resized until this one is used up: a
+    percent of the cost is worth more than what tells good allocations apart. The most promising are scored on the whole
+    proxy split.
     """
     env = recorder.env
     is_near = near(env, np.array([_cost(episode, env) for episode in recorder.episodes]), budget)
     close = [recorder.episodes[place] for place in np.flatnonzero(is_near)]
-    best = [_grown(close, recorder, budget)] if close else []
+    best = [_resized(close, recorder, budget)] if close else []
     return best + ([own(policy, env, budget)] if policy is not None else [])
 
 
-def _grown(episodes: list[Episode], recorder: Recorder, budget: Budget) -> Episode:
-    """The best of some episodes after all sparsities of each were lowered alike until the budget is used up."""
+def _resized(episodes: list[Episode], recorder: Recorder, budget: Budget) -> Episode:
+    """The best of some episodes after all sparsities of each were shifted alike until the budget is used up."""
     env, counts = recorder.env, counts_of(episodes)
     walks = env.walks([budget] * len(episodes))
     if walks.uses_up_budget:
         sparsities = env.space.shifted(1 - counts / env.space.costs.dense, walks.state.targets)
         counts = walks.follow(along(sparsities)).state.kept
-    grown = [
+    resized = [
         episode if tuple(row) == episode.counts else _changed(episode, row, env, budget)
         for episode, row in zip(episodes, counts, strict=True)
     ]
-    candidates = _best(grown, _promise(recorder, episodes, counts), SURVEYED_WITHIN)
+    candidates = _best(resized, _promise(recorder, episodes, counts), SURVEYED_WITHIN)
     scores, rewards = _surveyed(candidates, env)
     best = int(np.argmax(rewards))
     return replace(candidates[best], evaluation=scores[best])
@@ -124,7 +126,7 @@ def _surveyed(candidates: list[Episode], env: LayerPruningEnv) -> tuple[list[Eva
 
 
 def _changed(episode: Episode, counts: np.ndarray, env: LayerPruningEnv, budget: Budget) -> Episode:
-    source = f"episode {episode.number}, grown"
+    source = f"episode {episode.number}, resized"
     allocation = Allocation(env.counts(counts), env.groups.fingerprint, str(budget), source)
     return replace(episode, allocation=allocation, macs=env.space.costs.macs(counts))
 
@@ -168,17 +170,25 @@ def _promise(recorder: Recorder, episodes: list[Episode], counts: np.ndarray) ->
     """How good allocations `(n, n_groups)` that came from some episodes are: what the agent expects if it has a model.
 
     Else minus the place of the episode's reward among those of its block, -inf where it repeats another one. Blocks
-    differ by more than good allocations do, so by reward alone one block would send nearly all of the best.
+    differ by more than good allocations do, so by reward alone one block would send nearly all of the best. Under a
+    range of budgets the dearest would win alike; there rewards are taken relative to the usual one at a cost.
     """
     if recorder.expected is not None:
         return recorder.expected(counts)
     rewards, promise = np.array([episode.reward for episode in episodes]), np.full(len(episodes), -np.inf)
+    if isinstance(recorder.env.budget, BudgetRange):
+        rewards = _usual(recorder).relative(rewards, recorder.env.space.cost(counts_of(episodes)))
     places = [episode.number - 1 for episode in episodes]
     is_first, blocks = recorder.is_first[places], recorder.blocks[places]
     for block in np.unique(blocks):
         here = np.flatnonzero(is_first & (blocks == block))
         promise[here[np.argsort(-rewards[here], kind="stable")]] = -np.arange(len(here))
     return promise
+
+
+def _usual(recorder: Recorder) -> Usual:
+    costs = recorder.env.space.cost(counts_of(recorder.episodes))
+    return Usual(costs, np.array([episode.reward for episode in recorder.episodes]))
 
 
 def _judged(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]:

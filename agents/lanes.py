@@ -17,7 +17,7 @@ from envs.walks import Walks, uniformly
 LANES = 10
 """Episodes that end together; a multiple of the cores of small machines, and enough for a policy update."""
 NEAR = 0.9
-"""Least cost that counts as close to a budget, as a share of it."""
+"""Least cost that counts as close to a budget, as a share of it; above the budget, the other way round."""
 START_STD = 0.4
 """Spread of the first actions, as a share of the feasible interval's half: about 0.2 in sparsity."""
 
@@ -66,13 +66,15 @@ def counts_of(episodes: Sequence[Episode]) -> np.ndarray:
 
 
 def near(env: LayerPruningEnv, costs: np.ndarray, budget: Budget) -> np.ndarray:
-    """Which costs `(n,)` lie within a budget and close to it: what is good at half of it says little there.
+    """Which costs `(n,)` lie close to a budget, so that what is good there is good here; if none does, the closest.
 
-    All within it if none is close, or where a budget is a ceiling and cost is searched too.
+    Where a budget is a ceiling and cost is searched too, all within it.
     """
     target = env.target_of(budget)
-    is_near = (costs <= target) & (costs > NEAR * target)
-    return is_near if env.reward.uses_up_budget and is_near.any() else costs <= target
+    if not env.reward.uses_up_budget:
+        return costs <= target
+    distances = np.abs(np.log(costs / target))
+    return distances <= max(-np.log(NEAR), distances.min(initial=np.inf))
 
 
 class Recorder:

@@ -1,16 +1,20 @@
 """A Gaussian process that predicts the reward of an allocation from those that were evaluated."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-MAX_POINTS = 400
+MAX_POINTS = 600
 """Evaluations that the process is fitted to: the latest ones, and half as many of the best."""
 FIT_STEPS, FIRST_FIT_STEPS, FIT_RATE = 10, 60, 0.1
 SCALE_ALONE = 0.25
 """Length scale of the groups' own kernels, as a share of the octaves allowed; a fitted one was no better."""
+SCALE_COST = 0.5
+"""Length scale of the joint kernel along the cost, in octaves."""
 PRIOR_DEVIATIONS = {"together": 1.0, "alone": 1.0, "linear": 0.3, "block": 0.3, "noise": 0.1}
 """Where each part's standard deviation starts, and the median of its prior, in units of the rewards' own."""
 WINSOR = 3.0
@@ -45,8 +49,23 @@ class Usual:
         """A typical distance from it, a line in octaves of both."""
         return np.exp(np.polyval(self._spread, self._place(costs)))
 
+    def relative(self, rewards: np.ndarray, costs: np.ndarray) -> np.ndarray:
+        """How far above the usual rewards `(n,)` are, in units of the spread at their costs `(n,)`."""
+        return (rewards - self.centre(costs)) / self.spread(costs)
+
+    def absolute(self, relative: np.ndarray, costs: np.ndarray) -> np.ndarray:
+        """The rewards again."""
+        return self.centre(costs) + self.spread(costs) * relative
+
     def _place(self, costs: np.ndarray) -> np.ndarray:
         return (np.log2(costs) - self._middle) / self._scale
+
+
+class _Inputs(NamedTuple):
+    """How far each group of an allocation was shrunk, `(n, n_groups)`, and the cost in units of its scale, `(n,)`."""
+
+    shrunk: Tensor
+    cost: Tensor
 
 
 class Surrogate:
@@ -59,17 +78,19 @@ class Surrogate:
     after 290 evaluations, 0.42 and 0.40 without it. Joint length scales have the prior of Hvarfner et al. 2024
     ("Vanilla Bayesian Optimization Performs Great in High Dimensions", section 5), which grows with the number of
     groups; all hyperparameters are maximum a posteriori. Inputs are the octaves by which a group was shrunk, relative
-    to the most that is allowed.
+    to the most that is allowed. The joint kernel has the octaves of cost as one more input: allocations for budgets far
+    apart tell less of each other than their groups alone suggest.
 
     A block of proxy images adds an unknown constant to all rewards that come from it; predictions are free of it.
 
     Args:
         dense: Channels of each group, `(n_groups,)`.
         low: Fewest channels of each group.
+        cost: Cost `(n,)` of allocations `(n, n_groups)`.
     """
 
-    def __init__(self, dense: np.ndarray, low: np.ndarray):
-        self._dense, self._octaves = dense, np.maximum(np.log2(dense / low), 1e-6)
+    def __init__(self, dense: np.ndarray, low: np.ndarray, cost: Callable[[np.ndarray], np.ndarray]):
+        self._cost, self._dense, self._octaves = cost, dense, np.maximum(np.log2(dense / low), 1e-6)
         n_groups = len(dense)
         self._logs = {
             "scales": torch.full((n_groups,), 0.5 * math.log(n_groups), dtype=torch.float64),
@@ -117,28 +138,30 @@ class Surrogate:
         cross = self._kernel(x, self._x, _alone(x, self._x))
         half = torch.linalg.solve_triangular(self._root, cross.T, upper=False)
         covariance = self._kernel(x, x, _alone(x, x)) - half.T @ half
-        root = torch.linalg.cholesky(covariance + 1e-4 * torch.eye(len(x), dtype=torch.float64))
-        noise = torch.randn(len(x), n, dtype=torch.float64, generator=generator)
+        root = torch.linalg.cholesky(covariance + 1e-4 * torch.eye(len(kept), dtype=torch.float64))
+        noise = torch.randn(len(kept), n, dtype=torch.float64, generator=generator)
         return ((cross @ self._weights)[:, None] + root @ noise).T.numpy()
 
-    def _inputs(self, kept: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.log2(self._dense / kept) / self._octaves)
+    def _inputs(self, kept: np.ndarray) -> _Inputs:
+        shrunk, cost = np.log2(self._dense / kept) / self._octaves, np.log2(self._cost(kept)) / SCALE_COST
+        return _Inputs(torch.from_numpy(shrunk), torch.from_numpy(cost))
 
     def _deviation(self, name: str) -> Tensor:
         return self._logs["deviations"][list(PRIOR_DEVIATIONS).index(name)].exp()
 
-    def _kernel(self, first: Tensor, second: Tensor, alone: Tensor) -> Tensor:
+    def _kernel(self, first: _Inputs, second: _Inputs, alone: Tensor) -> Tensor:
         scales = self._logs["scales"].exp()
-        squares = torch.cdist(first / scales, second / scales).square()
+        squares = torch.cdist(first.shrunk / scales, second.shrunk / scales).square()
+        squares = squares + (first.cost[:, None] - second.cost).square()
         together = self._deviation("together") ** 2 * _matern((5 * squares + 1e-12).sqrt())
         shares = (self._deviation("alone") ** 2 * self._logs["shares"].softmax(0)).float()
-        linear = self._deviation("linear") ** 2 * ((first - 0.5) @ (second - 0.5).T)
+        linear = self._deviation("linear") ** 2 * ((first.shrunk - 0.5) @ (second.shrunk - 0.5).T)
         return together + (shares @ alone.flatten(1)).view(together.shape).double() + linear
 
     def _covariance(self, alone: Tensor, same_block: Tensor) -> Tensor:
         noise = self._deviation("noise") ** 2 + 1e-5
         kernel = self._kernel(self._x, self._x, alone) + self._deviation("block") ** 2 * same_block
-        return kernel + noise * torch.eye(len(self._x), dtype=torch.float64)
+        return kernel + noise * torch.eye(len(kernel), dtype=torch.float64)
 
     def _negative_log_posterior(self, y: Tensor, alone: Tensor, same_block: Tensor) -> Tensor:
         root = torch.linalg.cholesky(self._covariance(alone, same_block))
@@ -156,9 +179,9 @@ def _matern(distance: Tensor) -> Tensor:
     return (1 + distance + distance.square() / 3) * (-distance).exp()
 
 
-def _alone(first: Tensor, second: Tensor) -> Tensor:
+def _alone(first: _Inputs, second: _Inputs) -> Tensor:
     """The kernel of each group alone, `(n_groups, n, n_others)`; the largest arrays of all, hence float32."""
-    one, other = (x.T.float().mul(math.sqrt(5) / SCALE_ALONE) for x in (first, second))
+    one, other = (x.shrunk.T.float().mul(math.sqrt(5) / SCALE_ALONE) for x in (first, second))
     return _matern((one[:, :, None] - other[:, None]).abs())
 
 

@@ -3,9 +3,9 @@
     python experiments/multi_budget.py --model resnet20 --weights FILE --seeds 0 1 2
 
 One search over `macs=30%..70%` of twice the evaluations, against five searches for 30, 40, 50, 60 and 70 % alone. At
-each budget both are judged by the same rule: the policy's own allocation and the best episode, grown to the budget, are
-scored on the selection split (3,000 training images that no search sees), and the better one counts. One row a seed,
-budget and kind in `experiments/results/multi_budget.csv`; the columns `policy_*` hold the policy's own roll-out.
+each budget both are judged by the same rule: the policy's own allocation and the best episode, resized to the budget,
+are scored on the selection split (3,000 training images that no search sees), and the better one counts. One row a
+seed, budget and kind in `experiments/results/multi_budget.csv`; the columns `policy_*` hold the policy's own roll-out.
 Resumable search by search.
 """
 

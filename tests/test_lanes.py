@@ -173,11 +173,15 @@ def test_lanes_are_no_place_for_attributes_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("reward", "expected"), [("weighted_sum", [0.91, 1.0]), ("accuracy_guaranteed", [0.5, 0.91, 1.0])]
+    ("reward", "expected"), [("weighted_sum", [0.91, 1.0, 1.09]), ("accuracy_guaranteed", [0.5, 0.91, 1.0])]
 )
-def test_near_a_budget_is_just_below_it_and_anywhere_below_a_ceiling(reward, expected):
+def test_near_a_budget_is_close_on_both_sides_or_anywhere_below_a_ceiling(reward, expected):
     env = fake_env("wide", reward=reward)
-    budget, target = env.budget, env.target
-    shares = np.array([0.5, 0.91, 1.0, 1.01])
-    assert shares[near(env, shares * target, budget)].tolist() == expected
-    assert near(env, np.array([0.2, 0.5, 1.5]) * target, budget).tolist() == [True, True, False]
+    shares = np.array([0.5, 0.91, 1.0, 1.09, 1.15])
+    assert shares[near(env, shares * env.target, env.budget)].tolist() == expected
+
+
+def test_where_nothing_is_near_a_budget_the_closest_counts():
+    env = fake_env("wide")
+    assert near(env, np.array([0.4, 0.7, 1.5]) * env.target, env.budget).tolist() == [False, True, False]
+    assert near(env, np.array([]), env.budget).tolist() == []

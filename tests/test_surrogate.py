@@ -10,6 +10,11 @@ from agents.surrogate import MAX_POINTS, WINSOR, Surrogate, Usual
 DENSE, LOW = np.array([16, 40, 24]), np.array([2, 4, 4])
 
 
+def cost(kept: np.ndarray) -> np.ndarray:
+    """Neighbours multiply, as in a chain of layers."""
+    return kept[:, 0] * kept[:, 1] + kept[:, 1] * kept[:, 2]
+
+
 def allocations(n: int, seed: int = 0) -> np.ndarray:
     generator = np.random.default_rng(seed)
     return np.column_stack([generator.integers(low, high + 1, n) for low, high in zip(LOW, DENSE, strict=True)])
@@ -27,7 +32,7 @@ def blocks(n: int) -> np.ndarray:
 
 
 def fitted(n: int = 40, rewards=smooth) -> Surrogate:
-    model, kept = Surrogate(DENSE, LOW), allocations(n)
+    model, kept = Surrogate(DENSE, LOW, cost), allocations(n)
     model.fit(kept, rewards(kept), blocks(n))
     return model
 
@@ -55,9 +60,11 @@ class Textbook:
     def kernel(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         covariance = np.empty((len(first), len(second)))
         x, z = (np.log2(DENSE / kept) / np.log2(DENSE / LOW) for kept in (first, second))
+        octaves = np.log2(cost(first))[:, None] - np.log2(cost(second))
         for i, one in enumerate(x):
             for j, other in enumerate(z):
-                jointly = self.together**2 * matern(np.sqrt((((one - other) / self.scales) ** 2).sum()))
+                squares = (((one - other) / self.scales) ** 2).sum() + (octaves[i, j] / surrogate.SCALE_COST) ** 2
+                jointly = self.together**2 * matern(np.sqrt(squares))
                 alone = (self.alone * matern(np.abs(one - other) / surrogate.SCALE_ALONE)).sum()
                 covariance[i, j] = jointly + alone + self.linear**2 * ((one - 0.5) * (other - 0.5)).sum()
         return covariance
@@ -116,7 +123,7 @@ def test_the_group_that_matters_gets_the_largest_share():
 
 def test_what_a_block_adds_to_all_its_rewards_does_not_matter():
     offsets, at = np.array([-1.0, 0.0, 1.0]), allocations(300, seed=5)
-    blind, seeing = Surrogate(DENSE, LOW), Surrogate(DENSE, LOW)
+    blind, seeing = Surrogate(DENSE, LOW, cost), Surrogate(DENSE, LOW, cost)
     kept = allocations(60)
     rewards = smooth(kept) + offsets[blocks(60)]
     seeing.fit(kept, rewards, blocks(60))
@@ -137,7 +144,7 @@ def test_damage_that_adds_up_over_groups_is_learned_though_it_is_rugged():
         return sum(rugged[group, kept[:, group]] for group in range(n_groups))
 
     kept, at = (np.random.default_rng(seed).integers(4, 33, (200, n_groups)) for seed in (1, 2))
-    model = Surrogate(dense, low)
+    model = Surrogate(dense, low, lambda kept: kept.sum(1))
     model.fit(kept, reward(kept), np.zeros(200))
     assert np.corrcoef(model.mean(at), reward(at))[0, 1] > 0.8
 
@@ -192,7 +199,7 @@ def test_of_many_evaluations_the_best_and_the_latest_are_fitted_in_their_order()
 
 
 def test_a_group_that_cannot_shrink_is_no_obstacle():
-    model = Surrogate(np.array([16, 8]), np.array([2, 8]))
+    model = Surrogate(np.array([16, 8]), np.array([2, 8]), lambda kept: kept[:, 0])
     kept = np.column_stack([np.arange(2, 17), np.full(15, 8)])
     model.fit(kept, -np.log2(16 / kept[:, 0]), np.zeros(15))
     assert np.abs(model.mean(kept) + np.log2(16 / kept[:, 0])).max() < 0.2
