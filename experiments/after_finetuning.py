@@ -62,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     table = RESULTS / f"after_finetuning_{args.model}.csv"
     if args.summary:
-        return summarise(read_table(table))
+        return summarise(read_table(table) or parser.error(f"--summary: {table} holds no row yet; measure some first"))
     if args.weights is None:
         parser.error("--weights: give the trained weights of the network")
 
