@@ -11,10 +11,12 @@ from test_cli import TINY, failure, failure_after_progress
 from test_report import FINISHED, Text, run_folder
 from toys import fake_env
 
+from agents import finalists
 from agents.finalists import FRONT_BUDGETS
+from agents.lanes import counts_of, near
 from agents.pareto import pareto
 from agents.search import search
-from autoprune.allocation import Allocation
+from autoprune.allocation import Allocation, Budget
 from autoprune.cli import main
 from autoprune.config import SearchConfig
 from autoprune.figures import pareto_front, render_svg
@@ -64,6 +66,25 @@ def test_uniform_stands_at_the_budgets_of_the_front_and_is_beaten(found):
     assert {point["source"] for point in uniform} == {"uniform"}
     best = min(point["selection_loss"] for point in data["front"] if point["share"] <= 0.55)
     assert best < uniform[2]["selection_loss"]  # uniform at 50 %
+
+
+@pytest.mark.parametrize("target", ["macs=35%", "macs=70%"])
+def test_near_a_budget_an_episode_does_not_win_by_having_cost_more(target, monkeypatch):
+    """An agent without a model of the reward; the reward is mostly a matter of cost, and else of one group."""
+    space = fake_env("wide").space
+
+    def loss(kept: np.ndarray) -> float:
+        return float(50 * (1 - space.cost(kept) / space.cost(space.costs.dense)) + kept[1] / space.costs.dense[1])
+
+    env, budget = fake_env("wide", loss, budget=RANGE), Budget.parse(target)
+    recorder = search(env, SearchConfig(agent="random", episodes=200)).recorder
+    kept = counts_of(recorder.episodes)
+    is_near = near(env, space.cost(kept), budget)
+    monkeypatch.setattr(finalists, "SURVEYED_WITHIN", 1)
+    (best,) = finalists.within(recorder, None, budget)
+    assert best.counts[1] <= np.quantile(kept[is_near, 1], 0.1)
+    assert best.allocation.source.endswith(", resized")
+    assert 0.97 * env.target_of(budget) < best.macs <= env.target_of(budget)
 
 
 def test_parameters_are_budgeted_apart_from_macs():
