@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
 
 import numpy as np
 
@@ -63,20 +64,19 @@ def front(recorder: Recorder, policy: Policy | None) -> tuple[list[Finalist], li
     """For a range of budgets the allocations that no other one beats at its cost or below, cheapest first.
 
     At each of a few budgets the policy's own allocation competes with the best episode, resized to it, and with
-    uniform pruning.
+    uniform pruning; the winners make the front, as far as they aren't beaten by that of a smaller budget.
 
     Returns:
         The front, and uniform pruning at these budgets, to hold it against.
     """
-    env, candidates = recorder.env, {}
+    env = recorder.env
     budgets = [env.budget.at(position) for position in np.linspace(0, 1, FRONT_BUDGETS)]
     uniform = rolled_out(uniformly, env, budgets, "uniform")
-    for budget, even in zip(budgets, uniform, strict=True):
-        for episode in [even, *within(recorder, policy, budget)]:
-            candidates[episode.counts] = episode
-    points = _judged(candidates.values(), env)
-    selections = {counts: point.selection for counts, point in zip(candidates, points, strict=True)}
-    return _undominated(points), [_finalist(even, selections[even.counts], env) for even in uniform]
+    rivals = [[even, *within(recorder, policy, budget)] for budget, even in zip(budgets, uniform, strict=True)]
+    points = iter(_judged(chain.from_iterable(rivals), env))
+    judged = [list(islice(points, len(group))) for group in rivals]
+    winners = [min(group, key=lambda finalist: finalist.selection.loss) for group in judged]
+    return _undominated(winners), [group[0] for group in judged]
 
 
 def _undominated(points: list[Finalist]) -> list[Finalist]:
