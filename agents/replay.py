@@ -19,6 +19,8 @@ from envs.observation import FEATURES, OBSERVATION_SPACE
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"dyna": PPO, "ppo": PPO, "sac": SAC, "td3": TD3, "ddpg": DDPG}
 """Learners of Stable-Baselines3 by agent; "tqc" among them where sb3-contrib is installed."""
+OPTIONAL = {"tqc": "sb3-contrib"}
+"""Agents that need a package of their own."""
 with suppress(ImportError):
     from sb3_contrib import TQC
 
@@ -80,7 +82,7 @@ class Policy:
 
 
 def describe_policy(folder: Path, flag: str = "RUN") -> dict:
-    """The JSON beside a saved policy; raises a `UserError` if there is none or it is for other observations."""
+    """The JSON beside a saved policy; raises a `UserError` if there is none, or none that can be used here."""
     path = folder / "policy.json"
     if not path.is_file():
         learners = " or ".join(ALGORITHMS)
@@ -94,7 +96,15 @@ def describe_policy(folder: Path, flag: str = "RUN") -> dict:
         raise UserError(
             f"{flag}: the policy in {str(folder)!r} was trained on other observations; train it with this version"
         )
+    check_installed(description.get("algorithm"), flag)
     return description
+
+
+def check_installed(agent: str, flag: str) -> None:
+    """Raises a `UserError` if an agent needs a package that isn't there."""
+    if agent in OPTIONAL and agent not in ALGORITHMS:
+        package = OPTIONAL[agent]
+        raise UserError(f"{flag}: {agent} needs {package}; install it with: pip install {package}")
 
 
 def _feature_names() -> list[str]:

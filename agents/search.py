@@ -9,7 +9,7 @@ from agents.dyna import train_dyna
 from agents.finalists import Finalist, finalists, front, knee
 from agents.lanes import Episode, Recorder
 from agents.policies import starting_policy
-from agents.replay import Policy
+from agents.replay import Policy, check_installed
 from agents.training import ALGORITHMS, train
 from autoprune.allocation import BudgetRange
 from autoprune.config import SearchConfig
@@ -50,6 +50,12 @@ class SearchResult:
         return self.recorder.episodes
 
 
+def check_agent(agent: str) -> None:
+    """Raises a `UserError` unless there is such an agent and what it needs is installed."""
+    check_installed(agent, "--agent")
+    check_known("agent", agent, AGENTS)
+
+
 def search(
     env: LayerPruningEnv,
     config: SearchConfig,
@@ -70,7 +76,7 @@ def search(
     Raises:
         UserError: If the agent is unknown, a checkpoint is damaged, or the policy to start from can't be used.
     """
-    check_known("agent", config.agent, AGENTS)
+    check_agent(config.agent)
     started, recorder = time.perf_counter(), Recorder(env, config, folder, on_episode)
     evaluated = env.proxy.evaluations
     policy = _run_agent(recorder, config, folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from autoprune.config import NetworkConfig, OutputConfig, Settings, TraceConfig
-from autoprune.errors import ExportError, UserError, check_known
+from autoprune.errors import ExportError, UserError
 from autoprune.options import (
     Parser,
     data_options,
@@ -90,12 +90,12 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     """Refuses unknown names and impossible budgets before anything slow happens or is written."""
     from agents.baselines import check_baselines
     from agents.policies import starting_policy
-    from agents.search import AGENTS
+    from agents.search import check_agent
     from autoprune.allocation import parse_budget
     from autoprune.criteria import check_criterion
     from envs.rewards import reward_named
 
-    check_known("agent", settings.search.agent, AGENTS)
+    check_agent(settings.search.agent)
     check_baselines(output.baselines)
     check_criterion(settings.search.criterion)
     reward_named(settings.search.reward)

@@ -15,7 +15,7 @@ from agents import policies
 from agents.lanes import START_STD
 from agents.policies import find_policy, shipped, shipped_table, starting_policy
 from agents.replay import ALGORITHMS, Policy, replay
-from agents.search import search
+from agents.search import check_agent, search
 from autoprune.cli import main
 from autoprune.config import SearchConfig
 from autoprune.errors import UserError
@@ -115,6 +115,17 @@ def test_a_policy_of_another_algorithm_is_refused_with_those_that_fit(home):
     with pytest.raises(UserError, match="--policy: sensitivity learns no policy to start from one; use --agent dyna"):
         starting_policy("sensitivity", "resnets")
     assert starting_policy("ppo", "") is None
+
+
+def test_an_agent_whose_package_is_missing_is_refused_with_the_way_to_install_it(home, monkeypatch):
+    some_policy("tqc").save(home / "quantiles")
+    monkeypatch.delitem(ALGORITHMS, "tqc")
+    needs = "tqc needs sb3-contrib; install it with: pip install sb3-contrib"
+    with pytest.raises(UserError, match=f"^--policy: {needs}$"):
+        Policy.load(home / "quantiles", "--policy")
+    with pytest.raises(UserError, match=f"^--agent: {needs}$"):
+        check_agent("tqc")
+    assert [row["problem"] for row in shipped_table() if row["problem"]] == [f"quantiles: {needs}"]
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
