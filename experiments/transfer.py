@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet56")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--budget", default="macs=50%")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of the searches; none: zero shot only")
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
     args = parser.parse_args()
