@@ -74,10 +74,9 @@ class Imagination(Walkers):
         is_first = recorder.is_first
         kept = counts_of(recorder.episodes)[is_first]
         rewards = np.array([episode.reward for episode in recorder.episodes])[is_first]
-        costs = self.env.space.cost(kept)
-        self.usual = Usual(costs, rewards) if isinstance(self.env.budget, BudgetRange) else None
+        self.usual = recorder.usual
         if self.usual is not None:
-            rewards = self.usual.relative(rewards, costs)
+            rewards = self.usual.relative(rewards, self.env.space.cost(kept))
         self.surrogate.fit(kept, rewards, recorder.blocks[is_first])
 
     def expected(self, kept: np.ndarray) -> np.ndarray:
@@ -109,7 +108,7 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
         recorder.score(walks, budgets, len(budgets))
         imagination.learn_from(recorder)
         _practise(learner, UPDATES)
-    if imagination.usual is not None:
+    if isinstance(recorder.env.budget, BudgetRange):
         _practise(learner, PRACTICE, _FadingRate())
     return policy_of("dyna", learner, start)
 

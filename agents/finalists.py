@@ -8,7 +8,6 @@ import numpy as np
 
 from agents.lanes import Episode, Recorder, counts_of, near
 from agents.replay import Policy
-from agents.surrogate import Usual
 from autoprune.allocation import Allocation, Budget, BudgetRange
 from autoprune.scoring import Evaluation
 from envs.layer_pruning import LayerPruningEnv
@@ -171,24 +170,20 @@ def _promise(recorder: Recorder, episodes: list[Episode], counts: np.ndarray) ->
 
     Else minus the place of the episode's reward among those of its block, -inf where it repeats another one. Blocks
     differ by more than good allocations do, so by reward alone one block would send nearly all of the best. Under a
-    range of budgets the dearest would win alike; there rewards are taken relative to the usual one at a cost.
+    range of budgets that are used up the dearest would win alike; there rewards are relative to the usual at a cost.
     """
     if recorder.expected is not None:
         return recorder.expected(counts)
     rewards, promise = np.array([episode.reward for episode in episodes]), np.full(len(episodes), -np.inf)
-    if isinstance(recorder.env.budget, BudgetRange):
-        rewards = _usual(recorder).relative(rewards, recorder.env.space.cost(counts_of(episodes)))
+    usual = recorder.usual
+    if usual is not None:
+        rewards = usual.relative(rewards, recorder.env.space.cost(counts_of(episodes)))
     places = [episode.number - 1 for episode in episodes]
     is_first, blocks = recorder.is_first[places], recorder.blocks[places]
     for block in np.unique(blocks):
         here = np.flatnonzero(is_first & (blocks == block))
         promise[here[np.argsort(-rewards[here], kind="stable")]] = -np.arange(len(here))
     return promise
-
-
-def _usual(recorder: Recorder) -> Usual:
-    costs = recorder.env.space.cost(counts_of(recorder.episodes))
-    return Usual(costs, np.array([episode.reward for episode in recorder.episodes]))
 
 
 def _judged(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]:

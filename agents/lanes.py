@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.surrogate import Usual
 from autoprune.allocation import Allocation, Budget, BudgetRange, spread
 from autoprune.config import SearchConfig
 from autoprune.runs import RunFolder
@@ -111,6 +112,14 @@ class Recorder:
         is_first = np.zeros(len(self.episodes), bool)
         is_first[np.unique(counts_of(self.episodes), axis=0, return_index=True)[1]] = True
         return is_first
+
+    @property
+    def usual(self) -> Usual | None:
+        """What reward is usual at a cost; None without a range of budgets, or where the reward weighs the cost too."""
+        if not isinstance(self.env.budget, BudgetRange) or not self.env.reward.uses_up_budget:
+            return None
+        rewards = np.array([episode.reward for episode in self.episodes])[self.is_first]
+        return Usual(self.env.space.cost(counts_of(self.episodes)[self.is_first]), rewards)
 
     @property
     def blocks(self) -> np.ndarray:

@@ -8,6 +8,7 @@ from toys import fake_env, target_env
 
 from agents.baselines import walk
 from agents.lanes import Lanes, Recorder, near
+from agents.search import search
 from autoprune.allocation import Budget
 from autoprune.config import SearchConfig
 from autoprune.runs import RunFolder
@@ -179,6 +180,19 @@ def test_near_a_budget_is_close_on_both_sides_or_anywhere_below_a_ceiling(reward
     env = fake_env("wide", reward=reward)
     shares = np.array([0.5, 0.91, 1.0, 1.09, 1.15])
     assert shares[near(env, shares * env.target, env.budget)].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "is_there"),
+    [
+        ({"budget": "macs=30%..80%"}, True),
+        ({"budget": "macs=50%"}, False),
+        ({"budget": "macs=30%..80%", "reward": "accuracy_guaranteed"}, False),  # there cheaper is better
+    ],
+)
+def test_what_is_usual_at_a_cost_counts_under_a_range_of_budgets_that_are_used_up(options, is_there):
+    recorder = search(fake_env("wide", **options), SearchConfig(agent="random", episodes=30)).recorder
+    assert (recorder.usual is not None) == is_there
 
 
 def test_where_nothing_is_near_a_budget_the_closest_counts():
