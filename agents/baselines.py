@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 
 from agents.lanes import LANES, START_STD, Recorder
-from autoprune.errors import UserError, check_known
+from autoprune.errors import check_known, missing_package
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import Walks, along, uniformly
 
@@ -99,7 +99,7 @@ def _optional(package: str, agent: str):
     try:
         return __import__(package)
     except ImportError as error:
-        raise UserError(f"--agent: {agent} needs {package}; install it with: pip install {package}") from error
+        raise missing_package("--agent", agent, package) from error
 
 
 BASELINES: dict[str, Callable[[Recorder], None]] = {

@@ -19,7 +19,7 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.lanes import LANES, Recorder, Walkers, counts_of, near
+from agents.lanes import LANES, Recorder, Walkers, near
 from agents.replay import Policy
 from agents.surrogate import Surrogate, Usual
 from agents.training import make_learner, policy_of
@@ -48,7 +48,8 @@ LEAST_STD = 0.1
 class Imagination(Walkers):
     """Lanes whose finished networks are not scored but predicted.
 
-    Under a range of budgets the reward is how much better than usual at its cost a network is expected to be.
+    Under a range of budgets that are used up the reward is how much better than usual at its cost a network is expected
+    to be.
 
     Args:
         env: The real environment, for its arithmetic.
@@ -71,13 +72,11 @@ class Imagination(Walkers):
 
     def learn_from(self, recorder: Recorder) -> None:
         """Fits the surrogate to everything evaluated so far; a walk that was repeated has told nothing new."""
-        is_first = recorder.is_first
-        kept = counts_of(recorder.episodes)[is_first]
-        rewards = np.array([episode.reward for episode in recorder.episodes])[is_first]
+        kept, rewards, blocks = recorder.evaluated
         self.usual = recorder.usual
         if self.usual is not None:
             rewards = self.usual.relative(rewards, self.env.space.cost(kept))
-        self.surrogate.fit(kept, rewards, recorder.blocks[is_first])
+        self.surrogate.fit(kept, rewards, blocks)
 
     def expected(self, kept: np.ndarray) -> np.ndarray:
         """Expected rewards `(n,)` of allocations `(n, n_groups)`."""

@@ -114,12 +114,18 @@ class Recorder:
         return is_first
 
     @property
+    def evaluated(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Kept channels `(n, n_groups)`, rewards `(n,)` and blocks `(n,)` of the different allocations, in order."""
+        is_first, rewards = self.is_first, np.array([episode.reward for episode in self.episodes])
+        return counts_of(self.episodes)[is_first], rewards[is_first], self.blocks[is_first]
+
+    @property
     def usual(self) -> Usual | None:
         """What reward is usual at a cost; None without a range of budgets, or where the reward weighs the cost too."""
         if not isinstance(self.env.budget, BudgetRange) or not self.env.reward.uses_up_budget:
             return None
-        rewards = np.array([episode.reward for episode in self.episodes])[self.is_first]
-        return Usual(self.env.space.cost(counts_of(self.episodes)[self.is_first]), rewards)
+        kept, rewards, _ = self.evaluated
+        return Usual(self.env.space.cost(kept), rewards)
 
     @property
     def blocks(self) -> np.ndarray:

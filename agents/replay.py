@@ -13,7 +13,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
 from autoprune.allocation import Allocation, Budget
-from autoprune.errors import UserError
+from autoprune.errors import UserError, missing_package
 from autoprune.runs import write_atomically, write_json
 from envs.observation import FEATURES, OBSERVATION_SPACE
 
@@ -103,8 +103,7 @@ def describe_policy(folder: Path, flag: str = "RUN") -> dict:
 def check_installed(agent: str, flag: str) -> None:
     """Raises a `UserError` if an agent needs a package that isn't there."""
     if agent in OPTIONAL and agent not in ALGORITHMS:
-        package = OPTIONAL[agent]
-        raise UserError(f"{flag}: {agent} needs {package}; install it with: pip install {package}")
+        raise missing_package(flag, agent, OPTIONAL[agent])
 
 
 def _feature_names() -> list[str]:

@@ -15,6 +15,11 @@ class ExportError(RuntimeError):
     """The network has no ONNX form that computes the same; nothing was written."""
 
 
+def missing_package(flag: str, what: str, package: str) -> UserError:
+    """For something that needs a package which isn't installed."""
+    return UserError(f"{flag}: {what} needs {package}; install it with: pip install {package}")
+
+
 def nearest_names(name: str, known: Iterable[str], n: int = 1) -> list[str]:
     """Up to `n` known names that look like `name`, the most similar first; empty where none does."""
     return difflib.get_close_matches(name, known, n=n)

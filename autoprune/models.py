@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.errors import UserError, nearest_names
+from autoprune.errors import UserError, missing_package, nearest_names
 
 
 def conv_bn(
@@ -219,7 +219,7 @@ def _build_timm(name: str, n_classes: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"--model: timm/{name} needs timm; install it with: pip install timm") from error
+        raise missing_package("--model", f"timm/{name}", "timm") from error
     if not timm.is_model(name):
         meant = " or ".join(f"timm/{near}" for near in nearest_names(name, timm.list_models(), 3) or ["resnet18"])
         raise UserError(f"--model: timm has no model {name!r}; did you mean {meant}?")

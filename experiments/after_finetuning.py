@@ -39,7 +39,7 @@ from autoprune.scoring import accuracy, recalibrate
 from envs.layer_pruning import LayerPruningEnv
 from experiments.rival_proxies import cut_by_layer, macs_of
 from experiments.search_agents import sensitivity_cost
-from experiments.tables import fill, read_table
+from experiments.tables import fill, measured
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("model", "budget", "method", "seed")
@@ -62,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     table = RESULTS / f"after_finetuning_{args.model}.csv"
     if args.summary:
-        return summarise(read_table(table) or parser.error(f"--summary: {table} holds no row yet; measure some first"))
+        return summarise(measured(table, parser))
     if args.weights is None:
         parser.error("--weights: give the trained weights of the network")
 

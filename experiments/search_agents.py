@@ -25,7 +25,7 @@ from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfi
 from autoprune.proxy import SENSITIVITY_IMAGES
 from autoprune.runs import RunFolder, write_text
 from envs.layer_pruning import LayerPruningEnv
-from experiments.tables import fill, read_table
+from experiments.tables import fill, measured
 
 RESULTS = Path(__file__).parent / "results"
 DETERMINISTIC = ("uniform", "sensitivity")
@@ -54,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     table = RESULTS / f"search_{args.model}.csv"
     if args.summary:
-        return summarise(read_table(table) or parser.error(f"--summary: {table} holds no row yet; measure some first"))
+        return summarise(measured(table, parser))
     if args.weights is None:
         parser.error("--weights: give the trained weights of the network")
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def measured(path: Path, parser: ArgumentParser) -> list[dict[str, str]]:
+    """The rows of a table that is to be summed up; a usage error where there are none yet."""
+    return read_table(path) or parser.error(f"--summary: {path} holds no row yet; measure some first")
 
 
 def holds(path: Path, cell: dict) -> bool:
