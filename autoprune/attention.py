@@ -73,7 +73,7 @@ class OpenMultiheadAttention(Open, nn.MultiheadAttention):
         self.register_buffer("scale", scale)
         self._qkv_same_embed_dim = False
 
-    def forward(  # noqa: PLR0913
+    def forward(
         self,
         query: Tensor,
         key: Tensor,

@@ -1,4 +1,7 @@
-"""One plain training loop: fine-tuning, distillation, training from scratch; resumable at every epoch."""
+"""One plain training loop: fine-tuning, distillation, training from scratch; resumable at every epoch.
+
+Methods that train differently (sparse training, masks, compactors) don't bring a loop of their own: each is a `Plug`.
+"""
 
 import math
 from collections.abc import Callable
@@ -15,6 +18,37 @@ from autoprune.errors import UserError
 from autoprune.runs import write_state
 
 EpochCallback = Callable[[int, float], None]
+
+
+class Plug:
+    """What a method adds to the training loop; this one adds nothing.
+
+    The hooks are called in the order in which they stand here, the three of a step with the network that is trained and
+    the number of the step from 0. What a plug draws at random comes from the global generator, which the loop seeds.
+    """
+
+    def parameter_groups(self, model: nn.Module, config: FinetuneConfig) -> list[dict]:
+        """Parameters and their options for `torch.optim.SGD`; before the first step."""
+        return parameter_groups(model, config)
+
+    def begin(self, model: nn.Module, n_steps: int) -> None:
+        """Training is about to start, or to go on; `n_steps` is its whole length."""
+
+    def before_forward(self, model: nn.Module, step: int) -> None:
+        """A batch is about to be answered."""
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Gradients of the loss are there; the optimizer is about to use them, weight decay and momentum included."""
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """The optimizer has moved the weights."""
+
+    def state_dict(self) -> dict:
+        """Tensors and numbers from which `load_state_dict` goes on after a kill."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes over what `state_dict` gave."""
 
 
 def autocast(bf16: str = "auto") -> AbstractContextManager:
@@ -36,6 +70,7 @@ def finetune(
     teacher: nn.Module | None = None,
     checkpoint: Path | None = None,
     on_epoch: EpochCallback = lambda epoch, loss: None,
+    plug: Plug | None = None,
 ) -> nn.Module:
     """Trains `model` in place and returns it in eval mode.
 
@@ -50,14 +85,18 @@ def finetune(
         teacher: Dense network to distil from; used where `config.distillation` > 0.
         checkpoint: File to resume from and to write to.
         on_epoch: Called with the number of finished epochs and the mean training loss.
+        plug: The method that takes part in the training; None for none.
     """
+    plug = plug or Plug()
     model.train().to(memory_format=torch.channels_last)
     epochs = config.epochs_for(len(images))
     n_steps = epochs * config.steps_per_epoch(len(images))
-    optimizer = torch.optim.SGD(_parameter_groups(model, config), config.lr, config.momentum, nesterov=True)
+    optimizer = torch.optim.SGD(plug.parameter_groups(model, config), config.lr, config.momentum, nesterov=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _annealing(n_steps, config.warmup))
     loss_of = _distilled(config, teacher) if teacher is not None and config.distillation > 0 else _plain
-    for epoch in range(_resume(checkpoint, model, optimizer, schedule), epochs):
+    trained = _resume(checkpoint, model, optimizer, schedule, plug)
+    plug.begin(model, n_steps)
+    for epoch in range(trained, epochs):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 100_003 + epoch)
             loss = _one_epoch(
@@ -67,20 +106,25 @@ def finetune(
                 schedule,
                 loss_of,
                 config,
+                plug,
             )
-        _save(checkpoint, epoch + 1, model, optimizer, schedule)
+        _save(checkpoint, epoch + 1, model, optimizer, schedule, plug)
         on_epoch(epoch + 1, loss)
     return model.eval()
 
 
-def _one_epoch(model, epoch_batches, optimizer, schedule, loss_of, config: FinetuneConfig) -> float:
+def _one_epoch(model, epoch_batches, optimizer, schedule, loss_of, config: FinetuneConfig, plug: Plug) -> float:
     losses = []
     for inputs, labels in epoch_batches:
+        step = schedule.last_epoch
+        plug.before_forward(model, step)
         with autocast(config.bf16):
             loss = loss_of(model, inputs, labels)
         optimizer.zero_grad()
         loss.backward()
+        plug.before_step(model, step)
         optimizer.step()
+        plug.after_step(model, step)
         schedule.step()
         losses.append(loss.detach())
     return torch.stack(losses).mean().item()
@@ -105,7 +149,8 @@ def _distilled(config: FinetuneConfig, teacher: nn.Module) -> Callable[[nn.Modul
     return loss
 
 
-def _parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict]:
+def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict]:
+    """Options of `torch.optim.SGD`: weights decay, batch norm and biases don't."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.ndim > 1]
     exempt = [p for p in parameters if p.ndim <= 1]
@@ -123,7 +168,7 @@ def _annealing(total: int, warmup: float) -> Callable[[int], float]:
     return factor
 
 
-def _save(checkpoint: Path | None, epoch: int, model: nn.Module, optimizer, schedule) -> None:
+def _save(checkpoint: Path | None, epoch: int, model: nn.Module, optimizer, schedule, plug: Plug) -> None:
     if checkpoint is None:
         return
     state = {
@@ -131,11 +176,12 @@ def _save(checkpoint: Path | None, epoch: int, model: nn.Module, optimizer, sche
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": schedule.last_epoch,
+        "plug": plug.state_dict(),
     }
     write_state(checkpoint, state)
 
 
-def _resume(checkpoint: Path | None, model: nn.Module, optimizer, schedule) -> int:
+def _resume(checkpoint: Path | None, model: nn.Module, optimizer, schedule, plug: Plug) -> int:
     if checkpoint is None or not checkpoint.exists():
         return 0
     try:
@@ -143,6 +189,7 @@ def _resume(checkpoint: Path | None, model: nn.Module, optimizer, schedule) -> i
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.last_epoch = state["step"]
+        plug.load_state_dict(state["plug"])
         return state["epoch"]
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = (str(error).splitlines() or [""])[0]
