@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 
 from agents.lanes import LANES, START_STD, Recorder
+from agents.rankings import RANKINGS
 from autoprune.errors import check_known, missing_package
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import Walks, along, uniformly
@@ -108,6 +109,7 @@ BASELINES: dict[str, Callable[[Recorder], None]] = {
     "sensitivity": sensitivity,
     "evolution": evolution,
     "tpe": tpe,
+    **RANKINGS,
 }
 
 

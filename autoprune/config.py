@@ -220,7 +220,8 @@ class SearchConfig(_Excluding):
     """Cost not to exceed: macs or params, a share (50%, 0.5) or an absolute number (20M). A range of shares, as in
     macs=30%..80%, is searched as a whole: one policy, and the Pareto front."""
     agent: str = "dyna"
-    """dyna, ppo, sac, td3, ddpg, tqc, or a baseline: uniform, random, sensitivity, evolution, tpe."""
+    """dyna, ppo, sac, td3, ddpg, tqc, or a baseline: uniform, random, sensitivity, evolution, tpe, global (one threshold
+    for the importance of all channels), cost_aware (for importance per cost saved), eagleeye."""
     policy: str = ""
     """Policy to start from, instead of from uniform pruning: a name that `autoprune policies` lists, a run, or a
     policy's folder."""
@@ -229,7 +230,7 @@ class SearchConfig(_Excluding):
     seed: int = 0
     """Seed of the search and of fine-tuning."""
     criterion: str = "l1"
-    """Which channels survive: l1, l2, bn_scale, fpgm, taylor or random."""
+    """Which channels survive: l1, l2, bn_scale, fpgm, activation, apoz, taylor, hessian, lamp or random."""
     reward: str = "weighted_sum"
     """weighted_sum, amc or accuracy_guaranteed."""
     accuracy_floor: float = 0.8

@@ -1,27 +1,33 @@
 """How important each channel is: `CRITERIA[name](model, groups, images)` gives one score per channel of every group.
 
-A group's channels sit in several layers. Each layer's scores are divided by their mean, so that no layer drowns the
-others, and averaged over the layers that produce the channels. Higher is kept.
+A group's channels sit in several layers; its scores are the mean over the layers that produce the channels. Higher is
+kept. Where a criterion says nothing of layers beside each other (a filter's norm, a mean activation), each layer's
+scores are divided by their mean, so that no layer drowns the others; the scores of the others (`bn_scale`, `apoz`,
+`taylor`, `hessian`, `lamp`) can be ranked across the network as they are.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.data import Images
-from autoprune.errors import check_known
+from autoprune.errors import UserError, check_known
 from autoprune.groups import Group, Groups, Member
+from autoprune.reading import mean_reading
 
 Importance = dict[str, Tensor]
 Criterion = Callable[[nn.Module, Groups, Images], Importance]
-TAYLOR_BATCH, TAYLOR_IMAGES = 50, 500
+BATCH, IMAGES = 50, 500
+"""Of the criteria that look at data: images of a batch, and of all batches at most."""
+PROBES = 4
+"""Random directions for each batch in which `hessian` measures curvature."""
 
 
 def importance(name: str, model: nn.Module, groups: Groups, images: Images) -> Importance:
-    """Scores `(n_channels,)` per prunable group, higher is kept; the model is left as found.
+    """Scores `(n_channels,)` per prunable group, with mean 1 over the network; the model is left as found.
 
     Args:
         name: A key of `CRITERIA`.
@@ -30,10 +36,13 @@ def importance(name: str, model: nn.Module, groups: Groups, images: Images) -> I
         images: Training images, for the criteria that look at data.
 
     Raises:
-        UserError: If the criterion is unknown; the nearest known one is offered.
+        UserError: If the criterion is unknown; the nearest known one is offered. Or if it can't tell the network's
+            channels apart.
     """
     check_criterion(name)
-    return CRITERIA[name](model, groups, images)
+    scores = CRITERIA[name](model, groups, images)
+    mean = torch.cat(list(scores.values())).double().mean().clamp_min(1e-300) if scores else 1.0
+    return {group: (score / mean).float() for group, score in scores.items()}
 
 
 def check_criterion(name: str) -> None:
@@ -54,7 +63,12 @@ def _filters(groups: Groups, group: Group) -> list[Member]:
 
 
 def _average(scores: list[Tensor]) -> Tensor:
-    return torch.stack([score / score.mean().clamp_min(1e-12) for score in scores]).mean(0)
+    """The mean over layers, each at mean 1."""
+    return torch.stack([_at_mean_one(score) for score in scores]).mean(0)
+
+
+def _at_mean_one(score: Tensor) -> Tensor:
+    return score / score.mean().clamp_min(1e-12)
 
 
 def _filterwise(score: Callable[[Tensor], Tensor]) -> Criterion:
@@ -69,6 +83,23 @@ def _geometric_median(rows: Tensor) -> Tensor:
     return torch.cdist(rows, rows).sum(1)
 
 
+def _lamp(model: nn.Module, groups: Groups, images: Images) -> Importance:
+    """LAMP, Lee et al. 2021, eq. 6, with a filter's norm in place of a weight.
+
+    The squared norm as a share of what would be left if all weaker filters of the layer were gone.
+    """
+    return {
+        g.name: torch.stack([_share_left(rows) for rows in _weights(model, _filters(groups, g))]).mean(0)
+        for g in groups
+    }
+
+
+def _share_left(rows: Tensor) -> Tensor:
+    squares, order = rows.square().sum(1).sort(descending=True, stable=True)
+    shares = squares / squares.cumsum(0).clamp_min(1e-30)
+    return torch.empty_like(shares).index_copy_(0, order, shares)
+
+
 def _bn_scale(model: nn.Module, groups: Groups, images: Images) -> Importance:
     """Network Slimming, Liu et al. 2017: |gamma|; a group without batch norm falls under L1."""
     l1 = CRITERIA["l1"](model, groups, images)
@@ -76,8 +107,24 @@ def _bn_scale(model: nn.Module, groups: Groups, images: Images) -> Importance:
     for group in groups:
         vectors = [m for m in group.members if m.role == "follow" and len(groups.shapes[m.tensor]) == 1]
         scales = _weights(model, [m for m in vectors if m.tensor.endswith("weight")])
-        scores[group.name] = _average([gamma.abs().sum(1) for gamma in scales]) if scales else l1[group.name]
+        scores[group.name] = torch.stack([g.abs().sum(1) for g in scales]).mean(0) if scales else l1[group.name]
     return scores
+
+
+def _activation(model: nn.Module, groups: Groups, images: Images) -> Importance:
+    """Mean absolute activation where the channel is read (Molchanov et al. 2017, section 2.2)."""
+    means = mean_reading(model, groups, images[:IMAGES].inputs, torch.abs)
+    return {name: _at_mean_one(mean) for name, mean in means.items()}
+
+
+def _apoz(model: nn.Module, groups: Groups, images: Images) -> Importance:
+    """Network Trimming, Hu et al. 2016, eq. 1: one minus the average percentage of zeros, where the channel is read."""
+    active = mean_reading(model, groups, images[:IMAGES].inputs, lambda x: (x != 0).float())
+    if active and all((share == 1).all() for share in active.values()):
+        raise UserError(
+            "--criterion: apoz counts the zeros that ReLU leaves, and this network has none; use activation"
+        )
+    return active
 
 
 def _random(model: nn.Module, groups: Groups, images: Images) -> Importance:
@@ -91,19 +138,62 @@ def _taylor(model: nn.Module, groups: Groups, images: Images) -> Importance:
 
     We use batches of 50 of up to 500 training images in eval mode, so that batch norm keeps its trained statistics.
     """
-    twin = copy.deepcopy(model).eval().requires_grad_(True)
-    sums = {group.name: torch.zeros(group.channels) for group in groups}
-    parameters = dict(twin.named_parameters())
-    for start in range(0, min(len(images), TAYLOR_IMAGES), TAYLOR_BATCH):
-        batch = images[start : start + TAYLOR_BATCH]
-        twin.zero_grad()
-        F.cross_entropy(twin(batch.inputs), batch.labels).backward()
+    twin = _twin(model)
+    scores = {group.name: torch.zeros(group.channels) for group in groups}
+    for loss in _losses(twin, images):
+        weights = _filter_weights(twin, groups)
+        products = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+        products = {name: (weight * products[name]).detach() for name, weight in weights.items()}
         for group in groups:
             for member in _filters(groups, group):
-                weight = parameters[member.tensor]
-                product = (weight * weight.grad).detach().movedim(member.axis, 0)
-                sums[group.name] += product[member.index].flatten(1).sum(1) ** 2
-    return {name: score / score.mean().clamp_min(1e-30) for name, score in sums.items()}
+                scores[group.name] += _by_channel(products, member) ** 2
+    return scores
+
+
+def _hessian(model: nn.Module, groups: Groups, images: Images) -> Importance:
+    """Optimal Brain Damage, LeCun et al. 1990, eq. 5: |sum over a filter of h w^2 / 2|, h the Hessian's diagonal.
+
+    The diagonal is estimated from Hessian-vector products with weights of random signs, v = r w, since E[v (H v)] =
+    h w^2 (Hutchinson 1990). In eval mode, on batches as for `taylor`. Not all of h is positive in a trained network;
+    what counts is how far the loss moves, so a filter's sum is taken without its sign.
+    """
+    twin, generator = _twin(model), torch.Generator().manual_seed(0)
+    scores = {group.name: torch.zeros(group.channels) for group in groups}
+    for loss in _losses(twin, images):
+        weights = _filter_weights(twin, groups)
+        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        for _ in range(PROBES):
+            probes = [w.detach() * _signs(w, generator) for w in weights.values()]
+            curved = torch.autograd.grad(gradients, list(weights.values()), probes, retain_graph=True)
+            products = {name: v * hv for name, v, hv in zip(weights, probes, curved, strict=True)}
+            for group in groups:
+                for member in _filters(groups, group):
+                    scores[group.name] += _by_channel(products, member) / 2
+    return {name: score.abs() for name, score in scores.items()}
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, like.shape, generator=generator).to(like.dtype) * 2 - 1
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of which every weight has a gradient."""
+    return copy.deepcopy(model).eval().requires_grad_(True)
+
+
+def _losses(twin: nn.Module, images: Images) -> Iterator[Tensor]:
+    for batch in (images[start : start + BATCH] for start in range(0, min(len(images), IMAGES), BATCH)):
+        yield F.cross_entropy(twin(batch.inputs), batch.labels)
+
+
+def _filter_weights(twin: nn.Module, groups: Groups) -> dict[str, Tensor]:
+    parameters = dict(twin.named_parameters())
+    return {member.tensor: parameters[member.tensor] for group in groups for member in _filters(groups, group)}
+
+
+def _by_channel(values: dict[str, Tensor], member: Member) -> Tensor:
+    """Sums of a weight's values over each channel, `(n_channels,)`."""
+    return values[member.tensor].movedim(member.axis, 0)[member.index].flatten(1).sum(1)
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -111,6 +201,10 @@ CRITERIA: dict[str, Criterion] = {
     "l2": _filterwise(lambda rows: rows.norm(dim=1)),
     "bn_scale": _bn_scale,
     "fpgm": _filterwise(_geometric_median),
+    "activation": _activation,
+    "apoz": _apoz,
     "taylor": _taylor,
+    "hessian": _hessian,
+    "lamp": _lamp,
     "random": _random,
 }

@@ -28,7 +28,7 @@ from envs.layer_pruning import LayerPruningEnv
 from experiments.tables import fill, measured
 
 RESULTS = Path(__file__).parent / "results"
-DETERMINISTIC = ("uniform", "sensitivity")
+DETERMINISTIC = ("uniform", "sensitivity", "global", "cost_aware")
 OF_THEIR_LENGTH = ("sensitivity", "td3", "ddpg")
 """Searchers that begin otherwise where fewer evaluations are asked for."""
 KEY = ("model", "budget", "searcher", "seed", "asked")

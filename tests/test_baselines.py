@@ -109,7 +109,8 @@ def test_sensitivity_beats_uniform_on_a_trained_network():
 def test_every_baseline_walks_at_most_the_asked_episodes_on_any_network(name, network, episodes):
     env = target_env(network)
     walked = run(name, env, episodes=episodes)
-    assert len(walked) == {"uniform": 1}.get(name, episodes) or (name == "sensitivity" and 1 <= len(walked) <= 2)
+    walks_once = {"uniform": 1, "global": 1, "cost_aware": 1}
+    assert len(walked) == walks_once.get(name, episodes) or (name == "sensitivity" and 1 <= len(walked) <= 2)
     assert [episode.number for episode in walked] == list(range(1, len(walked) + 1))
     assert all(env.space.cost(np.array(counts(episode))) <= env.target for episode in walked)
 

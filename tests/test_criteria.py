@@ -31,6 +31,12 @@ def normalised(scores: list[float]) -> Tensor:
     return scores / scores.mean()
 
 
+def at_mean_one(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores that can be compared across groups keep their proportions; the mean over all channels is 1."""
+    mean = torch.cat(list(scores.values())).mean()
+    return {name: score / mean for name, score in scores.items()}
+
+
 def by_loops(name: str, weight: Tensor) -> Tensor:
     """Scores of one layer's filters `(n, ...)`, weight by weight."""
     filters = [[value.item() for value in row.flatten()] for row in weight]
@@ -72,16 +78,19 @@ def test_bn_scale_is_the_absolute_scale_averaged_over_batch_norms():
     scores = importance("bn_scale", model, groups, DATA)
     with torch.no_grad():
         model.bn.weight.neg_()
-    torch.testing.assert_close(scores["inner"], normalised(model.bn_inner.weight.abs().tolist()))
-    both = [normalised(bn.weight.abs().tolist()) for bn in (model.bn, model.bn_outer)]
-    torch.testing.assert_close(scores["stem"], sum(both) / 2)
-    torch.testing.assert_close(importance("bn_scale", model, groups, DATA)["stem"], scores["stem"])
+    inner, stem, outer = (bn.weight.detach().abs() for bn in (model.bn_inner, model.bn, model.bn_outer))
+    expected = at_mean_one({"stem": (stem + outer) / 2, "inner": inner})
+    again = importance("bn_scale", model, groups, DATA)
+    for name, score in expected.items():
+        torch.testing.assert_close(scores[name], score)
+        torch.testing.assert_close(again[name], score)
 
 
 def test_bn_scale_sums_over_the_positions_of_a_channel():
     model, groups = traced("depthwise_multiplier")  # each channel of the stem has two positions in the batch norm
-    expected = normalised(model.bn.weight.view(6, 2).abs().sum(1).tolist())
-    torch.testing.assert_close(importance("bn_scale", model, groups, DATA)["stem"], expected)
+    scale = model.bn.weight.detach().view(6, 2).abs().sum(1)
+    scores = importance("bn_scale", model, groups, DATA)["stem"]
+    torch.testing.assert_close(scores / scores.mean(), scale / scale.mean())
 
 
 def test_bn_scale_falls_back_to_l1_without_batch_norm():
@@ -103,11 +112,104 @@ def test_taylor_is_the_squared_sum_of_weight_times_gradient_averaged_over_batche
                 for channel in range(len(layer.weight)):
                     expected[name][channel] += (gradient[channel] * layer.weight[channel]).sum().item() ** 2
     scores = importance("taylor", model, groups, DATA)
-    for name in expected:
-        torch.testing.assert_close(scores[name], normalised(expected[name].tolist()), rtol=1e-4, atol=1e-6)
+    for name, score in at_mean_one(expected).items():
+        torch.testing.assert_close(scores[name], score, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "random"])
+def test_hessian_is_half_the_diagonal_times_the_squared_weight_summed_over_a_filter(monkeypatch):
+    monkeypatch.setattr("autoprune.criteria.PROBES", 1000)
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Sigmoid(), nn.Flatten(), nn.Linear(4, 5))
+    model = randomise(model, seed=3).eval()
+    groups, batch = trace(model, images(1, 8)), DATA[:10]
+
+    def loss(weight: Tensor) -> Tensor:
+        filters = F.conv2d(batch.inputs, weight.view_as(model[0].weight), model[0].bias)
+        return F.cross_entropy(model[1:](filters), batch.labels)
+
+    weight = model[0].weight.detach().flatten()
+    diagonal = torch.autograd.functional.hessian(loss, weight).diagonal()
+    expected = (diagonal * weight**2 / 2).view(4, -1).sum(1).abs()
+    scores = importance("hessian", model, groups, batch)["0"]
+    torch.testing.assert_close(scores, expected / expected.mean(), rtol=0.1, atol=0.05)
+
+
+def test_lamp_is_the_share_of_what_no_weaker_filter_would_leave():
+    model, groups = traced("chain")
+    expected = {}
+    for name, layer in {"conv1": model.conv1, "conv2": model.conv2}.items():
+        squares = [sum(value.item() ** 2 for value in row.flatten()) for row in layer.weight]
+        expected[name] = torch.tensor(
+            [square / sum(other for other in squares if other >= square) for square in squares]
+        )
+    scores = importance("lamp", model, groups, DATA)
+    for name, score in at_mean_one(expected).items():
+        torch.testing.assert_close(scores[name], score)
+
+
+def read_by(layer: nn.Module, model: nn.Module) -> Tensor:
+    """What a layer reads of all images at once, channels first, `(n_channels, n)`."""
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(DATA.inputs)
+    handle.remove()
+    return seen[0].movedim(1, 0).flatten(1)
+
+
+def test_activation_criteria_count_what_every_reader_reads():
+    model, groups = traced("residual")  # the stream is read by the block and, pooled, by the head
+    block, head, inner = (read_by(layer, model) for layer in (model.inner, model.head, model.outer))
+    stream = torch.cat([block, head], 1)
+    active = at_mean_one({"stem": (stream != 0).float().mean(1), "inner": (inner != 0).float().mean(1)})
+    for name, score in importance("apoz", model, groups, DATA).items():
+        torch.testing.assert_close(score, active[name])
+    means = {"stem": stream.abs().mean(1), "inner": inner.abs().mean(1)}
+    for name, score in importance("activation", model, groups, DATA).items():
+        torch.testing.assert_close(score / score.mean(), means[name] / means[name].mean())
+
+
+def test_apoz_of_a_dead_channel_is_one_and_of_one_that_always_fires_zero():
+    model, groups = traced("chain")
+    with torch.no_grad():
+        model.bn1.weight[:2], model.bn1.bias[0], model.bn1.bias[1] = 0, -1, 1
+    scores = importance("apoz", model, groups, DATA)["conv1"]
+    assert scores[0] == 0 and scores[1] == scores.max() > scores[2:].max()
+    kept = {"conv1": torch.arange(1, 6)}
+    x = DATA.inputs
+    torch.testing.assert_close(outputs(prune(model, groups, kept), x), outputs(model, x), rtol=0, atol=1e-6)
+
+
+def test_apoz_ignores_a_positive_rescaling_that_changes_activations():
+    model, groups = traced("chain")
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in scaled.bn1.parameters():
+            tensor[2] *= 5
+    before, after = (importance("apoz", net, groups, DATA)["conv1"] for net in (model, scaled))
+    torch.testing.assert_close(after / after.mean(), before / before.mean())
+    loud, usual = (importance("activation", net, groups, DATA)["conv1"] for net in (scaled, model))
+    torch.testing.assert_close(loud[2] / loud[0], 5 * usual[2] / usual[0])
+
+
+@pytest.mark.parametrize("name", ["activation", "apoz"])
+def test_activation_criteria_do_not_depend_on_the_size_of_a_batch(name, monkeypatch):
+    model, groups = traced("flatten")
+    some = data(NETS["flatten"].size)
+    whole = importance(name, model, groups, some)
+    monkeypatch.setattr("autoprune.reading.BATCH", 7)
+    for group, score in importance(name, model, groups, some).items():
+        torch.testing.assert_close(score, whole[group])
+
+
+def test_apoz_refuses_a_network_without_zeros():
+    model, groups = traced("own_names")
+    with pytest.raises(
+        UserError, match=r"^--criterion: apoz counts the zeros .* this network has none; use activation$"
+    ):
+        importance("apoz", model, groups, DATA)
+
+
+@pytest.mark.parametrize("name", [name for name in CRITERIA if name not in ("random", "hessian")])
 def test_permuting_filters_permutes_scores(name):
     model, groups = traced("chain")
     order = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -183,6 +285,8 @@ def test_random_is_the_same_at_every_call_and_depends_on_no_weight():
 @pytest.mark.parametrize("name", CRITERIA)
 def test_every_network_gets_a_finite_score_a_channel(name):
     for net in ("concat", "depthwise_multiplier", "grouped", "two_names", "flatten", "squeeze_excitation", "own_names"):
+        if (net, name) == ("own_names", "apoz"):
+            continue  # no ReLU, no zeros
         model, groups = traced(net)
         scores = importance(name, model, groups, data(NETS[net].size))
         assert {group: len(score) for group, score in scores.items()} == groups.channels
@@ -212,7 +316,7 @@ def test_unknown_criterion_is_refused_with_the_nearest(name, near):
     with pytest.raises(UserError) as error:
         importance(name, nn.Identity(), None, DATA)
     assert str(error.value) == (
-        f"--criterion: unknown criterion {name!r}; did you mean {near!r}? Known: l1, l2, bn_scale, fpgm, taylor, random"
+        f"--criterion: unknown criterion {name!r}; did you mean {near!r}? Known: {', '.join(CRITERIA)}"
     )
 
 

@@ -36,6 +36,7 @@ class FakeProxy:
         groups: The network's trace.
         example: One input.
         loss_of: Kept counts in group order, `(n_groups,)`, to loss; accuracy is exp(-loss).
+        importance: Scores per group; by default the later channels of each group count more.
     """
 
     groups: Groups
@@ -43,14 +44,14 @@ class FakeProxy:
     loss_of: Loss
     evaluations: int = 0
     cache: dict[tuple[int, ...], Evaluation] = field(default_factory=dict)
+    importance: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self):
+        self.importance = {group.name: torch.linspace(0.5, 1.5, group.channels) for group in self.groups}
 
     @property
     def n_blocks(self) -> int:
         return 1
-
-    @property
-    def importance(self) -> dict[str, Tensor]:
-        return {group.name: torch.linspace(0.5, 1.5, group.channels) for group in self.groups}
 
     @property
     def sensitivity(self) -> np.ndarray:
