@@ -7,20 +7,22 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from jsonargparse import Namespace
 
 from autoprune.config import NetworkConfig, OutputConfig, Settings, TraceConfig
 from autoprune.errors import ExportError, UserError
+from autoprune.methods import method_named, methods_table
 from autoprune.options import (
     Parser,
     data_options,
     export_options,
     finetune_options,
+    list_options,
     pick,
-    policies_options,
     prune_options,
     replay_options,
     run_options,
@@ -33,7 +35,7 @@ from autoprune.options import (
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns 0, or 1 if something failed, 2 for a user error, 130 after Ctrl-C."""
     try:
-        options = build_parser().parse_args(arguments)
+        options = _parse(arguments)
         COMMANDS[options.subcommand].run(options[options.subcommand])
         return 0
     except UserError as error:
@@ -51,8 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def build_parser() -> Parser:
-    """The parser of all commands."""
+def _parse(arguments: list[str] | None) -> Namespace:
+    """The options; with a `--method` read once more, with its defaults."""
+    options = build_parser().parse_args(arguments)
+    name = options[options.subcommand].get("method")
+    return build_parser(method_named(name).options).parse_args(arguments) if name else options
+
+
+def build_parser(defaults: Mapping[str, object] = MappingProxyType({})) -> Parser:
+    """The parser of all commands; `defaults` are those of a method, for the commands that take one."""
     parser = Parser(
         prog="autoprune", description="Prune a trained PyTorch vision network: an agent finds how much where."
     )
@@ -61,6 +70,8 @@ def build_parser() -> Parser:
     for name, command in COMMANDS.items():
         sub = Parser(description=command.run.__doc__.splitlines()[0])
         command.options(sub)
+        if command.options in (search_options, prune_options):
+            sub.set_defaults(dict(defaults))
         commands.add_subcommand(name, sub, help=command.run.__doc__.splitlines()[0])
     return parser
 
@@ -76,14 +87,17 @@ def _start(options: Namespace, prepare: Callable):
 
     Everything that can be wrong is found by `prepare(workspace)` before the folder is made.
     """
-    from autoprune.compress import Workspace
     from autoprune.runs import start_run
+    from autoprune.workspace import Workspace
 
     settings, output = settings_of(options), pick(options, OutputConfig)
     _check_names(settings, output)
     workspace = Workspace(settings)
     prepare(workspace)
-    return workspace, start_run(settings, output.out, output.resume), output
+    folder = start_run(settings, output.out, output.resume)
+    if options.method:
+        folder.add_results(method=options.method)
+    return workspace, folder, output
 
 
 def _check_names(settings: Settings, output: OutputConfig) -> None:
@@ -93,11 +107,13 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     from agents.search import check_agent
     from autoprune.allocation import parse_budget
     from autoprune.criteria import check_criterion
+    from autoprune.sparse import check_sparse
     from envs.rewards import reward_named
 
     check_agent(settings.search.agent)
     check_baselines(output.baselines)
     check_criterion(settings.search.criterion)
+    check_sparse(settings.sparse.method)
     reward_named(settings.search.reward)
     parse_budget(settings.search.budget)
     if not output.resume:  # a run that goes on has a copy
@@ -106,11 +122,11 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
 
 def _open(run: str):
     """Workspace and folder of an existing run."""
-    from autoprune.compress import Workspace
     from autoprune.runs import RunFolder
+    from autoprune.workspace import Workspace
 
     folder = RunFolder.open(run)
-    return Workspace(Settings.from_dict(folder.read_config())), folder
+    return Workspace.of_run(folder), folder
 
 
 def _finish(folder, as_json: bool) -> None:
@@ -130,6 +146,7 @@ def run(options: Namespace) -> None:
     from autoprune.console import say
 
     workspace, folder, output = _start(options, _make_env)
+    workspace = _train_sparsely(workspace, folder)
     _search(workspace, folder, output)
     if not (folder.pruned / "plan.json").exists():
         compress.prune_stage(workspace, folder, say)
@@ -152,9 +169,23 @@ def search(options: Namespace) -> None:
     from autoprune import compress
 
     workspace, folder, output = _start(options, _make_env)
+    workspace = _train_sparsely(workspace, folder)
     _search(workspace, folder, output)
     print(f"report: {compress.report_stage(folder)}")
     _finish(folder, output.json)
+
+
+def _train_sparsely(workspace, folder):
+    """The workspace whose network is to be pruned, after sparse training where the settings ask for it."""
+    from autoprune.compress import sparse_stage
+    from autoprune.console import progress
+
+    settings = workspace.settings
+    if settings.sparse.method == "none":
+        return workspace
+    epochs = settings.sparse_training.epochs_for(len(workspace.splits.train))
+    with progress(settings.sparse.method, epochs) as advance:
+        return sparse_stage(workspace, folder, lambda epoch, loss: advance(f"loss {loss:.4f}"))
 
 
 def _search(workspace, folder, output: OutputConfig) -> None:
@@ -297,15 +328,19 @@ def replay(options: Namespace) -> None:
     from agents.policies import find_policy
     from agents.replay import Policy
     from autoprune.allocation import BudgetRange
-    from autoprune.compress import Workspace
     from autoprune.console import print_results
     from autoprune.runs import RunFolder, file_stem, write_json
+    from autoprune.workspace import Workspace
 
     place = find_policy(options.policy, "POLICY")
     policy = Policy.load(place, "POLICY")
     run = RunFolder(place.parent)
     is_of_run = run.policy == place and run.config.is_file()
-    workspace = Workspace(_elsewhere(_open(run.root)[0].settings if is_of_run else Settings(), options))
+    settings, sparse = Settings(), None
+    if is_of_run:
+        trained = Workspace.of_run(run)
+        settings, sparse = trained.settings, trained.sparse
+    workspace = Workspace(_elsewhere(settings, options), sparse if options.model is None else None)
     env = _make_env(workspace)
     settings, name = workspace.settings, run.root.name if is_of_run else place.name
     stem = file_stem("replay" if is_of_run else name, settings.network.model, str(env.budget))
@@ -374,6 +409,16 @@ def policies(options: Namespace) -> None:
         print(json.dumps({"policies": rows}))
 
 
+def methods(options: Namespace) -> None:
+    """Lists the methods of the field that --method names: kind, granularity, paper."""
+    from autoprune.console import print_methods
+
+    rows = methods_table()
+    print_methods(rows)
+    if options.json:
+        print(json.dumps({"methods": rows}))
+
+
 def prune(options: Namespace) -> None:
     """Applies the allocation of RUN, or of a file in a new run, without searching."""
     from autoprune import compress
@@ -388,6 +433,7 @@ def prune(options: Namespace) -> None:
         _check_single(options)
         read = lambda workspace: Allocation.read(options.allocation, workspace.groups)  # noqa: E731
         workspace, folder, _ = _start(options, read)
+        workspace = _train_sparsely(workspace, folder)
         allocation = read(workspace)
         settings = workspace.settings
         folder.add_results(run=str(folder.root), model=settings.network.model, data=settings.data.data)
@@ -416,13 +462,11 @@ def _check_single(options: Namespace) -> None:
 
 def finetune(options: Namespace) -> None:
     """Fine-tunes the pruned network of RUN; --resume goes on after the last finished epoch."""
-    from autoprune.compress import Workspace
-
     workspace, folder = _open(options.run)
     if options.epochs is not None:
         settings = workspace.settings
         epochs = dataclasses.replace(settings.finetune, epochs=options.epochs)
-        workspace = Workspace(dataclasses.replace(settings, finetune=epochs))
+        workspace = dataclasses.replace(workspace, settings=dataclasses.replace(settings, finetune=epochs))
     if not options.resume:
         folder.finetune_checkpoint.unlink(missing_ok=True)
     _finetune(workspace, folder)
@@ -503,5 +547,6 @@ COMMANDS: dict[str, Command] = {
     "report": Command(report, run_options),
     "trace": Command(trace, trace_options),
     "data": Command(data, data_options),
-    "policies": Command(policies, policies_options),
+    "policies": Command(policies, list_options),
+    "methods": Command(methods, list_options),
 }

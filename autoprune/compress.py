@@ -4,102 +4,29 @@ Each stage reads what it needs from the run folder, writes its artefacts there a
 stage that is done isn't done again.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from autoprune.allocation import Allocation
-from autoprune.config import Settings
-from autoprune.constraints import pinned_by_user
-from autoprune.cost import CostTable
-from autoprune.criteria import Importance, importance
-from autoprune.data import Splits, load
 from autoprune.errors import UserError
 from autoprune.export import export_onnx, load_pruned, save_pruned
-from autoprune.finetune import finetune
-from autoprune.groups import Groups
+from autoprune.finetune import EpochCallback, finetune
 from autoprune.latency import measure_latency
-from autoprune.models import EMBEDDED_WEIGHTS, build, load_weights
-from autoprune.proxy import ProxyAccuracy
 from autoprune.pruning import prune, top_channels
-from autoprune.reconstruction import Reconstruction
 from autoprune.report import write_report
 from autoprune.runs import RunFolder, write_atomically, write_json
 from autoprune.scoring import accuracy, recalibrate, score
-from autoprune.tracing import trace
+from autoprune.sparse import SPARSE
+from autoprune.workspace import Workspace
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Network, images and trace of one run; made lazily, and none of it is ever changed.
-
-    Attributes:
-        settings: What the run was started with.
-    """
-
-    settings: Settings
-
-    @cached_property
-    def splits(self) -> Splits:
-        """The images."""
-        return load(self.settings.data)
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """The dense network with its trained weights, in eval mode."""
-        network, classes = self.settings.network, self.splits.classes
-        model = build(network.model, len(classes))
-        path = _weights_file(network.model, network.weights, self.settings.data.data)
-        if path is not None:
-            load_weights(model, path)
-        return model.eval().to(memory_format=torch.channels_last)
-
-    @cached_property
-    def groups(self) -> Groups:
-        """The trace, verified; what the settings exclude is pinned."""
-        return pinned_by_user(trace(self.model, self.splits.example), self.settings.search.excluded)
-
-    @cached_property
-    def costs(self) -> CostTable:
-        """The cost table."""
-        return CostTable(self.groups)
-
-    @cached_property
-    def importance(self) -> Importance:
-        """Scores per channel by the configured criterion."""
-        return importance(self.settings.search.criterion, self.model, self.groups, self.splits.train)
-
-    @cached_property
-    def reconstruction(self) -> Reconstruction | None:
-        """What weights of pruned layers are solved with, if the settings ask for it."""
-        if not self.settings.proxy.reconstruct:
-            return None
-        return Reconstruction(self.model, self.groups, self.splits.calibration.inputs)
-
-    def proxy(self) -> ProxyAccuracy:
-        """A fresh proxy with an empty cache."""
-        config, solved = self.settings.proxy, self.reconstruction
-        return ProxyAccuracy(self.model, self.groups, self.importance, self.splits, config, solved)
-
-
-def _weights_file(model: str, weights: str, data: str) -> Path | None:
-    if weights != "auto":
-        return Path(weights)
-    if model == "resnet20" and data in ("sample", "cifar10"):
-        return EMBEDDED_WEIGHTS
-    if ":" in model:
-        return None
-    raise UserError(
-        f"--weights: pruning starts from a trained network; give the trained weights of {model} on {data!r}"
-    )
 
 
 @contextmanager
@@ -137,16 +64,52 @@ def use_allocation(workspace: Workspace, allocation: Allocation, folder: RunFold
     write_json(folder.allocation, allocation.to_json())
 
 
+def sparse_stage(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallback) -> Workspace:
+    """Trains sparsely where the settings ask for it; returns the workspace whose network is to be pruned.
+
+    Resumes after the last finished epoch; `sparse/` holds the result.
+    """
+    sparse = workspace.settings.sparse
+    if sparse.method == "none":
+        return workspace
+    if not (folder.sparse / "plan.json").exists():
+        with timed(folder, "sparse"):
+            _train_sparsely(workspace, folder, on_epoch)
+    return Workspace(workspace.settings, folder.sparse)
+
+
+def _train_sparsely(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallback) -> None:
+    settings, sparse, train = workspace.settings, workspace.settings.sparse, workspace.splits.train
+    method = SPARSE[sparse.method]
+    strength = method.strength if sparse.strength is None else sparse.strength
+    config = settings.sparse_training
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def finished(epoch: int, loss: float) -> None:
+        folder.append("sparse epoch", epoch=epoch, loss=loss)
+        on_epoch(epoch, loss)
+
+    model, plug = copy.deepcopy(workspace.dense), method.plug(workspace.groups, strength, sparse.share)
+    checkpoint, seed = folder.checkpoints / "sparse.pt", settings.search.seed
+    finetune(model, train, config, seed, workspace.dense, checkpoint, finished, plug)
+    epochs = config.epochs_for(len(train))
+    folder.add_results(sparse_method=sparse.method, sparse_strength=strength, sparse_epochs=epochs)
+    save_pruned(model, folder.sparse, network_of(workspace) | {"stage": "sparse", "epochs": epochs})
+
+
+def network_of(workspace: Workspace) -> dict:
+    """What a plan says of the network that its weights are for."""
+    classes = workspace.splits.classes
+    return {"model": workspace.settings.network.model, "n_classes": len(classes), "classes": list(classes)}
+
+
 def prune_stage(workspace: Workspace, folder: RunFolder, say: Say) -> None:
     """Applies the run's allocation; `pruned/` then holds the smaller network, recalibrated but not fine-tuned."""
     with timed(folder, "prune"):
         allocation = Allocation.read(folder.allocation, workspace.groups)
         kept = top_channels(workspace.importance, allocation.kept)
         pruned = _pruned(workspace, allocation)
-        plan = {
-            "model": workspace.settings.network.model,
-            "n_classes": len(workspace.splits.classes),
-            "classes": list(workspace.splits.classes),
+        plan = network_of(workspace) | {
             "stage": "pruned",
             "allocation": allocation.to_json(),
             "kept": {name: channels.tolist() for name, channels in kept.items()},
@@ -174,7 +137,7 @@ def read_plan(folder: RunFolder) -> dict:
     return folder.read_json(folder.pruned / "plan.json")
 
 
-def finetune_stage(workspace: Workspace, folder: RunFolder, on_epoch: Callable[[int, float], None]) -> None:
+def finetune_stage(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallback) -> None:
     """Fine-tunes the pruned network, resuming after the last finished epoch; `pruned/` then holds the result."""
     config, plan = workspace.settings.finetune, read_plan(folder)
     epochs = config.epochs_for(len(workspace.splits.train))
@@ -188,7 +151,7 @@ def finetune_stage(workspace: Workspace, folder: RunFolder, on_epoch: Callable[[
             on_epoch(epoch, loss)
 
         seed, train = workspace.settings.search.seed, workspace.splits.train
-        finetune(model, train, config, seed, workspace.model, folder.finetune_checkpoint, finished)
+        finetune(model, train, config, seed, workspace.dense, folder.finetune_checkpoint, finished)
         save_pruned(model, folder.pruned, plan | {"stage": "finetuned", "epochs": epochs})
 
 
@@ -198,7 +161,7 @@ def evaluate_stage(workspace: Workspace, folder: RunFolder) -> dict:
         plan, test = read_plan(folder), workspace.splits.test
         pruned = _pruned(workspace, Allocation.read(folder.allocation, workspace.groups))
         scores = {
-            "accuracy_dense": accuracy(workspace.model, test),
+            "accuracy_dense": accuracy(workspace.dense, test),
             "accuracy_pruned": accuracy(pruned, test),
             "test_images": len(test),
         }
@@ -238,7 +201,7 @@ def latency_stage(workspace: Workspace, folder: RunFolder, batch: int) -> None:
     with timed(folder, "latency"):
         pruned = load_pruned(folder.pruned)
         sizes = sorted({1, batch})
-        rows = measure_latency(workspace.model, pruned, workspace.splits.example, folder.onnx, sizes)
+        rows = measure_latency(workspace.dense, pruned, workspace.splits.example, folder.onnx, sizes)
     first = next(row for row in rows if row.engine == "onnxruntime")
     latency = {"latency_ms": first.pruned_ms, "latency_ms_dense": first.dense_ms}
     folder.add_results(latency=[asdict(row) for row in rows], **latency)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from autoprune.errors import UserError
 
 
-def _check_range(config: object, low: float, high: float, *names: str) -> None:
-    """Raises a `UserError` for the first named field outside [low, high]."""
+def _check_range(config: object, low: float, high: float, *names: str, stage: str = "") -> None:
+    """Raises a `UserError` for the first named field outside [low, high]; `stage` is the prefix of its flag."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             allowed = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
-            raise UserError(f"--{name}: must be {allowed}, got {value:g}")
+            raise UserError(f"--{stage and f'{stage}.'}{name}: must be {allowed}, got {value:g}")
 
 
 def _items(text: str) -> list[str]:
@@ -151,10 +151,11 @@ class FinetuneConfig:
     """"auto" uses bfloat16 autocast where the CPU has the instructions, "on" and "off" force it."""
 
     def __post_init__(self) -> None:
-        _check_range(self, 0, float("inf"), "epochs", "lr", "weight_decay")
-        _check_range(self, 1, float("inf"), "batch_size", "temperature")
-        _check_range(self, 0, 1, "warmup", "distillation", "momentum")
-        _check_choice(self, "bf16", "auto", "on", "off")
+        _check_range(self, 0, float("inf"), "epochs")
+        _check_range(self, 0, float("inf"), "lr", "weight_decay", stage="finetune")
+        _check_range(self, 1, float("inf"), "batch_size", "temperature", stage="finetune")
+        _check_range(self, 0, 1, "warmup", "distillation", "momentum", stage="finetune")
+        _check_choice(self, "bf16", "auto", "on", "off", stage="finetune")
 
     def epochs_for(self, n_images: int) -> int:
         """The number of passes over a training split of `n_images`."""
@@ -167,11 +168,32 @@ class FinetuneConfig:
         return max(1, n_images // self.batch_size)
 
 
-def _check_choice(config: object, name: str, *choices: str) -> None:
-    """Raises a `UserError` unless the field is one of the choices."""
+def _check_choice(config: object, name: str, *choices: str, stage: str) -> None:
+    """Raises a `UserError` unless the field is one of the choices; `stage` is the prefix of its flag."""
     value = getattr(config, name)
     if value not in choices:
-        raise UserError(f"--{name}: must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
+        raise UserError(f"--{stage}.{name}: must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """Sparse training before the search, which makes some weights or channels dispensable."""
+
+    method: str = "none"
+    """none, l1, l2, group_lasso, slimming, group_decay or gsm."""
+    strength: float | None = None
+    """Factor of the penalty; of gsm the weight decay (None: the method's usual one)."""
+    share: float = 0.1
+    """Share of the weights that gsm trains in a step."""
+    epochs: int | None = None
+    """Passes over the training split (None: as many as by default in fine-tuning)."""
+    lr: float = 0.05
+    """Highest learning rate; the rest is as in fine-tuning."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 0, float("inf"), "strength", "epochs", "lr", stage="sparse")
+        if not 0 < self.share <= 1:
+            raise UserError(f"--sparse.share: must be above 0 and at most 1, got {self.share:g}")
 
 
 @dataclass(frozen=True)
@@ -205,11 +227,13 @@ class ProxyConfig:
     """Candidates scored at once, each on a core of its own (None: one for each core)."""
 
     def __post_init__(self) -> None:
-        _check_range(self, 1, float("inf"), "images", "blocks", "recalibration_images", "sub_models", "workers")
-        _check_choice(self, "loss", "cross_entropy", "kl")
-        _check_choice(self, "statistics", "batch", "calibration")
-        _check_range(self, 0, float("inf"), "temperature")
-        _check_choice(self, "bf16", "auto", "on", "off")
+        _check_range(
+            self, 1, float("inf"), "images", "blocks", "recalibration_images", "sub_models", "workers", stage="proxy"
+        )
+        _check_choice(self, "loss", "cross_entropy", "kl", stage="proxy")
+        _check_choice(self, "statistics", "batch", "calibration", stage="proxy")
+        _check_range(self, 0, float("inf"), "temperature", stage="proxy")
+        _check_choice(self, "bf16", "auto", "on", "off", stage="proxy")
 
 
 @dataclass(frozen=True)
@@ -220,8 +244,8 @@ class SearchConfig(_Excluding):
     """Cost not to exceed: macs or params, a share (50%, 0.5) or an absolute number (20M). A range of shares, as in
     macs=30%..80%, is searched as a whole: one policy, and the Pareto front."""
     agent: str = "dyna"
-    """dyna, ppo, sac, td3, ddpg, tqc, or a baseline: uniform, random, sensitivity, evolution, tpe, global (one threshold
-    for the importance of all channels), cost_aware (for importance per cost saved), eagleeye."""
+    """dyna, ppo, sac, td3, ddpg, tqc, or a baseline: uniform, random, sensitivity, evolution, tpe, global (one
+    threshold for the importance of all channels), cost_aware (for importance per cost saved), eagleeye."""
     policy: str = ""
     """Policy to start from, instead of from uniform pruning: a name that `autoprune policies` lists, a run, or a
     policy's folder."""
@@ -280,6 +304,12 @@ class Settings:
     search: SearchConfig = field(default_factory=SearchConfig)
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+
+    @property
+    def sparse_training(self) -> FinetuneConfig:
+        """How sparse training goes, as far as it is training."""
+        return dataclasses.replace(self.finetune, epochs=self.sparse.epochs, lr=self.sparse.lr)
 
     def to_dict(self) -> dict:
         """Plain nested data."""

@@ -93,6 +93,17 @@ def print_policies(policies: list[dict]) -> None:
     _print_list("can't be used", [row["problem"] for row in policies if row["problem"]])
 
 
+def print_methods(methods: list[dict]) -> None:
+    """The methods, and what each sets."""
+    table = Table()
+    for heading in ("method", "kind", "removes", "paper", "sets"):
+        table.add_column(heading, overflow="fold")
+    for row in methods:
+        options = " ".join(f"--{name} {value}" for name, value in row["options"].items())
+        table.add_row(*(row[key] for key in ("name", "kind", "granularity", "paper")), options)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
 NAMES_SHOWN = 4
 """Pinned groups that are named for each reason; `--json` lists all."""
 

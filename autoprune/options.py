@@ -13,6 +13,7 @@ from autoprune.config import (
     ProxyConfig,
     SearchConfig,
     Settings,
+    SparseConfig,
     TraceConfig,
 )
 
@@ -29,8 +30,10 @@ class Parser(ArgumentParser):
 
 
 def search_options(parser: Parser) -> None:
-    """Network, data, search, output, fine-tuning and proxy."""
+    """Network, data, search, output, fine-tuning, proxy and sparse training."""
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    text = "A method of the field, as defaults for other options; `autoprune methods` lists them."
+    parser.add_argument("--method", type=str | None, default=None, help=text)
     for config in (NetworkConfig, DataConfig, SearchConfig):
         parser.add_class_arguments(config)
     parser.add_class_arguments(OutputConfig, skip={"resume", "json"})
@@ -40,6 +43,7 @@ def search_options(parser: Parser) -> None:
     parser.add_argument("--epochs", type=int | None, default=None, help=text)
     parser.add_class_arguments(FinetuneConfig, "finetune", skip={"epochs"})
     parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
+    parser.add_class_arguments(SparseConfig, "sparse")
 
 
 def _json_option(parser: Parser) -> None:
@@ -60,6 +64,7 @@ def settings_of(options: Namespace) -> Settings:
         pick(options, SearchConfig),
         ProxyConfig(**vars(options.proxy), seed=options.seed),
         FinetuneConfig(**vars(options.finetune), epochs=options.epochs),
+        SparseConfig(**vars(options.sparse)),
     )
 
 
@@ -108,7 +113,7 @@ def export_options(parser: Parser) -> None:
     parser.add_argument("--format", type=str, default="onnx", help="onnx or torch.")
 
 
-def policies_options(parser: Parser) -> None:
+def list_options(parser: Parser) -> None:
     """Nothing but the form of the answer."""
     _json_option(parser)
 

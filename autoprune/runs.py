@@ -74,6 +74,7 @@ class RunFolder:
     allocation = property(lambda self: self.root / "allocation.json")
     start = property(lambda self: self.root / "start")
     policy = property(lambda self: self.root / "policy")
+    sparse = property(lambda self: self.root / "sparse")
     pruned = property(lambda self: self.root / "pruned")
     onnx = property(lambda self: self.root / "model.onnx")
     report = property(lambda self: self.root / "report.html")

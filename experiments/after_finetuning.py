@@ -30,12 +30,12 @@ from torch import nn
 from agents.replay import ALGORITHMS
 from agents.search import search
 from autoprune.allocation import Allocation, Budget
-from autoprune.compress import Workspace
 from autoprune.config import DataConfig, FinetuneConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
 from autoprune.finetune import finetune
 from autoprune.pruning import prune, top_channels
 from autoprune.runs import RunFolder, write_json
 from autoprune.scoring import accuracy, recalibrate
+from autoprune.workspace import Workspace
 from envs.layer_pruning import LayerPruningEnv
 from experiments.rival_proxies import cut_by_layer, macs_of
 from experiments.search_agents import sensitivity_cost

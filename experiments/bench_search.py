@@ -31,7 +31,6 @@ import torch
 from torch import nn
 
 from autoprune.allocation import Budget, SearchSpace
-from autoprune.compress import Workspace
 from autoprune.config import DataConfig, NetworkConfig, Settings
 from autoprune.console import say
 from autoprune.cost import CostTable
@@ -39,6 +38,7 @@ from autoprune.finetune import autocast
 from autoprune.groups import Groups
 from autoprune.proxy import ProxyAccuracy, available_cores, one_thread_each
 from autoprune.pruning import Slicer, top_channels
+from autoprune.workspace import Workspace
 from experiments import rival_proxies
 from experiments.rival_proxies import Contender, Draws, Ground, Kept, one_by_one
 from experiments.tables import add_rows

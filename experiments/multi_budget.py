@@ -15,9 +15,9 @@ from pathlib import Path
 from agents.finalists import Finalist, judge, within
 from agents.search import search
 from autoprune.allocation import Budget
-from autoprune.compress import Workspace
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
 from autoprune.runs import RunFolder
+from autoprune.workspace import Workspace
 from envs.layer_pruning import LayerPruningEnv
 from experiments.tables import add_rows, device, holds
 

@@ -36,12 +36,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.allocation import Budget, SearchSpace
-from autoprune.compress import Workspace
 from autoprune.config import DataConfig, FinetuneConfig, NetworkConfig, SearchConfig, Settings
 from autoprune.data import Images, batches
 from autoprune.finetune import autocast, finetune
 from autoprune.pruning import Slicer, prune, top_channels
 from autoprune.scoring import in_eval_mode, on_batch_statistics, recalibrate
+from autoprune.workspace import Workspace
 from experiments.tables import add_rows, holds, read_table, write_table
 
 RESULTS = Path(__file__).parent / "results"

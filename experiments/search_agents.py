@@ -20,10 +20,10 @@ import numpy as np
 from agents.lanes import LANES
 from agents.replay import ALGORITHMS
 from agents.search import AGENTS, SearchResult, search
-from autoprune.compress import Workspace
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
 from autoprune.proxy import SENSITIVITY_IMAGES
 from autoprune.runs import RunFolder, write_text
+from autoprune.workspace import Workspace
 from envs.layer_pruning import LayerPruningEnv
 from experiments.tables import fill, measured
 

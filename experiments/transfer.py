@@ -13,9 +13,9 @@ from pathlib import Path
 from agents.finalists import Finalist, judge, own, rolled_out
 from agents.replay import Policy
 from agents.search import search
-from autoprune.compress import Workspace
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
 from autoprune.runs import RunFolder
+from autoprune.workspace import Workspace
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import uniformly
 from experiments.tables import fill

@@ -1,0 +1,93 @@
+"""Methods of the field by name. Each is a set of options of `autoprune run`, so all go through the same doors.
+
+`autoprune run --method NAME` changes defaults; what is given beside it counts. No torch here, since `autoprune methods`
+has to answer at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from autoprune.errors import check_known
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published way to prune.
+
+    Attributes:
+        kind: What it brings: "criterion", "sparse training", "allocator", "search" or "pipeline".
+        granularity: What it removes.
+        paper: Authors, year and venue or preprint.
+        options: Option of `autoprune run` to the value that it has by default.
+    """
+
+    kind: str
+    granularity: str
+    paper: str
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def to_json(self, name: str) -> dict:
+        """Plain data."""
+        row = {"name": name, "kind": self.kind, "granularity": self.granularity, "paper": self.paper}
+        return row | {"options": dict(self.options)}
+
+
+def _ranked(criterion: str, paper: str, agent: str = "uniform") -> Method:
+    return Method("criterion", "channel", paper, {"criterion": criterion, "agent": agent})
+
+
+def _sparse(method: str, criterion: str, paper: str) -> Method:
+    options = {"sparse.method": method, "criterion": criterion, "agent": "global"}
+    return Method("sparse training", "channel", paper, options)
+
+
+def _search(paper: str, **options: object) -> Method:
+    return Method("search", "channel", paper, options)
+
+
+METHODS: dict[str, Method] = {
+    "l1": _ranked("l1", "Li et al. 2017, ICLR"),
+    "l2": _ranked("l2", "Li et al. 2017, ICLR"),
+    "fpgm": _ranked("fpgm", "He et al. 2019, CVPR"),
+    "activation": _ranked("activation", "Molchanov et al. 2017, ICLR"),
+    "apoz": _ranked("apoz", "Hu et al. 2016, arXiv 1607.03250"),
+    "bn_scale": _ranked("bn_scale", "Liu et al. 2017, ICCV", "global"),
+    "taylor": _ranked("taylor", "Molchanov et al. 2019, CVPR", "global"),
+    "hessian": _ranked("hessian", "LeCun et al. 1990, NIPS", "global"),
+    "lamp": _ranked("lamp", "Lee et al. 2021, ICLR", "global"),
+    "random": _ranked("random", "the control"),
+    "cost_aware": _ranked("l1", "Molchanov et al. 2017, ICLR, section 2.2", "cost_aware"),
+    "l1_training": _sparse("l1", "l1", "Han et al. 2015, NIPS"),
+    "l2_training": _sparse("l2", "l2", "Han et al. 2015, NIPS"),
+    "group_lasso": _sparse("group_lasso", "l2", "Wen et al. 2016, NIPS"),
+    "slimming": _sparse("slimming", "bn_scale", "Liu et al. 2017, ICCV"),
+    "depgraph": _sparse("group_decay", "l2", "Fang et al. 2023, CVPR"),
+    "sensitivity": Method(
+        "allocator", "channel", "Li et al. 2017, ICLR; dynamic programming", {"agent": "sensitivity"}
+    ),
+    "eagleeye": Method(
+        "pipeline", "channel", "Li et al. 2020, ECCV", {"agent": "eagleeye", "proxy.statistics": "calibration"}
+    ),
+    "amc": _search("He et al. 2018, ECCV", agent="ddpg", reward="amc", **{"proxy.reconstruct": True}),
+    "dyna": _search("this project; Sutton 1991 for the idea", agent="dyna"),
+    "ppo": _search("Schulman et al. 2017, arXiv 1707.06347", agent="ppo"),
+    "sac": _search("Haarnoja et al. 2018, ICML", agent="sac"),
+    "td3": _search("Fujimoto et al. 2018, ICML", agent="td3"),
+    "evolution": _search("Hansen 2016, arXiv 1604.00772", agent="evolution"),
+    "tpe": _search("Bergstra et al. 2011, NIPS", agent="tpe"),
+}
+
+
+def method_named(name: str) -> Method:
+    """The method called `name`.
+
+    Raises:
+        UserError: If there is none; the nearest is offered.
+    """
+    check_known("method", name, METHODS)
+    return METHODS[name]
+
+
+def methods_table() -> list[dict]:
+    """All methods as plain data, in the order of `METHODS`."""
+    return [method.to_json(name) for name, method in METHODS.items()]

@@ -1,0 +1,107 @@
+"""What every stage of a run works on: network, images, trace, costs and importance, made when they are asked for."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from autoprune.config import Settings
+from autoprune.constraints import pinned_by_user
+from autoprune.cost import CostTable
+from autoprune.criteria import Importance, importance
+from autoprune.data import Splits, load
+from autoprune.errors import UserError
+from autoprune.export import load_pruned
+from autoprune.groups import Groups
+from autoprune.models import EMBEDDED_WEIGHTS, build, load_weights
+from autoprune.proxy import ProxyAccuracy
+from autoprune.reconstruction import Reconstruction
+from autoprune.runs import RunFolder
+from autoprune.tracing import trace
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Network, images and trace of one run; made lazily, and none of it is ever changed.
+
+    Attributes:
+        settings: What the run was started with.
+        sparse: Where sparse training left its network; None before it, or without.
+    """
+
+    settings: Settings
+    sparse: Path | None = None
+
+    @classmethod
+    def of_run(cls, folder: RunFolder) -> "Workspace":
+        """That of a run that is past its sparse training, if it has any.
+
+        Raises:
+            UserError: If it isn't.
+        """
+        settings = Settings.from_dict(folder.read_config())
+        if settings.sparse.method == "none":
+            return cls(settings)
+        folder.read_json(folder.sparse / "plan.json")
+        return cls(settings, folder.sparse)
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The images."""
+        return load(self.settings.data)
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The network with its trained weights, in eval mode."""
+        network, classes = self.settings.network, self.splits.classes
+        model = build(network.model, len(classes))
+        path = _weights_file(network.model, network.weights, self.settings.data.data)
+        if path is not None:
+            load_weights(model, path)
+        return model.eval().to(memory_format=torch.channels_last)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The network to prune: the dense one, or what sparse training made of it."""
+        return load_pruned(self.sparse) if self.sparse else self.dense
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The trace, verified; what the settings exclude is pinned."""
+        return pinned_by_user(trace(self.model, self.splits.example), self.settings.search.excluded)
+
+    @cached_property
+    def costs(self) -> CostTable:
+        """The cost table."""
+        return CostTable(self.groups)
+
+    @cached_property
+    def importance(self) -> Importance:
+        """Scores per channel by the configured criterion."""
+        return importance(self.settings.search.criterion, self.model, self.groups, self.splits.train)
+
+    @cached_property
+    def reconstruction(self) -> Reconstruction | None:
+        """What weights of pruned layers are solved with, if the settings ask for it."""
+        if not self.settings.proxy.reconstruct:
+            return None
+        return Reconstruction(self.model, self.groups, self.splits.calibration.inputs)
+
+    def proxy(self) -> ProxyAccuracy:
+        """A fresh proxy with an empty cache."""
+        config, solved = self.settings.proxy, self.reconstruction
+        return ProxyAccuracy(self.model, self.groups, self.importance, self.splits, config, solved)
+
+
+def _weights_file(model: str, weights: str, data: str) -> Path | None:
+    if weights != "auto":
+        return Path(weights)
+    if model == "resnet20" and data in ("sample", "cifar10"):
+        return EMBEDDED_WEIGHTS
+    if ":" in model:
+        return None
+    raise UserError(
+        f"--weights: pruning starts from a trained network; give the trained weights of {model} on {data!r}"
+    )

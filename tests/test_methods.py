@@ -1,0 +1,116 @@
+"""Every method of the field runs from the command line, keeps its budget, and only sets defaults."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from autoprune import compress
+from autoprune.cli import main
+from autoprune.export import load_pruned
+from autoprune.finetune import finetune
+from autoprune.methods import METHODS, methods_table
+
+TINY = ["--model", "tests.tiny:network", "--data", "digits", "--baselines", "none", "--proxy.images", "40"]
+FAST = [*TINY, "--episodes", "6", "--epochs", "1", "--sparse.epochs", "1"]
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_searches_within_the_budget_and_says_who_it_is(name, tmp_path):
+    assert main(["search", *FAST, "--method", name, "--budget", "macs=60%", "--out", str(tmp_path / "run")]) == 0
+    results = results_of(tmp_path / "run")
+    assert results["macs"] <= 0.6 * results["macs_dense"] and results["method"] == name
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    flat = config["network"] | config["search"] | {f"proxy.{k}": v for k, v in config["proxy"].items()}
+    flat |= {f"sparse.{k}": v for k, v in config["sparse"].items()}
+    assert {option: flat[option] for option in METHODS[name].options} == METHODS[name].options
+
+
+def test_what_is_given_beside_a_method_counts(tmp_path):
+    given = ["--method", "slimming", "--criterion", "l1", "--agent", "uniform", "--sparse.strength", "0.01"]
+    assert main(["search", *FAST, *given, "--out", str(tmp_path / "run")]) == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["search"]["criterion"], config["search"]["agent"]) == ("l1", "uniform")
+    assert (config["sparse"]["method"], config["sparse"]["strength"]) == ("slimming", 0.01)
+
+
+def test_methods_are_listed_with_kind_granularity_and_paper(capsys):
+    assert main(["methods", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out.splitlines()[-1])["methods"]
+    assert listed == methods_table() and {row["name"] for row in listed} == METHODS.keys()
+    assert all(row["kind"] and row["granularity"] and row["paper"] for row in listed)
+
+
+def test_an_unknown_method_is_refused_with_the_nearest(capsys):
+    assert main(["run", "--method", "slimmer"]) == 2
+    assert "--method: unknown method 'slimmer'; did you mean 'slimming'? Known: l1, l2" in capsys.readouterr().err
+
+
+def test_sparse_training_is_what_the_search_and_the_pruned_network_start_from(tmp_path):
+    run = tmp_path / "run"
+    assert (
+        main(["run", *FAST, "--method", "slimming", "--sparse.strength", "0.3", "--epochs", "0", "--out", str(run)])
+        == 0
+    )
+    sparse, pruned = load_pruned(run / "sparse"), load_pruned(run / "pruned")
+    name, weight = next((name, p) for name, p in pruned.named_parameters() if p.ndim == 4)
+    kept = json.loads((run / "pruned" / "plan.json").read_text())["kept"]
+    assert torch.equal(weight, sparse.get_parameter(name)[kept[name.removesuffix(".weight")]])
+    results = results_of(run)
+    assert results["sparse_method"] == "slimming" and results["sparse_strength"] == 0.3
+    assert results["seconds"]["sparse"] > 0
+
+
+def test_a_run_killed_in_its_sparse_training_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    search = ["search", *FAST, "--method", "slimming", "--sparse.epochs", "3", "--out"]
+    assert main([*search, str(tmp_path / "whole")]) == 0
+
+    def killed(*args):
+        *before, on_epoch, plug = args
+
+        def kill(epoch: int, loss: float) -> None:
+            on_epoch(epoch, loss)
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+        return finetune(*before, kill, plug)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compress, "finetune", killed)
+        assert main([*search, str(tmp_path / "killed")]) == 130
+    assert main([*search, str(tmp_path / "killed"), "--resume"]) == 0
+    whole, again = (load_pruned(tmp_path / name / "sparse").state_dict() for name in ("whole", "killed"))
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    first, second = ((tmp_path / name / "allocation.json").read_text() for name in ("whole", "killed"))
+    assert first == second
+
+
+def test_a_run_without_its_sparse_network_says_how_to_go_on(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["search", *FAST, "--method", "slimming", "--out", str(run)]) == 0
+    (run / "sparse" / "plan.json").unlink()
+    assert main(["prune", str(run)]) == 2
+    assert (
+        f"RUN: {str(run)!r} has no sparse/plan.json yet; go on with: autoprune run --resume" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--sparse.method", "slim", "--sparse.method: unknown method 'slim'; did you mean 'slimming'"),
+        ("--sparse.strength", "-1", "--sparse.strength: must be at least 0, got -1"),
+        ("--sparse.share", "0", "--sparse.share: must be above 0 and at most 1, got 0"),
+        ("--finetune.lr", "-1", "--finetune.lr: must be at least 0, got -1"),
+        ("--proxy.loss", "hinge", "--proxy.loss: must be cross_entropy or kl, got 'hinge'"),
+    ],
+)
+def test_options_out_of_range_are_named_as_they_were_given(option, value, message, tmp_path, capsys):
+    assert main(["run", *TINY, option, value, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
