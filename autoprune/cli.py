@@ -105,8 +105,8 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     from agents.baselines import check_baselines
     from agents.policies import starting_policy
     from agents.search import check_agent
-    from autoprune.allocation import parse_budget
     from autoprune.criteria import check_criterion
+    from autoprune.removal import check_granularity
     from autoprune.sparse import check_sparse
     from envs.rewards import reward_named
 
@@ -115,7 +115,7 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     check_criterion(settings.search.criterion)
     check_sparse(settings.sparse.method)
     reward_named(settings.search.reward)
-    parse_budget(settings.search.budget)
+    check_granularity(settings.search)
     if not output.resume:  # a run that goes on has a copy
         starting_policy(settings.search.agent, settings.search.policy)
 
@@ -145,9 +145,9 @@ def run(options: Namespace) -> None:
     from autoprune import compress
     from autoprune.console import say
 
-    workspace, folder, output = _start(options, _make_env)
+    workspace, folder, output = _start(options, _prepare)
     workspace = _train_sparsely(workspace, folder)
-    _search(workspace, folder, output)
+    _decide(workspace, folder, output)
     if not (folder.pruned / "plan.json").exists():
         compress.prune_stage(workspace, folder, say)
     if compress.read_plan(folder)["stage"] == "pruned":
@@ -168,9 +168,9 @@ def search(options: Namespace) -> None:
     """Up to the allocation: an agent or baseline searches, the best finalist is chosen."""
     from autoprune import compress
 
-    workspace, folder, output = _start(options, _make_env)
+    workspace, folder, output = _start(options, _prepare)
     workspace = _train_sparsely(workspace, folder)
-    _search(workspace, folder, output)
+    _decide(workspace, folder, output)
     print(f"report: {compress.report_stage(folder)}")
     _finish(folder, output.json)
 
@@ -188,6 +188,30 @@ def _train_sparsely(workspace, folder):
         return sparse_stage(workspace, folder, lambda epoch, loss: advance(f"loss {loss:.4f}"))
 
 
+def _prepare(workspace) -> None:
+    """Finds what can be wrong with network, images and budget."""
+    from autoprune.removal import Weights
+
+    if workspace.settings.search.granularity == "channel":
+        _make_env(workspace)
+    else:
+        Weights(workspace, None).masks()
+
+
+def _decide(workspace, folder, output: OutputConfig) -> None:
+    """What goes: channels are searched, anything finer is ranked."""
+    from autoprune.allocation import parse_budget
+    from autoprune.compress import decide_stage
+
+    settings, network = workspace.settings, workspace.settings.network.model
+    folder.add_results(run=str(folder.root), model=network, data=settings.data.data, seed=settings.search.seed)
+    folder.add_results(budget=str(parse_budget(settings.search.budget)), agent=settings.search.agent)
+    if settings.search.granularity == "channel":
+        _search(workspace, folder, output)
+    elif not folder.masks.exists():
+        decide_stage(workspace, folder)
+
+
 def _search(workspace, folder, output: OutputConfig) -> None:
     """Baselines, then the agent; each is skipped when its results are there already."""
     from agents.baselines import check_baselines
@@ -201,8 +225,6 @@ def _search(workspace, folder, output: OutputConfig) -> None:
     network = settings.network.model
     env = _make_env(workspace)
     say(f"{network}: {len(workspace.groups)} prunable groups, {len(workspace.groups.pinned)} pinned")
-    folder.add_results(run=str(folder.root), model=network, data=settings.data.data, seed=settings.search.seed)
-    folder.add_results(budget=str(env.budget), agent=settings.search.agent)
     # Under a range uniform pruning is the line that the front is drawn against; it needs no search.
     for name in check_baselines(output.baselines) if not isinstance(env.budget, BudgetRange) else []:
         known = folder.known_results.get("baselines", {})

@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autoprune.allocation import Allocation
+from autoprune.allocation import Allocation, parse_budget
 from autoprune.errors import UserError
 from autoprune.export import export_onnx, load_pruned, save_pruned
 from autoprune.finetune import EpochCallback, finetune
 from autoprune.latency import measure_latency
-from autoprune.pruning import prune, top_channels
+from autoprune.removal import removal
 from autoprune.report import write_report
 from autoprune.runs import RunFolder, write_atomically, write_json
-from autoprune.scoring import accuracy, recalibrate, score
+from autoprune.scoring import accuracy
 from autoprune.sparse import SPARSE
 from autoprune.workspace import Workspace
 
@@ -89,12 +89,22 @@ def _train_sparsely(workspace: Workspace, folder: RunFolder, on_epoch: EpochCall
         folder.append("sparse epoch", epoch=epoch, loss=loss)
         on_epoch(epoch, loss)
 
-    model, plug = copy.deepcopy(workspace.dense), method.plug(workspace.groups, strength, sparse.share)
+    model, plug = copy.deepcopy(workspace.dense), method.plug(workspace.groups, strength, _share(workspace))
     checkpoint, seed = folder.checkpoints / "sparse.pt", settings.search.seed
     finetune(model, train, config, seed, workspace.dense, checkpoint, finished, plug)
     epochs = config.epochs_for(len(train))
     folder.add_results(sparse_method=sparse.method, sparse_strength=strength, sparse_epochs=epochs)
     save_pruned(model, folder.sparse, network_of(workspace) | {"stage": "sparse", "epochs": epochs})
+
+
+def _share(workspace: Workspace) -> float:
+    """The share that sparse training works with: given, or the method's, or the budget's."""
+    settings, costs = workspace.settings, workspace.costs
+    for share in (settings.sparse.share, SPARSE[settings.sparse.method].share):
+        if share is not None:
+            return share
+    budget = parse_budget(settings.search.budget).at(0)
+    return min(1.0, budget.target(costs) / costs.metrics[budget.metric](costs.dense))
 
 
 def network_of(workspace: Workspace) -> dict:
@@ -103,33 +113,21 @@ def network_of(workspace: Workspace) -> dict:
     return {"model": workspace.settings.network.model, "n_classes": len(classes), "classes": list(classes)}
 
 
+def decide_stage(workspace: Workspace, folder: RunFolder) -> None:
+    """Decides what goes where no search does, at granularities other than channels."""
+    with timed(folder, "search"):
+        results = removal(workspace, folder).decide()
+    folder.add_results(**results, episodes=0, evaluations=0)
+
+
 def prune_stage(workspace: Workspace, folder: RunFolder, say: Say) -> None:
-    """Applies the run's allocation; `pruned/` then holds the smaller network, recalibrated but not fine-tuned."""
+    """Applies what was decided; `pruned/` then holds the network, recalibrated but not fine-tuned."""
     with timed(folder, "prune"):
-        allocation = Allocation.read(folder.allocation, workspace.groups)
-        kept = top_channels(workspace.importance, allocation.kept)
-        pruned = _pruned(workspace, allocation)
-        plan = network_of(workspace) | {
-            "stage": "pruned",
-            "allocation": allocation.to_json(),
-            "kept": {name: channels.tolist() for name, channels in kept.items()},
-        }
-        save_pruned(pruned, folder.pruned, plan)
-        before, after = (sum(p.numel() for p in model.parameters()) for model in (workspace.model, pruned))
-        say(f"pruned: {before:,} -> {after:,} parameters")
-
-
-def _pruned(workspace: Workspace, allocation: Allocation) -> nn.Module:
-    """The sub-model with the most important channels, recalibrated; with reconstructed weights if that helps."""
-    kept = top_channels(workspace.importance, allocation.kept)
-    pruned, inputs = prune(workspace.model, workspace.groups, kept), workspace.splits.calibration.inputs
-    recalibrate(pruned, inputs)
-    if workspace.reconstruction is None:
-        return pruned
-    solved = prune(workspace.model, workspace.groups, kept)
-    workspace.reconstruction.apply(solved, kept)
-    recalibrate(solved, inputs)
-    return min(solved, pruned, key=lambda model: score(model, workspace.splits.proxy).loss)
+        decided = removal(workspace, folder)
+        pruned = decided.network()
+        save_pruned(pruned, folder.pruned, network_of(workspace) | {"stage": "pruned"} | decided.plan())
+        before, after = (sum(int(p.count_nonzero()) for p in m.parameters()) for m in (workspace.model, pruned))
+        say(f"pruned: {before:,} -> {after:,} non-zero parameters")
 
 
 def read_plan(folder: RunFolder) -> dict:
@@ -143,7 +141,8 @@ def finetune_stage(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallb
     epochs = config.epochs_for(len(workspace.splits.train))
     with timed(folder, "finetune"):
         # Always from the pruned network, whatever is stored: a second call with other settings must not train on top.
-        model = _pruned(workspace, Allocation.read(folder.allocation, workspace.groups))
+        decided = removal(workspace, folder)
+        model = decided.network()
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
 
         def finished(epoch: int, loss: float) -> None:
@@ -151,7 +150,7 @@ def finetune_stage(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallb
             on_epoch(epoch, loss)
 
         seed, train = workspace.settings.search.seed, workspace.splits.train
-        finetune(model, train, config, seed, workspace.dense, folder.finetune_checkpoint, finished)
+        finetune(model, train, config, seed, workspace.dense, folder.finetune_checkpoint, finished, decided.plug())
         save_pruned(model, folder.pruned, plan | {"stage": "finetuned", "epochs": epochs})
 
 
@@ -159,7 +158,7 @@ def evaluate_stage(workspace: Workspace, folder: RunFolder) -> dict:
     """Reads the test split, once: accuracy of the dense, the pruned and the fine-tuned network."""
     with timed(folder, "evaluate"):
         plan, test = read_plan(folder), workspace.splits.test
-        pruned = _pruned(workspace, Allocation.read(folder.allocation, workspace.groups))
+        pruned = removal(workspace, folder).network()
         scores = {
             "accuracy_dense": accuracy(workspace.dense, test),
             "accuracy_pruned": accuracy(pruned, test),

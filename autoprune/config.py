@@ -180,11 +180,12 @@ class SparseConfig:
     """Sparse training before the search, which makes some weights or channels dispensable."""
 
     method: str = "none"
-    """none, l1, l2, group_lasso, slimming, group_decay or gsm."""
+    """none, l1, l2, group_lasso, slimming, group_decay, gsm, drop_out or drop_connect."""
     strength: float | None = None
-    """Factor of the penalty; of gsm the weight decay (None: the method's usual one)."""
-    share: float = 0.1
-    """Share of the weights that gsm trains in a step."""
+    """Factor of the penalty; of gsm the weight decay, of dropping its probability (None: the method's usual one)."""
+    share: float | None = None
+    """Of gsm the share of the weights that is trained in a step (None: the budget's); of dropping the share of a layer,
+    the least of it, that may be dropped (None: half; 1 is plain, untargeted dropping)."""
     epochs: int | None = None
     """Passes over the training split (None: as many as by default in fine-tuning)."""
     lr: float = 0.05
@@ -192,7 +193,7 @@ class SparseConfig:
 
     def __post_init__(self) -> None:
         _check_range(self, 0, float("inf"), "strength", "epochs", "lr", stage="sparse")
-        if not 0 < self.share <= 1:
+        if self.share is not None and not 0 < self.share <= 1:
             raise UserError(f"--sparse.share: must be above 0 and at most 1, got {self.share:g}")
 
 
@@ -243,6 +244,9 @@ class SearchConfig(_Excluding):
     budget: str = "macs=50%"
     """Cost not to exceed: macs or params, a share (50%, 0.5) or an absolute number (20M). A range of shares, as in
     macs=30%..80%, is searched as a whole: one policy, and the Pareto front."""
+    granularity: str = "channel"
+    """What is removed: channel; or, as masks that leave the shapes as they are, ranked by l1, l2, lamp or random with
+    the agent global or uniform: weight, row, column, kernel, filter, or N:M as in 2:4."""
     agent: str = "dyna"
     """dyna, ppo, sac, td3, ddpg, tqc, or a baseline: uniform, random, sensitivity, evolution, tpe, global (one
     threshold for the importance of all channels), cost_aware (for importance per cost saved), eagleeye."""

@@ -82,13 +82,16 @@ def loss_curve(losses: Mapping[int, float]) -> Figure:
     return figure
 
 
-def allocation_bars(names: Sequence[str], channels: Sequence[int], kept: Sequence[int]) -> Figure:
+def allocation_bars(
+    names: Sequence[str], channels: Sequence[int], kept: Sequence[int], counted: str = "channels"
+) -> Figure:
     """One bar a group, in the order given: the dense width as an outline, the kept channels filled.
 
     Args:
         names: The groups, in network order.
         channels: Channels of each in the dense network.
         kept: Channels of each that remain.
+        counted: What is counted, if not channels.
     """
     rows = np.arange(len(names))
     margin = 0.45
@@ -106,7 +109,7 @@ def allocation_bars(names: Sequence[str], channels: Sequence[int], kept: Sequenc
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, max(channels, default=1) * 1.02)
     axes.grid(False)
-    axes.set_xlabel("channels")
+    axes.set_xlabel(counted)
     return figure
 
 

@@ -45,6 +45,11 @@ def _search(paper: str, **options: object) -> Method:
     return Method("search", "channel", paper, options)
 
 
+def _masks(granularity: str, paper: str, **options: object) -> Method:
+    defaults = {"granularity": granularity, "agent": "global", "criterion": "l1"}
+    return Method("masks", granularity, paper, defaults | options)
+
+
 METHODS: dict[str, Method] = {
     "l1": _ranked("l1", "Li et al. 2017, ICLR"),
     "l2": _ranked("l2", "Li et al. 2017, ICLR"),
@@ -62,6 +67,23 @@ METHODS: dict[str, Method] = {
     "group_lasso": _sparse("group_lasso", "l2", "Wen et al. 2016, NIPS"),
     "slimming": _sparse("slimming", "bn_scale", "Liu et al. 2017, ICCV"),
     "depgraph": _sparse("group_decay", "l2", "Fang et al. 2023, CVPR"),
+    "drop_out": Method(
+        "sparse training",
+        "channel",
+        "Srivastava et al. 2014, JMLR; targeted: Gomez et al. 2019",
+        {"sparse.method": "drop_out", "criterion": "l2", "agent": "uniform"},
+    ),
+    "weight_magnitude": _masks("weight", "Han et al. 2015, NIPS"),
+    "row": _masks("row", "Mao et al. 2017, CVPRW"),
+    "column": _masks("column", "Mao et al. 2017, CVPRW"),
+    "kernel": _masks("kernel", "Mao et al. 2017, CVPRW"),
+    "filter": _masks("filter", "Li et al. 2017, ICLR", agent="uniform"),
+    "lamp_weights": _masks("weight", "Lee et al. 2021, ICLR", criterion="lamp"),
+    "2:4": _masks("2:4", "Mishra et al. 2021, arXiv 2104.08378", budget="macs=60%"),
+    "gsm": _masks("weight", "Ding et al. 2019, NeurIPS", **{"sparse.method": "gsm"}),
+    "drop_connect": _masks(
+        "weight", "Wan et al. 2013, ICML; targeted: Gomez et al. 2019", **{"sparse.method": "drop_connect"}
+    ),
     "sensitivity": Method(
         "allocator", "channel", "Li et al. 2017, ICLR; dynamic programming", {"agent": "sensitivity"}
     ),

@@ -74,8 +74,8 @@ def run_options(parser: Parser) -> None:
     _json_option(parser)
 
 
-LEARNING = {"agent", "policy", "episodes", "seed", "finalists", "checkpoint_every"}
-"""Options of a search that mean nothing to a policy that only acts."""
+LEARNING = {"granularity", "agent", "policy", "episodes", "seed", "finalists", "checkpoint_every"}
+"""Options of a search that mean nothing to a policy that only acts, on channels."""
 
 
 def replay_options(parser: Parser) -> None:

@@ -72,6 +72,7 @@ def _headline(results: dict) -> str:
 
 def _facts(results: dict) -> Rows:
     formats = {
+        "method": str,
         "budget": str,
         "agent": str,
         "seed": str,
@@ -204,8 +205,9 @@ def _figures(results: dict, pareto: dict | None, rewards: dict[int, float], loss
         figures["reward"] = render_svg(reward_curve(rewards, rivals), "reward", title)
     if results.get("groups"):
         columns = ([group[key] for group in results["groups"]] for key in ("name", "channels", "kept"))
-        title = "Channels kept in each group, in network order; the table below holds the same numbers"
-        figures["allocation"] = render_svg(allocation_bars(*columns), "allocation", title)
+        counted = results.get("counted", "channels")
+        title = f"{counted.capitalize()} kept, in network order; the table below holds the same numbers"
+        figures["allocation"] = render_svg(allocation_bars(*columns, counted), "allocation", title)
     if losses:
         epochs, last = len(losses), list(losses.values())[-1]
         title = f"Training loss over {_plural(epochs, 'epoch')}; {_score(last)} after the last"

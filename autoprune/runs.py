@@ -75,6 +75,7 @@ class RunFolder:
     start = property(lambda self: self.root / "start")
     policy = property(lambda self: self.root / "policy")
     sparse = property(lambda self: self.root / "sparse")
+    masks = property(lambda self: self.root / "masks.safetensors")
     pruned = property(lambda self: self.root / "pruned")
     onnx = property(lambda self: self.root / "model.onnx")
     report = property(lambda self: self.root / "report.html")

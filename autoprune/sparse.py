@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.config import FinetuneConfig
+from autoprune.dropping import DropConnect, DropOut
 from autoprune.errors import UserError, check_known
 from autoprune.finetune import Plug, parameter_groups
 from autoprune.groups import Groups, Member
@@ -177,12 +178,14 @@ class SparseMethod:
     """A way to train sparsely.
 
     Attributes:
-        plug: From trace, strength and trained share of the weights to what takes part in the training.
+        plug: From trace, strength and share (see `SparseConfig`) to what takes part in the training.
         strength: The usual one for a few epochs from a trained network; the papers train for hundreds, with less.
+        share: The usual one; None for that of the budget.
     """
 
     plug: Callable[[Groups, float, float], Plug]
     strength: float
+    share: float | None = None
 
 
 def _penalty(kind: type[Penalty]) -> Callable[[Groups, float, float], Plug]:
@@ -196,6 +199,8 @@ SPARSE: dict[str, SparseMethod] = {
     "slimming": SparseMethod(_penalty(Slimming), 2e-3),
     "group_decay": SparseMethod(_penalty(GroupDecay), 5e-4),
     "gsm": SparseMethod(GlobalSparseMomentum, 2e-3),
+    "drop_out": SparseMethod(DropOut, 0.5, 0.5),
+    "drop_connect": SparseMethod(DropConnect, 0.5, 0.5),
 }
 
 

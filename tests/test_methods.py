@@ -11,6 +11,7 @@ from autoprune import compress
 from autoprune.cli import main
 from autoprune.export import load_pruned
 from autoprune.finetune import finetune
+from autoprune.granularity import Masks
 from autoprune.methods import METHODS, methods_table
 
 TINY = ["--model", "tests.tiny:network", "--data", "digits", "--baselines", "none", "--proxy.images", "40"]
@@ -23,13 +24,14 @@ def results_of(folder: Path) -> dict:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_searches_within_the_budget_and_says_who_it_is(name, tmp_path):
-    assert main(["search", *FAST, "--method", name, "--budget", "macs=60%", "--out", str(tmp_path / "run")]) == 0
+    assert main(["search", *FAST, "--method", name, "--budget", "macs=75%", "--out", str(tmp_path / "run")]) == 0
     results = results_of(tmp_path / "run")
-    assert results["macs"] <= 0.6 * results["macs_dense"] and results["method"] == name
+    assert results["macs"] <= 0.75 * results["macs_dense"] and results["method"] == name
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     flat = config["network"] | config["search"] | {f"proxy.{k}": v for k, v in config["proxy"].items()}
     flat |= {f"sparse.{k}": v for k, v in config["sparse"].items()}
-    assert {option: flat[option] for option in METHODS[name].options} == METHODS[name].options
+    options = {option: value for option, value in METHODS[name].options.items() if option != "budget"}  # given above
+    assert {option: flat[option] for option in options} == options
 
 
 def test_what_is_given_beside_a_method_counts(tmp_path):
@@ -99,6 +101,36 @@ def test_a_run_without_its_sparse_network_says_how_to_go_on(tmp_path, capsys):
     assert (
         f"RUN: {str(run)!r} has no sparse/plan.json yet; go on with: autoprune run --resume" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter", "2:4"])
+def test_masks_last_through_fine_tuning_saving_and_loading_and_their_costs_are_true(granularity, tmp_path):
+    run = tmp_path / "run"
+    masked = ["--granularity", granularity, "--agent", "global", "--budget", "macs=75%"]
+    assert main(["search", *FAST, *masked, "--out", str(run)]) == 0
+    assert main(["prune", str(run)]) == 0 and main(["finetune", str(run)]) == 0 and main(["evaluate", str(run)]) == 0
+    results, network = results_of(run), load_pruned(run / "pruned")
+    masks = Masks.load(run / "masks.safetensors", network)
+    assert all((network.get_parameter(name)[~kept] == 0).all() for name, kept in masks.kept.items())
+    zeros = sum(int((~kept).sum()) for kept in masks.kept.values())
+    assert results["params"] == results["params_dense"] - zeros < results["params_dense"]
+    assert results["macs"] <= 0.75 * results["macs_dense"] and "accuracy" in results
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--granularity", "wait"], "--granularity: unknown granularity 'wait'; did you mean 'weight'?"),
+        (["--granularity", "weight"], "--agent: masks of granularity weight go by global or uniform, got 'dyna'"),
+        (["--method", "kernel", "--criterion", "taylor"], "--criterion: masks of granularity kernel go by l1 or l2 or"),
+        (["--method", "kernel", "--budget", "macs=30%..50%"], "granularity kernel takes one budget, got macs=30%..50%"),
+        (["--method", "2:4", "--budget", "macs=30%"], "--budget: 2:4 leaves macs=70.0%; allow that, not macs=30%"),
+        (["--method", "weight_magnitude", "--budget", "params=1%"], "masks of this granularity leave at least params="),
+    ],
+)
+def test_masks_that_can_not_be_are_refused_before_anything_is_written(arguments, message, tmp_path, capsys):
+    assert main(["run", *TINY, *arguments, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""From a decision to a network, at every granularity: what was decided, the network that follows, how it is trained."""
+
+import copy
+from functools import cached_property
+
+from torch import nn
+
+from autoprune.allocation import Allocation, Budget, BudgetRange, parse_budget
+from autoprune.config import SearchConfig
+from autoprune.errors import UserError, check_known
+from autoprune.finetune import Plug
+from autoprune.granularity import PATTERNS, KeepMasks, Masks, check_mask_options, n_of_m, n_of_m_masks, ranked_masks
+from autoprune.pruning import prune, top_channels
+from autoprune.runs import RunFolder
+from autoprune.scoring import recalibrate, score
+from autoprune.workspace import Workspace
+
+
+class Removal:
+    """What one run removes, at one granularity.
+
+    Args:
+        workspace: Network, images and trace.
+        folder: The run.
+    """
+
+    def __init__(self, workspace: Workspace, folder: RunFolder):
+        self.workspace, self.folder = workspace, folder
+
+    def decide(self) -> dict:
+        """Decides what goes and writes it down; returns costs and shares for results.json."""
+        raise NotImplementedError
+
+    def network(self) -> nn.Module:
+        """A new network in which that is gone, batch norm recalibrated; not fine-tuned."""
+        raise NotImplementedError
+
+    def plan(self) -> dict:
+        """What its plan says of the decision."""
+        raise NotImplementedError
+
+    def plug(self) -> Plug | None:
+        """What has to take part in fine-tuning for the decision to last."""
+        return None
+
+
+class Channels(Removal):
+    """Whole channels, by the run's allocation, which a search or a person decides."""
+
+    @cached_property
+    def allocation(self) -> Allocation:
+        """The run's own."""
+        return Allocation.read(self.folder.allocation, self.workspace.groups)
+
+    def network(self) -> nn.Module:
+        """The sub-model with the most important channels; with reconstructed weights if that helps."""
+        workspace = self.workspace
+        kept = top_channels(workspace.importance, self.allocation.kept)
+        pruned, inputs = prune(workspace.model, workspace.groups, kept), workspace.splits.calibration.inputs
+        recalibrate(pruned, inputs)
+        if workspace.reconstruction is None:
+            return pruned
+        solved = prune(workspace.model, workspace.groups, kept)
+        workspace.reconstruction.apply(solved, kept)
+        recalibrate(solved, inputs)
+        return min(solved, pruned, key=lambda model: score(model, workspace.splits.proxy).loss)
+
+    def plan(self) -> dict:
+        """The allocation, and which channels it keeps."""
+        kept = top_channels(self.workspace.importance, self.allocation.kept)
+        channels = {name: indices.tolist() for name, indices in kept.items()}
+        return {"allocation": self.allocation.to_json(), "kept": channels}
+
+
+class Weights(Removal):
+    """Weights, rows, columns, kernels or filters, as masks that leave the shapes as they are."""
+
+    def decide(self) -> dict:
+        """Ranks the units and masks the least, or N of M everywhere; the masks come last and end the decision."""
+        masks = self.masks()
+        masks.save(self.folder.masks)
+        table, nonzero = self.workspace.costs, masks.costs(self.workspace.groups)
+        dense = {f"{metric}_dense": cost(table.dense) for metric, cost in table.metrics.items()}
+        layers = [
+            {"name": name.removesuffix(".weight"), "channels": kept.numel(), "kept": int(kept.sum())}
+            for name, kept in masks.kept.items()
+        ]
+        shares = {"macs_ratio": nonzero["macs"] / dense["macs_dense"], "sparsity": masks.sparsity}
+        same = {"memory_bytes": dense["memory_bytes_dense"]}
+        return nonzero | dense | same | shares | {"groups": layers, "counted": "weights"}
+
+    def masks(self) -> Masks:
+        """What the settings ask for, made anew.
+
+        Raises:
+            UserError: If it doesn't fit the budget.
+        """
+        search, groups, costs = self.workspace.settings.search, self.workspace.groups, self.workspace.costs
+        model, budget = self.workspace.model, check_granularity(search)
+        target, pair = budget.target(costs), n_of_m(search.granularity)
+        if pair is None:
+            how = budget.metric, search.criterion, search.agent
+            return ranked_masks(model, groups, search.granularity, target, *how)
+        masks, _ = n_of_m_masks(model, groups, *pair)
+        left = masks.costs(groups)[budget.metric]
+        if left > target:
+            share = left / costs.metrics[budget.metric](costs.dense)
+            raise UserError(
+                f"--budget: {search.granularity} leaves {budget.metric}={share:.1%}; allow that, not {budget}"
+            )
+        return masks
+
+    def network(self) -> nn.Module:
+        """The network with zeros for what is masked."""
+        masked = copy.deepcopy(self.workspace.model)
+        self._stored.apply(masked)
+        recalibrate(masked, self.workspace.splits.calibration.inputs)
+        return masked
+
+    def plan(self) -> dict:
+        """The granularity; the masks lie beside the pruned network's folder."""
+        return {"granularity": self.workspace.settings.search.granularity, "sparsity": self._stored.sparsity}
+
+    def plug(self) -> Plug:
+        """Fine-tuning under the masks."""
+        return KeepMasks(self._stored)
+
+    @cached_property
+    def _stored(self) -> Masks:
+        return Masks.load(self.folder.masks, self.workspace.model)
+
+
+GRANULARITIES: dict[str, type[Removal]] = {"channel": Channels, **dict.fromkeys(PATTERNS, Weights)}
+"""Besides N:M, such as 2:4."""
+
+
+def removal(workspace: Workspace, folder: RunFolder) -> Removal:
+    """What the run removes, at the granularity of its settings."""
+    granularity = workspace.settings.search.granularity
+    kind = Weights if n_of_m(granularity) else GRANULARITIES[granularity]
+    return kind(workspace, folder)
+
+
+def check_granularity(search: SearchConfig) -> Budget | BudgetRange:
+    """The budget of a search, after a look at whether its granularity can be decided so.
+
+    Raises:
+        UserError: If the granularity is unknown, or criterion, agent or budget don't go with it.
+    """
+    budget, granularity = parse_budget(search.budget), search.granularity
+    if not n_of_m(granularity):
+        check_known("granularity", granularity, GRANULARITIES, others=", or N:M as in 2:4")
+    if granularity == "channel":
+        return budget
+    if isinstance(budget, BudgetRange):
+        raise UserError(f"--budget: a range is for channels; granularity {granularity} takes one budget, got {budget}")
+    if not n_of_m(granularity):
+        check_mask_options(granularity, search.criterion, search.agent)
+    return budget

@@ -1,0 +1,148 @@
+"""Dropped weights come back bit by bit, only candidates are dropped, and the statistics are Bernoulli's."""
+
+import pytest
+import torch
+from nets import NETS, build, images, outputs
+from torch import nn
+from torch.nn import functional as F
+
+from autoprune.config import DataConfig, FinetuneConfig
+from autoprune.cost import CostTable
+from autoprune.data import Images, load
+from autoprune.dropping import DropConnect, DropOut, Dropping
+from autoprune.errors import UserError
+from autoprune.finetune import finetune
+from autoprune.granularity import ranked_masks
+from autoprune.groups import Groups
+from autoprune.masking import mask
+from autoprune.tracing import trace
+
+KINDS = (DropConnect, DropOut)
+
+
+def traced(name: str = "chain") -> tuple[nn.Module, Groups]:
+    model = build(name)
+    return model, trace(model, images(1, NETS[name].size))
+
+
+def test_drop_connects_preactivation_has_bernoullis_mean_and_variance():
+    # papers.md 3.1: mean p W x, variance p (1 - p) sum W^2 x^2.
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False))
+    groups, x = trace(model, torch.randn(1, 3, 2, 2)), torch.randn(1, 3, 2, 2)
+    weight, n, keep = model[1].weight.detach().clone(), 10_000, 0.7
+    plug, draws = DropConnect(groups, 1 - keep, 1.0), []
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _ in range(n):
+            plug.before_forward(model, 0)
+            draws.append(model(x)[0])
+            plug.before_step(model, 0)
+    draws, flat = torch.stack(draws).double(), x.flatten()
+    variance = (keep * (1 - keep) * (weight**2 @ flat**2)).double()
+    assert ((draws.mean(0) - keep * (weight @ flat)).abs() < 3.5 * (variance / n).sqrt()).all()
+    torch.testing.assert_close(draws.var(0), variance, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["chain", "residual", "grouped", "flatten"])
+def test_weights_come_back_bit_by_bit_and_the_dropped_have_no_gradient(kind: type[Dropping], name):
+    model, groups = traced(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plug = kind(groups, 0.5, 1.0)
+    torch.manual_seed(1)
+    plug.before_forward(model, 0)
+    dropped = {key: (p == 0) & (before[key] != 0) for key, p in model.named_parameters()}
+    model(images(4, NETS[name].size)).sum().backward()
+    plug.before_step(model, 0)
+    assert any(mark.any() for mark in dropped.values())
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[key]), key
+        assert (parameter.grad[dropped[key]] == 0).all(), key
+
+
+def test_a_dropped_channel_is_a_pruned_one():
+    model, groups = traced("residual")
+    x, plug = images(4, 8), DropOut(groups, 0.5, 1.0)
+    torch.manual_seed(3)
+    plug.before_forward(model, 0)
+    readers = {"stem": model.inner.weight, "inner": model.outer.weight}
+    kept = {name: weight.detach().abs().sum((0, 2, 3)).nonzero()[:, 0] for name, weight in readers.items()}
+    dropped = outputs(model, x)
+    plug.before_step(model, 0)
+    assert 0 < len(kept["stem"]) < 8
+    torch.testing.assert_close(dropped, outputs(mask(model, groups, kept), x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_only_the_least_share_of_each_layer_is_ever_dropped(share):
+    model, groups = traced()
+    weight, plug = model.conv2.weight.detach().clone(), DropConnect(groups, 0.9, share)
+    n_candidates = round(share * weight.numel())
+    least = weight.abs() <= weight.abs().flatten().sort().values[n_candidates - 1]
+    ever = torch.zeros_like(least)
+    for _ in range(30):
+        plug.before_forward(model, 0)
+        ever |= model.conv2.weight.detach() == 0
+        plug.before_step(model, 0)
+    assert torch.equal(ever, least)
+
+
+def test_only_channels_with_the_smallest_filters_are_dropped():
+    model, groups = traced()
+    norms, plug = model.conv1.weight.detach().flatten(1).norm(dim=1), DropOut(groups, 0.9, 0.5)
+    ever = torch.zeros(6, dtype=torch.bool)
+    for _ in range(30):
+        plug.before_forward(model, 0)
+        ever |= model.conv2.weight.detach().abs().sum((0, 2, 3)) == 0
+        plug.before_step(model, 0)
+    assert set(ever.nonzero()[:, 0].tolist()) == set(norms.argsort()[:3].tolist())
+
+
+@pytest.fixture(scope="module")
+def digits() -> Images:
+    return load(DataConfig(data="digits")).train[:512]
+
+
+def trained(digits: Images, plug_of, seed: int = 0) -> tuple[nn.Module, Groups]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3, 2), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 49, 10))
+    groups = trace(model, torch.zeros(1, 3, 16, 16))
+    config = FinetuneConfig(epochs=8, batch_size=64, lr=0.1, distillation=0.0, bf16="off")
+    return finetune(model, digits, config, seed, plug=plug_of(groups)), groups
+
+
+def test_targeted_training_makes_magnitude_pruning_cost_less(digits):
+    damages = []
+    for plug_of in (lambda groups: None, lambda groups: DropConnect(groups, 0.66, 0.75)):
+        damage = 0.0
+        for seed in (0, 1):
+            model, groups = trained(digits, plug_of, seed)
+            with torch.no_grad():
+                whole = F.cross_entropy(model(digits.inputs), digits.labels)
+                target = CostTable(groups).params({}) // 10
+                ranked_masks(model, groups, "weight", target, "params", agent="uniform").apply(model)
+                damage += (F.cross_entropy(model(digits.inputs), digits.labels) - whole).item()
+        damages.append(damage)
+    assert damages[1] < 0.7 * damages[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_seed_drops_the_same(kind: type[Dropping], digits):
+    first, again, other = (trained(digits[:128], lambda groups: kind(groups, 0.5, 0.5), seed)[0] for seed in (1, 1, 2))
+    assert torch.equal(first[0].weight, again[0].weight) and not torch.equal(first[0].weight, other[0].weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("rate", "share", "message"),
+    [
+        (1.0, 0.5, "--sparse.strength: of dropping it is a probability, from 0 to below 1; got 1"),
+        (-0.1, 0.5, "--sparse.strength: of dropping it is a probability, from 0 to below 1; got -0.1"),
+        (0.5, 0.0, "--sparse.share: must be above 0 and at most 1, got 0"),
+        (0.5, 1.5, "--sparse.share: must be above 0 and at most 1, got 1.5"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(kind: type[Dropping], rate, share, message):
+    with pytest.raises(UserError) as error:
+        kind(traced()[1], rate, share)
+    assert str(error.value) == message
