@@ -106,7 +106,7 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     from agents.policies import starting_policy
     from agents.search import check_agent
     from autoprune.criteria import check_criterion
-    from autoprune.removal import check_granularity
+    from autoprune.removal import check_removal
     from autoprune.sparse import check_sparse
     from envs.rewards import reward_named
 
@@ -115,7 +115,7 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     check_criterion(settings.search.criterion)
     check_sparse(settings.sparse.method)
     reward_named(settings.search.reward)
-    check_granularity(settings.search)
+    check_removal(settings)
     if not output.resume:  # a run that goes on has a copy
         starting_policy(settings.search.agent, settings.search.policy)
 
@@ -149,7 +149,7 @@ def run(options: Namespace) -> None:
     workspace = _train_sparsely(workspace, folder)
     _decide(workspace, folder, output)
     if not (folder.pruned / "plan.json").exists():
-        compress.prune_stage(workspace, folder, say)
+        _prune(workspace, folder)
     if compress.read_plan(folder)["stage"] == "pruned":
         _finetune(workspace, folder)
     if "accuracy" not in folder.known_results:
@@ -190,12 +190,16 @@ def _train_sparsely(workspace, folder):
 
 def _prepare(workspace) -> None:
     """Finds what can be wrong with network, images and budget."""
+    from autoprune.merging import MERGINGS
     from autoprune.removal import Weights
 
-    if workspace.settings.search.granularity == "channel":
-        _make_env(workspace)
-    else:
+    settings = workspace.settings
+    if settings.search.granularity != "channel":
         Weights(workspace, None).masks()
+        return
+    _make_env(workspace)
+    if settings.removal.method != "slice":
+        MERGINGS[settings.removal.method].check(workspace)
 
 
 def _decide(workspace, folder, output: OutputConfig) -> None:
@@ -337,6 +341,18 @@ def _flags(settings: Settings) -> str:
     return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in others.items())
 
 
+def _prune(workspace, folder) -> None:
+    """Prunes, after the training that some ways of removing channels need."""
+    from autoprune.compress import epochs_before_pruning, prune_stage
+    from autoprune.console import progress, say
+
+    epochs = epochs_before_pruning(workspace, folder)
+    if not epochs:
+        return prune_stage(workspace, folder, say, lambda epoch, loss: None)
+    with progress(workspace.settings.removal.method, epochs) as advance:
+        prune_stage(workspace, folder, say, lambda epoch, loss: advance(f"loss {loss:.4f}"))
+
+
 def _finetune(workspace, folder) -> None:
     from autoprune.compress import finetune_stage
     from autoprune.console import progress
@@ -381,11 +397,10 @@ def replay(options: Namespace) -> None:
 def _replay_once(policy, workspace, env) -> tuple[dict, dict, str]:
     """The policy's allocation, its costs and scores beside those of uniform pruning, and them in words."""
     from agents.replay import replay
-    from autoprune.compress import costs_of
 
     allocation, info = replay(policy, env)
     uniform = env.proxy(env.counts(env.space.uniform(env.target)))
-    results = costs_of(workspace, allocation)
+    results = workspace.costs_of(allocation.kept)
     results |= {"proxy_accuracy": info["accuracy"], "proxy_loss": info["loss"]}
     results |= {"proxy_accuracy_uniform": uniform.accuracy, "proxy_loss_uniform": uniform.loss}
     words = f"proxy accuracy {info['accuracy']:.2%}, uniform {uniform.accuracy:.2%}; allocation"
@@ -445,7 +460,6 @@ def prune(options: Namespace) -> None:
     """Applies the allocation of RUN, or of a file in a new run, without searching."""
     from autoprune import compress
     from autoprune.allocation import Allocation
-    from autoprune.console import say
 
     if bool(options.run) == bool(options.allocation):
         raise UserError("prune: give either RUN or --allocation FILE")
@@ -461,7 +475,7 @@ def prune(options: Namespace) -> None:
         folder.add_results(run=str(folder.root), model=settings.network.model, data=settings.data.data)
         folder.add_results(budget=allocation.budget, agent=allocation.source, evaluations=0)
         compress.use_allocation(workspace, allocation, folder)
-    compress.prune_stage(workspace, folder, say)
+    _prune(workspace, folder)
     _finish(folder, options.json)
 
 

@@ -41,17 +41,6 @@ def timed(folder: RunFolder, stage: str) -> Iterator[None]:
         folder.add_results(seconds=seconds, seconds_total=round(sum(seconds.values()), 2))
 
 
-def costs_of(workspace: Workspace, allocation: Allocation) -> dict:
-    """MACs, parameters and memory before and after, and the table of groups, for results.json."""
-    costs, kept = workspace.costs, allocation.kept
-    results = {}
-    for metric, cost in costs.metrics.items():
-        results |= {metric: cost(kept), f"{metric}_dense": cost(costs.dense)}
-    groups = [{"name": g.name, "channels": g.channels, "kept": kept[g.name]} for g in workspace.groups]
-    pinned = [{"name": g.name, "channels": g.channels, "reason": g.pinned} for g in workspace.groups.pinned]
-    return results | {"macs_ratio": results["macs"] / results["macs_dense"], "groups": groups, "pinned": pinned}
-
-
 def use_allocation(workspace: Workspace, allocation: Allocation, folder: RunFolder) -> None:
     """Makes an allocation the run's own: checked against network and budget, written, costed.
 
@@ -60,7 +49,7 @@ def use_allocation(workspace: Workspace, allocation: Allocation, folder: RunFold
     """
     allocation.check(workspace.groups)
     # The allocation comes last: its file says that the search is done, and a resumed run looks no further.
-    folder.add_results(**costs_of(workspace, allocation))
+    folder.add_results(**workspace.costs_of(allocation.kept))
     write_json(folder.allocation, allocation.to_json())
 
 
@@ -94,7 +83,7 @@ def _train_sparsely(workspace: Workspace, folder: RunFolder, on_epoch: EpochCall
     finetune(model, train, config, seed, workspace.dense, checkpoint, finished, plug)
     epochs = config.epochs_for(len(train))
     folder.add_results(sparse_method=sparse.method, sparse_strength=strength, sparse_epochs=epochs)
-    save_pruned(model, folder.sparse, network_of(workspace) | {"stage": "sparse", "epochs": epochs})
+    save_pruned(model, folder.sparse, workspace.network | {"stage": "sparse", "epochs": epochs})
 
 
 def _share(workspace: Workspace) -> float:
@@ -107,12 +96,6 @@ def _share(workspace: Workspace) -> float:
     return min(1.0, budget.target(costs) / costs.metrics[budget.metric](costs.dense))
 
 
-def network_of(workspace: Workspace) -> dict:
-    """What a plan says of the network that its weights are for."""
-    classes = workspace.splits.classes
-    return {"model": workspace.settings.network.model, "n_classes": len(classes), "classes": list(classes)}
-
-
 def decide_stage(workspace: Workspace, folder: RunFolder) -> None:
     """Decides what goes where no search does, at granularities other than channels."""
     with timed(folder, "search"):
@@ -120,12 +103,19 @@ def decide_stage(workspace: Workspace, folder: RunFolder) -> None:
     folder.add_results(**results, episodes=0, evaluations=0)
 
 
-def prune_stage(workspace: Workspace, folder: RunFolder, say: Say) -> None:
+def epochs_before_pruning(workspace: Workspace, folder: RunFolder) -> int:
+    """Passes over the training split that `prune_stage` takes before anything can go."""
+    return removal(workspace, folder).epochs
+
+
+def prune_stage(workspace: Workspace, folder: RunFolder, say: Say, on_epoch: EpochCallback) -> None:
     """Applies what was decided; `pruned/` then holds the network, recalibrated but not fine-tuned."""
     with timed(folder, "prune"):
         decided = removal(workspace, folder)
+        decided.prepare(on_epoch)
+        folder.add_results(**decided.costs())
         pruned = decided.network()
-        save_pruned(pruned, folder.pruned, network_of(workspace) | {"stage": "pruned"} | decided.plan())
+        save_pruned(pruned, folder.pruned, workspace.network | {"stage": "pruned"} | decided.plan())
         before, after = (sum(int(p.count_nonzero()) for p in m.parameters()) for m in (workspace.model, pruned))
         say(f"pruned: {before:,} -> {after:,} non-zero parameters")
 

@@ -198,6 +198,28 @@ class SparseConfig:
 
 
 @dataclass(frozen=True)
+class RemovalConfig:
+    """How channels leave the network once it is decided how many."""
+
+    method: str = "slice"
+    """slice; or, by training first: centripetal (channels grow together and merge), compactors (ResRep, as many as the
+    allocation says) or resrep (ResRep, which also chooses where, under the budget)."""
+    strength: float | None = None
+    """Pull of that training (None: the method's usual one)."""
+    clusters: str = "kmeans"
+    """How centripetal groups channels: kmeans or even."""
+    epochs: int | None = None
+    """Passes over the training split (None: as many as by default in fine-tuning)."""
+    lr: float = 0.05
+    """Highest learning rate; the rest is as in fine-tuning."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 0, float("inf"), "strength", "lr", stage="removal")
+        _check_range(self, 1, float("inf"), "epochs", stage="removal")
+        _check_choice(self, "clusters", "kmeans", "even", stage="removal")
+
+
+@dataclass(frozen=True)
 class ProxyConfig:
     """How a sub-model is scored during the search."""
 
@@ -309,11 +331,17 @@ class Settings:
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
+    removal: RemovalConfig = field(default_factory=RemovalConfig)
 
     @property
     def sparse_training(self) -> FinetuneConfig:
         """How sparse training goes, as far as it is training."""
         return dataclasses.replace(self.finetune, epochs=self.sparse.epochs, lr=self.sparse.lr)
+
+    @property
+    def removal_training(self) -> FinetuneConfig:
+        """How the training of a removal goes, as far as it is training."""
+        return dataclasses.replace(self.finetune, epochs=self.removal.epochs, lr=self.removal.lr)
 
     def to_dict(self) -> dict:
         """Plain nested data."""

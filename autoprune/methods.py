@@ -50,6 +50,10 @@ def _masks(granularity: str, paper: str, **options: object) -> Method:
     return Method("masks", granularity, paper, defaults | options)
 
 
+def _merging(method: str, paper: str) -> Method:
+    return Method("sparse training", "channel", paper, {"removal.method": method, "agent": "uniform", "epochs": 0})
+
+
 METHODS: dict[str, Method] = {
     "l1": _ranked("l1", "Li et al. 2017, ICLR"),
     "l2": _ranked("l2", "Li et al. 2017, ICLR"),
@@ -67,6 +71,8 @@ METHODS: dict[str, Method] = {
     "group_lasso": _sparse("group_lasso", "l2", "Wen et al. 2016, NIPS"),
     "slimming": _sparse("slimming", "bn_scale", "Liu et al. 2017, ICCV"),
     "depgraph": _sparse("group_decay", "l2", "Fang et al. 2023, CVPR"),
+    "centripetal": _merging("centripetal", "Ding et al. 2019, CVPR"),
+    "resrep": _merging("resrep", "Ding et al. 2021, ICCV"),
     "drop_out": Method(
         "sparse training",
         "channel",

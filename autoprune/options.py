@@ -11,6 +11,7 @@ from autoprune.config import (
     NetworkConfig,
     OutputConfig,
     ProxyConfig,
+    RemovalConfig,
     SearchConfig,
     Settings,
     SparseConfig,
@@ -30,7 +31,7 @@ class Parser(ArgumentParser):
 
 
 def search_options(parser: Parser) -> None:
-    """Network, data, search, output, fine-tuning, proxy and sparse training."""
+    """Network, data, search, output, fine-tuning, proxy, sparse training and removal."""
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     text = "A method of the field, as defaults for other options; `autoprune methods` lists them."
     parser.add_argument("--method", type=str | None, default=None, help=text)
@@ -44,6 +45,7 @@ def search_options(parser: Parser) -> None:
     parser.add_class_arguments(FinetuneConfig, "finetune", skip={"epochs"})
     parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
     parser.add_class_arguments(SparseConfig, "sparse")
+    parser.add_class_arguments(RemovalConfig, "removal")
 
 
 def _json_option(parser: Parser) -> None:
@@ -65,6 +67,7 @@ def settings_of(options: Namespace) -> Settings:
         ProxyConfig(**vars(options.proxy), seed=options.seed),
         FinetuneConfig(**vars(options.finetune), epochs=options.epochs),
         SparseConfig(**vars(options.sparse)),
+        RemovalConfig(**vars(options.removal)),
     )
 
 

@@ -6,12 +6,14 @@ from functools import cached_property
 from torch import nn
 
 from autoprune.allocation import Allocation, Budget, BudgetRange, parse_budget
-from autoprune.config import SearchConfig
+from autoprune.config import SearchConfig, Settings
 from autoprune.errors import UserError, check_known
-from autoprune.finetune import Plug
+from autoprune.export import load_pruned, save_pruned
+from autoprune.finetune import EpochCallback, Plug, finetune
 from autoprune.granularity import PATTERNS, KeepMasks, Masks, check_mask_options, n_of_m, n_of_m_masks, ranked_masks
+from autoprune.merging import MERGINGS
 from autoprune.pruning import prune, top_channels
-from autoprune.runs import RunFolder
+from autoprune.runs import RunFolder, write_json
 from autoprune.scoring import recalibrate, score
 from autoprune.workspace import Workspace
 
@@ -43,6 +45,18 @@ class Removal:
         """What has to take part in fine-tuning for the decision to last."""
         return None
 
+    def costs(self) -> dict:
+        """What is left of the costs, for results.json, where `prepare` may have changed it."""
+        return {}
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training split that `prepare` takes."""
+        return 0
+
+    def prepare(self, on_epoch: EpochCallback) -> None:
+        """Trains what has to be trained before anything can go; resumable, and nothing the second time."""
+
 
 class Channels(Removal):
     """Whole channels, by the run's allocation, which a search or a person decides."""
@@ -70,6 +84,50 @@ class Channels(Removal):
         kept = top_channels(self.workspace.importance, self.allocation.kept)
         channels = {name: indices.tolist() for name, indices in kept.items()}
         return {"allocation": self.allocation.to_json(), "kept": channels}
+
+
+class Merged(Channels):
+    """Channels that leave by training, see `autoprune.merging`; `merged/` holds the network that remains."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training split, none where it is done."""
+        if (self.folder.merged / "plan.json").exists():
+            return 0
+        return self.workspace.settings.removal_training.epochs_for(len(self.workspace.splits.train))
+
+    def prepare(self, on_epoch: EpochCallback) -> None:
+        """Trains and merges; the allocation is then what remained."""
+        if (self.folder.merged / "plan.json").exists():
+            return
+        workspace, settings = self.workspace, self.workspace.settings
+        course = MERGINGS[settings.removal.method].course(workspace, self.allocation)
+        self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+
+        def finished(epoch: int, loss: float) -> None:
+            self.folder.append("removal epoch", epoch=epoch, loss=loss)
+            on_epoch(epoch, loss)
+
+        checkpoint, how = self.folder.checkpoints / "removal.pt", settings.removal_training
+        train, seed = workspace.splits.train, settings.search.seed
+        finetune(course.model, train, how, seed, workspace.dense, checkpoint, finished, course.plug)
+        merged, self.allocation = course.finish(course.model)
+        recalibrate(merged, workspace.splits.calibration.inputs)
+        # The network comes last: its plan says that the training is done.
+        write_json(self.folder.allocation, self.allocation.to_json())
+        save_pruned(merged, self.folder.merged, workspace.network | {"stage": "merged"} | self.plan())
+
+    def costs(self) -> dict:
+        """Those of the allocation, which `prepare` may have made."""
+        return self.workspace.costs_of(self.allocation.kept)
+
+    def network(self) -> nn.Module:
+        """What remained after the training."""
+        return load_pruned(self.folder.merged)
+
+    def plan(self) -> dict:
+        """The allocation, and how it came about."""
+        return {"allocation": self.allocation.to_json(), "removal": self.workspace.settings.removal.method}
 
 
 class Weights(Removal):
@@ -138,7 +196,21 @@ def removal(workspace: Workspace, folder: RunFolder) -> Removal:
     """What the run removes, at the granularity of its settings."""
     granularity = workspace.settings.search.granularity
     kind = Weights if n_of_m(granularity) else GRANULARITIES[granularity]
-    return kind(workspace, folder)
+    is_merged = kind is Channels and workspace.settings.removal.method != "slice"
+    return (Merged if is_merged else kind)(workspace, folder)
+
+
+def check_removal(settings: Settings) -> None:
+    """Raises a `UserError` unless how channels leave is known and goes with the granularity and the budget."""
+    method, search = settings.removal.method, settings.search
+    check_known("method", method, ["slice", *MERGINGS], "removal.method")
+    budget = check_granularity(search)
+    if method == "slice":
+        return
+    if search.granularity != "channel":
+        raise UserError(f"--removal.method: {method} is for channels, not for {search.granularity}; use slice")
+    if isinstance(budget, BudgetRange) and method == "resrep":
+        raise UserError(f"--budget: resrep trains for one budget, got {budget}")
 
 
 def check_granularity(search: SearchConfig) -> Budget | BudgetRange:

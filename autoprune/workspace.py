@@ -1,5 +1,6 @@
 """What every stage of a run works on: network, images, trace, costs and importance, made when they are asked for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +89,21 @@ class Workspace:
         if not self.settings.proxy.reconstruct:
             return None
         return Reconstruction(self.model, self.groups, self.splits.calibration.inputs)
+
+    @property
+    def network(self) -> dict:
+        """What a plan says of the network that its weights are for."""
+        classes = self.splits.classes
+        return {"model": self.settings.network.model, "n_classes": len(classes), "classes": list(classes)}
+
+    def costs_of(self, kept: Mapping[str, int]) -> dict:
+        """MACs, parameters and memory before and after, and the table of groups, for results.json."""
+        costs, results = self.costs, {}
+        for metric, cost in costs.metrics.items():
+            results |= {metric: cost(kept), f"{metric}_dense": cost(costs.dense)}
+        groups = [{"name": g.name, "channels": g.channels, "kept": kept[g.name]} for g in self.groups]
+        pinned = [{"name": g.name, "channels": g.channels, "reason": g.pinned} for g in self.groups.pinned]
+        return results | {"macs_ratio": results["macs"] / results["macs_dense"], "groups": groups, "pinned": pinned}
 
     def proxy(self) -> ProxyAccuracy:
         """A fresh proxy with an empty cache."""

@@ -7,11 +7,12 @@ import pytest
 import torch
 import yaml
 
-from autoprune import compress
+from autoprune import compress, removal
 from autoprune.cli import main
 from autoprune.export import load_pruned
 from autoprune.finetune import finetune
 from autoprune.granularity import Masks
+from autoprune.merging import MERGINGS
 from autoprune.methods import METHODS, methods_table
 
 TINY = ["--model", "tests.tiny:network", "--data", "digits", "--baselines", "none", "--proxy.images", "40"]
@@ -29,8 +30,9 @@ def test_every_method_searches_within_the_budget_and_says_who_it_is(name, tmp_pa
     assert results["macs"] <= 0.75 * results["macs_dense"] and results["method"] == name
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     flat = config["network"] | config["search"] | {f"proxy.{k}": v for k, v in config["proxy"].items()}
-    flat |= {f"sparse.{k}": v for k, v in config["sparse"].items()}
-    options = {option: value for option, value in METHODS[name].options.items() if option != "budget"}  # given above
+    flat |= {f"{stage}.{k}": v for stage in ("sparse", "removal") for k, v in config[stage].items()}
+    given = {"budget", "epochs"}
+    options = {option: value for option, value in METHODS[name].options.items() if option not in given}
     assert {option: flat[option] for option in options} == options
 
 
@@ -115,6 +117,63 @@ def test_masks_last_through_fine_tuning_saving_and_loading_and_their_costs_are_t
     zeros = sum(int((~kept).sum()) for kept in masks.kept.values())
     assert results["params"] == results["params_dense"] - zeros < results["params_dense"]
     assert results["macs"] <= 0.75 * results["macs_dense"] and "accuracy" in results
+
+
+@pytest.mark.parametrize("method", MERGINGS)
+def test_what_leaves_by_training_ends_within_the_budget_with_true_costs_whether_killed_or_not(
+    method, tmp_path, monkeypatch
+):
+    options = ["--removal.method", method, "--removal.epochs", "3", "--agent", "uniform", "--budget", "macs=60%"]
+    for name in ("whole", "killed"):
+        assert main(["search", *FAST, *options, "--out", str(tmp_path / name)]) == 0
+    assert main(["prune", str(tmp_path / "whole")]) == 0
+
+    def killed(*args):
+        *before, on_epoch, plug = args
+
+        def kill(epoch: int, loss: float) -> None:
+            on_epoch(epoch, loss)
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+        return finetune(*before, kill, plug)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(removal, "finetune", killed)
+        assert main(["prune", str(tmp_path / "killed")]) == 130
+    assert main(["prune", str(tmp_path / "killed")]) == 0
+    whole, again = (load_pruned(tmp_path / name / "pruned") for name in ("whole", "killed"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    results = results_of(tmp_path / "whole")
+    assert results["macs"] <= 0.6 * results["macs_dense"]
+    assert results["params"] == sum(p.numel() for p in whole.parameters())
+    allocation = json.loads((tmp_path / "whole" / "allocation.json").read_text())
+    assert allocation["kept"] == {group["name"]: group["kept"] for group in results["groups"]}
+    assert (allocation["source"] == "resrep") == (method == "resrep")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--removal.method", "resrap"], "--removal.method: unknown method 'resrap'; did you mean 'resrep'?"),
+        (
+            ["--method", "kernel", "--removal.method", "resrep"],
+            "is for channels, not for kernel; use slice",
+        ),
+        (
+            ["--method", "resrep", "--budget", "macs=40%..60%"],
+            "--budget: resrep trains for one budget, got macs=40%..60%",
+        ),
+        (
+            ["--method", "centripetal", "--removal.clusters", "odd"],
+            "--removal.clusters: must be kmeans or even, got 'odd'",
+        ),
+        (["--method", "centripetal", "--removal.lr", "-1"], "--removal.lr: must be at least 0, got -1"),
+    ],
+)
+def test_a_removal_that_can_not_be_is_refused_before_anything_is_written(arguments, message, tmp_path, capsys):
+    assert main(["run", *TINY, *arguments, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,213 @@
+"""Centripetal SGD: filters of a cluster grow together while the network trains; then each cluster becomes one filter.
+
+Ding et al. 2019 ("Centripetal SGD for Pruning Very Deep Convolutional Networks with Complicated Structure"), eqs. 3 to
+7. Nothing is torn out: of filters that have become equal one stays, and whoever read the others reads it instead, with
+the sum of the weights. Layers tied by a shortcut share one group of channels here, so they share their clusters too.
+
+Where we differ: how many clusters a layer gets comes from an allocation, not from a fixed width; clusters are found by
+k-means or evenly, as in the paper, on all filters that produce a channel together. Weight decay is the optimizer's own.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.attention import open_attention
+from autoprune.errors import UserError, check_known
+from autoprune.finetune import Plug
+from autoprune.groups import Group, Groups, Member, tensors_in
+from autoprune.pruning import prune
+
+Clusters = Mapping[str, Tensor]
+"""Group to the number of each channel's cluster, int64 `(n_channels,)`, from 0 without gaps."""
+STRENGTH = 0.05
+"""Pull to the centre, for a few epochs from a trained network; the paper has 3e-3 for 600 epochs."""
+VECTORS = 0.1
+"""The pull of batch norm and biases beside that of filters, as in the authors' code."""
+ROUNDS = 50
+"""Of k-means, at most."""
+
+
+def clusters_of(
+    model: nn.Module, groups: Groups, counts: Mapping[str, int], how: str = "kmeans", seed: int = 0
+) -> dict[str, Tensor]:
+    """The channels of each group in exactly `counts` clusters, by likeness of the filters that produce them.
+
+    Args:
+        model: The network.
+        groups: Its trace.
+        counts: Group to its number of clusters; groups left out aren't clustered.
+        how: A key of `CLUSTERINGS`.
+        seed: Of k-means' first centres.
+
+    Raises:
+        UserError: If `how` is unknown, or a count isn't from 1 to the number of channels.
+    """
+    check_known("clustering", how, CLUSTERINGS, "removal.clusters")
+    found = {}
+    for name, count in counts.items():
+        group = groups[name]
+        if not 1 <= count <= group.channels:
+            raise UserError(f"counts: group {name!r} can have 1 to {group.channels} clusters, got {count}")
+        found[name] = CLUSTERINGS[how](_filters(model, groups, group), count, seed)
+    return found
+
+
+def _filters(model: nn.Module, groups: Groups, group: Group) -> Tensor:
+    """All weights that produce each channel, `(n_channels, n)`, each layer's at a mean square of 1."""
+    tensors = model.state_dict()
+    members = [m for m in group.members if m.role == "produce" and len(groups.shapes[m.tensor]) > 1]
+    rows = [_rows(tensors[m.tensor].double(), m).flatten(1) for m in members]
+    return torch.cat([row / row.square().mean().sqrt().clamp_min(1e-12) for row in rows], 1)
+
+
+def _kmeans(points: Tensor, count: int, seed: int) -> Tensor:
+    """Lloyd's algorithm from k-means++ centres; a cluster that runs empty takes the point farthest from its own."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = points[torch.randint(len(points), (1,), generator=generator)]
+    while len(centres) < count:
+        nearest = torch.cdist(points, centres).min(1).values.square()
+        weights = nearest if nearest.sum() > 0 else torch.ones_like(nearest)
+        centres = torch.cat([centres, points[torch.multinomial(weights, 1, generator=generator)]])
+    numbers = torch.full((len(points),), -1)
+    for _ in range(ROUNDS):
+        distances = torch.cdist(points, centres)
+        following = _none_empty(distances.argmin(1), distances.min(1).values, count)
+        if torch.equal(following, numbers):
+            break
+        numbers = following
+        centres = _means(points, numbers)
+    return numbers
+
+
+def _none_empty(numbers: Tensor, distances: Tensor, count: int) -> Tensor:
+    numbers, distances = numbers.clone(), distances.clone()
+    for number in range(count):
+        if not (numbers == number).any():
+            sizes = torch.bincount(numbers, minlength=count)
+            movable = torch.where(sizes[numbers] > 1, distances, -1.0)
+            taken = movable.argmax()
+            numbers[taken], distances[taken] = number, -1.0
+    return numbers
+
+
+def _even(points: Tensor, count: int, seed: int) -> Tensor:
+    """Neighbours, in clusters of sizes that differ by one at most."""
+    return torch.arange(len(points)) * count // len(points)
+
+
+CLUSTERINGS: dict[str, Callable[[Tensor, int, int], Tensor]] = {"kmeans": _kmeans, "even": _even}
+
+
+class Centripetal(Plug):
+    """Filters of a cluster get the mean of their gradients, and a pull to the cluster's centre.
+
+    Without momentum the distance to the centre shrinks by learning rate times (decay + strength) of itself in each
+    step, whatever the loss; the centre moves as by the mean gradient. A cluster of one is trained as usual.
+
+    Args:
+        groups: The network's trace.
+        clusters: See `clusters_of`.
+        strength: The pull.
+    """
+
+    def __init__(self, groups: Groups, clusters: Clusters, strength: float = STRENGTH):
+        self.strength, self.clusters = strength, clusters
+        self._members = [
+            (name, member) for name in clusters for member in groups[name].members if member.role != "consume"
+        ]
+
+    @torch.no_grad()
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Averages gradients and adds the pull."""
+        parameters = dict(model.named_parameters())
+        for name, member in self._members:
+            parameter = parameters.get(member.tensor)
+            if parameter is None or parameter.grad is None:
+                continue  # running statistics follow by themselves
+            numbers, strength = self.clusters[name], self.strength * (1 if parameter.ndim > 1 else VECTORS)
+            weights, gradients = _rows(parameter, member), _rows(parameter.grad, member)
+            pulled = weights - averaged(weights, numbers)
+            alone = torch.bincount(numbers)[numbers] == 1
+            moved = averaged(gradients, numbers) + strength * pulled
+            moved[alone] = gradients[alone]
+            parameter.grad.movedim(member.axis, 0)[member.index] = moved
+
+
+def averaged(rows: Tensor, numbers: Tensor) -> Tensor:
+    """Each row replaced by the mean of its cluster's, `(n_channels, ...)`."""
+    return _means(rows, numbers)[numbers]
+
+
+def _means(rows: Tensor, numbers: Tensor) -> Tensor:
+    sums = _sums(rows, numbers)
+    return sums / torch.bincount(numbers).view(-1, *[1] * (rows.ndim - 1)).to(rows.dtype)
+
+
+def _sums(rows: Tensor, numbers: Tensor) -> Tensor:
+    return rows.new_zeros(int(numbers.max()) + 1, *rows.shape[1:]).index_add_(0, numbers, rows)
+
+
+def _rows(tensor: Tensor, member: Member) -> Tensor:
+    """A tensor's values by channel, `(n_channels, k, ...)`, a copy."""
+    return tensor.movedim(member.axis, 0)[member.index]
+
+
+def merge(model: nn.Module, groups: Groups, clusters: Clusters) -> nn.Module:
+    """A new network with one channel a cluster: its mean, read by the sum of the weights that read its channels.
+
+    Exact where the filters, and what follows them, are equal in each cluster; statistics of batch norm are only once
+    they have been measured on equal filters.
+
+    Args:
+        model: The dense network.
+        groups: Its trace.
+        clusters: See `clusters_of`.
+    """
+    dense = open_attention(copy.deepcopy(model))
+    tensors = dense.state_dict()
+    kept = {}
+    for name, numbers in clusters.items():
+        first = torch.stack([(numbers == number).nonzero()[0, 0] for number in range(int(numbers.max()) + 1)])
+        for member in groups[name].members:
+            tensor = tensors[member.tensor]
+            joined = (_sums if member.role == "consume" else _means)(_rows(tensor, member), numbers)
+            tensor.movedim(member.axis, 0)[member.index[first]] = joined
+        # In the order of the channels, as everything that prunes has them.
+        kept[name] = first.sort().values
+    return prune(dense, groups, kept)
+
+
+def mergeable(model: nn.Module, groups: Groups, example: Tensor) -> list[str]:
+    """The groups whose equal channels can be merged: tried on two channels of each.
+
+    It isn't so where channels are read otherwise than by a weighted sum, as by layer norm or a softmax.
+    """
+    names = [group.name for group in groups if group.channels > 1]
+    return [name for name in names if _merges(model, groups, example, name)]
+
+
+@torch.no_grad()
+def _merges(model: nn.Module, groups: Groups, example: Tensor, name: str) -> bool:
+    numbers = (torch.arange(groups[name].channels) - 1).clamp_min(0)
+    equal = open_attention(copy.deepcopy(model)).eval()
+    tensors = equal.state_dict()
+    for member in groups[name].members:
+        if member.role != "consume":
+            rows = _rows(tensors[member.tensor], member)
+            tensors[member.tensor].movedim(member.axis, 0)[member.index] = averaged(rows, numbers)
+    merged = merge(equal, groups, {name: numbers}).eval()
+    expected, computed = (torch.cat([t.flatten() for t in tensors_in(net(example))]) for net in (equal, merged))
+    return bool((expected - computed).abs().max() <= 1e-4 * expected.abs().max())
+
+
+def check_mergeable(names: Iterable[str], mergeable_names: Iterable[str]) -> None:
+    """Raises a `UserError` unless all groups can be merged."""
+    others = sorted(set(names) - set(mergeable_names))
+    if others:
+        raise UserError(
+            f"--removal.method: the channels of {others[0]} can't be merged (they are not read by a weighted sum); "
+            f"leave them whole with --exclude {','.join(others)}"
+        )

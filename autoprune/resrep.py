@@ -1,0 +1,305 @@
+"""ResRep: compactors remember, some of their rows forget, and what is left is folded away.
+
+Ding et al. 2021 ("ResRep: Lossless CNN Pruning via Decoupling Remembering and Forgetting"). After a batch norm comes a
+1x1 convolution, the compactor, at first the identity. While everything else trains on the loss alone, a penalty pulls
+at its rows, and rows that are selected to go feel nothing but the penalty. In the end convolution, batch norm and
+compactor are one convolution again, without the rows that are gone.
+
+Where we differ:
+- Rows are selected in even steps over the first part of the training, of whatever length, not four more every 200
+  steps; then the selection stays, so that the rows have time to vanish.
+- A selected row keeps its direction, never grows, and stays at zero. Only the pull acts on it anyway, but what momentum
+  has kept of the loss would let it circle around zero through a short training.
+- How many go may also come from an allocation, group by group.
+- Folding keeps the batch norm, with the statistics that it then has, rather than a bias, so the architecture stays.
+
+Groups with a depthwise convolution or several producers, as at shortcuts, stay whole.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.config import FinetuneConfig
+from autoprune.cost import CostTable
+from autoprune.errors import UserError
+from autoprune.finetune import Plug, parameter_groups
+from autoprune.groups import Group, Groups
+from autoprune.pruning import prune
+from autoprune.scoring import in_eval_mode
+
+STRENGTH = 1e-3
+"""Of the pull, for a few epochs from a trained network; the paper has 1e-4 for 480 epochs."""
+EPSILON = 1e-12
+
+
+class Compactor(nn.Conv2d):
+    """A 1x1 convolution without bias that begins as the identity.
+
+    Args:
+        channels: How many come in and go out.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 1, bias=False)
+        nn.init.dirac_(self.weight)
+
+    @property
+    def norms(self) -> Tensor:
+        """Length of each row, `(n_channels,)`."""
+        return self.weight.detach().flatten(1).norm(dim=1)
+
+
+@torch.no_grad()
+def eligible(model: nn.Module, groups: Groups, example: Tensor) -> dict[str, tuple[str, str]]:
+    """The groups that can have a compactor: their names to those of the convolution and the batch norm behind it.
+
+    Exactly one convolution, not a grouped one, makes the channels; exactly one batch norm takes its output as it is.
+    """
+    modules = dict(model.named_modules())
+    pairs = {group.name: _pair(group, modules) for group in groups}
+    pairs = {name: pair for name, pair in pairs.items() if pair is not None}
+    made: dict[int, tuple[str, Tensor, int]] = {}
+    direct = set()
+
+    def make(name: str):
+        return lambda module, args, out: made.__setitem__(id(out), (name, out, out._version))
+
+    def take(conv: str, norm: str):
+        def hook(module: nn.Module, args: tuple) -> None:
+            name, out, version = made.get(id(args[0]), ("", None, 0))
+            if name == conv and out._version == version:  # and not rectified in place
+                direct.add(norm)
+
+        return hook
+
+    hooks = [modules[conv].register_forward_hook(make(conv)) for conv, _ in pairs.values()]
+    hooks += [modules[norm].register_forward_pre_hook(take(conv, norm)) for conv, norm in pairs.values()]
+    try:
+        with in_eval_mode(model):
+            model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: pair for name, pair in pairs.items() if pair[1] in direct}
+
+
+def _pair(group: Group, modules: dict[str, nn.Module]) -> tuple[str, str] | None:
+    makers = {m.tensor.rpartition(".")[0] for m in group.members if m.role == "produce"}
+    norms = {m.tensor.rpartition(".")[0] for m in group.members if m.role == "follow"}
+    if len(makers) != 1 or len(norms) != 1:
+        return None
+    (conv,), (norm,) = makers, norms
+    is_plain = type(modules.get(conv)) is nn.Conv2d and modules[conv].groups == 1
+    whole = torch.arange(group.channels)[:, None]
+    own = all(torch.equal(m.index, whole) for m in group.members if m.role != "consume")
+    is_whole = own and type(modules.get(norm)) is nn.BatchNorm2d and modules[norm].num_features == group.channels
+    return (conv, norm) if is_plain and is_whole and modules[norm].affine else None
+
+
+def insert_compactors(model: nn.Module, groups: Groups, example: Tensor) -> nn.Module:
+    """A copy with an identity compactor behind the batch norm of every group that can have one.
+
+    Raises:
+        UserError: If none can.
+    """
+    grown, pairs = copy.deepcopy(model), eligible(model, groups, example)
+    if not pairs:
+        raise UserError("--removal.method: no group is made by one convolution with its batch norm; use slice")
+    for name, (_, norm) in pairs.items():
+        parent, _, attribute = norm.rpartition(".")
+        layer = grown.get_submodule(norm)
+        setattr(grown.get_submodule(parent), attribute, nn.Sequential(layer, Compactor(groups[name].channels)))
+    return grown
+
+
+@dataclass(frozen=True)
+class Goal:
+    """When enough rows are selected.
+
+    Attributes:
+        costs: The network's cost table.
+        metric: What is counted.
+        target: The most that may be left; None where `counts` say it all.
+        counts: Group to the channels that it keeps; None where the rows compete across the network.
+    """
+
+    costs: CostTable
+    metric: str = "macs"
+    target: int | None = None
+    counts: Mapping[str, int] | None = None
+
+    def may_go(self, group: str, kept: Mapping[str, int]) -> bool:
+        """Whether one more channel of a group may go, of which so many are kept now."""
+        least = 1 if self.counts is None else self.counts[group]
+        return kept[group] > least and not self.is_met(kept)
+
+    def is_met(self, kept: Mapping[str, int]) -> bool:
+        """Whether nothing more has to go."""
+        if self.counts is not None:
+            return all(kept[name] <= self.counts[name] for name in kept)
+        return self.costs.metrics[self.metric](dict(kept)) <= self.target
+
+
+class Compaction(Plug):
+    """Trains compactors: all rows are pulled to zero, the selected ones by nothing else.
+
+    Args:
+        groups: The network's trace.
+        pairs: `eligible` groups.
+        goal: When enough is selected.
+        strength: The pull; it moves a selected row by learning rate times strength, 100 times that in the long run.
+        selecting: Share of the training over which rows are selected, evenly.
+        selections: In how many steps.
+    """
+
+    MOMENTUM = 0.99
+
+    def __init__(
+        self,
+        groups: Groups,
+        pairs: Mapping[str, tuple[str, str]],
+        goal: Goal,
+        strength: float = STRENGTH,
+        selecting: float = 0.5,
+        selections: int = 50,
+    ):
+        self.goal, self.strength, self.selecting, self.selections = goal, strength, selecting, selections
+        self._names = {name: f"{norm}.1" for name, (_, norm) in pairs.items()}
+        self.masked = {name: torch.zeros(groups[name].channels, dtype=torch.bool) for name in pairs}
+        self._every, self._last = 1, -1  # none until `begin`
+        self._before: dict[str, Tensor] = {}
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Group to the rows that aren't selected, int64, ascending."""
+        return {name: (~mask).nonzero()[:, 0] for name, mask in self.masked.items()}
+
+    def parameter_groups(self, model: nn.Module, config: FinetuneConfig) -> list[dict]:
+        """The usual ones, and the compactors with their momentum, without decay."""
+        own = [compactor.weight for compactor in self._compactors(model).values()]
+        ids = {id(weight) for weight in own}
+        usual = parameter_groups(model, config)
+        rest = [group | {"params": [p for p in group["params"] if id(p) not in ids]} for group in usual]
+        return [*rest, {"params": own, "weight_decay": 0.0, "momentum": self.MOMENTUM, "nesterov": False}]
+
+    def begin(self, model: nn.Module, n_steps: int) -> None:
+        """Spreads the selections."""
+        self._last = min(n_steps - 1, round(self.selecting * n_steps))
+        self._every = max(1, self._last // self.selections)
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Selects, if it is time; then the rows' gradients are the penalty's, with or without the loss's."""
+        if step == self._last or (step < self._last and step % self._every == 0):
+            self.select(model, step / self._last if self._last else 1.0)
+        with torch.no_grad():
+            for name, compactor in self._compactors(model).items():
+                gradient, weight = compactor.weight.grad, compactor.weight
+                gradient[self.masked[name]] = 0
+                lengths = weight.flatten(1).norm(dim=1).clamp_min(EPSILON)
+                gradient.add_(weight / lengths.view(-1, 1, 1, 1), alpha=self.strength)
+                self._before[name] = weight.detach().clone()
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Lets selected rows only shrink, down to zero."""
+        for name, compactor in self._compactors(model).items():
+            before, after, mask = self._before[name], compactor.weight, self.masked[name]
+            along = (after * before).flatten(1).sum(1) / before.flatten(1).square().sum(1).clamp_min(EPSILON)
+            shrunk = along.clamp(0, 1).view(-1, 1, 1, 1) * before
+            after[mask] = shrunk[mask]
+
+    def select(self, model: nn.Module, share: float) -> None:
+        """Masks the shortest rows anew: at most this share of all, and not more than the goal asks for."""
+        compactors = self._compactors(model)
+        rows = [(norm, name, row) for name, c in compactors.items() for row, norm in enumerate(c.norms.tolist())]
+        kept = {name: len(mask) for name, mask in self.masked.items()}
+        allowed = round(share * len(rows)) if share < 1 else len(rows)
+        for mask in self.masked.values():
+            mask.zero_()
+        for _, name, row in sorted(rows):
+            if allowed and self.goal.may_go(name, kept):
+                self.masked[name][row] = True
+                kept[name] -= 1
+                allowed -= 1
+
+    def state_dict(self) -> dict:
+        """The selected rows."""
+        return {name: mask.clone() for name, mask in self.masked.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes them over."""
+        self.masked = {name: mask.clone() for name, mask in state.items()}
+
+    def _compactors(self, model: nn.Module) -> dict[str, Compactor]:
+        return {name: model.get_submodule(path) for name, path in self._names.items()}
+
+
+@torch.no_grad()
+def fold(grown: nn.Module, pairs: Mapping[str, tuple[str, str]]) -> nn.Module:
+    """A copy of the plain architecture: each convolution, batch norm and compactor are one; exact in eval mode.
+
+    The batch norms have mean 0 and variance 1 then, see `standardise`.
+    """
+    plain = copy.deepcopy(grown)
+    for conv_name, norm_name in pairs.values():
+        conv, (norm, compactor) = plain.get_submodule(conv_name), plain.get_submodule(norm_name)
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        shift = norm.bias - norm.running_mean * scale
+        if conv.bias is not None:
+            shift = shift + conv.bias * scale
+            conv.bias.zero_()
+        rows = compactor.weight[:, :, 0, 0]
+        conv.weight.copy_(torch.einsum("oi,ichw->ochw", rows * scale, conv.weight))
+        norm.bias.copy_(rows @ shift)
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1)
+        norm.weight.fill_((1 + norm.eps) ** 0.5)
+        parent, _, attribute = norm_name.rpartition(".")
+        setattr(plain.get_submodule(parent), attribute, norm)
+    return plain
+
+
+def merge(grown: nn.Module, groups: Groups, pairs: Mapping[str, tuple[str, str]], kept: dict[str, Tensor]) -> nn.Module:
+    """The smaller network of the plain architecture, without the rows that aren't kept, whatever their length."""
+    return prune(fold(grown, pairs), groups, kept)
+
+
+@torch.no_grad()
+def standardise(model: nn.Module, norms: list[str], inputs: Tensor) -> None:
+    """Gives batch norms the mean and variance that they really read, in place, and changes nothing in eval mode.
+
+    Afterwards their statistics may be measured anew, and training goes on as from any network.
+
+    Args:
+        model: The network, from `merge`.
+        norms: Names of its batch norms.
+        inputs: Normalised calibration images.
+    """
+    layers = [model.get_submodule(name) for name in norms]
+    moments = {layer: [0, 0.0, 0.0] for layer in layers}
+
+    def read(layer: nn.Module, args: tuple) -> None:
+        rows = args[0].movedim(1, 0).flatten(1).double()
+        seen = moments[layer]
+        moments[layer] = [seen[0] + rows.shape[1], seen[1] + rows.sum(1), seen[2] + rows.square().sum(1)]
+
+    hooks = [layer.register_forward_pre_hook(read) for layer in layers]
+    try:
+        with in_eval_mode(model):
+            for batch in inputs.split(500):
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer, (n, total, squares) in moments.items():
+        mean = total / n
+        variance = (squares / n - mean.square()).clamp_min(0)
+        scale = layer.weight.double() / (layer.running_var.double() + layer.eps).sqrt()
+        layer.bias.add_((scale * (mean - layer.running_mean.double())).to(layer.bias.dtype))
+        layer.weight.copy_(scale * (variance + layer.eps).sqrt())
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance)

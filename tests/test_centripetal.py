@@ -1,0 +1,228 @@
+"""Clusters have the asked sizes, grow together by their closed form, and merge without loss."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from nets import NETS, build, images, outputs
+from torch import Tensor, nn
+
+from autoprune.centripetal import (
+    CLUSTERINGS,
+    VECTORS,
+    Centripetal,
+    averaged,
+    check_mergeable,
+    clusters_of,
+    merge,
+    mergeable,
+)
+from autoprune.config import DataConfig, FinetuneConfig
+from autoprune.data import Images, load
+from autoprune.errors import UserError
+from autoprune.finetune import finetune
+from autoprune.groups import Groups
+from autoprune.models import conv_bn
+from autoprune.scoring import recalibrate
+from autoprune.tracing import trace
+
+LR, DECAY, PULL = 0.1, 0.02, 0.3
+
+
+def traced(name: str) -> tuple[nn.Module, Groups]:
+    model = build(name)
+    return model, trace(model, images(1, NETS[name].size))
+
+
+def spread(rows: Tensor, numbers: Tensor) -> Tensor:
+    return rows - averaged(rows, numbers)
+
+
+@pytest.mark.parametrize("how", CLUSTERINGS)
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 8])
+def test_every_group_gets_exactly_the_asked_clusters_the_same_for_a_seed(how, count):
+    model, groups = traced("residual")
+    numbers = clusters_of(model, groups, {"stem": count}, how, seed=3)["stem"]
+    assert sorted(set(numbers.tolist())) == list(range(count)) and len(numbers) == 8
+    assert torch.equal(numbers, clusters_of(model, groups, {"stem": count}, how, seed=3)["stem"])
+
+
+def test_kmeans_finds_filters_that_are_alike_in_all_layers_that_a_shortcut_ties():
+    model, groups = traced("residual")  # stem and outer produce the same channels: one clustering for both
+    alike = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer, scale in ((model.stem, 1.0), (model.outer, 100.0)):
+            layer.weight.copy_(scale * torch.randn(3, *layer.weight.shape[1:], generator=generator)[alike])
+            layer.weight.add_(scale * 1e-3 * torch.randn(layer.weight.shape, generator=generator))
+    numbers = clusters_of(model, groups, {"stem": 3}, seed=0)["stem"]
+    assert len({(int(a), int(b)) for a, b in zip(alike, numbers, strict=True)}) == 3
+
+
+def test_averaging_is_a_symmetric_projection_whose_rows_sum_to_one():
+    numbers = torch.tensor([0, 1, 0, 2, 1, 0])
+    matrix = averaged(torch.eye(6, dtype=torch.float64), numbers)
+    torch.testing.assert_close(matrix @ matrix, matrix)
+    torch.testing.assert_close(matrix, matrix.T)
+    torch.testing.assert_close(matrix.sum(1), torch.ones(6, dtype=torch.float64))
+
+
+def steps(model: nn.Module, groups: Groups, clusters: dict[str, Tensor], n: int, **options) -> None:
+    """Steps of SGD on gradients that are random, as those of any loss."""
+    plug, generator = Centripetal(groups, clusters, PULL), torch.Generator().manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), LR, weight_decay=DECAY, **options)
+    for _ in range(n):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        plug.before_step(model, 0)
+        optimizer.step()
+
+
+def test_the_spread_in_a_cluster_follows_its_geometric_law_whatever_the_loss():
+    model, groups = traced("chain")
+    model, numbers = model.double(), torch.tensor([0, 0, 1, 1, 1, 2])
+    before = copy.deepcopy(model)
+    steps(model, groups, {"conv1": numbers}, 25)
+    tensors = {"conv1.weight": 1.0, "conv1.bias": VECTORS, "bn1.weight": VECTORS, "bn1.bias": VECTORS}
+    for name, pull in tensors.items():
+        old, new = (spread(net.get_parameter(name).detach(), numbers) for net in (before, model))
+        torch.testing.assert_close(new, old * (1 - LR * (DECAY + PULL * pull)) ** 25, rtol=1e-6, atol=1e-12)
+
+
+def test_a_clusters_centre_moves_as_by_the_mean_gradient_and_a_cluster_of_one_as_usual():
+    model, groups = traced("chain")
+    numbers, plain = torch.tensor([0, 0, 1, 1, 1, 2]), copy.deepcopy(model)
+    steps(model, groups, {"conv1": numbers}, 1)
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.SGD(plain.parameters(), LR, weight_decay=DECAY)
+    for parameter in plain.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    moved, usual = model.conv1.weight.detach(), plain.conv1.weight.detach()
+    torch.testing.assert_close(averaged(moved, numbers), averaged(usual, numbers))
+    assert torch.equal(moved[5], usual[5])
+    assert torch.equal(model.conv2.weight, plain.conv2.weight) and torch.equal(model.head.weight, plain.head.weight)
+
+
+def made_equal(model: nn.Module, groups: Groups, clusters: dict[str, Tensor]) -> nn.Module:
+    """With the same filters, batch norm and statistics in each cluster."""
+    equal = copy.deepcopy(model)
+    tensors = equal.state_dict()
+    for name, numbers in clusters.items():
+        for member in groups[name].members:
+            if member.role != "consume":
+                rows = tensors[member.tensor].movedim(member.axis, 0)
+                rows[member.index] = averaged(rows[member.index], numbers)
+    return equal
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "depthwise_multiplier", "flatten", "concat", "grouped"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_merging_equal_channels_changes_nothing(name, dtype, tolerance):
+    model, groups = traced(name)
+    x = images(4, NETS[name].size)
+    names = mergeable(model, groups, x)
+    assert names
+    counts = {group: max(1, groups[group].channels * 2 // 3) for group in names}
+    clusters = clusters_of(model, groups, counts)
+    equal = made_equal(model, groups, clusters).to(dtype)
+    merged = merge(equal, groups, clusters)
+    expected, computed = outputs(equal, x.to(dtype)), outputs(merged, x.to(dtype))
+    assert (expected - computed).abs().max() <= tolerance * expected.abs().max()
+    smaller = trace(merged.float(), x).channels
+    assert {group: smaller[group] for group in names} == counts
+
+
+def test_deleting_instead_of_merging_would_lose_something():
+    model, groups = traced("chain")
+    clusters = {"conv1": torch.tensor([0, 0, 1, 1, 1, 2])}
+    equal, x = made_equal(model, groups, clusters), images(4, 8)
+    merged = merge(equal, groups, clusters)
+    with torch.no_grad():
+        merged.conv2.weight.copy_(equal.conv2.weight[:, [0, 2, 5]])
+    assert (outputs(merged, x) - outputs(equal, x)).abs().max() > 1e-2
+
+
+def test_statistics_of_equal_filters_become_equal_when_they_are_measured():
+    model, groups = traced("chain")
+    clusters = {"conv1": torch.tensor([0, 0, 1, 1, 1, 2])}
+    equal, x = made_equal(model, groups, clusters), images(16, 8)
+    with torch.no_grad():
+        equal.bn1.running_mean.normal_()  # as training from unequal filters leaves them
+    assert (outputs(merge(equal, groups, clusters), x) - outputs(equal, x)).abs().max() > 1e-3
+    recalibrate(equal, x)
+    torch.testing.assert_close(outputs(merge(equal, groups, clusters), x), outputs(equal, x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "attention"])
+def test_channels_that_a_norm_reads_are_not_mergeable(name):
+    model, groups = traced(name)
+    assert len(mergeable(model, groups, images(2, NETS[name].size))) < len(groups)
+
+
+def test_groups_that_can_not_be_merged_are_named_with_the_way_out():
+    with pytest.raises(UserError) as error:
+        check_mergeable(["a", "b", "c"], ["b"])
+    assert "--removal.method: the channels of a can't be merged" in str(error.value)
+    assert str(error.value).endswith("leave them whole with --exclude a,c")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Images:
+    return load(DataConfig(data="digits")).train[:256]
+
+
+CONFIG = FinetuneConfig(epochs=6, batch_size=32, lr=0.1, weight_decay=1e-3, distillation=0.0, bf16="off")
+
+
+def small(seed: int = 0) -> tuple[nn.Module, Groups, dict[str, Tensor]]:
+    torch.manual_seed(seed)
+    body = conv_bn(3, 12, stride=2), conv_bn(12, 12, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = nn.Sequential(*body, nn.Linear(12, 10))
+    groups = trace(model, torch.zeros(1, 3, 16, 16))
+    return model, groups, clusters_of(model, groups, dict.fromkeys(groups.channels, 6), "even")
+
+
+def test_training_draws_clusters_together_until_merging_is_free(digits):
+    model, groups, clusters = small()
+    start = [spread(model[n][0].weight.detach(), clusters[f"{n}.0"]).norm() for n in (0, 1)]
+    # With a momentum m a strong pull swings, and dies out by the root of m a step.
+    finetune(model, digits, replace(CONFIG, momentum=0.5), plug=Centripetal(groups, clusters, 2.0))
+    end = [spread(model[n][0].weight.detach(), clusters[f"{n}.0"]).norm() for n in (0, 1)]
+    assert all(after < 1e-4 * before for before, after in zip(start, end, strict=True))
+    recalibrate(model, digits.inputs)
+    merged = merge(model, groups, clusters)
+    with torch.no_grad():
+        assert torch.equal(merged(digits.inputs).argmax(1), model(digits.inputs).argmax(1))
+    assert merged[0][0].out_channels == 6
+
+
+def test_killed_training_goes_on_to_bit_identical_weights(digits, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(epoch: int, loss: float) -> None:
+        if epoch == 2:
+            raise Killed
+
+    model, groups, clusters = small()
+    plug = Centripetal(groups, clusters)
+    with pytest.raises(Killed):
+        finetune(model, digits[:64], CONFIG, checkpoint=tmp_path / "merging.pt", on_epoch=kill, plug=plug)
+    resumed = finetune(small(seed=7)[0], digits[:64], CONFIG, checkpoint=tmp_path / "merging.pt", plug=plug)
+    whole = finetune(small()[0], digits[:64], CONFIG, plug=plug)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_counts_that_can_not_be_are_refused(count):
+    model, groups = traced("residual")
+    with pytest.raises(UserError, match=f"group 'stem' can have 1 to 8 clusters, got {count}"):
+        clusters_of(model, groups, {"stem": count})
+
+
+def test_an_unknown_clustering_is_refused_with_the_nearest():
+    model, groups = traced("residual")
+    with pytest.raises(UserError, match="unknown clustering 'k-means'; did you mean 'kmeans'"):
+        clusters_of(model, groups, {"stem": 2}, "k-means")
