@@ -11,6 +11,7 @@ k-means or evenly, as in the paper, on all filters that produce a channel togeth
 import copy
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from autoprune.errors import UserError, check_known
 from autoprune.finetune import Plug
 from autoprune.groups import Group, Groups, Member, tensors_in
 from autoprune.pruning import prune
+from autoprune.verify import randomised
 
 Clusters = Mapping[str, Tensor]
 """Group to the number of each channel's cluster, int64 `(n_channels,)`, from 0 without gaps."""
@@ -28,6 +30,8 @@ VECTORS = 0.1
 """The pull of batch norm and biases beside that of filters, as in the authors' code."""
 ROUNDS = 50
 """Of k-means, at most."""
+DRAWS, TOLERANCE = 3, 1e-4
+"""Random weights on which merging is tried, and the difference that float32 may make, as in `autoprune.verify`."""
 
 
 def clusters_of(
@@ -43,11 +47,13 @@ def clusters_of(
         seed: Of k-means' first centres.
 
     Raises:
-        UserError: If `how` is unknown, or a count isn't from 1 to the number of channels.
+        UserError: If `how` or a group is unknown or pinned, or a count isn't from 1 to the number of channels.
     """
     check_known("clustering", how, CLUSTERINGS, "removal.clusters")
     found = {}
     for name, count in counts.items():
+        if name not in groups.channels:
+            raise UserError(f"counts: {name!r} is no prunable group; known: {', '.join(groups.channels)}")
         group = groups[name]
         if not 1 <= count <= group.channels:
             raise UserError(f"counts: group {name!r} can have 1 to {group.channels} clusters, got {count}")
@@ -130,10 +136,7 @@ class Centripetal(Plug):
             numbers, strength = self.clusters[name], self.strength * (1 if parameter.ndim > 1 else VECTORS)
             weights, gradients = _rows(parameter, member), _rows(parameter.grad, member)
             pulled = weights - averaged(weights, numbers)
-            alone = torch.bincount(numbers)[numbers] == 1
-            moved = averaged(gradients, numbers) + strength * pulled
-            moved[alone] = gradients[alone]
-            parameter.grad.movedim(member.axis, 0)[member.index] = moved
+            parameter.grad.movedim(member.axis, 0)[member.index] = averaged(gradients, numbers) + strength * pulled
 
 
 def averaged(rows: Tensor, numbers: Tensor) -> Tensor:
@@ -181,26 +184,43 @@ def merge(model: nn.Module, groups: Groups, clusters: Clusters) -> nn.Module:
 
 
 def mergeable(model: nn.Module, groups: Groups, example: Tensor) -> list[str]:
-    """The groups whose equal channels can be merged: tried on two channels of each.
+    """The groups whose equal channels can be merged: tried on random weights, where no small scale hides anything.
 
     It isn't so where channels are read otherwise than by a weighted sum, as by layer norm or a softmax.
+
+    Args:
+        model: The network; it is left as found.
+        groups: Its trace.
+        example: An input, for its shape.
     """
     names = [group.name for group in groups if group.channels > 1]
-    return [name for name in names if _merges(model, groups, example, name)]
+    dense, random = open_attention(copy.deepcopy(model)).eval(), np.random.Generator(np.random.SFC64(0))
+    for _ in range(DRAWS):  # a ReLU that happens to be off hides its channels in one draw
+        twin = randomised(dense, random, torch.float32)
+        x = torch.from_numpy(random.standard_normal(tuple(example.shape), np.float32))
+        if not _merges(twin, groups, x, names):
+            names = [name for name in names if _merges(twin, groups, x, [name])]
+    return names
 
 
 @torch.no_grad()
-def _merges(model: nn.Module, groups: Groups, example: Tensor, name: str) -> bool:
-    numbers = (torch.arange(groups[name].channels) - 1).clamp_min(0)
-    equal = open_attention(copy.deepcopy(model)).eval()
+def _merges(twin: nn.Module, groups: Groups, x: Tensor, names: list[str]) -> bool:
+    """Whether merging half of the channels, made equal, leaves the output as it is.
+
+    One large cluster among single channels: clusters of one size leave the mean and variance over channels as they are.
+    """
+    halves = {name: groups[name].channels // 2 for name in names}
+    clusters = {name: (torch.arange(groups[name].channels) - half).clamp_min(0) for name, half in halves.items()}
+    equal = copy.deepcopy(twin)
     tensors = equal.state_dict()
-    for member in groups[name].members:
-        if member.role != "consume":
-            rows = _rows(tensors[member.tensor], member)
-            tensors[member.tensor].movedim(member.axis, 0)[member.index] = averaged(rows, numbers)
-    merged = merge(equal, groups, {name: numbers}).eval()
-    expected, computed = (torch.cat([t.flatten() for t in tensors_in(net(example))]) for net in (equal, merged))
-    return bool((expected - computed).abs().max() <= 1e-4 * expected.abs().max())
+    for name, numbers in clusters.items():
+        for member in groups[name].members:
+            if member.role != "consume":
+                rows = _rows(tensors[member.tensor], member)
+                tensors[member.tensor].movedim(member.axis, 0)[member.index] = averaged(rows, numbers)
+    merged = merge(equal, groups, clusters)
+    expected, computed = (torch.cat([t.flatten() for t in tensors_in(net(x))]) for net in (equal, merged))
+    return bool((expected - computed).abs().max() <= TOLERANCE * expected.abs().max())
 
 
 def check_mergeable(names: Iterable[str], mergeable_names: Iterable[str]) -> None:

@@ -205,7 +205,7 @@ class RemovalConfig:
     """slice; or, by training first: centripetal (channels grow together and merge), compactors (ResRep, as many as the
     allocation says) or resrep (ResRep, which also chooses where, under the budget)."""
     strength: float | None = None
-    """Pull of that training (None: the method's usual one)."""
+    """Pull of that training (None: the usual one of centripetal; for the others what lets channels vanish in time)."""
     clusters: str = "kmeans"
     """How centripetal groups channels: kmeans or even."""
     epochs: int | None = None

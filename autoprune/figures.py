@@ -97,7 +97,8 @@ def allocation_bars(
     margin = 0.45
     height = 0.24 * len(names) + 2 * margin
     left = min(0.45, 0.03 + 0.0105 * max(map(len, names), default=0))
-    figure, axes = _axes(height, left=left, right=0.9, top=1 - 0.1 / height, bottom=margin / height)
+    right = 1 - 0.013 * max((len(f"{n} / {n}") for n in channels), default=0)
+    figure, axes = _axes(height, left=left, right=min(0.9, right), top=1 - 0.1 / height, bottom=margin / height)
     axes.barh(rows, kept, height=0.62, color=ACCENT)
     axes.barh(rows, channels, height=0.62, fill=False, edgecolor=MUTED, linewidth=0.8)
     for row, (dense, count) in enumerate(zip(channels, kept, strict=True)):

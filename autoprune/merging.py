@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from autoprune import centripetal, resrep
 from autoprune.allocation import Allocation, parse_budget
-from autoprune.errors import UserError
 from autoprune.finetune import Plug
 from autoprune.pruning import prune, top_channels
 from autoprune.workspace import Workspace
@@ -35,7 +34,8 @@ def _centripetal(workspace: Workspace, allocation: Allocation) -> Course:
     model, groups = copy.deepcopy(workspace.model), workspace.groups
     counts = {name: kept for name, kept in allocation.kept.items() if kept < groups[name].channels}
     clusters = centripetal.clusters_of(model, groups, counts, removal.clusters, search.seed)
-    plug = centripetal.Centripetal(groups, clusters, _or_usual(removal.strength, centripetal.STRENGTH))
+    strength = centripetal.STRENGTH if removal.strength is None else removal.strength
+    plug = centripetal.Centripetal(groups, clusters, strength)
     return Course(model, plug, lambda trained: (centripetal.merge(trained, groups, clusters), allocation))
 
 
@@ -44,7 +44,7 @@ def _compactors(workspace: Workspace, allocation: Allocation) -> Course:
     return _resrep_course(workspace, allocation, resrep.Goal(workspace.costs, counts=allocation.kept))
 
 
-def _resrep(workspace: Workspace, allocation: Allocation) -> Course:
+def _resrep(workspace: Workspace, allocation: Allocation | None) -> Course:
     """ResRep as published: rows of all compactors compete until the budget is met; the allocation is what remains."""
     budget = parse_budget(workspace.settings.search.budget)
     goal = resrep.Goal(workspace.costs, budget.metric, budget.target(workspace.costs))
@@ -52,7 +52,7 @@ def _resrep(workspace: Workspace, allocation: Allocation) -> Course:
 
 
 def _resrep_course(workspace: Workspace, allocation: Allocation | None, goal: resrep.Goal) -> Course:
-    groups, strength = workspace.groups, _or_usual(workspace.settings.removal.strength, resrep.STRENGTH)
+    groups, strength = workspace.groups, workspace.settings.removal.strength
     pairs = resrep.eligible(workspace.model, groups, workspace.splits.example)
     grown = resrep.insert_compactors(workspace.model, groups, workspace.splits.example)
     plug = resrep.Compaction(groups, pairs, goal, strength)
@@ -76,10 +76,6 @@ def _others(workspace: Workspace, allocation: Allocation | None, pairs: dict) ->
     return top_channels(workspace.importance, counts)
 
 
-def _or_usual(strength: float | None, usual: float) -> float:
-    return usual if strength is None else strength
-
-
 def _check_centripetal(workspace: Workspace) -> None:
     names = centripetal.mergeable(workspace.model, workspace.groups, workspace.splits.example)
     centripetal.check_mergeable([group.name for group in workspace.groups if group.channels > 1], names)
@@ -91,15 +87,7 @@ def _check_compactors(workspace: Workspace) -> None:
 
 def _check_resrep(workspace: Workspace) -> None:
     _check_compactors(workspace)
-    budget, costs = parse_budget(workspace.settings.search.budget), workspace.costs
-    pairs = resrep.eligible(workspace.model, workspace.groups, workspace.splits.example)
-    floor, target = costs.metrics[budget.metric](dict.fromkeys(pairs, 1)), budget.target(costs)
-    if floor > target:
-        share = floor / costs.metrics[budget.metric](costs.dense)
-        raise UserError(
-            f"--budget: {budget} is below the reachable floor; the groups that can have compactors leave "
-            f"{budget.metric}={floor} ({share:.1%})"
-        )
+    _resrep(workspace, None)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ Groups with a depthwise convolution or several producers, as at shortcuts, stay 
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,12 +28,12 @@ from autoprune.config import FinetuneConfig
 from autoprune.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.finetune import Plug, parameter_groups
-from autoprune.groups import Group, Groups
+from autoprune.groups import Group, Groups, tensors_in
 from autoprune.pruning import prune
 from autoprune.scoring import in_eval_mode
 
-STRENGTH = 1e-3
-"""Of the pull, for a few epochs from a trained network; the paper has 1e-4 for 480 epochs."""
+TRAVEL = 2.0
+"""Length of a row that the usual pull brings to zero after the last selection; they begin with 1."""
 EPSILON = 1e-12
 
 
@@ -84,7 +85,24 @@ def eligible(model: nn.Module, groups: Groups, example: Tensor) -> dict[str, tup
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: pair for name, pair in pairs.items() if pair[1] in direct}
+    pairs = {name: pair for name, pair in pairs.items() if pair[1] in direct}
+    if _are_only_readers(model, list(pairs.values()), example):
+        return pairs
+    return {name: pair for name, pair in pairs.items() if _are_only_readers(model, [pair], example)}
+
+
+@torch.no_grad()
+def _are_only_readers(model: nn.Module, pairs: list[tuple[str, str]], example: Tensor) -> bool:
+    """Whether doubling what convolutions make, and what their batch norms expect of it, changes nothing."""
+    plain = copy.deepcopy(model).double().eval()
+    expected = tensors_in(plain(example.double()))
+    for conv_name, norm_name in pairs:
+        conv, norm = plain.get_submodule(conv_name), plain.get_submodule(norm_name)
+        for tensor in (*conv.parameters(), norm.running_mean):
+            tensor.mul_(2)
+        norm.running_var.add_(norm.eps).mul_(4).sub_(norm.eps)
+    found = tensors_in(plain(example.double()))
+    return all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(expected, found, strict=True))
 
 
 def _pair(group: Group, modules: dict[str, nn.Module]) -> tuple[str, str] | None:
@@ -97,7 +115,8 @@ def _pair(group: Group, modules: dict[str, nn.Module]) -> tuple[str, str] | None
     whole = torch.arange(group.channels)[:, None]
     own = all(torch.equal(m.index, whole) for m in group.members if m.role != "consume")
     is_whole = own and type(modules.get(norm)) is nn.BatchNorm2d and modules[norm].num_features == group.channels
-    return (conv, norm) if is_plain and is_whole and modules[norm].affine else None
+    folds = is_plain and is_whole and modules[norm].affine and modules[norm].track_running_stats
+    return (conv, norm) if folds else None
 
 
 def insert_compactors(model: nn.Module, groups: Groups, example: Tensor) -> nn.Module:
@@ -132,15 +151,21 @@ class Goal:
     target: int | None = None
     counts: Mapping[str, int] | None = None
 
+    def __post_init__(self):
+        if (self.target is None) == (self.counts is None):
+            raise UserError("goal: give a target or counts, not both")
+        if self.counts is not None and min(self.counts.values(), default=1) < 1:
+            raise UserError(f"goal: every group keeps at least 1 channel, got counts {dict(self.counts)}")
+
     def may_go(self, group: str, kept: Mapping[str, int]) -> bool:
         """Whether one more channel of a group may go, of which so many are kept now."""
-        least = 1 if self.counts is None else self.counts[group]
+        least = 1 if self.counts is None else self.counts.get(group, kept[group])
         return kept[group] > least and not self.is_met(kept)
 
     def is_met(self, kept: Mapping[str, int]) -> bool:
         """Whether nothing more has to go."""
         if self.counts is not None:
-            return all(kept[name] <= self.counts[name] for name in kept)
+            return all(kept[name] <= count for name, count in self.counts.items() if name in kept)
         return self.costs.metrics[self.metric](dict(kept)) <= self.target
 
 
@@ -152,8 +177,13 @@ class Compaction(Plug):
         pairs: `eligible` groups.
         goal: When enough is selected.
         strength: The pull; it moves a selected row by learning rate times strength, 100 times that in the long run.
+            None for what brings a row of length 2 to zero between the last selection and the end, however long that
+            is; the paper has 1e-4 for 480 epochs.
         selecting: Share of the training over which rows are selected, evenly.
         selections: In how many steps.
+
+    Raises:
+        UserError: If the goal can't be met.
     """
 
     MOMENTUM = 0.99
@@ -163,15 +193,23 @@ class Compaction(Plug):
         groups: Groups,
         pairs: Mapping[str, tuple[str, str]],
         goal: Goal,
-        strength: float = STRENGTH,
+        strength: float | None = None,
         selecting: float = 0.5,
         selections: int = 50,
     ):
         self.goal, self.strength, self.selecting, self.selections = goal, strength, selecting, selections
+        self._lr = FinetuneConfig.lr
         self._names = {name: f"{norm}.1" for name, (_, norm) in pairs.items()}
         self.masked = {name: torch.zeros(groups[name].channels, dtype=torch.bool) for name in pairs}
         self._every, self._last = 1, -1  # none until `begin`
         self._before: dict[str, Tensor] = {}
+        fewest = dict.fromkeys(pairs, 1)
+        if goal.target is not None and not goal.is_met(fewest):
+            floor = goal.costs.metrics[goal.metric](fewest)
+            raise UserError(
+                f"--budget: {goal.metric}={goal.target} is below the reachable floor; the groups that can have "
+                f"compactors leave {goal.metric}={floor} or more"
+            )
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -180,6 +218,7 @@ class Compaction(Plug):
 
     def parameter_groups(self, model: nn.Module, config: FinetuneConfig) -> list[dict]:
         """The usual ones, and the compactors with their momentum, without decay."""
+        self._lr = config.lr
         own = [compactor.weight for compactor in self._compactors(model).values()]
         ids = {id(weight) for weight in own}
         usual = parameter_groups(model, config)
@@ -190,6 +229,10 @@ class Compaction(Plug):
         """Spreads the selections."""
         self._last = min(n_steps - 1, round(self.selecting * n_steps))
         self._every = max(1, self._last // self.selections)
+        if self.strength is None:
+            # What is left of a learning rate that is annealed along a cosine, accelerated by momentum.
+            left = 0.5 * (1 - self.selecting) - math.sin(math.pi * self.selecting) / (2 * math.pi)
+            self.strength = TRAVEL * (1 - self.MOMENTUM) / max(self._lr * n_steps * left, EPSILON)
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Selects, if it is time; then the rows' gradients are the penalty's, with or without the loss's."""

@@ -48,6 +48,20 @@ def test_every_group_gets_exactly_the_asked_clusters_the_same_for_a_seed(how, co
     assert torch.equal(numbers, clusters_of(model, groups, {"stem": count}, how, seed=3)["stem"])
 
 
+def test_filters_that_are_all_the_same_still_get_the_asked_clusters():
+    model, groups = traced("chain")
+    with torch.no_grad():
+        model.conv1.weight.copy_(model.conv1.weight[:1].expand_as(model.conv1.weight))
+    numbers = clusters_of(model, groups, {"conv1": 4})["conv1"]
+    assert sorted(set(numbers.tolist())) == [0, 1, 2, 3]
+
+
+def test_another_seed_may_find_other_clusters():
+    model, groups = traced("residual")
+    found = {tuple(clusters_of(model, groups, {"stem": 5}, seed=seed)["stem"].tolist()) for seed in range(8)}
+    assert len(found) > 1
+
+
 def test_kmeans_finds_filters_that_are_alike_in_all_layers_that_a_shortcut_ties():
     model, groups = traced("residual")  # stem and outer produce the same channels: one clustering for both
     alike = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])

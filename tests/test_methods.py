@@ -117,6 +117,8 @@ def test_masks_last_through_fine_tuning_saving_and_loading_and_their_costs_are_t
     zeros = sum(int((~kept).sum()) for kept in masks.kept.values())
     assert results["params"] == results["params_dense"] - zeros < results["params_dense"]
     assert results["macs"] <= 0.75 * results["macs_dense"] and "accuracy" in results
+    page = (run / "report.html").read_text()
+    assert "ranked, not searched" in page and "Weights of each layer" in page and "Against the baselines" not in page
 
 
 @pytest.mark.parametrize("method", MERGINGS)

@@ -1,6 +1,7 @@
 """Compactors begin as nothing, their selected rows only shrink, and folding them is exact."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,27 @@ def test_a_batch_norm_behind_a_relu_gets_none():
     in_place = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3))
     x = torch.randn(2, 3, 8, 8)
     for net in (model.eval(), in_place.eval()):
+        assert eligible(net, trace(net, x[:1]), x) == {}
+
+
+class ReadTwice(nn.Module):
+    """What the convolution makes is read in front of the batch norm as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.head(torch.relu(self.bn(y) + y))
+
+
+def test_what_is_read_in_front_of_its_batch_norm_or_has_no_statistics_gets_none():
+    x, alone = torch.randn(2, 3, 8, 8), nn.BatchNorm2d(6, track_running_stats=False)
+    twice = ReadTwice().eval()
+    with torch.no_grad():
+        twice.bn.running_var.uniform_(0.5, 2), twice.bn.running_mean.normal_()
+    for net in (twice, nn.Sequential(nn.Conv2d(3, 6, 3), alone, nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()):
         assert eligible(net, trace(net, x[:1]), x) == {}
 
 
@@ -242,6 +264,26 @@ def test_a_selected_row_stops_at_zero_although_momentum_would_carry_it_through()
         plug.after_step(grown, step)
         norms.append(grown.bn1[1].norms[2].item())
     assert norms == sorted(norms, reverse=True) and norms[-1] == 0
+
+
+@pytest.mark.parametrize("epochs", [6, 25])
+def test_the_usual_pull_lets_rows_vanish_in_a_training_of_any_length(epochs, digits):
+    grown, groups, plug, pairs = small()
+    plug = Compaction(groups, pairs, plug.goal)
+    finetune(grown, digits, replace(CONFIG, epochs=epochs), plug=plug)
+    left = [grown.get_submodule(norm)[1].norms[plug.masked[name]] for name, (_, norm) in pairs.items()]
+    assert torch.cat(left).max() == 0
+
+
+def test_goals_that_can_not_be_are_refused():
+    model, groups, x = traced()
+    table, pairs = CostTable(groups), eligible(model, groups, x)
+    with pytest.raises(UserError, match="give a target or counts, not both"):
+        Goal(table)
+    with pytest.raises(UserError, match="every group keeps at least 1 channel, got counts"):
+        Goal(table, counts={"conv1": 0})
+    with pytest.raises(UserError, match="--budget: macs=1 is below the reachable floor"):
+        Compaction(groups, pairs, Goal(table, "macs", 1))
 
 
 def test_killed_training_goes_on_to_bit_identical_weights_and_rows(digits, tmp_path):
