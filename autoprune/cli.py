@@ -191,11 +191,11 @@ def _train_sparsely(workspace, folder):
 def _prepare(workspace) -> None:
     """Finds what can be wrong with network, images and budget."""
     from autoprune.merging import MERGINGS
-    from autoprune.removal import Weights
+    from autoprune.removal import removal
 
     settings = workspace.settings
     if settings.search.granularity != "channel":
-        Weights(workspace, None).masks()
+        removal(workspace, None).check()
         return
     _make_env(workspace)
     if settings.removal.method != "slice":
@@ -203,16 +203,17 @@ def _prepare(workspace) -> None:
 
 
 def _decide(workspace, folder, output: OutputConfig) -> None:
-    """What goes: channels are searched, anything finer is ranked."""
+    """What goes: channels are searched, anything else is ranked."""
     from autoprune.allocation import parse_budget
     from autoprune.compress import decide_stage
+    from autoprune.removal import removal
 
     settings, network = workspace.settings, workspace.settings.network.model
     folder.add_results(run=str(folder.root), model=network, data=settings.data.data, seed=settings.search.seed)
     folder.add_results(budget=str(parse_budget(settings.search.budget)), agent=settings.search.agent)
     if settings.search.granularity == "channel":
         _search(workspace, folder, output)
-    elif not folder.masks.exists():
+    elif not removal(workspace, folder).is_decided:
         decide_stage(workspace, folder)
 
 

@@ -267,8 +267,9 @@ class SearchConfig(_Excluding):
     """Cost not to exceed: macs or params, a share (50%, 0.5) or an absolute number (20M). A range of shares, as in
     macs=30%..80%, is searched as a whole: one policy, and the Pareto front."""
     granularity: str = "channel"
-    """What is removed: channel; or, as masks that leave the shapes as they are, ranked by l1, l2, lamp or random with
-    the agent global or uniform: weight, row, column, kernel, filter, or N:M as in 2:4."""
+    """What is removed: channel; layer, with the agent global: residual blocks; or, as masks that leave the shapes as
+    they are, ranked by l1, l2, lamp or random with the agent global or uniform: weight, row, column, kernel, filter, or
+    N:M as in 2:4."""
     agent: str = "dyna"
     """dyna, ppo, sac, td3, ddpg, tqc, or a baseline: uniform, random, sensitivity, evolution, tpe, global (one
     threshold for the importance of all channels), cost_aware (for importance per cost saved), eagleeye."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autoprune import models
 from autoprune.attention import open_attention
+from autoprune.depth import remove_blocks
 from autoprune.errors import ExportError, UserError
 from autoprune.groups import tensors_in
 from autoprune.pruning import fit_shapes
@@ -161,7 +162,10 @@ def load_pruned(folder: Path) -> nn.Module:
     """
     plan = _read_plan(folder / PLAN)
     weights = _read_weights(folder / WEIGHTS)
-    model = open_attention(models.build(plan["model"], plan["n_classes"]))
+    model = models.build(plan["model"], plan["n_classes"])
+    if plan.get("removed_blocks"):
+        model = remove_blocks(model, plan["removed_blocks"])
+    model = open_attention(model)
     _check_fit(model.state_dict(), weights, folder, plan["model"])
     fit_shapes(model, weights)
     return model.eval()

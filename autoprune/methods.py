@@ -80,6 +80,7 @@ METHODS: dict[str, Method] = {
         {"sparse.method": "drop_out", "criterion": "l2", "agent": "uniform"},
     ),
     "weight_magnitude": _masks("weight", "Han et al. 2015, NIPS"),
+    "layer": Method("allocator", "layer", "Chen and Zhao 2019, TPAMI", {"granularity": "layer", "agent": "global"}),
     "row": _masks("row", "Mao et al. 2017, CVPRW"),
     "column": _masks("column", "Mao et al. 2017, CVPRW"),
     "kernel": _masks("kernel", "Mao et al. 2017, CVPRW"),

@@ -7,6 +7,8 @@ from torch import nn
 
 from autoprune.allocation import Allocation, Budget, BudgetRange, parse_budget
 from autoprune.config import SearchConfig, Settings
+from autoprune.cost import CostTable
+from autoprune.depth import Block, removable_blocks, remove_blocks, shallower
 from autoprune.errors import UserError, check_known
 from autoprune.export import load_pruned, save_pruned
 from autoprune.finetune import EpochCallback, Plug, finetune
@@ -15,6 +17,7 @@ from autoprune.merging import MERGINGS
 from autoprune.pruning import prune, top_channels
 from autoprune.runs import RunFolder, write_json
 from autoprune.scoring import recalibrate, score
+from autoprune.tracing import trace
 from autoprune.workspace import Workspace
 
 
@@ -28,6 +31,14 @@ class Removal:
 
     def __init__(self, workspace: Workspace, folder: RunFolder):
         self.workspace, self.folder = workspace, folder
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it is written down what goes."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises a `UserError` unless the network can meet the budget so; before the run has a folder."""
 
     def decide(self) -> dict:
         """Decides what goes and writes it down; returns costs and shares for results.json."""
@@ -60,6 +71,11 @@ class Removal:
 
 class Channels(Removal):
     """Whole channels, by the run's allocation, which a search or a person decides."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether there is an allocation."""
+        return self.folder.allocation.exists()
 
     @cached_property
     def allocation(self) -> Allocation:
@@ -133,6 +149,15 @@ class Merged(Channels):
 class Weights(Removal):
     """Weights, rows, columns, kernels or filters, as masks that leave the shapes as they are."""
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether there are masks."""
+        return self.folder.masks.exists()
+
+    def check(self) -> None:
+        """Makes the masks, and forgets them: another network may be trained first."""
+        self.masks()
+
     def decide(self) -> dict:
         """Ranks the units and masks the least, or N of M everywhere; the masks come last and end the decision."""
         masks = self.masks()
@@ -188,7 +213,64 @@ class Weights(Removal):
         return Masks.load(self.folder.masks, self.workspace.model)
 
 
-GRANULARITIES: dict[str, type[Removal]] = {"channel": Channels, **dict.fromkeys(PATTERNS, Weights)}
+class Blocks(Removal):
+    """Residual blocks, in whose place the identity stands."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the blocks are written down."""
+        return self.folder.blocks.exists()
+
+    def check(self) -> None:
+        """Looks whether enough of the network is in blocks that can go."""
+        saved = sum(block.macs for block in self._all)
+        floor = self.workspace.costs.macs({}) - saved
+        if self._target < floor:
+            share = floor / (floor + saved)
+            raise UserError(
+                f"--budget: {self.workspace.settings.search.budget} is below the reachable floor; without its "
+                f"{len(self._all)} removable blocks this network has macs={floor} ({share:.1%})"
+            )
+
+    def decide(self) -> dict:
+        """Removes the block of least damage per MAC, again and again, on the proxy split."""
+        workspace = self.workspace
+        removed = shallower(workspace.model, workspace.splits.example, workspace.splits.proxy, self._target)
+        write_json(self.folder.blocks, {"removed": removed})
+        smaller = CostTable(trace(remove_blocks(workspace.model, removed), workspace.splits.example))
+        results: dict = {}
+        for metric, cost in workspace.costs.metrics.items():
+            results |= {metric: smaller.metrics[metric](smaller.dense), f"{metric}_dense": cost(workspace.costs.dense)}
+        blocks = [
+            {"name": block.name, "channels": block.macs, "kept": 0 if block.name in removed else block.macs}
+            for block in self._all
+        ]
+        return results | {"macs_ratio": results["macs"] / results["macs_dense"], "groups": blocks, "counted": "MACs"}
+
+    def network(self) -> nn.Module:
+        """The shallower network."""
+        smaller = remove_blocks(self.workspace.model, self._removed)
+        recalibrate(smaller, self.workspace.splits.calibration.inputs)
+        return smaller
+
+    def plan(self) -> dict:
+        """The blocks that are gone; whoever loads the weights takes them out again."""
+        return {"granularity": "layer", "removed_blocks": self._removed}
+
+    @property
+    def _target(self) -> int:
+        return check_granularity(self.workspace.settings.search).target(self.workspace.costs)
+
+    @cached_property
+    def _all(self) -> list[Block]:
+        return removable_blocks(self.workspace.model, self.workspace.splits.example)
+
+    @property
+    def _removed(self) -> list[str]:
+        return self.folder.read_json(self.folder.blocks)["removed"]
+
+
+GRANULARITIES: dict[str, type[Removal]] = {"channel": Channels, "layer": Blocks, **dict.fromkeys(PATTERNS, Weights)}
 """Besides N:M, such as 2:4."""
 
 
@@ -226,6 +308,11 @@ def check_granularity(search: SearchConfig) -> Budget | BudgetRange:
         return budget
     if isinstance(budget, BudgetRange):
         raise UserError(f"--budget: a range is for channels; granularity {granularity} takes one budget, got {budget}")
-    if not n_of_m(granularity):
+    if granularity == "layer" and (budget.metric, search.agent) != ("macs", "global"):
+        raise UserError(
+            f"--granularity: blocks are ranked by damage per MAC; use --agent global and a budget of macs, "
+            f"got {search.agent} and {budget}"
+        )
+    if granularity != "layer" and not n_of_m(granularity):
         check_mask_options(granularity, search.criterion, search.agent)
     return budget

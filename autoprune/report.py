@@ -206,7 +206,7 @@ def _figures(results: dict, pareto: dict | None, rewards: dict[int, float], loss
     if results.get("groups"):
         columns = ([group[key] for group in results["groups"]] for key in ("name", "channels", "kept"))
         counted = results.get("counted", "channels")
-        title = f"{counted.capitalize()} kept, in network order; the table below holds the same numbers"
+        title = f"{counted[0].upper()}{counted[1:]} kept, in network order; the table below holds the same numbers"
         figures["allocation"] = render_svg(allocation_bars(*columns, counted), "allocation", title)
     if losses:
         epochs, last = len(losses), list(losses.values())[-1]

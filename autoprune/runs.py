@@ -76,6 +76,7 @@ class RunFolder:
     policy = property(lambda self: self.root / "policy")
     sparse = property(lambda self: self.root / "sparse")
     masks = property(lambda self: self.root / "masks.safetensors")
+    blocks = property(lambda self: self.root / "blocks.json")
     merged = property(lambda self: self.root / "merged")
     pruned = property(lambda self: self.root / "pruned")
     onnx = property(lambda self: self.root / "model.onnx")

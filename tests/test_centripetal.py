@@ -74,6 +74,17 @@ def test_kmeans_finds_filters_that_are_alike_in_all_layers_that_a_shortcut_ties(
     assert len({(int(a), int(b)) for a, b in zip(alike, numbers, strict=True)}) == 3
 
 
+def test_kmeans_is_not_drowned_by_the_noise_of_a_layer_with_large_weights():
+    model, groups = traced("residual")
+    alike = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        model.stem.weight.copy_(torch.randn(3, *model.stem.weight.shape[1:], generator=generator)[alike])
+        model.outer.weight.copy_(1000 * (1 + 0.05 * torch.randn(model.outer.weight.shape, generator=generator)))
+    numbers = clusters_of(model, groups, {"stem": 3}, seed=0)["stem"]
+    assert len({(int(a), int(b)) for a, b in zip(alike, numbers, strict=True)}) == 3
+
+
 def test_averaging_is_a_symmetric_projection_whose_rows_sum_to_one():
     numbers = torch.tensor([0, 1, 0, 2, 1, 0])
     matrix = averaged(torch.eye(6, dtype=torch.float64), numbers)
@@ -102,6 +113,31 @@ def test_the_spread_in_a_cluster_follows_its_geometric_law_whatever_the_loss():
     for name, pull in tensors.items():
         old, new = (spread(net.get_parameter(name).detach(), numbers) for net in (before, model))
         torch.testing.assert_close(new, old * (1 - LR * (DECAY + PULL * pull)) ** 25, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        ("residual", {"stem.weight", "outer.weight"}),
+        ("depthwise_multiplier", {"stem.weight", "depthwise.weight"}),
+        ("attention", {"stem.weight", "position", "norm.weight"}),
+    ],
+)
+def test_the_law_holds_in_every_tensor_that_shares_a_groups_channels(name, tied):
+    model, groups = traced(name)
+    model = model.double()
+    clusters = {group.name: torch.arange(group.channels) * 2 // group.channels for group in groups}
+    before = copy.deepcopy(model)
+    steps(model, groups, clusters, 25)
+    parameters, seen = dict(model.named_parameters()), set()
+    for group in groups:
+        for member in (m for m in group.members if m.role != "consume" and m.tensor in parameters):
+            pull = PULL if parameters[member.tensor].ndim > 1 else PULL * VECTORS
+            rows = [n.get_parameter(member.tensor).detach().movedim(member.axis, 0) for n in (before, model)]
+            old, new = (spread(row[member.index], clusters[group.name]) for row in rows)
+            torch.testing.assert_close(new, old * (1 - LR * (DECAY + pull)) ** 25, rtol=1e-6, atol=1e-12)
+            seen.add(member.tensor)
+    assert tied <= seen
 
 
 def test_a_clusters_centre_moves_as_by_the_mean_gradient_and_a_cluster_of_one_as_usual():
@@ -175,6 +211,46 @@ def test_channels_that_a_norm_reads_are_not_mergeable(name):
     assert len(mergeable(model, groups, images(2, NETS[name].size))) < len(groups)
 
 
+class NormInBranch(nn.Module):
+    """A norm over channels, in a residual branch that begins small."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.stem, self.inner, self.outer = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1)
+        self.norm, self.head = nn.GroupNorm(1, 6), nn.Linear(8, 4)
+        self.scale = nn.Parameter(torch.full((8, 1, 1), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((x + self.scale * self.outer(torch.relu(self.norm(self.inner(x))))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 0.0])
+def test_a_small_scale_does_not_hide_that_a_norm_reads_the_channels(scale):
+    model = NormInBranch(scale).eval()
+    before = copy.deepcopy(model.state_dict())
+    assert mergeable(model, trace(model, images(1, 8)), images(1, 8)) == ["stem"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_dead_channels_do_not_hide_how_the_others_are_read():
+    class Energy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+            self.read, self.head = nn.Conv2d(8, 5, 1), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.norm(self.body(x)))
+            return self.head((self.read(x) * x.square().sum(1, keepdim=True)).mean((2, 3)))
+
+    model = Energy().eval()
+    with torch.no_grad():
+        for vector in (model.norm.weight, model.norm.bias):
+            vector[:2] = 0
+    assert mergeable(model, trace(model, images(1, 8)), images(1, 8)) == ["read"]
+
+
 def test_groups_that_can_not_be_merged_are_named_with_the_way_out():
     with pytest.raises(UserError) as error:
         check_mergeable(["a", "b", "c"], ["b"])
@@ -227,6 +303,13 @@ def test_killed_training_goes_on_to_bit_identical_weights(digits, tmp_path):
     resumed = finetune(small(seed=7)[0], digits[:64], CONFIG, checkpoint=tmp_path / "merging.pt", plug=plug)
     whole = finetune(small()[0], digits[:64], CONFIG, plug=plug)
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["outer", "stem:input"])
+def test_groups_that_are_not_prunable_are_refused(name):
+    model, groups = traced("residual")
+    with pytest.raises(UserError, match=f"counts: '{name}' is no prunable group; known: stem, inner"):
+        clusters_of(model, groups, {name: 2})
 
 
 @pytest.mark.parametrize("count", [0, 9])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune import compress, removal
 from autoprune.cli import main
@@ -23,7 +24,7 @@ def results_of(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "layer"])  # this network has no blocks
 def test_every_method_searches_within_the_budget_and_says_who_it_is(name, tmp_path):
     assert main(["search", *FAST, "--method", name, "--budget", "macs=75%", "--out", str(tmp_path / "run")]) == 0
     results = results_of(tmp_path / "run")
@@ -121,6 +122,21 @@ def test_masks_last_through_fine_tuning_saving_and_loading_and_their_costs_are_t
     assert "ranked, not searched" in page and "Weights of each layer" in page and "Against the baselines" not in page
 
 
+def test_removed_blocks_stay_gone_through_fine_tuning_saving_and_loading_with_true_costs(tmp_path):
+    run = tmp_path / "run"
+    depth = ["--method", "layer", "--budget", "macs=75%", "--data", "sample", "--model", "resnet20"]
+    assert main(["search", *depth, "--out", str(run)]) == 0
+    assert main(["prune", str(run)]) == 0
+    removed = json.loads((run / "blocks.json").read_text())["removed"]
+    results, network = results_of(run), load_pruned(run / "pruned")
+    assert removed and all(isinstance(network.get_submodule(name), torch.nn.Identity) for name in removed)
+    assert results["params"] == sum(p.numel() for p in network.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, 32, 32))
+    assert results["macs"] == counter.get_total_flops() // 2 <= 0.75 * results["macs_dense"]
+    assert main(["report", str(run)]) == 0 and "MACs of each residual block" in (run / "report.html").read_text()
+
+
 @pytest.mark.parametrize("method", MERGINGS)
 def test_what_leaves_by_training_ends_within_the_budget_with_true_costs_whether_killed_or_not(
     method, tmp_path, monkeypatch
@@ -186,6 +202,12 @@ def test_a_removal_that_can_not_be_is_refused_before_anything_is_written(argumen
         (["--method", "kernel", "--criterion", "taylor"], "--criterion: masks of granularity kernel go by l1 or l2 or"),
         (["--method", "kernel", "--budget", "macs=30%..50%"], "granularity kernel takes one budget, got macs=30%..50%"),
         (["--method", "2:4", "--budget", "macs=30%"], "--budget: 2:4 leaves macs=70.0%; allow that, not macs=30%"),
+        (["--method", "layer"], "--budget: macs=50% is below the reachable floor; without its 0 removable blocks"),
+        (
+            ["--method", "layer", "--budget", "params=50%"],
+            "use --agent global and a budget of macs, got global and params",
+        ),
+        (["--granularity", "layer"], "use --agent global and a budget of macs, got dyna and macs=50%"),
         (["--method", "weight_magnitude", "--budget", "params=1%"], "masks of this granularity leave at least params="),
     ],
 )
