@@ -75,7 +75,10 @@ class DropConnect(Dropping):
 
 
 class DropOut(Dropping):
-    """Drops whole channels of the prunable groups: nothing reads them, as if they were pruned.
+    """Drops whole channels of the prunable groups: no weight reads them.
+
+    The network then computes what the pruned one does, except where a norm, mean or softmax over channels, or the
+    product of attention's queries and keys, reads a dropped channel: there it still counts.
 
     The least are those whose filters, of all layers that produce the channel, have the smallest L2 norm.
     """

@@ -29,7 +29,8 @@ PATTERNS: dict[str, tuple[int, ...]] = {
 }
 """Granularity to the axes of a convolution's weight `(n_out, n_in, height, width)` along which its units lie: a row is
 `weight[o, i, y, :]`, a column `weight[o, i, :, x]`. A linear weight has no kernel axes, so there a row, a column and a
-kernel are single weights."""
+kernel are single weights. Weights that keep their inputs first, those of transposed convolutions and of `x @ weight`,
+are turned round before they are cut."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def ranked_masks(
         groups: Its trace.
         pattern: A key of `PATTERNS`.
         target: What may be left.
-        metric: What is counted, "macs" or "params".
+        metric: What is counted, a key of `Masks.costs`: "macs" or "params".
         criterion: A key of `UNIT_SCORES`.
         agent: A key of `RANKINGS`.
 
@@ -180,23 +181,23 @@ def ranked_masks(
     """
     check_mask_options(pattern, criterion, agent)
     weights, positions = _weights(model, groups), _positions(groups)
+    counts = {"macs": positions, "params": dict.fromkeys(positions, 1)}
+    check_known("metric", metric, counts, "budget")
     scores = {
         n: RANKINGS[agent](UNIT_SCORES[criterion](w, _axes(pattern, w))).double().contiguous()
         for n, w in weights.items()
     }
     for unit_scores in scores.values():
         unit_scores.view(-1)[unit_scores.argmax()] = torch.inf
-    counted = positions if metric == "macs" else dict.fromkeys(positions, 1)
-    unit_costs = {name: weights[name].numel() // s.numel() * counted[name] for name, s in scores.items()}
+    unit_costs = {name: weights[name].numel() // s.numel() * counts[metric][name] for name, s in scores.items()}
     every = torch.cat([s.flatten() for s in scores.values()])
     costs = torch.cat([torch.full((s.numel(),), unit_costs[name]) for name, s in scores.items()])
     n_removed = _fewest(every, costs, CostTable(groups).metrics[metric]({}) - target, metric, target)
     gone = torch.zeros(len(every), dtype=torch.bool)
     gone[every.argsort(stable=True)[:n_removed]] = True
     parts = gone.split([s.numel() for s in scores.values()])
-    return Masks(
-        {n: ~part.view_as(s).expand_as(weights[n]) for (n, s), part in zip(scores.items(), parts, strict=True)}
-    )
+    kept = {n: ~part.view_as(s).expand_as(weights[n]) for (n, s), part in zip(scores.items(), parts, strict=True)}
+    return _as_stored(kept, groups)
 
 
 def _fewest(scores: Tensor, costs: Tensor, excess: int, metric: str, target: int) -> int:
@@ -228,7 +229,7 @@ def n_of_m_masks(model: nn.Module, groups: Groups, n: int, m: int) -> tuple[Mask
     kept = {name: _n_of_m(weight, n, m) for name, weight in weights.items() if name not in whole}
     if not kept:
         raise UserError(f"--granularity: no layer's inputs are a multiple of {m}; use a smaller M")
-    return Masks(kept), whole
+    return _as_stored(kept, groups), whole
 
 
 def _n_of_m(weight: Tensor, n: int, m: int) -> Tensor:
@@ -257,9 +258,20 @@ def _axes(pattern: str, weight: Tensor) -> tuple[int, ...]:
 
 
 def _weights(model: nn.Module, groups: Groups) -> dict[str, Tensor]:
-    """The weights of convolutions and linear layers, whatever they are called."""
-    parameters = dict(model.named_parameters())
-    return {name: parameters[name].detach() for name in _positions(groups)}
+    """The weights of convolutions and linear layers, whatever they are called, outputs first, then inputs."""
+    parameters, inputs = dict(model.named_parameters()), _input_axes(groups)
+    return {name: parameters[name].detach().movedim(inputs.get(name, 1), 1) for name in _positions(groups)}
+
+
+def _as_stored(kept: Mapping[str, Tensor], groups: Groups) -> Masks:
+    """Masks whose axes are those of the network's tensors, from axes as `_weights` gives them."""
+    inputs = _input_axes(groups)
+    return Masks({name: mask.movedim(1, inputs.get(name, 1)) for name, mask in kept.items()})
+
+
+def _input_axes(groups: Groups) -> dict[str, int]:
+    """Weight to the axis of its inputs; those of depthwise layers, which have none, are left out."""
+    return {member.tensor: member.axis for group in groups.all for member in group.consumers}
 
 
 def _positions(groups: Groups) -> dict[str, int]:

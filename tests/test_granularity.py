@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from nets import NETS, build, images, outputs
+from nets import NETS, build, counted_macs, images, outputs, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -95,11 +95,66 @@ def test_uniform_ranking_takes_the_same_share_of_every_layer():
 
 def test_lamp_is_each_square_over_those_of_its_layer_that_are_not_smaller():
     model, groups = traced()
-    weight = model.conv2.weight.detach().flatten().double()
-    shares = torch.stack([w**2 / (weight[weight.abs() >= w.abs()] ** 2).sum() for w in weight])
     masks = ranked_masks(model, groups, "weight", CostTable(groups).params({}) // 2, "params", "lamp")
-    kept = masks.kept["conv2.weight"].flatten()
-    assert shares[kept].min() >= shares[~kept].max()
+    shares, kept = [], []
+    for name in WEIGHTS:  # within a layer plain magnitude would pass: one threshold has to hold for all of them
+        squares = model.get_parameter(f"{name}.weight").detach().flatten().double() ** 2
+        shares += [square / squares[squares >= square].sum() for square in squares]
+        kept.append(masks.kept[f"{name}.weight"].flatten())
+    shares, kept = torch.stack(shares), torch.cat(kept)
+    assert shares[kept].min() >= shares[~kept].max() and 0 < kept.sum() < len(kept)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_l2_ranks_units_by_their_mean_square(pattern):
+    model, groups = traced()
+    masks = ranked_masks(model, groups, pattern, CostTable(groups).params({}) * 6 // 10, "params", "l2")
+    scores, kept = [], []
+    for name in WEIGHTS:
+        weight, mask = model.get_parameter(f"{name}.weight").detach(), masks.kept[f"{name}.weight"]
+        rows = [(weight[u].square().mean().item(), bool(mask[u].all())) for u in units_of(pattern, weight.shape)]
+        rows.remove(max(rows))  # the best of a layer stays whatever the others are
+        scores += [score for score, _ in rows]
+        kept += [stays for _, stays in rows]
+    scores, kept = torch.tensor(scores), torch.tensor(kept)
+    assert scores[kept].min() >= scores[~kept].max()
+
+
+def test_random_masks_do_not_depend_on_the_weights():
+    (model, groups), other = traced(), build("chain")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(parameter.flatten().flip(0).view_as(parameter))
+    target = CostTable(groups).params({}) // 2
+    first, second = (ranked_masks(net, groups, "weight", target, "params", "random") for net in (model, other))
+    assert all(torch.equal(kept, second.kept[name]) for name, kept in first.kept.items())
+
+
+class InputsFirst(nn.Module):
+    """Weights `(n_in, n_out, ...)`: a transposed convolution and a product with a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.matrix = nn.ConvTranspose2d(3, 8, 2, 2), nn.Parameter(torch.empty(8, 4))
+        self.down = nn.ConvTranspose2d(8, 8, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu()).mean((2, 3)) @ self.matrix
+
+
+def test_units_of_weights_with_inputs_first_are_those_of_their_outputs():
+    model = randomise(InputsFirst())
+    groups = trace(model, images(1, 8))
+    masks = ranked_masks(model, groups, "filter", CostTable(groups).params({}) * 6 // 10, "params", agent="uniform")
+    for name in ("up.weight", "down.weight", "matrix"):
+        filters = masks.kept[name].movedim(1, 0).flatten(1)
+        assert masks.kept[name].shape == groups.shapes[name]
+        assert torch.equal(filters.all(1), filters.any(1)), name
+    assert not masks.kept["down.weight"].all() and not masks.kept["matrix"].all()
+    paired, whole = n_of_m_masks(model, groups, 2, 4)
+    assert whole == ["up.weight"]
+    for name in ("down.weight", "matrix"):
+        assert (paired.kept[name].unflatten(0, (-1, 4)).sum(1) == 2).all(), name
 
 
 def test_permuting_filters_permutes_masks():
@@ -112,14 +167,17 @@ def test_permuting_filters_permutes_masks():
     assert torch.equal(second, first[order])
 
 
-@pytest.mark.parametrize("name", ["chain", "residual", "grouped", "depthwise_multiplier", "own_names"])
+@pytest.mark.parametrize(
+    "name", ["chain", "residual", "grouped", "depthwise_multiplier", "shared", "attention", "up_and_down", "own_names"]
+)
 def test_costs_count_what_is_left_of_every_use_of_a_weight(name):
     model, groups = traced(name)
     table = CostTable(groups)
     everything = Masks(
         {layer.tensor: torch.ones(groups.shapes[layer.tensor], dtype=torch.bool) for layer in groups.layers}
     )
-    assert everything.costs(groups) == {"macs": table.macs({}), "params": table.params({})}
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert everything.costs(groups) == {"macs": counted_macs(model, NETS[name].size), "params": n_parameters}
     masks = ranked_masks(model, groups, "weight", table.macs({}) // 2)
     by_layer = sum(int(masks.kept[layer.tensor].sum()) * layer.positions for layer in groups.layers)
     dense = sum(masks.kept[layer.tensor].numel() * layer.positions for layer in groups.layers)
@@ -182,6 +240,12 @@ def test_masked_weights_stay_exactly_zero_through_momentum_and_decay_and_the_oth
     assert not torch.equal(model[0].weight[masks.kept["0.weight"]], before[masks.kept["0.weight"]])
 
 
+def test_masked_weights_are_zero_before_the_first_step():
+    model, masks = small()
+    KeepMasks(masks).begin(model, 1)
+    assert all((model.get_parameter(name)[~kept] == 0).all() for name, kept in masks.kept.items())
+
+
 def test_killed_training_under_masks_goes_on_to_bit_identical_weights(digits, tmp_path):
     class Killed(Exception):
         pass
@@ -231,6 +295,7 @@ def test_everything_stays_where_everything_fits_and_the_model_is_left_as_found()
             "--criterion: masks of granularity row go by l1 or l2 or lamp or random",
         ),
         ({"pattern": "row", "agent": "dyna"}, "--agent: masks of granularity row go by global or uniform, got 'dyna'"),
+        ({"pattern": "row", "metric": "memory_bytes"}, "--budget: unknown metric 'memory_bytes'; did you mean 'macs'"),
         ({"pattern": "filter", "target": 10}, "--budget: masks of this granularity leave at least macs="),
     ],
 )
