@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import digits, digits_proxy
 
-from autoprune import compress, reconstruction
+from autoprune import reconstruction, removal
 from autoprune.allocation import Allocation
 from autoprune.attention import open_attention
 from autoprune.config import ProxyConfig
@@ -367,8 +367,10 @@ def test_the_pruned_network_starts_from_solved_weights_only_where_they_help(help
     workspace.importance = importance("l1", model, groups, splits.train)
     workspace.reconstruction = Reconstruction(model, groups, splits.calibration.inputs)
     if not helps:
-        monkeypatch.setattr(compress, "score", lambda network, images: Evaluation(0.5, -score(network, images).loss))
-    pruned = compress._pruned(workspace, Allocation(halves(), groups.fingerprint))
+        monkeypatch.setattr(removal, "score", lambda network, images: Evaluation(0.5, -score(network, images).loss))
+    channels = removal.Channels(workspace, folder=None)
+    channels.allocation = Allocation(halves(), groups.fingerprint)
+    pruned = channels.network()
     assert score(solved, splits.proxy).loss < score(sliced, splits.proxy).loss
     expected = solved if helps else sliced
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), expected.parameters(), strict=True))
