@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autoprune.attention import open_attention
 from autoprune.errors import UserError, check_known
 from autoprune.finetune import Plug
-from autoprune.groups import Group, Groups, Member, tensors_in
+from autoprune.groups import Group, Groups, tensors_in
 from autoprune.pruning import prune
 from autoprune.verify import randomised
 
@@ -64,8 +64,7 @@ def clusters_of(
 def _filters(model: nn.Module, groups: Groups, group: Group) -> Tensor:
     """All weights that produce each channel, `(n_channels, n)`, each layer's at a mean square of 1."""
     tensors = model.state_dict()
-    members = [m for m in group.members if m.role == "produce" and len(groups.shapes[m.tensor]) > 1]
-    rows = [_rows(tensors[m.tensor].double(), m).flatten(1) for m in members]
+    rows = [m.rows(tensors[m.tensor].double()).flatten(1) for m in groups.filters(group)]
     return torch.cat([row / row.square().mean().sqrt().clamp_min(1e-12) for row in rows], 1)
 
 
@@ -134,7 +133,7 @@ class Centripetal(Plug):
             if parameter is None or parameter.grad is None:
                 continue  # running statistics follow by themselves
             numbers, strength = self.clusters[name], self.strength * (1 if parameter.ndim > 1 else VECTORS)
-            weights, gradients = _rows(parameter, member), _rows(parameter.grad, member)
+            weights, gradients = member.rows(parameter), member.rows(parameter.grad)
             pulled = weights - averaged(weights, numbers)
             parameter.grad.movedim(member.axis, 0)[member.index] = averaged(gradients, numbers) + strength * pulled
 
@@ -151,11 +150,6 @@ def _means(rows: Tensor, numbers: Tensor) -> Tensor:
 
 def _sums(rows: Tensor, numbers: Tensor) -> Tensor:
     return rows.new_zeros(int(numbers.max()) + 1, *rows.shape[1:]).index_add_(0, numbers, rows)
-
-
-def _rows(tensor: Tensor, member: Member) -> Tensor:
-    """A tensor's values by channel, `(n_channels, k, ...)`, a copy."""
-    return tensor.movedim(member.axis, 0)[member.index]
 
 
 def merge(model: nn.Module, groups: Groups, clusters: Clusters) -> nn.Module:
@@ -176,7 +170,7 @@ def merge(model: nn.Module, groups: Groups, clusters: Clusters) -> nn.Module:
         first = torch.stack([(numbers == number).nonzero()[0, 0] for number in range(int(numbers.max()) + 1)])
         for member in groups[name].members:
             tensor = tensors[member.tensor]
-            joined = (_sums if member.role == "consume" else _means)(_rows(tensor, member), numbers)
+            joined = (_sums if member.role == "consume" else _means)(member.rows(tensor), numbers)
             tensor.movedim(member.axis, 0)[member.index[first]] = joined
         # In the order of the channels, as everything that prunes has them.
         kept[name] = first.sort().values
@@ -216,7 +210,7 @@ def _merges(twin: nn.Module, groups: Groups, x: Tensor, names: list[str]) -> boo
     for name, numbers in clusters.items():
         for member in groups[name].members:
             if member.role != "consume":
-                rows = _rows(tensors[member.tensor], member)
+                rows = member.rows(tensors[member.tensor])
                 tensors[member.tensor].movedim(member.axis, 0)[member.index] = averaged(rows, numbers)
     merged = merge(equal, groups, clusters)
     expected, computed = (torch.cat([t.flatten() for t in tensors_in(net(x))]) for net in (equal, merged))

@@ -51,9 +51,7 @@ class CostTable:
         self._pairs = _overlaps(groups)
         self._build_axes(groups)
         names = list(groups.shapes)
-        applied = dict.fromkeys(names, 0)
-        for layer in groups.layers:
-            applied[layer.tensor] += layer.positions
+        applied = dict.fromkeys(names, 0) | groups.applied
         counted = {name: name in groups.parameters for name in names}
         products = self._extents(groups, groups.products)
         self._forms = {

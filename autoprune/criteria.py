@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from autoprune.data import Images
 from autoprune.errors import UserError, check_known
-from autoprune.groups import Group, Groups, Member
+from autoprune.groups import Groups, Member
 from autoprune.reading import mean_reading
 
 Importance = dict[str, Tensor]
@@ -53,13 +53,7 @@ def check_criterion(name: str) -> None:
 def _weights(model: nn.Module, members: list[Member]) -> list[Tensor]:
     """Per member the weights of each channel, `(n_channels, n_weights)`."""
     tensors = model.state_dict()
-    rows = [tensors[member.tensor].float().movedim(member.axis, 0)[member.index] for member in members]
-    return [row.flatten(1) for row in rows]
-
-
-def _filters(groups: Groups, group: Group) -> list[Member]:
-    """The weights that produce a group's channels, whatever they are called; biases are left out."""
-    return [m for m in group.members if m.role == "produce" and len(groups.shapes[m.tensor]) > 1]
+    return [member.rows(tensors[member.tensor].float()).flatten(1) for member in members]
 
 
 def _average(scores: list[Tensor]) -> Tensor:
@@ -73,7 +67,7 @@ def _at_mean_one(score: Tensor) -> Tensor:
 
 def _filterwise(score: Callable[[Tensor], Tensor]) -> Criterion:
     def criterion(model: nn.Module, groups: Groups, images: Images) -> Importance:
-        return {g.name: _average([score(rows) for rows in _weights(model, _filters(groups, g))]) for g in groups}
+        return {g.name: _average([score(rows) for rows in _weights(model, groups.filters(g))]) for g in groups}
 
     return criterion
 
@@ -89,14 +83,15 @@ def _lamp(model: nn.Module, groups: Groups, images: Images) -> Importance:
     The squared norm as a share of what would be left if all weaker filters of the layer were gone.
     """
     return {
-        g.name: torch.stack([_share_left(rows) for rows in _weights(model, _filters(groups, g))]).mean(0)
+        g.name: torch.stack([share_left(rows.square().sum(1)) for rows in _weights(model, groups.filters(g))]).mean(0)
         for g in groups
     }
 
 
-def _share_left(rows: Tensor) -> Tensor:
-    squares, order = rows.square().sum(1).sort(descending=True, stable=True)
-    shares = squares / squares.cumsum(0).clamp_min(1e-30)
+def share_left(squares: Tensor) -> Tensor:
+    """Each of the squares `(n,)` as a share of all that aren't smaller."""
+    ordered, order = squares.sort(descending=True, stable=True)
+    shares = ordered / ordered.cumsum(0).clamp_min(torch.finfo(squares.dtype).tiny)
     return torch.empty_like(shares).index_copy_(0, order, shares)
 
 
@@ -145,7 +140,7 @@ def _taylor(model: nn.Module, groups: Groups, images: Images) -> Importance:
         products = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         products = {name: (weight * products[name]).detach() for name, weight in weights.items()}
         for group in groups:
-            for member in _filters(groups, group):
+            for member in groups.filters(group):
                 scores[group.name] += _by_channel(products, member) ** 2
     return scores
 
@@ -167,7 +162,7 @@ def _hessian(model: nn.Module, groups: Groups, images: Images) -> Importance:
             curved = torch.autograd.grad(gradients, list(weights.values()), probes, retain_graph=True)
             products = {name: v * hv for name, v, hv in zip(weights, probes, curved, strict=True)}
             for group in groups:
-                for member in _filters(groups, group):
+                for member in groups.filters(group):
                     scores[group.name] += _by_channel(products, member) / 2
     return {name: score.abs() for name, score in scores.items()}
 
@@ -188,12 +183,12 @@ def _losses(twin: nn.Module, images: Images) -> Iterator[Tensor]:
 
 def _filter_weights(twin: nn.Module, groups: Groups) -> dict[str, Tensor]:
     parameters = dict(twin.named_parameters())
-    return {member.tensor: parameters[member.tensor] for group in groups for member in _filters(groups, group)}
+    return {member.tensor: parameters[member.tensor] for group in groups for member in groups.filters(group)}
 
 
 def _by_channel(values: dict[str, Tensor], member: Member) -> Tensor:
     """Sums of a weight's values over each channel, `(n_channels,)`."""
-    return values[member.tensor].movedim(member.axis, 0)[member.index].flatten(1).sum(1)
+    return member.rows(values[member.tensor]).flatten(1).sum(1)
 
 
 CRITERIA: dict[str, Criterion] = {

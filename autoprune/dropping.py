@@ -70,7 +70,7 @@ class DropConnect(Dropping):
     """Drops single weights of convolutions and linear layers, the least |w| of each layer first."""
 
     def masks(self, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        for name in dict.fromkeys(layer.tensor for layer in self.groups.layers):
+        for name in self.groups.applied:
             yield parameters[name], self._kept(parameters[name].detach().abs())
 
 
@@ -87,12 +87,8 @@ class DropOut(Dropping):
         for group in self.groups:
             kept = self._kept(self._norms(parameters, group))
             for member in group.consumers:
-                parameter = parameters[member.tensor]
-                scale = parameter.new_ones(parameter.shape[member.axis])
-                scale[member.index.flatten()] = kept.repeat_interleave(member.index.shape[1]).to(scale.dtype)
-                yield parameter, scale.view([-1 if axis == member.axis else 1 for axis in range(parameter.ndim)])
+                yield parameters[member.tensor], member.laid(kept, parameters[member.tensor], 1)
 
     def _norms(self, parameters: dict[str, nn.Parameter], group: Group) -> Tensor:
-        filters = [m for m in group.members if m.role == "produce" and len(self.groups.shapes[m.tensor]) > 1]
-        rows = [parameters[m.tensor].detach().movedim(m.axis, 0)[m.index].flatten(1) for m in filters]
+        rows = [m.rows(parameters[m.tensor].detach()).flatten(1) for m in self.groups.filters(group)]
         return torch.cat(rows, 1).norm(dim=1)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autoprune.cost import CostTable
+from autoprune.criteria import share_left
 from autoprune.errors import UserError, check_known
 from autoprune.finetune import Plug
 from autoprune.groups import Groups
@@ -59,7 +60,7 @@ class Masks:
 
     def costs(self, groups: Groups) -> dict[str, int]:
         """Non-zero "macs" and "params" of one sample; those of what isn't masked count in full."""
-        table, positions = CostTable(groups), _positions(groups)
+        table, positions = CostTable(groups), groups.applied
         removed = {name: int((~kept).sum()) for name, kept in self.kept.items()}
         return {
             "macs": table.macs({}) - sum(n * positions[name] for name, n in removed.items()),
@@ -123,9 +124,7 @@ def _l2(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
 def _lamp(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Lee et al. 2021, eq. 6: a unit's square as a share of all squares in its layer that aren't smaller."""
     squares = _l2(weight, axes).square()
-    ordered, order = squares.flatten().double().sort(descending=True, stable=True)
-    shares = ordered / ordered.cumsum(0).clamp_min(1e-300)
-    return torch.empty_like(shares).index_copy_(0, order, shares).view_as(squares)
+    return share_left(squares.flatten().double()).view_as(squares)
 
 
 def _random(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -180,8 +179,8 @@ def ranked_masks(
         UserError: If a name is unknown, or the target can't be reached.
     """
     check_mask_options(pattern, criterion, agent)
-    weights, positions = _weights(model, groups), _positions(groups)
-    counts = {"macs": positions, "params": dict.fromkeys(positions, 1)}
+    weights = _weights(model, groups)
+    counts = {"macs": groups.applied, "params": dict.fromkeys(weights, 1)}
     check_known("metric", metric, counts, "budget")
     scores = {
         n: RANKINGS[agent](UNIT_SCORES[criterion](w, _axes(pattern, w))).double().contiguous()
@@ -192,25 +191,24 @@ def ranked_masks(
     unit_costs = {name: weights[name].numel() // s.numel() * counts[metric][name] for name, s in scores.items()}
     every = torch.cat([s.flatten() for s in scores.values()])
     costs = torch.cat([torch.full((s.numel(),), unit_costs[name]) for name, s in scores.items()])
-    n_removed = _fewest(every, costs, CostTable(groups).metrics[metric]({}) - target, metric, target)
     gone = torch.zeros(len(every), dtype=torch.bool)
-    gone[every.argsort(stable=True)[:n_removed]] = True
+    gone[_fewest(every, costs, CostTable(groups).metrics[metric]({}) - target, metric, target)] = True
     parts = gone.split([s.numel() for s in scores.values()])
     kept = {n: ~part.view_as(s).expand_as(weights[n]) for (n, s), part in zip(scores.items(), parts, strict=True)}
     return _as_stored(kept, groups)
 
 
-def _fewest(scores: Tensor, costs: Tensor, excess: int, metric: str, target: int) -> int:
-    """How many units, from the least score up, cost at least `excess`."""
-    if excess <= 0:
-        return 0
+def _fewest(scores: Tensor, costs: Tensor, excess: int, metric: str, target: int) -> Tensor:
+    """The units, from the least score up, that cost at least `excess` together, and no more of them than needed."""
     order = scores.argsort(stable=True)
     order = order[torch.isfinite(scores[order])]
     saved = costs[order].cumsum(0)
+    if excess <= 0:
+        return order[:0]
     if not len(saved) or saved[-1] < excess:
         floor = target + excess - (int(saved[-1]) if len(saved) else 0)
         raise UserError(f"--budget: masks of this granularity leave at least {metric}={floor}, asked were {target}")
-    return int(torch.searchsorted(saved, excess)) + 1
+    return order[: int(torch.searchsorted(saved, excess)) + 1]
 
 
 def n_of_m_masks(model: nn.Module, groups: Groups, n: int, m: int) -> tuple[Masks, list[str]]:
@@ -260,7 +258,7 @@ def _axes(pattern: str, weight: Tensor) -> tuple[int, ...]:
 def _weights(model: nn.Module, groups: Groups) -> dict[str, Tensor]:
     """The weights of convolutions and linear layers, whatever they are called, outputs first, then inputs."""
     parameters, inputs = dict(model.named_parameters()), _input_axes(groups)
-    return {name: parameters[name].detach().movedim(inputs.get(name, 1), 1) for name in _positions(groups)}
+    return {name: parameters[name].detach().movedim(inputs.get(name, 1), 1) for name in groups.applied}
 
 
 def _as_stored(kept: Mapping[str, Tensor], groups: Groups) -> Masks:
@@ -272,11 +270,3 @@ def _as_stored(kept: Mapping[str, Tensor], groups: Groups) -> Masks:
 def _input_axes(groups: Groups) -> dict[str, int]:
     """Weight to the axis of its inputs; those of depthwise layers, which have none, are left out."""
     return {member.tensor: member.axis for group in groups.all for member in group.consumers}
-
-
-def _positions(groups: Groups) -> dict[str, int]:
-    """Weight to the places of the output at which it is applied, all of its uses together, for one sample."""
-    positions: dict[str, int] = {}
-    for layer in groups.layers:
-        positions[layer.tensor] = positions.get(layer.tensor, 0) + layer.positions
-    return positions

@@ -27,6 +27,16 @@ class Member:
     role: str
     index: Tensor
 
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Each channel's values in the member's tensor, or in one of its shape, `(n_channels, k, ...)`, a copy."""
+        return tensor.movedim(self.axis, 0)[self.index]
+
+    def laid(self, values: Tensor, tensor: Tensor, rest: float) -> Tensor:
+        """A value a channel `(n_channels,)` along the axis, to multiply the tensor with; `rest` where no channel is."""
+        laid = tensor.new_full((tensor.shape[self.axis],), rest)
+        laid[self.index.flatten()] = values.repeat_interleave(self.index.shape[1]).to(tensor.dtype)
+        return laid.view([-1 if axis == self.axis else 1 for axis in range(tensor.ndim)])
+
 
 @dataclass(frozen=True)
 class Group:
@@ -145,6 +155,18 @@ class Groups:
     def channels(self) -> dict[str, int]:
         """Prunable group to its number of channels in the dense network."""
         return {group.name: group.channels for group in self}
+
+    def filters(self, group: Group) -> list[Member]:
+        """The weights that produce a group's channels, whatever they are called; biases are left out."""
+        return [m for m in group.members if m.role == "produce" and len(self.shapes[m.tensor]) > 1]
+
+    @property
+    def applied(self) -> dict[str, int]:
+        """Weight to the places of the output at which it is applied, all of its uses together, for one sample."""
+        applied: dict[str, int] = {}
+        for layer in self.layers:
+            applied[layer.tensor] = applied.get(layer.tensor, 0) + layer.positions
+        return applied
 
     def with_pins(self, reasons: Mapping[str, str]) -> "Groups":
         """The same groups, of which those named can't be pruned; what is pinned already keeps its reason."""

@@ -6,7 +6,7 @@ away from all but the most useful weights. Afterwards the network has its old sh
 what goes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from autoprune.config import FinetuneConfig
 from autoprune.dropping import DropConnect, DropOut
 from autoprune.errors import UserError, check_known
 from autoprune.finetune import Plug, parameter_groups
-from autoprune.groups import Groups, Member
+from autoprune.groups import Group, Groups, Member
 from autoprune.scoring import BatchNorm
 
 EPSILON = 1e-12
@@ -74,10 +74,7 @@ class GroupLasso(Penalty):
     """
 
     def pulls(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-        return _channel_pulls(model, self.groups, self._is_filter, lambda squares: squares.add(EPSILON).rsqrt())
-
-    def _is_filter(self, member: Member) -> bool:
-        return member.role == "produce" and len(self.groups.shapes[member.tensor]) > 1
+        return _channel_pulls(model, self.groups, self.groups.filters, lambda squares: squares.add(EPSILON).rsqrt())
 
 
 class GroupDecay(Penalty):
@@ -94,7 +91,7 @@ class GroupDecay(Penalty):
         return [options | {"weight_decay": 0.0} for options in parameter_groups(model, config)]
 
     def pulls(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-        return _channel_pulls(model, self.groups, lambda member: True, self._decay)
+        return _channel_pulls(model, self.groups, lambda group: group.members, self._decay)
 
     def _decay(self, squares: Tensor) -> Tensor:
         small, large = squares.aminmax()
@@ -143,34 +140,24 @@ class GlobalSparseMomentum(Plug):
 
 def _weights(model: nn.Module, groups: Groups) -> list[nn.Parameter]:
     """The trained weights of convolutions and linear layers, whatever they are called."""
-    parameters, names = dict(model.named_parameters()), dict.fromkeys(layer.tensor for layer in groups.layers)
-    return [parameters[name] for name in names if parameters[name].requires_grad]
+    parameters = dict(model.named_parameters())
+    return [parameters[name] for name in groups.applied if parameters[name].requires_grad]
 
 
 def _channel_pulls(
-    model: nn.Module, groups: Groups, counts: Callable[[Member], bool], factor: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    groups: Groups,
+    members_of: Callable[[Group], Iterable[Member]],
+    factor: Callable[[Tensor], Tensor],
 ) -> list[tuple[nn.Parameter, Tensor]]:
-    """Each channel's weights, of the members that count, times a factor of their summed squares `(n_channels,)`."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Each channel's weights, in some members of its group, times a factor of their summed squares `(n_channels,)`."""
+    tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
     pulls = []
     for group in groups:
-        members = [m for m in group.members if m.tensor in parameters and counts(m)]
-        squares = sum(_rows(parameters[m.tensor].detach(), m).square().flatten(1).sum(1) for m in members)
-        factors = factor(squares)
-        pulls += [(parameters[m.tensor], _scaled(parameters[m.tensor].detach(), m, factors)) for m in members]
+        parts = [(m, tensors[m.tensor], tensors[m.tensor].detach()) for m in members_of(group) if m.tensor in tensors]
+        factors = factor(sum(member.rows(values).square().flatten(1).sum(1) for member, _, values in parts))
+        pulls += [(weight, values * member.laid(factors, values, 0)) for member, weight, values in parts]
     return pulls
-
-
-def _rows(tensor: Tensor, member: Member) -> Tensor:
-    """A tensor's values by channel, `(n_channels, k, ...)`."""
-    return tensor.movedim(member.axis, 0)[member.index]
-
-
-def _scaled(tensor: Tensor, member: Member, factors: Tensor) -> Tensor:
-    """A tensor with each channel's values times its factor; 0 where the member has no channel."""
-    scale = tensor.new_zeros(tensor.shape[member.axis])
-    scale[member.index.flatten()] = factors.repeat_interleave(member.index.shape[1]).to(tensor.dtype)
-    return tensor * scale.view([-1 if axis == member.axis else 1 for axis in range(tensor.ndim)])
 
 
 @dataclass(frozen=True)
