@@ -190,16 +190,11 @@ def _train_sparsely(workspace, folder):
 
 def _prepare(workspace) -> None:
     """Finds what can be wrong with network, images and budget."""
-    from autoprune.merging import MERGINGS
     from autoprune.removal import removal
 
-    settings = workspace.settings
-    if settings.search.granularity != "channel":
-        removal(workspace, None).check()
-        return
-    _make_env(workspace)
-    if settings.removal.method != "slice":
-        MERGINGS[settings.removal.method].check(workspace)
+    if workspace.settings.search.granularity == "channel":
+        _make_env(workspace)
+    removal(workspace, None).check()
 
 
 def _decide(workspace, folder, output: OutputConfig) -> None:
@@ -344,10 +339,11 @@ def _flags(settings: Settings) -> str:
 
 def _prune(workspace, folder) -> None:
     """Prunes, after the training that some ways of removing channels need."""
-    from autoprune.compress import epochs_before_pruning, prune_stage
+    from autoprune.compress import prune_stage
     from autoprune.console import progress, say
+    from autoprune.removal import removal
 
-    epochs = epochs_before_pruning(workspace, folder)
+    epochs = removal(workspace, folder).epochs
     if not epochs:
         return prune_stage(workspace, folder, say, lambda epoch, loss: None)
     with progress(workspace.settings.removal.method, epochs) as advance:

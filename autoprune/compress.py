@@ -64,7 +64,7 @@ def sparse_stage(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallbac
     if not (folder.sparse / "plan.json").exists():
         with timed(folder, "sparse"):
             _train_sparsely(workspace, folder, on_epoch)
-    return Workspace(workspace.settings, folder.sparse)
+    return workspace.after_sparse_training(folder.sparse)
 
 
 def _train_sparsely(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallback) -> None:
@@ -72,15 +72,10 @@ def _train_sparsely(workspace: Workspace, folder: RunFolder, on_epoch: EpochCall
     method = SPARSE[sparse.method]
     strength = method.strength if sparse.strength is None else sparse.strength
     config = settings.sparse_training
-    folder.checkpoints.mkdir(parents=True, exist_ok=True)
-
-    def finished(epoch: int, loss: float) -> None:
-        folder.append("sparse epoch", epoch=epoch, loss=loss)
-        on_epoch(epoch, loss)
-
     model, plug = copy.deepcopy(workspace.dense), method.plug(workspace.groups, strength, _share(workspace))
     checkpoint, seed = folder.checkpoints / "sparse.pt", settings.search.seed
-    finetune(model, train, config, seed, workspace.dense, checkpoint, finished, plug)
+    log = folder.logging("sparse epoch", on_epoch)
+    finetune(model, train, config, seed, workspace.dense, checkpoint, log, plug)
     epochs = config.epochs_for(len(train))
     folder.add_results(sparse_method=sparse.method, sparse_strength=strength, sparse_epochs=epochs)
     save_pruned(model, folder.sparse, workspace.network | {"stage": "sparse", "epochs": epochs})
@@ -101,11 +96,6 @@ def decide_stage(workspace: Workspace, folder: RunFolder) -> None:
     with timed(folder, "search"):
         results = removal(workspace, folder).decide()
     folder.add_results(**results, episodes=0, evaluations=0)
-
-
-def epochs_before_pruning(workspace: Workspace, folder: RunFolder) -> int:
-    """Passes over the training split that `prune_stage` takes before anything can go."""
-    return removal(workspace, folder).epochs
 
 
 def prune_stage(workspace: Workspace, folder: RunFolder, say: Say, on_epoch: EpochCallback) -> None:
@@ -133,14 +123,9 @@ def finetune_stage(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallb
         # Always from the pruned network, whatever is stored: a second call with other settings must not train on top.
         decided = removal(workspace, folder)
         model = decided.network()
-        folder.checkpoints.mkdir(parents=True, exist_ok=True)
-
-        def finished(epoch: int, loss: float) -> None:
-            folder.append("epoch", epoch=epoch, loss=loss)
-            on_epoch(epoch, loss)
-
+        log = folder.logging("epoch", on_epoch)
         seed, train = workspace.settings.search.seed, workspace.splits.train
-        finetune(model, train, config, seed, workspace.dense, folder.finetune_checkpoint, finished, decided.plug())
+        finetune(model, train, config, seed, workspace.dense, folder.finetune_checkpoint, log, decided.plug())
         save_pruned(model, folder.pruned, plan | {"stage": "finetuned", "epochs": epochs})
 
 

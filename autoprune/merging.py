@@ -54,7 +54,7 @@ def _resrep(workspace: Workspace, allocation: Allocation | None) -> Course:
 def _resrep_course(workspace: Workspace, allocation: Allocation | None, goal: resrep.Goal) -> Course:
     groups, strength = workspace.groups, workspace.settings.removal.strength
     pairs = resrep.eligible(workspace.model, groups, workspace.splits.example)
-    grown = resrep.insert_compactors(workspace.model, groups, workspace.splits.example)
+    grown = resrep.insert_compactors(workspace.model, groups, pairs)
     plug = resrep.Compaction(groups, pairs, goal, strength)
 
     def finish(trained: nn.Module) -> tuple[nn.Module, Allocation]:
@@ -82,11 +82,11 @@ def _check_centripetal(workspace: Workspace) -> None:
 
 
 def _check_compactors(workspace: Workspace) -> None:
-    resrep.insert_compactors(workspace.model, workspace.groups, workspace.splits.example)
+    pairs = resrep.eligible(workspace.model, workspace.groups, workspace.splits.example)
+    resrep.insert_compactors(workspace.model, workspace.groups, pairs)
 
 
 def _check_resrep(workspace: Workspace) -> None:
-    _check_compactors(workspace)
     _resrep(workspace, None)
 
 

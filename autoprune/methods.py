@@ -15,7 +15,7 @@ class Method:
     """A published way to prune.
 
     Attributes:
-        kind: What it brings: "criterion", "sparse training", "allocator", "search" or "pipeline".
+        kind: What it brings: "criterion", "sparse training", "masks", "allocator", "search" or "pipeline".
         granularity: What it removes.
         paper: Authors, year and venue or preprint.
         options: Option of `autoprune run` to the value that it has by default.

@@ -105,6 +105,10 @@ class Channels(Removal):
 class Merged(Channels):
     """Channels that leave by training, see `autoprune.merging`; `merged/` holds the network that remains."""
 
+    def check(self) -> None:
+        """Looks whether the network can have that training."""
+        MERGINGS[self.workspace.settings.removal.method].check(self.workspace)
+
     @property
     def epochs(self) -> int:
         """Passes over the training split, none where it is done."""
@@ -118,15 +122,10 @@ class Merged(Channels):
             return
         workspace, settings = self.workspace, self.workspace.settings
         course = MERGINGS[settings.removal.method].course(workspace, self.allocation)
-        self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-
-        def finished(epoch: int, loss: float) -> None:
-            self.folder.append("removal epoch", epoch=epoch, loss=loss)
-            on_epoch(epoch, loss)
-
         checkpoint, how = self.folder.checkpoints / "removal.pt", settings.removal_training
         train, seed = workspace.splits.train, settings.search.seed
-        finetune(course.model, train, how, seed, workspace.dense, checkpoint, finished, course.plug)
+        log = self.folder.logging("removal epoch", on_epoch)
+        finetune(course.model, train, how, seed, workspace.dense, checkpoint, log, course.plug)
         merged, self.allocation = course.finish(course.model)
         recalibrate(merged, workspace.splits.calibration.inputs)
         # The network comes last: its plan says that the training is done.
@@ -162,8 +161,7 @@ class Weights(Removal):
         """Ranks the units and masks the least, or N of M everywhere; the masks come last and end the decision."""
         masks = self.masks()
         masks.save(self.folder.masks)
-        table, nonzero = self.workspace.costs, masks.costs(self.workspace.groups)
-        dense = {f"{metric}_dense": cost(table.dense) for metric, cost in table.metrics.items()}
+        dense, nonzero = self.workspace.dense_costs, masks.costs(self.workspace.groups)
         layers = [
             {"name": name.removesuffix(".weight"), "channels": kept.numel(), "kept": int(kept.sum())}
             for name, kept in masks.kept.items()
@@ -238,9 +236,7 @@ class Blocks(Removal):
         removed = shallower(workspace.model, workspace.splits.example, workspace.splits.proxy, self._target)
         write_json(self.folder.blocks, {"removed": removed})
         smaller = CostTable(trace(remove_blocks(workspace.model, removed), workspace.splits.example))
-        results: dict = {}
-        for metric, cost in workspace.costs.metrics.items():
-            results |= {metric: smaller.metrics[metric](smaller.dense), f"{metric}_dense": cost(workspace.costs.dense)}
+        results = {metric: cost(smaller.dense) for metric, cost in smaller.metrics.items()} | workspace.dense_costs
         blocks = [
             {"name": block.name, "channels": block.macs, "kept": 0 if block.name in removed else block.macs}
             for block in self._all

@@ -29,7 +29,6 @@ from autoprune.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.finetune import Plug, parameter_groups
 from autoprune.groups import Group, Groups, tensors_in
-from autoprune.pruning import prune
 from autoprune.scoring import in_eval_mode
 
 TRAVEL = 2.0
@@ -119,13 +118,13 @@ def _pair(group: Group, modules: dict[str, nn.Module]) -> tuple[str, str] | None
     return (conv, norm) if folds else None
 
 
-def insert_compactors(model: nn.Module, groups: Groups, example: Tensor) -> nn.Module:
-    """A copy with an identity compactor behind the batch norm of every group that can have one.
+def insert_compactors(model: nn.Module, groups: Groups, pairs: Mapping[str, tuple[str, str]]) -> nn.Module:
+    """A copy with an identity compactor behind the batch norm of every `eligible` group.
 
     Raises:
-        UserError: If none can.
+        UserError: If there is none.
     """
-    grown, pairs = copy.deepcopy(model), eligible(model, groups, example)
+    grown = copy.deepcopy(model)
     if not pairs:
         raise UserError("--removal.method: no group is made by one convolution with its batch norm; use slice")
     for name, (_, norm) in pairs.items():
@@ -306,11 +305,6 @@ def fold(grown: nn.Module, pairs: Mapping[str, tuple[str, str]]) -> nn.Module:
     return plain
 
 
-def merge(grown: nn.Module, groups: Groups, pairs: Mapping[str, tuple[str, str]], kept: dict[str, Tensor]) -> nn.Module:
-    """The smaller network of the plain architecture, without the rows that aren't kept, whatever their length."""
-    return prune(fold(grown, pairs), groups, kept)
-
-
 @torch.no_grad()
 def standardise(model: nn.Module, norms: list[str], inputs: Tensor) -> None:
     """Gives batch norms the mean and variance that they really read, in place, and changes nothing in eval mode.
@@ -318,7 +312,7 @@ def standardise(model: nn.Module, norms: list[str], inputs: Tensor) -> None:
     Afterwards their statistics may be measured anew, and training goes on as from any network.
 
     Args:
-        model: The network, from `merge`.
+        model: The network, from `fold`.
         norms: Names of its batch norms.
         inputs: Normalised calibration images.
     """

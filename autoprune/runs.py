@@ -150,6 +150,15 @@ class RunFolder:
                 line = b"\n" + line  # a kill cut the last line short; it must not swallow this one
             log.write(line)
 
+    def logging(self, event: str, on_epoch: Callable[[int, float], None]) -> Callable[[int, float], None]:
+        """What to call after each epoch of a training: it is logged as `event`, then `on_epoch` is told."""
+
+        def finished(epoch: int, loss: float) -> None:
+            self.append(event, epoch=epoch, loss=loss)
+            on_epoch(epoch, loss)
+
+        return finished
+
     def events(self, event: str) -> Iterator[dict]:
         """The log's lines of one kind, oldest first; a last line cut short by a kill is left out."""
         if not self.log.exists():

@@ -48,6 +48,12 @@ class Workspace:
         folder.read_json(folder.sparse / "plan.json")
         return cls(settings, folder.sparse)
 
+    def after_sparse_training(self, sparse: Path) -> "Workspace":
+        """The workspace whose network is to be pruned, with the images and the dense network of this one."""
+        after = Workspace(self.settings, sparse)
+        vars(after).update({name: value for name, value in vars(self).items() if name in ("splits", "dense")})
+        return after
+
     @cached_property
     def splits(self) -> Splits:
         """The images."""
@@ -96,11 +102,14 @@ class Workspace:
         classes = self.splits.classes
         return {"model": self.settings.network.model, "n_classes": len(classes), "classes": list(classes)}
 
+    @property
+    def dense_costs(self) -> dict:
+        """MACs, parameters and memory before anything goes, for results.json."""
+        return {f"{metric}_dense": cost(self.costs.dense) for metric, cost in self.costs.metrics.items()}
+
     def costs_of(self, kept: Mapping[str, int]) -> dict:
         """MACs, parameters and memory before and after, and the table of groups, for results.json."""
-        costs, results = self.costs, {}
-        for metric, cost in costs.metrics.items():
-            results |= {metric: cost(kept), f"{metric}_dense": cost(costs.dense)}
+        results = {metric: cost(kept) for metric, cost in self.costs.metrics.items()} | self.dense_costs
         groups = [{"name": g.name, "channels": g.channels, "kept": kept[g.name]} for g in self.groups]
         pinned = [{"name": g.name, "channels": g.channels, "reason": g.pinned} for g in self.groups.pinned]
         return results | {"macs_ratio": results["macs"] / results["macs_dense"], "groups": groups, "pinned": pinned}

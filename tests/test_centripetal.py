@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kills import Killed, kill_after
 from nets import NETS, build, images, outputs
 from torch import Tensor, nn
 
@@ -289,17 +290,10 @@ def test_training_draws_clusters_together_until_merging_is_free(digits):
 
 
 def test_killed_training_goes_on_to_bit_identical_weights(digits, tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill(epoch: int, loss: float) -> None:
-        if epoch == 2:
-            raise Killed
-
     model, groups, clusters = small()
     plug = Centripetal(groups, clusters)
     with pytest.raises(Killed):
-        finetune(model, digits[:64], CONFIG, checkpoint=tmp_path / "merging.pt", on_epoch=kill, plug=plug)
+        finetune(model, digits[:64], CONFIG, checkpoint=tmp_path / "merging.pt", on_epoch=kill_after(2), plug=plug)
     resumed = finetune(small(seed=7)[0], digits[:64], CONFIG, checkpoint=tmp_path / "merging.pt", plug=plug)
     whole = finetune(small()[0], digits[:64], CONFIG, plug=plug)
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kills import Killed, kill_after
 from torch import nn
 
 from autoprune.config import DataConfig, FinetuneConfig
@@ -12,10 +13,6 @@ from autoprune.finetune import finetune
 from autoprune.models import conv_bn
 
 CONFIG = FinetuneConfig(epochs=4, batch_size=64, lr=0.1, distillation=0.0, bf16="off")
-
-
-class Killed(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +56,9 @@ def test_global_random_state_is_left_as_found(images):
 
 @pytest.mark.parametrize("killed_after", [1, 2, 3])
 def test_killed_run_goes_on_to_bit_identical_weights(images, tmp_path, killed_after):
-    def kill(epoch: int, loss: float) -> None:
-        if epoch == killed_after:
-            raise Killed
-
     checkpoint = tmp_path / "training.ckpt"
     with pytest.raises(Killed):
-        finetune(network(), images, CONFIG, checkpoint=checkpoint, on_epoch=kill)
+        finetune(network(), images, CONFIG, checkpoint=checkpoint, on_epoch=kill_after(killed_after))
     epochs = []
     resumed = finetune(
         network(seed=9), images, CONFIG, checkpoint=checkpoint, on_epoch=lambda epoch, loss: epochs.append(epoch)

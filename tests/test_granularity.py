@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from kills import Killed, kill_after
 from nets import NETS, build, counted_macs, images, outputs, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -247,16 +248,9 @@ def test_masked_weights_are_zero_before_the_first_step():
 
 
 def test_killed_training_under_masks_goes_on_to_bit_identical_weights(digits, tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill(epoch: int, loss: float) -> None:
-        if epoch == 2:
-            raise Killed
-
     model, masks = small()
     with pytest.raises(Killed):
-        train(model, digits, masks, checkpoint=tmp_path / "masked.pt", on_epoch=kill)
+        train(model, digits, masks, checkpoint=tmp_path / "masked.pt", on_epoch=kill_after(2))
     resumed = train(small(seed=5)[0], digits, masks, checkpoint=tmp_path / "masked.pt")
     whole = train(small()[0], digits, masks)
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))

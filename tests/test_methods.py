@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from kills import interrupted_finetune
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune import compress, removal
 from autoprune.cli import main
 from autoprune.export import load_pruned
-from autoprune.finetune import finetune
 from autoprune.granularity import Masks
 from autoprune.merging import MERGINGS
 from autoprune.methods import METHODS, methods_table
@@ -76,18 +76,8 @@ def test_a_run_killed_in_its_sparse_training_ends_as_if_it_had_not_been(tmp_path
     search = ["search", *FAST, "--method", "slimming", "--sparse.epochs", "3", "--out"]
     assert main([*search, str(tmp_path / "whole")]) == 0
 
-    def killed(*args):
-        *before, on_epoch, plug = args
-
-        def kill(epoch: int, loss: float) -> None:
-            on_epoch(epoch, loss)
-            if epoch == 2:
-                raise KeyboardInterrupt
-
-        return finetune(*before, kill, plug)
-
     with monkeypatch.context() as patched:
-        patched.setattr(compress, "finetune", killed)
+        patched.setattr(compress, "finetune", interrupted_finetune)
         assert main([*search, str(tmp_path / "killed")]) == 130
     assert main([*search, str(tmp_path / "killed"), "--resume"]) == 0
     whole, again = (load_pruned(tmp_path / name / "sparse").state_dict() for name in ("whole", "killed"))
@@ -146,18 +136,8 @@ def test_what_leaves_by_training_ends_within_the_budget_with_true_costs_whether_
         assert main(["search", *FAST, *options, "--out", str(tmp_path / name)]) == 0
     assert main(["prune", str(tmp_path / "whole")]) == 0
 
-    def killed(*args):
-        *before, on_epoch, plug = args
-
-        def kill(epoch: int, loss: float) -> None:
-            on_epoch(epoch, loss)
-            if epoch == 2:
-                raise KeyboardInterrupt
-
-        return finetune(*before, kill, plug)
-
     with monkeypatch.context() as patched:
-        patched.setattr(removal, "finetune", killed)
+        patched.setattr(removal, "finetune", interrupted_finetune)
         assert main(["prune", str(tmp_path / "killed")]) == 130
     assert main(["prune", str(tmp_path / "killed")]) == 0
     whole, again = (load_pruned(tmp_path / name / "pruned") for name in ("whole", "killed"))

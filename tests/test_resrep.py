@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kills import Killed, kill_after
 from nets import NETS, build, images, outputs
 from torch import Tensor, nn
 
@@ -15,7 +16,8 @@ from autoprune.errors import UserError
 from autoprune.finetune import Plug, finetune
 from autoprune.groups import Groups
 from autoprune.models import conv_bn
-from autoprune.resrep import Compaction, Goal, eligible, fold, insert_compactors, merge, standardise
+from autoprune.pruning import prune
+from autoprune.resrep import Compaction, Goal, eligible, fold, insert_compactors, standardise
 from autoprune.scoring import recalibrate
 from autoprune.tracing import trace
 
@@ -34,6 +36,11 @@ def disturbed(grown: nn.Module, pairs: dict, scale: float = 1.0) -> nn.Module:
             weight = grown.get_submodule(norm)[1].weight
             weight.copy_(scale * torch.randn(weight.shape, generator=generator))
     return grown
+
+
+def merge(grown: nn.Module, groups: Groups, pairs: dict, kept: dict[str, Tensor]) -> nn.Module:
+    """The smaller network, without the rows that aren't kept, whatever their length."""
+    return prune(fold(grown, pairs), groups, kept)
 
 
 def test_only_a_convolution_with_its_own_batch_norm_gets_a_compactor():
@@ -75,7 +82,9 @@ def test_what_is_read_in_front_of_its_batch_norm_or_has_no_statistics_gets_none(
 
 def test_inserting_compactors_changes_nothing():
     model, groups, x = traced("residual")
-    assert (outputs(insert_compactors(model, groups, x), x) - outputs(model, x)).abs().max() < 1e-6
+    assert (
+        outputs(insert_compactors(model, groups, eligible(model, groups, x)), x) - outputs(model, x)
+    ).abs().max() < 1e-6
 
 
 class Strided(nn.Module):
@@ -101,7 +110,7 @@ def test_folding_random_compactors_equals_the_three_layers(name, dtype, toleranc
     else:
         model, groups, x = traced(name)
     pairs = eligible(model, groups, x)
-    grown = disturbed(insert_compactors(model, groups, x), pairs).to(dtype)
+    grown = disturbed(insert_compactors(model, groups, pairs), pairs).to(dtype)
     expected, computed = outputs(grown, x.to(dtype)), outputs(fold(grown, pairs), x.to(dtype))
     assert (expected - computed).abs().max() <= tolerance * expected.abs().max()
     assert fold(grown, pairs).state_dict().keys() == model.state_dict().keys()
@@ -111,7 +120,7 @@ def test_folding_random_compactors_equals_the_three_layers(name, dtype, toleranc
 def test_rows_that_are_gone_may_go_and_short_ones_change_little(length):
     model, groups, x = traced()
     pairs = eligible(model, groups, x)
-    grown = disturbed(insert_compactors(model, groups, x), pairs)
+    grown = disturbed(insert_compactors(model, groups, pairs), pairs)
     rows = grown.bn1[1].weight
     with torch.no_grad():
         grown.bn1[0].bias.zero_(), grown.bn1[0].running_mean.zero_()
@@ -136,7 +145,7 @@ def gradients(grown: nn.Module, x: Tensor, plug: Plug) -> dict[str, Tensor]:
 
 def test_the_penalty_leaves_all_other_gradients_bit_by_bit_and_selected_rows_none_of_the_loss():
     model, groups, x = traced()
-    grown = disturbed(insert_compactors(model, groups, x), eligible(model, groups, x))
+    grown = disturbed(insert_compactors(model, groups, eligible(model, groups, x)), eligible(model, groups, x))
     plug = plug_of(model, groups, x, strength=0.1)
     plug.masked["conv1"][[1, 4]] = True
     plain, penalised = gradients(grown, x, Plug()), gradients(grown, x, plug)
@@ -152,7 +161,7 @@ def test_the_penalty_leaves_all_other_gradients_bit_by_bit_and_selected_rows_non
 
 def test_a_selected_row_keeps_its_direction_and_the_others_turn():
     model, groups, x = traced()
-    grown = disturbed(insert_compactors(model, groups, x), eligible(model, groups, x))
+    grown = disturbed(insert_compactors(model, groups, eligible(model, groups, x)), eligible(model, groups, x))
     plug = plug_of(model, groups, x, strength=1e-2)
     plug.masked["conv1"][[1, 4]] = True
     optimizer = torch.optim.SGD(plug.parameter_groups(grown, FinetuneConfig()), 1e-3, 0.9, nesterov=True)
@@ -172,7 +181,7 @@ def test_a_selected_row_keeps_its_direction_and_the_others_turn():
 def test_the_shortest_rows_are_selected_until_the_budget_is_met_and_no_further(metric, share):
     model, groups, x = traced()
     pairs, table = eligible(model, groups, x), CostTable(groups)
-    grown, target = disturbed(insert_compactors(model, groups, x), pairs), int(table.metrics[metric]({}) * share)
+    grown, target = disturbed(insert_compactors(model, groups, pairs), pairs), int(table.metrics[metric]({}) * share)
     plug = Compaction(groups, pairs, Goal(table, metric, target))
     plug.select(grown, 1.0)
     kept = {name: len(rows) for name, rows in plug.kept.items()}
@@ -187,7 +196,7 @@ def test_the_shortest_rows_are_selected_until_the_budget_is_met_and_no_further(m
 @pytest.mark.parametrize("n_steps", [1, 2, 7, 1000])
 def test_the_goal_is_met_by_the_end_of_the_shortest_training(n_steps):
     model, groups, x = traced()
-    grown, plug = insert_compactors(model, groups, x), plug_of(model, groups, x)
+    grown, plug = insert_compactors(model, groups, eligible(model, groups, x)), plug_of(model, groups, x)
     plug.begin(grown, n_steps)
     for parameter in grown.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -201,14 +210,14 @@ def test_an_allocations_counts_are_met_group_by_group():
     model, groups, x = traced()
     pairs = eligible(model, groups, x)
     plug = Compaction(groups, pairs, Goal(CostTable(groups), counts={"conv1": 2, "conv2": 7}))
-    plug.select(disturbed(insert_compactors(model, groups, x), pairs), 1.0)
+    plug.select(disturbed(insert_compactors(model, groups, pairs), pairs), 1.0)
     assert {name: len(rows) for name, rows in plug.kept.items()} == {"conv1": 2, "conv2": 7}
 
 
 def test_standardising_changes_statistics_but_not_the_function_and_measuring_again_finds_the_same():
     model, groups, x = traced()
     pairs, x = eligible(model, groups, x), images(64, 8)
-    merged = merge(disturbed(insert_compactors(model, groups, x), pairs), groups, pairs, {"conv1": torch.arange(4)})
+    merged = merge(disturbed(insert_compactors(model, groups, pairs), pairs), groups, pairs, {"conv1": torch.arange(4)})
     before = outputs(merged, x)
     standardise(merged, ["bn1", "bn2"], x)
     torch.testing.assert_close(outputs(merged, x), before, rtol=1e-4, atol=1e-4)
@@ -235,7 +244,7 @@ def small(seed: int = 0) -> tuple[nn.Module, Groups, Compaction, dict]:
     pairs = eligible(model, groups, x)
     table = CostTable(groups)
     plug = Compaction(groups, pairs, Goal(table, "macs", table.macs({}) // 2), strength=2e-2, selecting=0.3)
-    return insert_compactors(model, groups, x), groups, plug, pairs
+    return insert_compactors(model, groups, eligible(model, groups, x)), groups, plug, pairs
 
 
 def test_training_makes_the_selected_rows_vanish_so_that_merging_is_free(digits):
@@ -253,7 +262,7 @@ def test_training_makes_the_selected_rows_vanish_so_that_merging_is_free(digits)
 
 def test_a_selected_row_stops_at_zero_although_momentum_would_carry_it_through():
     model, groups, x = traced()
-    grown = insert_compactors(model, groups, x)
+    grown = insert_compactors(model, groups, eligible(model, groups, x))
     plug = plug_of(model, groups, x, strength=0.1)
     plug.masked["conv1"][2] = True
     optimizer = torch.optim.SGD(plug.parameter_groups(grown, FinetuneConfig(lr=1e-3)), 1e-3, 0.9, nesterov=True)
@@ -287,16 +296,9 @@ def test_goals_that_can_not_be_are_refused():
 
 
 def test_killed_training_goes_on_to_bit_identical_weights_and_rows(digits, tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill(epoch: int, loss: float) -> None:
-        if epoch == 6:
-            raise Killed
-
     grown, _, plug, _ = small()
     with pytest.raises(Killed):
-        finetune(grown, digits[:64], CONFIG, checkpoint=tmp_path / "rows.pt", on_epoch=kill, plug=plug)
+        finetune(grown, digits[:64], CONFIG, checkpoint=tmp_path / "rows.pt", on_epoch=kill_after(6), plug=plug)
     resumed, _, again, _ = small(seed=9)
     finetune(resumed, digits[:64], CONFIG, checkpoint=tmp_path / "rows.pt", plug=again)
     whole, _, plug, _ = small()
@@ -308,4 +310,4 @@ def test_killed_training_goes_on_to_bit_identical_weights_and_rows(digits, tmp_p
 def test_a_network_without_a_fitting_layer_is_refused():
     model, groups, x = traced("flatten")
     with pytest.raises(UserError, match="no group is made by one convolution with its batch norm"):
-        insert_compactors(model, groups, x)
+        insert_compactors(model, groups, eligible(model, groups, x))

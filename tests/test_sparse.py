@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from kills import Killed, kill_after
 from nets import NETS, build, images
 from torch import Tensor, nn
 
@@ -255,13 +256,6 @@ def test_more_slimming_leaves_more_scales_near_zero(digits):
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_killed_sparse_training_goes_on_to_bit_identical_weights(name, digits, tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill(epoch: int, loss: float) -> None:
-        if epoch == 1:
-            raise Killed
-
     config = FinetuneConfig(epochs=3, batch_size=64, lr=0.1, distillation=0.0, bf16="off")
 
     def train(seed: int, **options) -> nn.Module:
@@ -270,7 +264,7 @@ def test_killed_sparse_training_goes_on_to_bit_identical_weights(name, digits, t
         return finetune(model, digits[:128], config, plug=plug, **options)
 
     with pytest.raises(Killed):
-        train(0, checkpoint=tmp_path / "sparse.pt", on_epoch=kill)
+        train(0, checkpoint=tmp_path / "sparse.pt", on_epoch=kill_after(1))
     resumed, whole = train(9, checkpoint=tmp_path / "sparse.pt"), train(0)
     for (key, one), other in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
         assert torch.equal(one, other), key
