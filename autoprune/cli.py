@@ -106,7 +106,7 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     from agents.policies import starting_policy
     from agents.search import check_agent
     from autoprune.criteria import check_criterion
-    from autoprune.removal import check_removal
+    from autoprune.granularities import check_removal
     from autoprune.sparse import check_sparse
     from envs.rewards import reward_named
 
@@ -190,7 +190,7 @@ def _train_sparsely(workspace, folder):
 
 def _prepare(workspace) -> None:
     """Finds what can be wrong with network, images and budget."""
-    from autoprune.removal import removal
+    from autoprune.granularities import removal
 
     if workspace.settings.search.granularity == "channel":
         _make_env(workspace)
@@ -201,7 +201,7 @@ def _decide(workspace, folder, output: OutputConfig) -> None:
     """What goes: channels are searched, anything else is ranked."""
     from autoprune.allocation import parse_budget
     from autoprune.compress import decide_stage
-    from autoprune.removal import removal
+    from autoprune.granularities import removal
 
     settings, network = workspace.settings, workspace.settings.network.model
     folder.add_results(run=str(folder.root), model=network, data=settings.data.data, seed=settings.search.seed)
@@ -341,7 +341,7 @@ def _prune(workspace, folder) -> None:
     """Prunes, after the training that some ways of removing channels need."""
     from autoprune.compress import prune_stage
     from autoprune.console import progress, say
-    from autoprune.removal import removal
+    from autoprune.granularities import removal
 
     epochs = removal(workspace, folder).epochs
     if not epochs:
@@ -457,6 +457,7 @@ def prune(options: Namespace) -> None:
     """Applies the allocation of RUN, or of a file in a new run, without searching."""
     from autoprune import compress
     from autoprune.allocation import Allocation
+    from autoprune.granularities import removal
 
     if bool(options.run) == bool(options.allocation):
         raise UserError("prune: give either RUN or --allocation FILE")
@@ -464,10 +465,14 @@ def prune(options: Namespace) -> None:
         workspace, folder = _open(options.run)
     else:
         _check_single(options)
-        read = lambda workspace: Allocation.read(options.allocation, workspace.groups)  # noqa: E731
-        workspace, folder, _ = _start(options, read)
+
+        def prepare(workspace) -> None:
+            Allocation.read(options.allocation, workspace.groups)
+            removal(workspace, None).check()
+
+        workspace, folder, _ = _start(options, prepare)
         workspace = _train_sparsely(workspace, folder)
-        allocation = read(workspace)
+        allocation = Allocation.read(options.allocation, workspace.groups)
         settings = workspace.settings
         folder.add_results(run=str(folder.root), model=settings.network.model, data=settings.data.data)
         folder.add_results(budget=allocation.budget, agent=allocation.source, evaluations=0)
@@ -477,9 +482,14 @@ def prune(options: Namespace) -> None:
 
 
 def _check_single(options: Namespace) -> None:
-    """Refuses ranges and whole fronts where one allocation is meant."""
+    """Refuses other granularities, ranges and whole fronts where one allocation is meant."""
     from autoprune.allocation import BudgetRange, parse_budget
 
+    if options.granularity != "channel":
+        raise UserError(
+            f"--granularity: an allocation holds channels, got {options.granularity}; for that give a RUN of "
+            f"autoprune search --granularity {options.granularity}"
+        )
     if isinstance(parse_budget(options.budget), BudgetRange):
         raise UserError(
             f"--budget: prune applies one allocation, got the range {options.budget}; leave --budget out, "

@@ -18,8 +18,8 @@ from autoprune.allocation import Allocation, parse_budget
 from autoprune.errors import UserError
 from autoprune.export import export_onnx, load_pruned, save_pruned
 from autoprune.finetune import EpochCallback, finetune
+from autoprune.granularities import removal
 from autoprune.latency import measure_latency
-from autoprune.removal import removal
 from autoprune.report import write_report
 from autoprune.runs import RunFolder, write_atomically, write_json
 from autoprune.scoring import accuracy

@@ -117,12 +117,14 @@ class DataConfig:
     split_seed: int = 0
     """Seed of the splits; apart from --seed, so that runs with several seeds see the same held-out images. The parts of
     "sample" are stored and don't depend on it."""
+    max_train_images: int | None = None
+    """Train on only this many of the images that are left for training (None: all)."""
     max_test_images: int | None = None
     """Read only this many test images (None: all)."""
 
     def __post_init__(self) -> None:
-        sizes = "image_size", "calibration_images", "proxy_images", "selection_images", "max_test_images"
-        _check_range(self, 1, float("inf"), *sizes)
+        held_out = "calibration_images", "proxy_images", "selection_images"
+        _check_range(self, 1, float("inf"), "image_size", *held_out, "max_train_images", "max_test_images")
 
 
 @dataclass(frozen=True)
@@ -202,12 +204,17 @@ class RemovalConfig:
     """How channels leave the network once it is decided how many."""
 
     method: str = "slice"
-    """slice; or, by training first: centripetal (channels grow together and merge), compactors (ResRep, as many as the
-    allocation says) or resrep (ResRep, which also chooses where, under the budget)."""
+    """slice; or, by training first: gradual (a little at a time, ranked anew each time; masks as well), centripetal
+    (channels grow together and merge), compactors (ResRep, as many as the allocation says) or resrep (ResRep, which
+    also chooses where, under the budget)."""
     strength: float | None = None
     """Pull of that training (None: the usual one of centripetal; for the others what lets channels vanish in time)."""
     clusters: str = "kmeans"
     """How centripetal groups channels: kmeans or even."""
+    prunings: int = 10
+    """In how many steps gradual prunes, over the first two thirds of its training."""
+    schedule: str = "cubic"
+    """How much goes in each step of gradual: cubic (AGP: the first steps take the most) or linear."""
     epochs: int | None = None
     """Passes over the training split (None: as many as by default in fine-tuning)."""
     lr: float = 0.05
@@ -215,8 +222,9 @@ class RemovalConfig:
 
     def __post_init__(self) -> None:
         _check_range(self, 0, float("inf"), "strength", "lr", stage="removal")
-        _check_range(self, 1, float("inf"), "epochs", stage="removal")
+        _check_range(self, 1, float("inf"), "epochs", "prunings", stage="removal")
         _check_choice(self, "clusters", "kmeans", "even", stage="removal")
+        _check_choice(self, "schedule", "cubic", "linear", stage="removal")
 
 
 @dataclass(frozen=True)

@@ -161,9 +161,8 @@ def load(config: DataConfig) -> Splits:
     if loader is None:
         raise UserError(f"--data: {unknown_dataset(config.data)}, or a folder with train/ and test/")
     splits = loader(config)
-    if config.max_test_images is not None:
-        splits = replace(splits, test=splits.test[: config.max_test_images])
-    return splits
+    train, test = splits.train[: config.max_train_images], splits.test[: config.max_test_images]
+    return replace(splits, train=train, test=test)
 
 
 def unknown_dataset(name: str) -> str:

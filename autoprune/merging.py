@@ -1,4 +1,4 @@
-"""Channels that leave by training: they merge with others, or are forgotten and folded away."""
+"""Channels that leave by training: they merge with others, are forgotten and folded away, or go a little at a time."""
 
 import copy
 from collections.abc import Callable
@@ -8,9 +8,14 @@ from torch import Tensor, nn
 
 from autoprune import centripetal, resrep
 from autoprune.allocation import Allocation, parse_budget
+from autoprune.criteria import importance
 from autoprune.finetune import Plug
+from autoprune.gradual import GradualChannels, GradualWeights
+from autoprune.granularity import Masks, ranked_masks
 from autoprune.pruning import prune, top_channels
 from autoprune.workspace import Workspace
+
+Decision = Allocation | Masks
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,36 @@ class Course:
     Attributes:
         model: What is trained.
         plug: What takes part.
-        finish: From the trained model to the smaller network, and the allocation that it has.
+        finish: From the trained model to what remains of it, and the decision that this amounts to.
     """
 
     model: nn.Module
     plug: Plug
-    finish: Callable[[nn.Module], tuple[nn.Module, Allocation]]
+    finish: Callable[[nn.Module], tuple[nn.Module, Decision]]
+
+
+def _gradual(workspace: Workspace, decision: Decision) -> Course:
+    """Iterative pruning, or AGP: towards the allocation, or the budget that masks have to meet."""
+    make = _gradual_masks if isinstance(decision, Masks) else _gradual_channels
+    return make(workspace, decision, workspace.settings.removal.schedule, workspace.settings.removal.prunings)
+
+
+def _gradual_channels(workspace: Workspace, allocation: Allocation, *how: object) -> Course:
+    criterion, groups, train = workspace.settings.search.criterion, workspace.groups, workspace.splits.train
+    plug = GradualChannels(*how, groups, allocation.kept, lambda network: importance(criterion, network, groups, train))
+    return Course(copy.deepcopy(workspace.model), plug, lambda trained: (prune(trained, groups, plug.kept), allocation))
+
+
+def _gradual_masks(workspace: Workspace, masks: Masks, *how: object) -> Course:
+    search, groups, costs = workspace.settings.search, workspace.groups, workspace.costs
+    budget = parse_budget(search.budget)
+
+    def ranked(network: nn.Module, target: int) -> Masks:
+        return ranked_masks(network, groups, search.granularity, target, budget.metric, search.criterion, search.agent)
+
+    dense = costs.metrics[budget.metric](costs.dense)
+    plug = GradualWeights(*how, dense, budget.target(costs), ranked)
+    return Course(copy.deepcopy(workspace.model), plug, lambda trained: (trained, plug.masks))
 
 
 def _centripetal(workspace: Workspace, allocation: Allocation) -> Course:
@@ -92,18 +121,19 @@ def _check_resrep(workspace: Workspace) -> None:
 
 @dataclass(frozen=True)
 class Merging:
-    """A way in which channels leave by training.
+    """A way in which channels, or weights, leave by training.
 
     Attributes:
-        course: From workspace and allocation to the training.
+        course: From workspace and decision to the training.
         check: Raises a `UserError` where the network can't have it.
     """
 
-    course: Callable[[Workspace, Allocation], Course]
+    course: Callable[[Workspace, Decision], Course]
     check: Callable[[Workspace], None]
 
 
 MERGINGS: dict[str, Merging] = {
+    "gradual": Merging(_gradual, lambda workspace: None),
     "centripetal": Merging(_centripetal, _check_centripetal),
     "compactors": Merging(_compactors, _check_compactors),
     "resrep": Merging(_resrep, _check_resrep),

@@ -50,6 +50,11 @@ def _masks(granularity: str, paper: str, **options: object) -> Method:
     return Method("masks", granularity, paper, defaults | options)
 
 
+def _gradual(granularity: str, paper: str, agent: str, **how: object) -> Method:
+    options = {"granularity": granularity, "agent": agent, "removal.method": "gradual", "epochs": 0}
+    return Method("pipeline", granularity, paper, options | how)
+
+
 def _merging(method: str, paper: str) -> Method:
     return Method("sparse training", "channel", paper, {"removal.method": method, "agent": "uniform", "epochs": 0})
 
@@ -94,6 +99,10 @@ METHODS: dict[str, Method] = {
     "sensitivity": Method(
         "allocator", "channel", "Li et al. 2017, ICLR; dynamic programming", {"agent": "sensitivity"}
     ),
+    "iterative": _gradual(
+        "channel", "Li et al. 2017, ICLR", "uniform", **{"removal.schedule": "linear", "removal.prunings": 5}
+    ),
+    "agp": _gradual("weight", "Zhu and Gupta 2017, arXiv 1710.01878", "global", **{"removal.prunings": 30}),
     "eagleeye": Method(
         "pipeline", "channel", "Li et al. 2020, ECCV", {"agent": "eagleeye", "proxy.statistics": "calibration"}
     ),

@@ -79,7 +79,7 @@ def test_parts_that_leave_too_little_for_training_are_refused():
         carved(100, proxy_images=42)
 
 
-@pytest.mark.parametrize("name", ["image_size", "proxy_images", "max_test_images"])
+@pytest.mark.parametrize("name", ["image_size", "proxy_images", "max_train_images", "max_test_images"])
 def test_sizes_below_one_are_refused(name):
     with pytest.raises(UserError, match=f"--{name}: must be at least 1, got 0"):
         DataConfig(**{name: 0})
@@ -197,8 +197,8 @@ def test_sample_has_no_image_twice(sample):
 
 
 def test_sample_gives_as_many_held_out_images_as_asked_for(sample):
-    splits = load(DataConfig(proxy_images=120, max_test_images=70))
-    assert sizes(splits) == sizes(sample) | {"proxy": 120, "test": 70}
+    splits = load(DataConfig(proxy_images=120, max_train_images=90, max_test_images=70))
+    assert sizes(splits) == sizes(sample) | {"train": 90, "proxy": 120, "test": 70}
     assert torch.equal(splits.proxy.pixels, sample.proxy.pixels[:120])
 
 

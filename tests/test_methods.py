@@ -150,13 +150,32 @@ def test_what_leaves_by_training_ends_within_the_budget_with_true_costs_whether_
     assert (allocation["source"] == "resrep") == (method == "resrep")
 
 
+def test_masks_that_grow_meet_the_budget_and_last_whether_killed_or_not(tmp_path, monkeypatch):
+    options = ["--method", "agp", "--removal.epochs", "3", "--budget", "params=20%"]
+    for name in ("whole", "killed"):
+        assert main(["search", *FAST, *options, "--out", str(tmp_path / name)]) == 0
+    at_once = (tmp_path / "whole" / "masks.safetensors").read_bytes()
+    assert main(["prune", str(tmp_path / "whole")]) == 0
+
+    with monkeypatch.context() as patched:
+        patched.setattr(removal, "finetune", interrupted_finetune)
+        assert main(["prune", str(tmp_path / "killed")]) == 130
+    assert main(["prune", str(tmp_path / "killed")]) == 0
+    files = [(tmp_path / name / "masks.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert files[0] == files[1] != at_once
+    assert main(["finetune", str(tmp_path / "whole"), "--epochs", "1"]) == 0
+    results, network = results_of(tmp_path / "whole"), load_pruned(tmp_path / "whole" / "pruned")
+    assert results["params"] == sum(int(p.count_nonzero()) for p in network.parameters())
+    assert results["params"] <= 0.2 * results["params_dense"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--removal.method", "resrap"], "--removal.method: unknown method 'resrap'; did you mean 'resrep'?"),
         (
             ["--method", "kernel", "--removal.method", "resrep"],
-            "is for channels, not for kernel; use slice",
+            "--removal.method: resrep is not for granularity kernel; use slice",
         ),
         (
             ["--method", "resrep", "--budget", "macs=40%..60%"],
@@ -167,6 +186,12 @@ def test_what_leaves_by_training_ends_within_the_budget_with_true_costs_whether_
             "--removal.clusters: must be kmeans or even, got 'odd'",
         ),
         (["--method", "centripetal", "--removal.lr", "-1"], "--removal.lr: must be at least 0, got -1"),
+        (["--method", "2:4", "--removal.method", "gradual"], "gradual is not for granularity 2:4; use slice"),
+        (["--method", "agp", "--removal.prunings", "0"], "--removal.prunings: must be at least 1, got 0"),
+        (
+            ["--method", "agp", "--removal.schedule", "square"],
+            "--removal.schedule: must be cubic or linear, got 'square'",
+        ),
     ],
 )
 def test_a_removal_that_can_not_be_is_refused_before_anything_is_written(arguments, message, tmp_path, capsys):

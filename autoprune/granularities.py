@@ -1,0 +1,263 @@
+"""What is removed as one, from a single weight to a layer: for each granularity how it is decided and carried out."""
+
+import copy
+from functools import cached_property
+
+from torch import nn
+
+from autoprune.allocation import Allocation, Budget, BudgetRange, parse_budget
+from autoprune.config import SearchConfig, Settings
+from autoprune.cost import CostTable
+from autoprune.depth import Block, removable_blocks, remove_blocks, shallower
+from autoprune.errors import UserError, check_known
+from autoprune.finetune import Plug
+from autoprune.granularity import PATTERNS, KeepMasks, Masks, check_mask_options, n_of_m, n_of_m_masks, ranked_masks
+from autoprune.merging import MERGINGS
+from autoprune.pruning import prune, top_channels
+from autoprune.removal import Removal, Trained
+from autoprune.runs import RunFolder, write_json
+from autoprune.scoring import recalibrate, score
+from autoprune.tracing import trace
+from autoprune.workspace import Workspace
+
+
+class Channels(Removal):
+    """Whole channels, by the run's allocation, which a search or a person decides."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether there is an allocation."""
+        return self.folder.allocation.exists()
+
+    @cached_property
+    def decision(self) -> Allocation:
+        """The run's allocation."""
+        return Allocation.read(self.folder.allocation, self.workspace.groups)
+
+    def keep(self, decision: Allocation) -> None:
+        """Writes the allocation."""
+        write_json(self.folder.allocation, decision.to_json())
+        self.decision = decision
+
+    def costs(self) -> dict:
+        """Those of the allocation."""
+        return self.workspace.costs_of(self.decision.kept)
+
+    def network(self) -> nn.Module:
+        """The sub-model with the most important channels; with reconstructed weights if that helps."""
+        workspace = self.workspace
+        kept = top_channels(workspace.importance, self.decision.kept)
+        pruned, inputs = prune(workspace.model, workspace.groups, kept), workspace.splits.calibration.inputs
+        recalibrate(pruned, inputs)
+        if workspace.reconstruction is None:
+            return pruned
+        solved = prune(workspace.model, workspace.groups, kept)
+        workspace.reconstruction.apply(solved, kept)
+        recalibrate(solved, inputs)
+        return min(solved, pruned, key=lambda model: score(model, workspace.splits.proxy).loss)
+
+    def plan(self) -> dict:
+        """The allocation, and which channels it keeps."""
+        kept = top_channels(self.workspace.importance, self.decision.kept)
+        channels = {name: indices.tolist() for name, indices in kept.items()}
+        return {"allocation": self.decision.to_json(), "kept": channels}
+
+
+class TrainedChannels(Trained, Channels):
+    """Whole channels that leave by training."""
+
+    def plan(self) -> dict:
+        """The allocation, and how it came about."""
+        return {"allocation": self.decision.to_json(), "removal": self.workspace.settings.removal.method}
+
+
+class Weights(Removal):
+    """Weights, rows, columns, kernels or filters, as masks that leave the shapes as they are."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether there are masks."""
+        return self.folder.masks.exists()
+
+    def check(self) -> None:
+        """Makes the masks, and forgets them: another network may be trained first."""
+        self.masks()
+
+    def decide(self) -> dict:
+        """Ranks the units and masks the least, or N of M everywhere."""
+        self.keep(self.masks())
+        return self.costs()
+
+    @cached_property
+    def decision(self) -> Masks:
+        """The run's masks."""
+        return Masks.load(self.folder.masks, self.workspace.model)
+
+    def keep(self, decision: Masks) -> None:
+        """Writes the masks."""
+        decision.save(self.folder.masks)
+        self.decision = decision
+
+    def costs(self) -> dict:
+        """What isn't zero."""
+        dense, nonzero = self.workspace.dense_costs, self.decision.costs(self.workspace.groups)
+        layers = [
+            {"name": name.removesuffix(".weight"), "channels": kept.numel(), "kept": int(kept.sum())}
+            for name, kept in self.decision.kept.items()
+        ]
+        shares = {"macs_ratio": nonzero["macs"] / dense["macs_dense"], "sparsity": self.decision.sparsity}
+        same = {"memory_bytes": dense["memory_bytes_dense"]}
+        return nonzero | dense | same | shares | {"groups": layers, "counted": "weights"}
+
+    def masks(self) -> Masks:
+        """What the settings ask for, made anew.
+
+        Raises:
+            UserError: If it doesn't fit the budget.
+        """
+        search, groups, costs = self.workspace.settings.search, self.workspace.groups, self.workspace.costs
+        model, budget = self.workspace.model, check_granularity(search)
+        target, pair = budget.target(costs), n_of_m(search.granularity)
+        if pair is None:
+            how = budget.metric, search.criterion, search.agent
+            return ranked_masks(model, groups, search.granularity, target, *how)
+        masks, _ = n_of_m_masks(model, groups, *pair)
+        left = masks.costs(groups)[budget.metric]
+        if left > target:
+            share = left / costs.metrics[budget.metric](costs.dense)
+            raise UserError(
+                f"--budget: {search.granularity} leaves {budget.metric}={share:.1%}; allow that, not {budget}"
+            )
+        return masks
+
+    def network(self) -> nn.Module:
+        """The network with zeros for what is masked."""
+        masked = copy.deepcopy(self.workspace.model)
+        self.decision.apply(masked)
+        recalibrate(masked, self.workspace.splits.calibration.inputs)
+        return masked
+
+    def plan(self) -> dict:
+        """The granularity; the masks lie beside the pruned network's folder."""
+        return {"granularity": self.workspace.settings.search.granularity, "sparsity": self.decision.sparsity}
+
+    def plug(self) -> Plug:
+        """Fine-tuning under the masks."""
+        return KeepMasks(self.decision)
+
+
+class TrainedWeights(Trained, Weights):
+    """Masks that grow while the network trains."""
+
+
+class Blocks(Removal):
+    """Residual blocks, in whose place the identity stands."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the blocks are written down."""
+        return self.folder.blocks.exists()
+
+    def check(self) -> None:
+        """Looks whether enough of the network is in blocks that can go."""
+        saved = sum(block.macs for block in self._all)
+        floor = self.workspace.costs.macs({}) - saved
+        if self._target < floor:
+            share = floor / (floor + saved)
+            raise UserError(
+                f"--budget: {self.workspace.settings.search.budget} is below the reachable floor; without its "
+                f"{len(self._all)} removable blocks this network has macs={floor} ({share:.1%})"
+            )
+
+    def decide(self) -> dict:
+        """Removes the block of least damage per MAC, again and again, on the proxy split."""
+        workspace = self.workspace
+        self.keep(shallower(workspace.model, workspace.splits.example, workspace.splits.proxy, self._target))
+        return self.costs()
+
+    @cached_property
+    def decision(self) -> list[str]:
+        """The names of the removed blocks."""
+        return self.folder.read_json(self.folder.blocks)["removed"]
+
+    def keep(self, decision: list[str]) -> None:
+        """Writes the names."""
+        write_json(self.folder.blocks, {"removed": decision})
+        self.decision = decision
+
+    def costs(self) -> dict:
+        """Those of the shallower network."""
+        workspace = self.workspace
+        smaller = CostTable(trace(remove_blocks(workspace.model, self.decision), workspace.splits.example))
+        results = {metric: cost(smaller.dense) for metric, cost in smaller.metrics.items()} | workspace.dense_costs
+        blocks = [
+            {"name": block.name, "channels": block.macs, "kept": 0 if block.name in self.decision else block.macs}
+            for block in self._all
+        ]
+        return results | {"macs_ratio": results["macs"] / results["macs_dense"], "groups": blocks, "counted": "MACs"}
+
+    def network(self) -> nn.Module:
+        """The shallower network."""
+        smaller = remove_blocks(self.workspace.model, self.decision)
+        recalibrate(smaller, self.workspace.splits.calibration.inputs)
+        return smaller
+
+    def plan(self) -> dict:
+        """The blocks that are gone; whoever loads the weights takes them out again."""
+        return {"granularity": "layer", "removed_blocks": self.decision}
+
+    @property
+    def _target(self) -> int:
+        return check_granularity(self.workspace.settings.search).target(self.workspace.costs)
+
+    @cached_property
+    def _all(self) -> list[Block]:
+        return removable_blocks(self.workspace.model, self.workspace.splits.example)
+
+
+GRANULARITIES: dict[str, type[Removal]] = {"channel": Channels, "layer": Blocks, **dict.fromkeys(PATTERNS, Weights)}
+"""Besides N:M, such as 2:4."""
+TRAINED: dict[type[Removal], type[Removal]] = {Channels: TrainedChannels, Weights: TrainedWeights}
+"""What stands in where units leave by training."""
+
+
+def removal(workspace: Workspace, folder: RunFolder) -> Removal:
+    """What the run removes, at the granularity of its settings."""
+    granularity = workspace.settings.search.granularity
+    kind = Weights if n_of_m(granularity) else GRANULARITIES[granularity]
+    return (kind if workspace.settings.removal.method == "slice" else TRAINED[kind])(workspace, folder)
+
+
+def check_removal(settings: Settings) -> None:
+    """Raises a `UserError` unless how units leave is known and goes with the granularity and the budget."""
+    method, search = settings.removal.method, settings.search
+    check_known("method", method, ["slice", *MERGINGS], "removal.method")
+    budget = check_granularity(search)
+    if method == "slice" or search.granularity == "channel":
+        if isinstance(budget, BudgetRange) and method == "resrep":
+            raise UserError(f"--budget: resrep trains for one budget, got {budget}")
+    elif method != "gradual" or search.granularity not in PATTERNS:
+        raise UserError(f"--removal.method: {method} is not for granularity {search.granularity}; use slice")
+
+
+def check_granularity(search: SearchConfig) -> Budget | BudgetRange:
+    """The budget of a search, after a look at whether its granularity can be decided so.
+
+    Raises:
+        UserError: If the granularity is unknown, or criterion, agent or budget don't go with it.
+    """
+    budget, granularity = parse_budget(search.budget), search.granularity
+    if not n_of_m(granularity):
+        check_known("granularity", granularity, GRANULARITIES, others=", or N:M as in 2:4")
+    if granularity == "channel":
+        return budget
+    if isinstance(budget, BudgetRange):
+        raise UserError(f"--budget: a range is for channels; granularity {granularity} takes one budget, got {budget}")
+    if granularity == "layer" and (budget.metric, search.agent) != ("macs", "global"):
+        raise UserError(
+            f"--granularity: blocks are ranked by damage per MAC; use --agent global and a budget of macs, "
+            f"got {search.agent} and {budget}"
+        )
+    if granularity != "layer" and not n_of_m(granularity):
+        check_mask_options(granularity, search.criterion, search.agent)
+    return budget

@@ -1,0 +1,176 @@
+"""Methods beside each other, through the command line that everybody has: one question a table.
+
+    python experiments/compare_methods.py criteria --weights FILE
+    python experiments/compare_methods.py criteria --summary
+
+Every row is `autoprune search`, `prune`, `finetune` and `evaluate` of the public ResNet-20 with the options of its name,
+beside those that all rows of the table share: the same budget, training images, epochs in all, distillation. The last
+epoch counts; the test split is read once, after it. A seed stands for the order of training and for the search.
+
+A row a network in `experiments/results/methods_TABLE.csv`. Rows that are there aren't measured again, and a killed script
+goes on after the last epoch.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from autoprune.cli import main as autoprune
+from autoprune.runs import RunFolder
+from experiments.tables import fill, measured
+
+RESULTS = Path(__file__).parent / "results"
+KEY = ("row", "seed")
+FIELDS = (*KEY, "options", "macs_ratio", "sparsity", "test_dense", "test_pruned", "test", "seconds")
+FEW_IMAGES = {"max_train_images": 10_000}
+Options = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One question.
+
+    Attributes:
+        question: What it is about.
+        shared: Options of all rows.
+        rows: Name to the options that make the difference.
+    """
+
+    question: str
+    shared: Options
+    rows: Mapping[str, Options]
+
+
+def _trained(epochs: int, **options: object) -> Options:
+    """Channels leave in a training of that length; there is no other."""
+    return {"removal.epochs": epochs, "epochs": 0} | options
+
+
+CRITERIA = ("l1", "l2", "fpgm", "bn_scale", "activation", "apoz", "taylor", "hessian", "lamp", "random")
+MASKS = ("weight", "row", "column", "kernel", "filter")
+TABLES = {
+    "criteria": Table(
+        "Which channels go, when each group loses the same share?",
+        FEW_IMAGES | {"budget": "macs=50%", "agent": "uniform", "epochs": 1},
+        {name: {"criterion": name} for name in CRITERIA},
+    ),
+    "trainings": Table(
+        "At four epochs in all: cut and fine-tune, or train so that channels can leave?",
+        FEW_IMAGES | {"budget": "macs=50%"},
+        {
+            "l1": {"method": "l1", "epochs": 4},
+            "slimming": {"method": "slimming", "sparse.epochs": 2, "epochs": 2},
+            "group_lasso": {"method": "group_lasso", "sparse.epochs": 2, "epochs": 2},
+            "iterative": _trained(4, method="iterative"),
+            "centripetal": _trained(4, method="centripetal"),
+            "compactors": _trained(4, agent="uniform", **{"removal.method": "compactors"}),
+            "resrep": _trained(4, method="resrep"),
+        },
+    ),
+    "granularities": Table(
+        "What does the grain of what goes cost, at equal non-zero MACs?",
+        FEW_IMAGES | {"budget": "macs=40%", "epochs": 1},
+        {name: {"method": name if name != "weight" else "weight_magnitude"} for name in MASKS}
+        | {"channel": {"method": "l1"}, "layer": {"method": "layer"}},
+    ),
+    "longer": Table(
+        "The same, for twelve epochs of all training images?",
+        {"budget": "macs=50%"},
+        {
+            "l1": {"method": "l1", "epochs": 12},
+            "centripetal": _trained(12, method="centripetal"),
+            "resrep": _trained(12, method="resrep"),
+        },
+    ),
+    "allocations": Table(
+        "What does the agent's allocation add to a criterion, or to a sparsely trained network?",
+        FEW_IMAGES | {"budget": "macs=50%", "episodes": 100},
+        {
+            f"{name} {agent}": {"criterion": name, "agent": agent, "epochs": 2}
+            for name in ("l1", "fpgm", "bn_scale", "taylor", "random")
+            for agent in ("uniform", "dyna")
+        }
+        | {
+            f"slimming {agent}": {"method": "slimming", "agent": agent, "sparse.epochs": 1, "epochs": 1}
+            for agent in ("global", "dyna")
+        },
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--weights")
+    parser.add_argument("--rows", nargs="+", metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare_methods"))
+    parser.add_argument("--summary", action="store_true")
+    args = parser.parse_args()
+    table, path = TABLES[args.table], RESULTS / f"methods_{args.table}.csv"
+    if args.summary:
+        return summarise(table, measured(path, parser))
+    if args.weights is None:
+        parser.error("--weights: give the trained weights of ResNet-20")
+    rows = args.rows or list(table.rows)
+    for name in rows:
+        if name not in table.rows:
+            parser.error(f"--rows: no row {name!r}; known: {', '.join(table.rows)}")
+    cells = [{"row": name, "seed": seed} for seed in args.seeds for name in rows]
+    fill(path, cells, lambda cell: measure(table, cell, args.weights, args.runs / args.table), FIELDS)
+
+
+def measure(table: Table, cell: dict, weights: str, runs: Path) -> dict:
+    """One network from the dense one to its test accuracy."""
+    run = runs / f"{cell['row'].replace(':', '-').replace(' ', '-')}-{cell['seed']}"
+    own = flags(table.shared | table.rows[cell["row"]])
+    resume = ["--resume"] if (run / "config.yaml").exists() else []
+    base = ["--model", "resnet20", "--weights", weights, "--data", "cifar10", "--baselines", "none"]
+    _do("search", *base, *own, "--seed", str(cell["seed"]), "--out", str(run), *resume)
+    if not (run / "pruned" / "plan.json").exists():
+        _do("prune", str(run))
+    if json.loads((run / "pruned" / "plan.json").read_text())["stage"] != "finetuned":
+        _do("finetune", str(run), "--resume")
+    _do("evaluate", str(run))
+    results = RunFolder(run).known_results
+    return {
+        "options": " ".join(own),
+        "macs_ratio": round(results["macs_ratio"], 5),
+        "sparsity": round(results["sparsity"], 5) if "sparsity" in results else "",
+        "test_dense": results["accuracy_dense"],
+        "test_pruned": results["accuracy_pruned"],
+        "test": results["accuracy"],
+        "seconds": results["seconds_total"],
+    }
+
+
+def flags(options: Options) -> list[str]:
+    """As they are typed."""
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def _do(*arguments: str) -> None:
+    code = autoprune(list(arguments))
+    if code:
+        raise SystemExit(code)
+
+
+def summarise(table: Table, rows: list[dict]) -> None:
+    """Test accuracy before and after fine-tuning, mean ± standard deviation over the seeds, best first."""
+    by_row: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        by_row[row["row"]].append((100 * float(row["test_pruned"]), 100 * float(row["test"])))
+    print(table.question)
+    for name, scores in sorted(by_row.items(), key=lambda item: -np.mean([after for _, after in item[1]])):
+        before, after = np.array(scores).T
+        spread = f"{after.std(ddof=1):.2f}" if len(after) > 1 else "-"
+        print(f"{name:18s} {before.mean():6.2f} -> {after.mean():.2f} ± {spread}  seeds {len(after)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Gradual pruning: on schedule, never back, on the weights as they are, and in the end really gone."""
+
+import pytest
+import torch
+from kills import Killed, kill_after
+from nets import NETS, build, difference, images, outputs, random_kept, randomise
+from torch import nn
+
+from autoprune.config import FinetuneConfig
+from autoprune.cost import CostTable
+from autoprune.criteria import importance
+from autoprune.data import Images
+from autoprune.finetune import finetune
+from autoprune.gradual import SHAPES, Gradual, GradualChannels, GradualWeights, channel_masks
+from autoprune.granularity import Masks, ranked_masks
+from autoprune.groups import Groups
+from autoprune.pruning import prune
+from autoprune.tracing import trace
+
+CONFIG = FinetuneConfig(epochs=6, batch_size=16, flip=False)
+GOAL = {"conv1": 2, "conv2": 3}
+N_STEPS = 6 * 3
+
+
+def traced(name: str = "chain") -> tuple[nn.Module, Groups]:
+    model = build(name)
+    return model, trace(model, images(1, NETS[name].size))
+
+
+def data(n: int = 48) -> Images:
+    return Images(images(n, NETS["chain"].size), torch.arange(n) % 5)
+
+
+def channels(model: nn.Module, groups: Groups, shape: str = "linear", n_prunings: int = 4) -> GradualChannels:
+    return GradualChannels(shape, n_prunings, groups, GOAL, lambda net: importance("l1", net, groups, data()))
+
+
+class Watched:
+    """Mixed into a plug: remembers share, masks and network of every pruning."""
+
+    def masks_at(self, model: nn.Module, share: float) -> Masks:
+        masks = super().masks_at(model, share)
+        seen = {name: p.detach().clone() for name, p in model.named_parameters()}
+        vars(self).setdefault("prunings", []).append((share, masks, seen))
+        return masks
+
+
+class WatchedChannels(Watched, GradualChannels):
+    pass
+
+
+class WatchedWeights(Watched, GradualWeights):
+    pass
+
+
+def test_the_cubic_schedule_is_equation_1_of_agp():
+    for progress in (0.0, 0.1, 0.5, 1.0):
+        assert SHAPES["cubic"](progress) == pytest.approx(1 + (0 - 1) * (1 - progress) ** 3)
+        assert SHAPES["linear"](progress) == progress
+
+
+class Schedule(Gradual):
+    """Masks nothing, and remembers when it was asked to."""
+
+    asked: list
+
+    def masks_at(self, model: nn.Module, share: float) -> Masks:
+        self.asked.append((self.step, share))
+        return Masks({})
+
+
+@pytest.mark.parametrize(
+    ("n_prunings", "n_steps", "moments"), [(1, 9, [0]), (4, 60, [0, 10, 20, 30]), (6, 6, [0, 1, 2, 3])]
+)
+def test_prunings_are_spread_over_the_first_two_thirds_and_the_last_reaches_the_goal(n_prunings, n_steps, moments):
+    plug = Schedule("linear", n_prunings)
+    plug.asked = []
+    plug.begin(nn.Identity(), n_steps)
+    for plug.step in range(n_steps):
+        plug.before_forward(nn.Identity(), plug.step)
+    assert [step for step, _ in plug.asked] == moments
+    shares = [share for _, share in plug.asked]
+    assert shares == sorted(shares) and shares[-1] == 1
+
+
+def test_weights_go_on_schedule_never_come_back_and_stay_zero():
+    model, groups = traced()
+    dense, target = CostTable(groups).params({}), 90
+    plug = WatchedWeights(
+        "cubic", 5, dense, target, lambda net, left: ranked_masks(net, groups, "weight", left, "params")
+    )
+    finetune(model, data(), CONFIG, plug=plug)
+    before = {name: torch.ones_like(kept) for name, kept in plug.masks.kept.items()}
+    for share, masks, seen in plug.prunings:
+        due = round(dense - share * (dense - target))
+        left = masks.costs(groups)["params"]
+        assert due - 1 <= left <= due  # a unit is one weight
+        assert all((kept <= before[name]).all() for name, kept in masks.kept.items())
+        # Ranked on what training had made of the weights: none that goes was larger than one that stays.
+        gone = torch.cat([seen[n][~k & before[n]].abs() for n, k in masks.kept.items()])
+        stay = torch.cat([seen[n][k].abs() for n, k in masks.kept.items()])
+        assert len(gone) and gone.max() <= stay.max()
+        before = masks.kept
+    assert len(plug.prunings) == 5 and plug.masks.costs(groups)["params"] == target
+    assert all((model.get_parameter(name)[~kept] == 0).all() for name, kept in plug.masks.kept.items())
+
+
+def test_channels_go_on_schedule_never_come_back_and_are_ranked_on_the_weights_of_the_moment():
+    model, groups = traced()
+    plug = WatchedChannels("linear", 4, groups, GOAL, lambda net: importance("l1", net, groups, data()))
+    finetune(model, data(), CONFIG, plug=plug)
+    rows = {name: torch.ones(groups[name].channels, dtype=torch.bool) for name in GOAL}
+    for share, masks, seen in plug.prunings:
+        for name, goal in GOAL.items():
+            norms = seen[f"{name}.weight"].flatten(1).abs().sum(1)
+            n_kept = round(len(norms) - share * (len(norms) - goal))
+            expected = norms.masked_fill(~rows[name], -1).topk(n_kept).indices
+            kept = masks.kept[f"{name}.weight"].flatten(1).any(1) if f"{name}.weight" in masks.kept else norms >= 0
+            assert sorted(kept.nonzero()[:, 0].tolist()) == sorted(expected.tolist())
+            rows[name] = kept
+    assert {name: len(kept) for name, kept in plug.kept.items()} == GOAL
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "concat"])
+def test_what_is_masked_in_all_its_weights_can_be_cut_off_without_a_change(name):
+    model, groups = traced(name)
+    randomise(model)
+    kept, x = random_kept(groups, seed=1), images(4, NETS[name].size)
+    channel_masks(groups, kept).apply(model)
+    assert difference(outputs(prune(model, groups, kept), x), outputs(model, x)) < 1e-5
+
+
+def test_channels_that_stay_are_not_masked():
+    model, groups = traced("residual")
+    assert channel_masks(groups, {}).kept == {}
+    kept = random_kept(groups, seed=1)
+    size = sum(int(mask.sum()) for mask in channel_masks(groups, kept).kept.values())
+    masked = channel_masks(groups, kept).kept
+    pruned = {name: p.numel() for name, p in prune(model, groups, kept).named_parameters()}
+    assert size == sum(pruned[name] for name in masked)
+
+
+@pytest.mark.parametrize("kind", ["channels", "weights"])
+def test_a_killed_training_goes_on_with_its_masks_and_ends_the_same(kind, tmp_path):
+    def trained(checkpoint, on_epoch=lambda epoch, loss: None):
+        model, groups = traced()
+        if kind == "channels":
+            plug = channels(model, groups, "cubic")
+        else:
+            ranked = lambda net, left: ranked_masks(net, groups, "kernel", left)  # noqa: E731
+            plug = GradualWeights("linear", 4, CostTable(groups).macs({}), 6_000, ranked)
+        finetune(model, data(), CONFIG, checkpoint=checkpoint, on_epoch=on_epoch, plug=plug)
+        return model, plug
+
+    whole, masks = trained(None)
+    with pytest.raises(Killed):
+        trained(tmp_path / "half.pt", kill_after(3))
+    again, resumed = trained(tmp_path / "half.pt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert masks.masks.kept.keys() == resumed.masks.kept.keys()
+    assert all(torch.equal(kept, resumed.masks.kept[name]) for name, kept in masks.masks.kept.items())
