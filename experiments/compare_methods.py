@@ -3,12 +3,12 @@
     python experiments/compare_methods.py criteria --weights FILE
     python experiments/compare_methods.py criteria --summary
 
-Every row is `autoprune search`, `prune`, `finetune` and `evaluate` of the public ResNet-20 with the options of its name,
-beside those that all rows of the table share: the same budget, training images, epochs in all, distillation. The last
-epoch counts; the test split is read once, after it. A seed stands for the order of training and for the search.
+Every row is `autoprune search`, `prune`, `finetune` and `evaluate` of the public ResNet-20 with the options of its
+name, beside those that all rows of the table share: the same budget, training images, epochs in all, distillation. The
+last epoch counts; the test split is read once, after it. A seed stands for the order of training and for the search.
 
-A row a network in `experiments/results/methods_TABLE.csv`. Rows that are there aren't measured again, and a killed script
-goes on after the last epoch.
+A row a network in `experiments/results/methods_TABLE.csv`. Rows that are there aren't measured again, and a killed
+script goes on after the last epoch.
 """
 
 import argparse
