@@ -106,11 +106,12 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     from agents.policies import starting_policy
     from agents.search import check_agent
     from autoprune.criteria import check_criterion
-    from autoprune.granularities import check_removal
+    from autoprune.granularities import FITTED, check_removal
     from autoprune.sparse import check_sparse
     from envs.rewards import reward_named
 
-    check_agent(settings.search.agent)
+    if settings.search.agent != FITTED:
+        check_agent(settings.search.agent)
     check_baselines(output.baselines)
     check_criterion(settings.search.criterion)
     check_sparse(settings.sparse.method)
@@ -192,24 +193,35 @@ def _prepare(workspace) -> None:
     """Finds what can be wrong with network, images and budget."""
     from autoprune.granularities import removal
 
-    if workspace.settings.search.granularity == "channel":
+    decided = removal(workspace, None)
+    if decided.is_searched:
         _make_env(workspace)
-    removal(workspace, None).check()
+    decided.check()
 
 
 def _decide(workspace, folder, output: OutputConfig) -> None:
-    """What goes: channels are searched, anything else is ranked."""
+    """What goes: it is searched, or decided at once."""
     from autoprune.allocation import parse_budget
-    from autoprune.compress import decide_stage
     from autoprune.granularities import removal
 
     settings, network = workspace.settings, workspace.settings.network.model
     folder.add_results(run=str(folder.root), model=network, data=settings.data.data, seed=settings.search.seed)
     folder.add_results(budget=str(parse_budget(settings.search.budget)), agent=settings.search.agent)
-    if settings.search.granularity == "channel":
+    decided = removal(workspace, folder)
+    if decided.is_searched:
         _search(workspace, folder, output)
-    elif not removal(workspace, folder).is_decided:
-        decide_stage(workspace, folder)
+    elif not decided.is_decided:
+        _decide_without_search(workspace, folder, decided.n_steps)
+
+
+def _decide_without_search(workspace, folder, n_steps: int) -> None:
+    from autoprune.compress import decide_stage
+    from autoprune.console import progress
+
+    if not n_steps:
+        return decide_stage(workspace, folder, lambda note: None)
+    with progress(workspace.settings.search.agent, n_steps) as advance:
+        decide_stage(workspace, folder, advance)
 
 
 def _search(workspace, folder, output: OutputConfig) -> None:
@@ -242,7 +254,6 @@ def _search(workspace, folder, output: OutputConfig) -> None:
 
 
 def _make_env(workspace):
-    from autoprune.constraints import search_limits
     from envs.layer_pruning import LayerPruningEnv
 
     search = workspace.settings.search
@@ -254,7 +265,8 @@ def _make_env(workspace):
         search.reward,
         max_sparsity=search.max_sparsity,
         accuracy_floor=search.accuracy_floor,
-        **search_limits(workspace.groups, search),
+        costs=workspace.costs,
+        **workspace.limits,
     )
 
 

@@ -91,10 +91,10 @@ def _share(workspace: Workspace) -> float:
     return min(1.0, budget.target(costs) / costs.metrics[budget.metric](costs.dense))
 
 
-def decide_stage(workspace: Workspace, folder: RunFolder) -> None:
-    """Decides what goes where no search does, at granularities other than channels."""
+def decide_stage(workspace: Workspace, folder: RunFolder, advance: Say) -> None:
+    """Decides what goes where no search does; `advance` is told of each long step."""
     with timed(folder, "search"):
-        results = removal(workspace, folder).decide()
+        results = removal(workspace, folder).decide(advance)
     folder.add_results(**results, episodes=0, evaluations=0)
 
 

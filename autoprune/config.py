@@ -228,6 +228,22 @@ class RemovalConfig:
 
 
 @dataclass(frozen=True)
+class DimensionsConfig:
+    """How the agent polynomial measures what depth, width and image size are worth."""
+
+    epochs: int = 1
+    """Passes over the training split for each network that is measured."""
+    lr: float = 0.01
+    """Highest learning rate meanwhile; the rest is as in fine-tuning."""
+    degree: int = 2
+    """Of the accuracy model's polynomials, one for each dimension."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 0, float("inf"), "epochs", "lr", stage="dimensions")
+        _check_range(self, 1, 3, "degree", stage="dimensions")
+
+
+@dataclass(frozen=True)
 class ProxyConfig:
     """How a sub-model is scored during the search."""
 
@@ -275,12 +291,13 @@ class SearchConfig(_Excluding):
     """Cost not to exceed: macs or params, a share (50%, 0.5) or an absolute number (20M). A range of shares, as in
     macs=30%..80%, is searched as a whole: one policy, and the Pareto front."""
     granularity: str = "channel"
-    """What is removed: channel; layer, with the agent global: residual blocks; or, as masks that leave the shapes as
-    they are, ranked by l1, l2, lamp or random with the agent global or uniform: weight, row, column, kernel, filter, or
-    N:M as in 2:4."""
+    """What is removed: channel; dimensions: channels, residual blocks and pixels of the image's side together; layer,
+    with the agent global: residual blocks; or, as masks that leave the shapes as they are, ranked by l1, l2, lamp or
+    random with the agent global or uniform: weight, row, column, kernel, filter, or N:M as in 2:4."""
     agent: str = "dyna"
     """dyna, ppo, sac, td3, ddpg, tqc, or a baseline: uniform, random, sensitivity, evolution, tpe, global (one
-    threshold for the importance of all channels), cost_aware (for importance per cost saved), eagleeye."""
+    threshold for the importance of all channels), cost_aware (for importance per cost saved), eagleeye; or, for
+    dimensions, polynomial (an accuracy model fitted to short trainings)."""
     policy: str = ""
     """Policy to start from, instead of from uniform pruning: a name that `autoprune policies` lists, a run, or a
     policy's folder."""
@@ -341,6 +358,7 @@ class Settings:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
     removal: RemovalConfig = field(default_factory=RemovalConfig)
+    dimensions: DimensionsConfig = field(default_factory=DimensionsConfig)
 
     @property
     def sparse_training(self) -> FinetuneConfig:

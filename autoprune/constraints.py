@@ -6,10 +6,13 @@ output or as input. So `layer1.*` also means the channels that enter layer1, and
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from autoprune.config import SearchConfig
 from autoprune.errors import UserError, nearest_names
 from autoprune.groups import Group, Groups
+
+NONE: Mapping[str, int] = MappingProxyType({})
 
 
 def pinned_by_user(groups: Groups, patterns: Iterable[str]) -> Groups:
@@ -29,34 +32,43 @@ def pinned_by_user(groups: Groups, patterns: Iterable[str]) -> Groups:
     return groups.with_pins(asked)
 
 
-def per_group(groups: Groups, flag: str, numbers: Mapping[str, int], default: int) -> dict[str, int]:
-    """A number for every prunable group: that of the last pattern that means it, else the default.
+def per_group(groups: Groups, flag: str, numbers: Mapping[str, int], defaults: Mapping[str, int]) -> dict[str, int]:
+    """A number for every prunable group: that of the last pattern that means it, else its default.
 
     Args:
         groups: A trace.
         flag: The option by which the numbers came, for messages.
         numbers: Glob of group or layer names to the number.
-        default: For groups that no pattern means.
+        defaults: Group to the number that it has if no pattern means it.
 
     Raises:
         UserError: If a pattern means no group.
     """
-    values = dict.fromkeys(groups.channels, default)
+    values = {name: defaults[name] for name in groups.channels}
     for pattern, number in numbers.items():
         meant = {group.name for group in _meant(groups, pattern, flag)}
         values |= {name: number for name in meant & values.keys()}
     return values
 
 
-def search_limits(groups: Groups, config: SearchConfig) -> dict[str, dict[str, int]]:
+def search_limits(
+    groups: Groups, config: SearchConfig, steps: Mapping[str, int] = NONE, least: Mapping[str, int] = NONE
+) -> dict[str, dict[str, int]]:
     """`round_to` and `min_width` per prunable group as the configuration asks: arguments of a `SearchSpace`.
+
+    Args:
+        groups: A trace.
+        config: The options.
+        steps: Group to a default for `round_to` of its own.
+        least: Group to a default for `min_width` of its own.
 
     Raises:
         UserError: If a pattern means no group.
     """
+    multiples, widths = dict.fromkeys(groups.channels, config.round_to), dict.fromkeys(groups.channels, 1)
     return {
-        "round_to": per_group(groups, "round_to_for", config.multiples, config.round_to),
-        "min_width": per_group(groups, "min_width", config.least_widths, 1),
+        "round_to": per_group(groups, "round_to_for", config.multiples, multiples | dict(steps)),
+        "min_width": per_group(groups, "min_width", config.least_widths, widths | dict(least)),
     }
 
 

@@ -17,6 +17,7 @@ from autoprune.depth import remove_blocks
 from autoprune.errors import ExportError, UserError
 from autoprune.groups import tensors_in
 from autoprune.pruning import fit_shapes
+from autoprune.resolution import at_resolution
 from autoprune.runs import write_atomically, write_json
 
 MAX_RELATIVE_ERROR = 1e-4
@@ -165,6 +166,8 @@ def load_pruned(folder: Path) -> nn.Module:
     model = models.build(plan["model"], plan["n_classes"])
     if plan.get("removed_blocks"):
         model = remove_blocks(model, plan["removed_blocks"])
+    if plan.get("image_size"):
+        model = at_resolution(model, plan["image_size"])
     model = open_attention(model)
     _check_fit(model.state_dict(), weights, folder, plan["model"])
     fit_shapes(model, weights)

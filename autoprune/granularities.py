@@ -1,11 +1,13 @@
 """What is removed as one, from a single weight to a layer: for each granularity how it is decided and carried out."""
 
 import copy
+from collections.abc import Callable
 from functools import cached_property
 
 from torch import nn
 
-from autoprune.allocation import Allocation, Budget, BudgetRange, parse_budget
+from autoprune.allocation import Budget, BudgetRange, parse_budget
+from autoprune.compound import FITTED, Compound
 from autoprune.config import SearchConfig, Settings
 from autoprune.cost import CostTable
 from autoprune.depth import Block, removable_blocks, remove_blocks, shallower
@@ -13,54 +15,11 @@ from autoprune.errors import UserError, check_known
 from autoprune.finetune import Plug
 from autoprune.granularity import PATTERNS, KeepMasks, Masks, check_mask_options, n_of_m, n_of_m_masks, ranked_masks
 from autoprune.merging import MERGINGS
-from autoprune.pruning import prune, top_channels
-from autoprune.removal import Removal, Trained
+from autoprune.removal import Channels, Removal, Trained
 from autoprune.runs import RunFolder, write_json
-from autoprune.scoring import recalibrate, score
+from autoprune.scoring import recalibrate
 from autoprune.tracing import trace
 from autoprune.workspace import Workspace
-
-
-class Channels(Removal):
-    """Whole channels, by the run's allocation, which a search or a person decides."""
-
-    @property
-    def is_decided(self) -> bool:
-        """Whether there is an allocation."""
-        return self.folder.allocation.exists()
-
-    @cached_property
-    def decision(self) -> Allocation:
-        """The run's allocation."""
-        return Allocation.read(self.folder.allocation, self.workspace.groups)
-
-    def keep(self, decision: Allocation) -> None:
-        """Writes the allocation."""
-        write_json(self.folder.allocation, decision.to_json())
-        self.decision = decision
-
-    def costs(self) -> dict:
-        """Those of the allocation."""
-        return self.workspace.costs_of(self.decision.kept)
-
-    def network(self) -> nn.Module:
-        """The sub-model with the most important channels; with reconstructed weights if that helps."""
-        workspace = self.workspace
-        kept = top_channels(workspace.importance, self.decision.kept)
-        pruned, inputs = prune(workspace.model, workspace.groups, kept), workspace.splits.calibration.inputs
-        recalibrate(pruned, inputs)
-        if workspace.reconstruction is None:
-            return pruned
-        solved = prune(workspace.model, workspace.groups, kept)
-        workspace.reconstruction.apply(solved, kept)
-        recalibrate(solved, inputs)
-        return min(solved, pruned, key=lambda model: score(model, workspace.splits.proxy).loss)
-
-    def plan(self) -> dict:
-        """The allocation, and which channels it keeps."""
-        kept = top_channels(self.workspace.importance, self.decision.kept)
-        channels = {name: indices.tolist() for name, indices in kept.items()}
-        return {"allocation": self.decision.to_json(), "kept": channels}
 
 
 class TrainedChannels(Trained, Channels):
@@ -83,7 +42,7 @@ class Weights(Removal):
         """Makes the masks, and forgets them: another network may be trained first."""
         self.masks()
 
-    def decide(self) -> dict:
+    def decide(self, advance: Callable[[str], None]) -> dict:
         """Ranks the units and masks the least, or N of M everywhere."""
         self.keep(self.masks())
         return self.costs()
@@ -169,7 +128,7 @@ class Blocks(Removal):
                 f"{len(self._all)} removable blocks this network has macs={floor} ({share:.1%})"
             )
 
-    def decide(self) -> dict:
+    def decide(self, advance: Callable[[str], None]) -> dict:
         """Removes the block of least damage per MAC, again and again, on the proxy split."""
         workspace = self.workspace
         self.keep(shallower(workspace.model, workspace.splits.example, workspace.splits.proxy, self._target))
@@ -215,7 +174,12 @@ class Blocks(Removal):
         return removable_blocks(self.workspace.model, self.workspace.splits.example)
 
 
-GRANULARITIES: dict[str, type[Removal]] = {"channel": Channels, "layer": Blocks, **dict.fromkeys(PATTERNS, Weights)}
+GRANULARITIES: dict[str, type[Removal]] = {
+    "channel": Channels,
+    "layer": Blocks,
+    "dimensions": Compound,
+    **dict.fromkeys(PATTERNS, Weights),
+}
 """Besides N:M, such as 2:4."""
 TRAINED: dict[type[Removal], type[Removal]] = {Channels: TrainedChannels, Weights: TrainedWeights}
 """What stands in where units leave by training."""
@@ -249,15 +213,17 @@ def check_granularity(search: SearchConfig) -> Budget | BudgetRange:
     budget, granularity = parse_budget(search.budget), search.granularity
     if not n_of_m(granularity):
         check_known("granularity", granularity, GRANULARITIES, others=", or N:M as in 2:4")
-    if granularity == "channel":
+    if search.agent == FITTED and granularity != "dimensions":
+        raise UserError(f"--agent: {FITTED} is for --granularity dimensions, got {granularity}")
+    if granularity == "channel" or (granularity == "dimensions" and search.agent != FITTED):
         return budget
     if isinstance(budget, BudgetRange):
-        raise UserError(f"--budget: a range is for channels; granularity {granularity} takes one budget, got {budget}")
+        raise UserError(f"--budget: a range is for agents; {granularity} takes one budget, got {budget}")
     if granularity == "layer" and (budget.metric, search.agent) != ("macs", "global"):
         raise UserError(
             f"--granularity: blocks are ranked by damage per MAC; use --agent global and a budget of macs, "
             f"got {search.agent} and {budget}"
         )
-    if granularity != "layer" and not n_of_m(granularity):
+    if granularity in PATTERNS:
         check_mask_options(granularity, search.criterion, search.agent)
     return budget

@@ -152,6 +152,11 @@ class Groups:
         return [group for group in self.all if group.pinned is not None]
 
     @property
+    def reasons(self) -> dict[str, str]:
+        """Pinned group to its reason."""
+        return {group.name: group.pinned for group in self.pinned}
+
+    @property
     def channels(self) -> dict[str, int]:
         """Prunable group to its number of channels in the dense network."""
         return {group.name: group.channels for group in self}

@@ -103,6 +103,12 @@ METHODS: dict[str, Method] = {
         "channel", "Li et al. 2017, ICLR", "uniform", **{"removal.schedule": "linear", "removal.prunings": 5}
     ),
     "agp": _gradual("weight", "Zhu and Gupta 2017, arXiv 1710.01878", "global", **{"removal.prunings": 30}),
+    "three_dimensions": Method(
+        "allocator",
+        "depth, width and image size",
+        "Wang et al. 2021, ICML",
+        {"granularity": "dimensions", "agent": "polynomial"},
+    ),
     "eagleeye": Method(
         "pipeline", "channel", "Li et al. 2020, ECCV", {"agent": "eagleeye", "proxy.statistics": "calibration"}
     ),

@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from autoprune.config import (
     DataConfig,
+    DimensionsConfig,
     FinetuneConfig,
     NetworkConfig,
     OutputConfig,
@@ -31,7 +32,7 @@ class Parser(ArgumentParser):
 
 
 def search_options(parser: Parser) -> None:
-    """Network, data, search, output, fine-tuning, proxy, sparse training and removal."""
+    """Network, data, search, output, fine-tuning, proxy, sparse training, removal and dimensions."""
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     text = "A method of the field, as defaults for other options; `autoprune methods` lists them."
     parser.add_argument("--method", type=str | None, default=None, help=text)
@@ -46,6 +47,7 @@ def search_options(parser: Parser) -> None:
     parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
     parser.add_class_arguments(SparseConfig, "sparse")
     parser.add_class_arguments(RemovalConfig, "removal")
+    parser.add_class_arguments(DimensionsConfig, "dimensions")
 
 
 def _json_option(parser: Parser) -> None:
@@ -68,6 +70,7 @@ def settings_of(options: Namespace) -> Settings:
         FinetuneConfig(**vars(options.finetune), epochs=options.epochs),
         SparseConfig(**vars(options.sparse)),
         RemovalConfig(**vars(options.removal)),
+        DimensionsConfig(**vars(options.dimensions)),
     )
 
 

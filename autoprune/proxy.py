@@ -61,6 +61,7 @@ class ProxyAccuracy:
         splits: Proxy images for the score, calibration images for batch norm.
         config: Numbers of images and of sub-models, what the answers are held against.
         reconstruction: Of that network, on the calibration images; measured here if None and the config asks for it.
+        reference: The network whose answers the loss "kl" is held against, in eval mode; None for `model`.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ProxyAccuracy:
         splits: Splits,
         config: ProxyConfig = ProxyConfig(),  # noqa: B008, frozen
         reconstruction: Reconstruction | None = None,
+        reference: nn.Module | None = None,
     ):
         self.groups = groups
         self.importance = importance
@@ -79,6 +81,7 @@ class ProxyAccuracy:
         """Sub-models scored so far; what came from the cache isn't counted."""
         self._splits = splits
         self._dense = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+        self._reference = reference or self._dense
         self._slicers = [Slicer(self._dense, groups, borrow=True) for _ in range(config.workers or available_cores())]
         if config.reconstruct and reconstruction is None:
             reconstruction = Reconstruction(self._dense, groups, splits.calibration.inputs)
@@ -244,7 +247,7 @@ class ProxyAccuracy:
     def _questions(self, images: Images) -> Questions:
         questions = Questions(images)
         if self.config.loss == "kl":
-            questions.hold_against(self._dense, self.config.bf16)
+            questions.hold_against(self._reference, self.config.bf16)
         return questions
 
 

@@ -1,15 +1,18 @@
 """From a decision to a network: what was decided, the network that follows, how it is trained; the seam of them all."""
 
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 from torch import nn
 
+from autoprune.allocation import Allocation
 from autoprune.export import load_pruned, save_pruned
 from autoprune.finetune import EpochCallback, Plug, finetune
 from autoprune.merging import MERGINGS
-from autoprune.runs import RunFolder
-from autoprune.scoring import recalibrate
+from autoprune.pruning import prune, top_channels
+from autoprune.runs import RunFolder, write_json
+from autoprune.scoring import recalibrate, score
 from autoprune.workspace import Workspace
 
 
@@ -41,8 +44,17 @@ class Removal:
         """Writes down what was decided, and makes it `decision`."""
         raise NotImplementedError
 
-    def decide(self) -> dict:
-        """Decides what goes and writes it down; returns costs and shares for results.json."""
+    is_searched = False
+    """Whether it is for a search to decide what goes."""
+    n_steps = 0
+    """Of how many long steps `decide` consists; 0 if it is done at once."""
+
+    def decide(self, advance: Callable[[str], None]) -> dict:
+        """Decides what goes and writes it down; returns costs and shares for results.json.
+
+        Args:
+            advance: Called after each long step with what it has found.
+        """
         raise NotImplementedError
 
     def network(self) -> nn.Module:
@@ -68,6 +80,57 @@ class Removal:
 
     def prepare(self, on_epoch: EpochCallback) -> None:
         """Trains what has to be trained before anything can go; resumable, and nothing the second time."""
+
+
+class Channels(Removal):
+    """Whole channels, by the run's allocation, which a search or a person decides."""
+
+    is_searched = True
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether there is an allocation."""
+        return self.folder.allocation.exists()
+
+    @cached_property
+    def decision(self) -> Allocation:
+        """The run's allocation."""
+        return Allocation.read(self.folder.allocation, self.workspace.groups)
+
+    def keep(self, decision: Allocation) -> None:
+        """Writes the allocation."""
+        write_json(self.folder.allocation, decision.to_json())
+        self.decision = decision
+
+    def costs(self) -> dict:
+        """Those of the allocation."""
+        return self.workspace.costs_of(self.decision.kept)
+
+    def network(self) -> nn.Module:
+        """The sub-model with the most important channels; with reconstructed weights if that helps."""
+        return sliced(self.workspace, self.decision.kept)
+
+    def plan(self) -> dict:
+        """The allocation, and which channels it keeps."""
+        kept = top_channels(self.workspace.importance, self.decision.kept)
+        channels = {name: indices.tolist() for name, indices in kept.items()}
+        return {"allocation": self.decision.to_json(), "kept": channels}
+
+
+def sliced(workspace: Workspace, counts: Mapping[str, int]) -> nn.Module:
+    """The network of a workspace with the most important channels of each group, batch norm recalibrated.
+
+    Its weights are reconstructed where the settings ask for it and that makes it better.
+    """
+    kept, inputs = top_channels(workspace.importance, counts), workspace.splits.calibration.inputs
+    pruned = prune(workspace.model, workspace.groups, kept)
+    recalibrate(pruned, inputs)
+    if workspace.reconstruction is None:
+        return pruned
+    solved = prune(workspace.model, workspace.groups, kept)
+    workspace.reconstruction.apply(solved, kept)
+    recalibrate(solved, inputs)
+    return min(solved, pruned, key=lambda model: score(model, workspace.splits.proxy).loss)
 
 
 class Trained(Removal):

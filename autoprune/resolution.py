@@ -8,40 +8,44 @@ from torch.nn import functional as F
 from autoprune.errors import UserError
 
 
-class Resized(nn.Module):
-    """A network behind a resize of its input: it takes the images that the network itself takes.
+class Resize:
+    """What a network does first with its images once it is `at_resolution`.
 
     Bilinear and antialiased, so that a smaller image is a mean over the larger one's pixels. Images that have the size
     already pass as they are.
 
+    Attributes:
+        size: Height and width, in pixels.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        """From a forward pass's `(images,)` to those that the network reads."""
+        (images,), size = args, (self.size, self.size)
+        if images.shape[-2:] == size:
+            return args
+        return (F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True),)
+
+
+def at_resolution(model: nn.Module, size: int) -> nn.Module:
+    """A copy of `model` that sees its images at `size` x `size`; a copy of one that is resized gets the new size.
+
+    The resize is a forward hook, so that layers keep their names; it is copied, traced and exported with the network.
+
     Args:
-        network: Any network that reads images of several sizes, such as one that ends in a mean over space.
+        model: Any network that reads images of several sizes, such as one that ends in a mean over space.
         size: Height and width of what it sees, in pixels.
 
     Raises:
         UserError: If `size` is below 1.
     """
-
-    def __init__(self, network: nn.Module, size: int):
-        super().__init__()
-        if size < 1:
-            raise UserError(f"size: expected at least 1 pixel, got {size}")
-        self.network, self.size = network, size
-        self.training = network.training
-
-    def forward(self, images: Tensor) -> Tensor:
-        """From images `(n, 3, height, width)` to what the network answers on them at `size`."""
-        size = (self.size, self.size)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-        return self.network(images)
-
-
-def at_resolution(model: nn.Module, size: int) -> Resized:
-    """A copy of `model` that sees its images at `size` x `size`; of a `Resized` the network inside gets the new size.
-
-    Raises:
-        UserError: If `size` is below 1.
-    """
-    network = model.network if isinstance(model, Resized) else model
-    return Resized(copy.deepcopy(network), size)
+    if size < 1:
+        raise UserError(f"size: expected at least 1 pixel, got {size}")
+    resized = copy.deepcopy(model)
+    for key, hook in list(resized._forward_pre_hooks.items()):
+        if isinstance(hook, Resize):
+            del resized._forward_pre_hooks[key]
+    resized.register_forward_pre_hook(Resize(size))
+    return resized

@@ -1,5 +1,6 @@
 """What every stage of a run works on: network, images, trace, costs and importance, made when they are asked for."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from autoprune.config import Settings
-from autoprune.constraints import pinned_by_user
+from autoprune.constraints import pinned_by_user, search_limits
 from autoprune.cost import CostTable
 from autoprune.criteria import Importance, importance
 from autoprune.data import Splits, load
@@ -20,6 +21,7 @@ from autoprune.models import EMBEDDED_WEIGHTS, build, load_weights
 from autoprune.proxy import ProxyAccuracy
 from autoprune.reconstruction import Reconstruction
 from autoprune.runs import RunFolder
+from autoprune.scaling import ScaledCosts, ScaledProxy, Scaling
 from autoprune.tracing import trace
 
 
@@ -75,19 +77,53 @@ class Workspace:
         return load_pruned(self.sparse) if self.sparse else self.dense
 
     @cached_property
+    def traced(self) -> Groups:
+        """The trace, verified."""
+        return trace(self.model, self.splits.example)
+
+    @cached_property
+    def scaling(self) -> Scaling | None:
+        """The depths and image sizes to choose from, if the settings ask for them."""
+        if self.settings.search.granularity != "dimensions":
+            return None
+        return Scaling(self.model, self.traced, self.splits.example, self.splits.proxy, self.settings.search.excluded)
+
+    @cached_property
     def groups(self) -> Groups:
-        """The trace, verified; what the settings exclude is pinned."""
-        return pinned_by_user(trace(self.model, self.splits.example), self.settings.search.excluded)
+        """What can be decided: the trace; what the settings exclude is pinned."""
+        return self.scaling.groups if self.scaling else pinned_by_user(self.traced, self.settings.search.excluded)
 
     @cached_property
     def costs(self) -> CostTable:
         """The cost table."""
-        return CostTable(self.groups)
+        return ScaledCosts(self.scaling) if self.scaling else CostTable(self.groups)
+
+    @property
+    def limits(self) -> dict[str, dict[str, int]]:
+        """Multiples and least counts of what can be decided; see `search_limits`."""
+        own = (self.scaling.steps, self.scaling.least) if self.scaling else ()
+        return search_limits(self.groups, self.settings.search, *own)
 
     @cached_property
     def importance(self) -> Importance:
         """Scores per channel by the configured criterion."""
-        return importance(self.settings.search.criterion, self.model, self.groups, self.splits.train)
+        groups = self.traced.with_pins(self.groups.reasons) if self.scaling else self.groups
+        return importance(self.settings.search.criterion, self.model, groups, self.splits.train)
+
+    def at(self, kept: Mapping[str, int], verify: bool = False) -> "Workspace":
+        """The workspace of the network with the depth and image size of an allocation, whose widths are to be decided.
+
+        Args:
+            kept: An allocation in which depth and size take part.
+            verify: Prove its groups.
+        """
+        search = dataclasses.replace(self.settings.search, granularity="channel", exclude="")
+        scaled = Workspace(dataclasses.replace(self.settings, search=search), self.sparse)
+        groups = self.scaling.trace(kept, verify)
+        scores = {name: self.importance[name] for name in groups.channels}
+        own = {"model": self.scaling.network(kept), "groups": groups, "importance": scores}
+        vars(scaled).update(own | {"splits": self.splits, "dense": self.dense})
+        return scaled
 
     @cached_property
     def reconstruction(self) -> Reconstruction | None:
@@ -114,10 +150,12 @@ class Workspace:
         pinned = [{"name": g.name, "channels": g.channels, "reason": g.pinned} for g in self.groups.pinned]
         return results | {"macs_ratio": results["macs"] / results["macs_dense"], "groups": groups, "pinned": pinned}
 
-    def proxy(self) -> ProxyAccuracy:
+    def proxy(self) -> ProxyAccuracy | ScaledProxy:
         """A fresh proxy with an empty cache."""
+        if self.scaling:
+            return ScaledProxy(self.scaling, lambda kept: self.at(kept).proxy(), self.splits.proxy)
         config, solved = self.settings.proxy, self.reconstruction
-        return ProxyAccuracy(self.model, self.groups, self.importance, self.splits, config, solved)
+        return ProxyAccuracy(self.model, self.groups, self.importance, self.splits, config, solved, self.dense)
 
 
 def _weights_file(model: str, weights: str, data: str) -> Path | None:

@@ -72,6 +72,7 @@ class LayerPruningEnv(gymnasium.Env):
         max_sparsity: Largest share of a group that may go.
         accuracy_floor: For the reward `accuracy_guaranteed`.
         min_width: Least channels that a group keeps; one number, or group to number.
+        costs: What allocations cost; from the groups if None.
         render_mode: None, or "rgb_array" for a picture of the allocation so far.
 
     Raises:
@@ -91,6 +92,7 @@ class LayerPruningEnv(gymnasium.Env):
         max_sparsity: float = 0.9,
         accuracy_floor: float = 0.8,
         min_width: int | Mapping[str, int] = 1,
+        costs: CostTable | None = None,
         render_mode: str | None = None,
     ):
         if proxy is None:
@@ -102,7 +104,8 @@ class LayerPruningEnv(gymnasium.Env):
         self.reward = reward_named(reward)
         self.accuracy_floor = accuracy_floor
         self.render_mode = render_mode
-        self.space = SearchSpace(CostTable(self.groups), self.budget.metric, round_to, max_sparsity, min_width)
+        costs = costs or CostTable(self.groups)
+        self.space = SearchSpace(costs, self.budget.metric, round_to, max_sparsity, min_width)
         self._macs_dense = self.space.costs.macs(self.space.costs.dense)
         self.observer = Observer(self.groups, self.space, proxy)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)

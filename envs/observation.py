@@ -115,9 +115,10 @@ def _means_ahead(values: np.ndarray) -> np.ndarray:
 
 def _describe(group: Group, groups: Groups, scores: Tensor) -> dict[str, float]:
     by_tensor = {layer.tensor: layer for layer in groups.layers}
-    touched = [by_tensor[m.tensor] for m in group.members if m.tensor in by_tensor]
+    # Depth and image size have no members: they touch everything.
+    touched = [by_tensor[m.tensor] for m in group.members if m.tensor in by_tensor] or list(groups.layers)
     producer = next((layer for layer in touched if layer.kind != "depthwise"), touched[0])
-    tensors = {member.tensor for member in group.members} & groups.parameters
+    tensors = {member.tensor for member in group.members} & groups.parameters or groups.parameters
     weak = scores.sort().values[: len(scores) // 2].sum() / scores.sum().clamp_min(1e-12)
     return {
         "is_linear": producer.kind == "linear",

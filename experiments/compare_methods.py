@@ -21,13 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from autoprune.cli import main as autoprune
-from autoprune.runs import RunFolder
+from autoprune.runs import RunFolder, file_stem
 from experiments.tables import fill, measured
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("row", "seed")
 FIELDS = (*KEY, "options", "macs_ratio", "sparsity", "test_dense", "test_pruned", "test", "seconds")
-FEW_IMAGES = {"max_train_images": 10_000}
+FEW_IMAGES = {"max_train_images": 10_000, "finetune.lr": 0.02, "sparse.lr": 0.02, "removal.lr": 0.02}
+"""A short training; its learning rate is lower than the default, which is for ten epochs of all images."""
 Options = Mapping[str, object]
 
 
@@ -51,6 +52,7 @@ def _trained(epochs: int, **options: object) -> Options:
     return {"removal.epochs": epochs, "epochs": 0} | options
 
 
+ONE_SIZE = {"granularity": "dimensions", "agent": "uniform", "round_to_for": "resolution=1"}
 CRITERIA = ("l1", "l2", "fpgm", "bn_scale", "activation", "apoz", "taylor", "hessian", "lamp", "random")
 MASKS = ("weight", "row", "column", "kernel", "filter")
 TABLES = {
@@ -77,6 +79,18 @@ TABLES = {
         FEW_IMAGES | {"budget": "macs=40%", "epochs": 1},
         {name: {"method": name if name != "weight" else "weight_magnitude"} for name in MASKS}
         | {"channel": {"method": "l1"}, "layer": {"method": "layer"}},
+    ),
+    "dimensions": Table(
+        "Width, depth, image size, or all three?",
+        FEW_IMAGES | {"budget": "macs=50%", "epochs": 2},
+        {
+            "width": {"agent": "uniform"},
+            "depth": {"method": "layer"},
+            "resolution": ONE_SIZE | {"exclude": "depth,[!r]*"},
+            "polynomial": {"method": "three_dimensions"},
+            "dyna, width": {"agent": "dyna"},
+            "dyna, all three": {"granularity": "dimensions", "agent": "dyna"},
+        },
     ),
     "longer": Table(
         "The same, for twelve epochs of all training images?",
@@ -127,7 +141,7 @@ def main() -> None:
 
 def measure(table: Table, cell: dict, weights: str, runs: Path) -> dict:
     """One network from the dense one to its test accuracy."""
-    run = runs / f"{cell['row'].replace(':', '-').replace(' ', '-')}-{cell['seed']}"
+    run = runs / file_stem(cell["row"].replace(", ", "-").replace(" ", "-"), str(cell["seed"]))
     own = flags(table.shared | table.rows[cell["row"]])
     resume = ["--resume"] if (run / "config.yaml").exists() else []
     base = ["--model", "resnet20", "--weights", weights, "--data", "cifar10", "--baselines", "none"]

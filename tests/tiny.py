@@ -13,6 +13,26 @@ def network(n_classes: int = 10) -> nn.Module:
         return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, n_classes))
 
 
+class Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.body = nn.Sequential(conv_bn(channels, width), conv_bn(width, channels, act=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.body(x))
+
+
+def residual(n_classes: int = 10) -> nn.Module:
+    """Four blocks that can be removed, behind a stem."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        blocks = nn.Sequential(*(Block(8, width) for width in (6, 8, 10, 12)))
+        tail = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, n_classes)
+        return nn.Sequential(conv_bn(3, 8, stride=2), blocks, *tail)
+
+
 def hopeless(n_classes: int = 10) -> nn.Module:
     """Nothing in it can be pruned."""
     return nn.Sequential(nn.Conv2d(3, n_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())

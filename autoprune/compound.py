@@ -1,0 +1,185 @@
+"""Depth, image size and widths removed together: searched by an agent, or placed by a model of the accuracy.
+
+Wang et al., "Accelerate CNNs from Three Dimensions" (ICML 2021): networks cut along one dimension and along several
+are fine-tuned a little, a polynomial is fitted to what they reach, and the network to prune to is where it is largest
+at the budget. Ours measures each network from the dense one rather than one after the other, in a fixed plan; and of
+the networks that can be built, with blocks and pixels in whole numbers, it takes the one for which the fit says most.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import cached_property, partial
+from itertools import combinations, product
+from math import sqrt
+
+import numpy as np
+from torch import nn
+
+from autoprune.allocation import Allocation, Budget, SearchSpace, parse_budget
+from autoprune.dimensions import EXPONENTS, AccuracyModel, Point, Shares, measured_bounds, optimum
+from autoprune.errors import UserError
+from autoprune.finetune import finetune
+from autoprune.pruning import top_channels
+from autoprune.removal import Channels, sliced
+from autoprune.scaling import DEPTH, RESOLUTION
+from autoprune.scoring import accuracy
+
+FITTED = "polynomial"
+"""The agent that fits an accuracy model; all others search."""
+
+
+class Compound(Channels):
+    """Depth, image size and widths, by an allocation in which the first two are groups; see `autoprune.scaling`."""
+
+    @property
+    def is_searched(self) -> bool:
+        """Unless a model of the accuracy decides."""
+        return self.workspace.settings.search.agent != FITTED
+
+    def check(self) -> None:
+        """Looks whether the budget can be met, and whether there is enough to choose from for a fit."""
+        self._space.check(self._target, self._budget)
+        if self.is_searched:
+            return
+        for name in (DEPTH, RESOLUTION):
+            reason = self.workspace.groups.reasons.get(name)
+            if reason:
+                raise UserError(f"--agent: {FITTED} weighs depth, width and image size, and {name} is fixed ({reason})")
+        nothing = [Point(**asdict(self._shares(self._nearest(shares))), accuracy=0.5) for shares in self._plan]
+        AccuracyModel.fit(nothing, self.workspace.settings.dimensions.degree)
+
+    @property
+    def n_steps(self) -> int:
+        """The networks that are measured."""
+        return len(self._plan)
+
+    def decide(self, advance: Callable[[str], None]) -> dict:
+        """Measures, fits, and takes the network that promises most; a killed run measures on."""
+        points = [self._measured(number, shares, advance) for number, shares in enumerate(self._plan)]
+        model = AccuracyModel.fit(points, self.workspace.settings.dimensions.degree)
+        kept, promised = self._best(model, points)
+        share = self._target / self._space.cost(self._space.costs.dense)
+        best = optimum(model, share, measured_bounds(points))
+        self.keep(Allocation(kept, self.workspace.groups.fingerprint, str(self._budget), FITTED))
+        found = {"optimum": asdict(best), "chosen": asdict(promised), "error": model.mean_absolute_error(points)}
+        return self.costs() | {"dimensions": found | {"points": [asdict(point) for point in points]}}
+
+    def network(self) -> nn.Module:
+        """The network without the removed blocks, at its image size, with the most important channels."""
+        return self._built(self.decision.kept, verify=True)
+
+    def costs(self) -> dict:
+        """Those of the allocation; of groups in removed blocks nothing is kept."""
+        results, there = super().costs(), self.workspace.scaling.widths(self.decision.kept)
+        rows = [
+            row | {"kept": row["kept"] if row["name"] in {DEPTH, RESOLUTION, *there} else 0}
+            for row in results["groups"]
+        ]
+        return results | {"groups": rows}
+
+    def plan(self) -> dict:
+        """Removed blocks, image size and widths; whoever loads the weights makes the network so again."""
+        scaling, kept = self.workspace.scaling, self.decision.kept
+        channels = top_channels(self.workspace.importance, scaling.widths(kept))
+        shape = {"removed_blocks": scaling.removed(kept), "image_size": scaling.of(kept)[1]}
+        widths = {"allocation": self.decision.to_json(), "kept": {name: k.tolist() for name, k in channels.items()}}
+        return {"granularity": "dimensions"} | shape | widths
+
+    def _built(self, kept: dict[str, int], verify: bool = False) -> nn.Module:
+        return sliced(self.workspace.at(kept, verify), self.workspace.scaling.widths(kept))
+
+    def _measured(self, number: int, shares: Shares, advance: Callable[[str], None]) -> Point:
+        """The accuracy on the selection split after a short training of the network nearest to some shares."""
+        known = {event["number"]: Point(**event["point"]) for event in self.folder.events("point")}
+        if number not in known:
+            workspace, settings = self.workspace, self.workspace.settings
+            kept = self._nearest(shares)
+            network, checkpoint = self._built(kept), self.folder.checkpoints / f"point-{number}.pt"
+            config = replace(settings.finetune, epochs=settings.dimensions.epochs, lr=settings.dimensions.lr)
+            finetune(network, workspace.splits.train, config, settings.search.seed, workspace.dense, checkpoint)
+            reached = accuracy(network, workspace.splits.selection)
+            known[number] = Point(**asdict(self._shares(kept)), accuracy=reached)
+            self.folder.append("point", number=number, kept=kept, point=asdict(known[number]))
+            checkpoint.unlink(missing_ok=True)
+        point = known[number]
+        advance(
+            f"depth {point.depth:.2f}, width {point.width:.2f}, resolution {point.resolution:.2f}: {point.accuracy:.1%}"
+        )
+        return point
+
+    def _best(self, model: AccuracyModel, points: list[Point]) -> tuple[dict[str, int], Point]:
+        """Of the networks of every depth and size, with uniform widths that use the budget up, the most promising.
+
+        Those beyond what was measured are left out, since a polynomial says nothing there.
+        """
+        bounds, found = measured_bounds(points), []
+        for kept in self._candidates():
+            shares = self._shares(kept)
+            inside = all(low <= getattr(shares, name) <= high for name, (low, high) in bounds.items())
+            promised = float(model(*(np.array(value) for value in asdict(shares).values())))
+            found.append((inside, promised, kept, shares))
+        _, promised, kept, shares = max(found, key=lambda candidate: candidate[:2])
+        return kept, Point(**asdict(shares), accuracy=promised)
+
+    def _candidates(self) -> Iterator[dict[str, int]]:
+        """Allocations of every depth and size, the widths uniform and within the budget."""
+        space = self._space
+        # Depth and size are the first two groups.
+        for chosen in product(*space.levels[:2]):
+            wishes = 1 - np.array(chosen) / space.costs.dense[:2]
+            choose = partial(_wished, wishes)
+            yield self._named(space.walk(self._target, choose))
+
+    @cached_property
+    def _plan(self) -> list[Shares]:
+        """The dense network; each dimension at a third, two thirds and all of the way down; pairs, and all three.
+
+        All of the way down is the budget, met by the dimensions that take part, in equal parts of its logarithm.
+        """
+        share = self._target / self._space.cost(self._space.costs.dense)
+        parts = [((name,), share ** (step / 3)) for name in EXPONENTS for step in (1, 2, 3)]
+        parts += [(names, share) for size in (2, 3) for names in combinations(EXPONENTS, size)]
+        cut = [{n: cost ** (1 / len(names) / EXPONENTS[n]) for n in names} for names, cost in parts]
+        return [Shares(**(dict.fromkeys(EXPONENTS, 1.0) | shares)) for shares in [{}, *cut]]
+
+    def _nearest(self, shares: Shares) -> dict[str, int]:
+        """The allocation of allowed counts nearest to some shares."""
+        of = {DEPTH: shares.depth, RESOLUTION: shares.resolution}
+        wanted = [count * of.get(name, shares.width) for name, count in self.workspace.groups.channels.items()]
+        return self._named(
+            [row[np.abs(row - wish).argmin()] for row, wish in zip(self._space.levels, wanted, strict=True)]
+        )
+
+    def _shares(self, kept: dict[str, int]) -> Shares:
+        """The shares that an allocation really has: by the MACs that each dimension alone would leave."""
+        costs = self.workspace.costs
+        whole = self._named(costs.dense)
+        alone = {
+            "depth": whole | {name: kept[name] for name in (DEPTH,) if name in kept},
+            "width": kept | {name: whole[name] for name in (DEPTH, RESOLUTION) if name in kept},
+            "resolution": whole | {name: kept[name] for name in (RESOLUTION,) if name in kept},
+        }
+        left = {name: costs.macs(counts) / costs.macs(costs.dense) for name, counts in alone.items()}
+        return Shares(**{name: share if name == "depth" else sqrt(share) for name, share in left.items()})
+
+    def _named(self, kept) -> dict[str, int]:
+        return dict(zip(self.workspace.costs.names, map(int, kept), strict=True))
+
+    @cached_property
+    def _space(self) -> SearchSpace:
+        search, workspace = self.workspace.settings.search, self.workspace
+        metric = parse_budget(search.budget).metric
+        return SearchSpace(workspace.costs, metric, max_sparsity=search.max_sparsity, **workspace.limits)
+
+    @property
+    def _budget(self) -> Budget:
+        return parse_budget(self.workspace.settings.search.budget).at(0)
+
+    @property
+    def _target(self) -> int:
+        return self._budget.target(self.workspace.costs)
+
+
+def _wished(wishes: np.ndarray, index: int, even: float) -> float:
+    """Given sparsities of the first groups, then the same for all."""
+    return wishes[index] if index < len(wishes) else even

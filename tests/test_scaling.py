@@ -1,0 +1,301 @@
+"""Depth and image size are decided like widths: exact costs, true scores, budgets that hold."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kills import kill_after
+from nets import build, counted_macs, images
+from tiny import network, residual
+from torch import nn
+
+from autoprune import compound
+from autoprune.cli import main
+from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
+from autoprune.cost import CostTable
+from autoprune.data import Images
+from autoprune.depth import remove_blocks
+from autoprune.errors import UserError
+from autoprune.export import load_pruned
+from autoprune.finetune import finetune
+from autoprune.granularities import removal
+from autoprune.proxy import ProxyAccuracy
+from autoprune.pruning import prune, top_channels
+from autoprune.resolution import at_resolution
+from autoprune.scaling import DEPTH, RESOLUTION, ScaledCosts, Scaling, scaled
+from autoprune.scoring import Questions, answer, on_batch_statistics, score
+from autoprune.tracing import trace
+from autoprune.workspace import Workspace
+from envs.layer_pruning import LayerPruningEnv
+
+SIDE = 16
+PIXELS = torch.randint(0, 256, (12, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+DATA = Images(PIXELS, torch.arange(12) % 10)
+RESIDUAL = ["--model", "tests.tiny:residual", "--data", "digits", "--granularity", "dimensions", "--baselines", "none"]
+FAST = [*RESIDUAL, "--proxy.images", "40", "--episodes", "12", "--epochs", "1", "--max_train_images", "200"]
+
+
+def scaling(model: nn.Module | None = None, *excluded: str) -> Scaling:
+    model = (model or residual()).eval()
+    return Scaling(model, trace(model, images(1, SIDE)), images(1, SIDE), DATA, excluded)
+
+
+def workspace(**search: object) -> Workspace:
+    settings = Settings(
+        NetworkConfig("tests.tiny:residual"),
+        DataConfig("digits"),
+        SearchConfig(granularity="dimensions", **search),
+        ProxyConfig(images=40, workers=1),
+    )
+    return Workspace(settings)
+
+
+def some_kept(groups, seed: int) -> dict[str, int]:
+    generator = np.random.default_rng(seed)
+    return {name: int(generator.integers(1, n + 1)) for name, n in groups.channels.items()}
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_depth_and_resolution_stand_in_front_with_blocks_and_pixels_as_channels():
+    found = scaling()
+    names = list(found.groups.channels)
+    assert names[:2] == [DEPTH, RESOLUTION] and names[2:] == list(found.traced.channels)
+    assert (found.groups.channels[DEPTH], found.groups.channels[RESOLUTION]) == (5, SIDE)
+    assert sorted(found.order) == ["1.0", "1.1", "1.2", "1.3"]
+    assert found.groups.fingerprint != found.traced.fingerprint
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_costs_are_those_of_the_network_that_comes_out(seed):
+    found = scaling()
+    kept = some_kept(found.groups, seed)
+    costs = ScaledCosts(found)
+    model = scaled(found.model, found.order[: 5 - kept[DEPTH]], kept[RESOLUTION])
+    groups = trace(model, images(1, SIDE))
+    widths = {name: torch.arange(kept[name]) for name in groups.channels}
+    pruned = prune(model, groups, widths)
+    assert costs.macs(kept) == counted_macs(pruned, SIDE)
+    assert costs.params(kept) == sum(p.numel() for p in pruned.parameters())
+    assert costs.memory_bytes(kept) == CostTable(groups).memory_bytes({n: len(k) for n, k in widths.items()})
+    array = np.array(list(kept.values()))
+    assert costs.macs(array) == costs.macs(kept)
+    assert costs.continuous("macs", array.astype(float)) <= costs.macs(costs.dense)
+
+
+def test_costs_of_many_allocations_are_those_of_each_and_grow_with_every_count():
+    found = scaling()
+    costs = ScaledCosts(found)
+    kept = np.array([list(some_kept(found.groups, seed).values()) for seed in range(24)]).reshape(4, 6, -1)
+    single = [[costs.macs(row) for row in rows] for rows in kept]
+    assert costs.macs(kept).tolist() == single
+    for column in range(kept.shape[-1]):
+        more = kept.copy()
+        more[..., column] = np.minimum(more[..., column] + 1, costs.dense[column])
+        assert (costs.macs(more) >= costs.macs(kept)).all()
+
+
+def test_a_network_without_blocks_or_of_one_size_says_why_it_has_no_choice():
+    assert scaling(network()).groups.reasons[DEPTH] == "the network has no block that can be removed"
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * SIDE**2, 10))
+    assert scaling(flat).groups.reasons[RESOLUTION] == "the network reads images of one size only"
+    assert RESOLUTION not in scaling(flat).groups.channels
+
+
+def test_what_is_excluded_stays_whole_at_every_depth():
+    found = scaling(None, DEPTH, "1.1.body.0.0")
+    assert DEPTH not in found.groups.channels and "user asked" in found.groups.reasons[DEPTH]
+    assert "1.1.body.0.0" not in found.trace({}).channels
+    assert ScaledCosts(found).macs(ScaledCosts(found).dense) == counted_macs(found.model, SIDE)
+
+
+def test_an_allocation_is_scored_as_its_network_is_and_only_once():
+    space = workspace()
+    proxy, found = space.proxy(), space.scaling
+    kept = {**space.groups.channels, DEPTH: 3, RESOLUTION: 12, "1.0.body.0.0": 4, "1.3.body.0.0": 4}
+    model = scaled(space.model, found.order[:2], 12)
+    groups = trace(model, space.splits.example)
+    importance = {name: space.importance[name] for name in groups.channels}
+    widths = {name: kept[name] for name in groups.channels}
+    alone = ProxyAccuracy(model, groups, importance, space.splits, space.settings.proxy)
+    assert proxy(kept) == alone(widths) and proxy.evaluations == 1
+    gone = {name: kept[name] - 1 for name in space.groups.channels if name not in {DEPTH, RESOLUTION, *groups.channels}}
+    assert gone and proxy(kept | gone) == proxy(kept) and proxy.evaluations == 1
+    whole = dict(space.groups.channels)
+    assert proxy.survey_all([whole, kept])[1] == alone.survey_all([widths])[0]
+    assert proxy.select_all([kept, whole])[0] == alone.select_all([widths])[0]
+    dense = ProxyAccuracy(space.model, space.traced, space.importance, space.splits, space.settings.proxy)
+    assert proxy(whole) == dense(space.traced.channels)
+
+
+def test_scores_come_in_the_order_of_the_allocations_and_restored_ones_cost_nothing():
+    space = workspace()
+    proxy = space.proxy()
+    asked = [{RESOLUTION: 12}, {DEPTH: 2}, {}, {RESOLUTION: 12}, {DEPTH: 2, RESOLUTION: 12}]
+    asked = [dict(space.groups.channels) | kept for kept in asked]
+    together = proxy.score_all(asked)
+    assert together == [space.proxy()(kept) for kept in asked] and proxy.evaluations == 4
+    again = space.proxy()
+    for kept, evaluation in zip(asked, together, strict=True):
+        again.restore(kept, dataclasses.replace(evaluation, loss=7.0))
+    assert {e.loss for e in again.score_all(asked)} == {7.0} and again.evaluations == 0
+
+
+def test_answers_are_held_against_the_whole_network():
+    space = workspace()
+    space = Workspace(dataclasses.replace(space.settings, proxy=ProxyConfig(images=40, workers=1, loss="kl")))
+    kept = dict(space.groups.channels) | {DEPTH: 1}
+    at, questions = space.at(kept), Questions(space.splits.proxy)
+    with on_batch_statistics(at.model):
+        questions.hold_against(space.model, "off")
+        expected = answer(at.model, questions, "off")
+        questions.hold_against(at.model, "off")
+        own = answer(at.model, questions, "off")
+    (scored,) = space.proxy().survey_all([kept])
+    assert scored.loss == pytest.approx(expected.loss, rel=1e-4) and abs(own.loss - expected.loss) > 1e-3
+
+
+def test_sensitivity_of_depth_and_size_is_what_half_of_them_loses():
+    space = workspace()
+    sensitivity = dict(zip(space.groups.channels, space.proxy().sensitivity.tolist(), strict=True))
+    assert sensitivity[DEPTH] > 0 and sensitivity[RESOLUTION] > 0
+    own = space.at({}).proxy().sensitivity
+    assert [sensitivity[name] for name in space.at({}).groups.channels] == pytest.approx(own.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("budget", ["macs=35%", "macs=80%", "params=50%"])
+def test_every_episode_meets_its_budget_and_none_of_its_steps_still_fits(budget):
+    space = workspace(budget=budget)
+    env = LayerPruningEnv(space.model, space.groups, space.proxy(), budget, costs=space.costs, **space.limits)
+    generator = np.random.default_rng(0)
+    for _ in range(3):
+        observation, _ = env.reset()
+        over = False
+        while not over:
+            assert env.observation_space.contains(observation)
+            observation, _, over, _, info = env.step(generator.uniform(-1, 1, 1).astype(np.float32))
+        kept = info["allocation"].kept
+        assert info["cost"] <= env.target and kept[DEPTH] <= 5 and 8 <= kept[RESOLUTION] <= SIDE
+        row = np.array(list(kept.values()))
+        for index, levels in enumerate(env.space.levels):
+            for level in levels[levels > row[index]][:1]:
+                grown = np.where(np.arange(len(row)) == index, level, row)
+                assert env.space.cost(grown) > env.target or env.space.cost(grown) == env.space.cost(row)
+
+
+@pytest.mark.parametrize("agent", ["dyna", "ppo", "sensitivity"])
+def test_every_kind_of_agent_decides_depth_and_size_too(agent, tmp_path):
+    run = tmp_path / "run"
+    assert main(["search", *FAST, "--agent", agent, "--budget", "macs=40%", "--out", str(run)]) == 0
+    assert main(["prune", str(run)]) == 0 and main(["finetune", str(run)]) == 0 and main(["evaluate", str(run)]) == 0
+    results, network = results_of(run), load_pruned(run / "pruned")
+    kept = json.loads((run / "allocation.json").read_text())["kept"]
+    assert {DEPTH, RESOLUTION} <= kept.keys()
+    assert results["macs"] == counted_macs(network, SIDE) <= 0.4 * results["macs_dense"]
+    assert results["params"] == sum(p.numel() for p in network.parameters())
+    assert {row["name"]: row["kept"] for row in results["groups"] if row["kept"]}.items() <= kept.items()
+    assert main(["export", str(run)]) == 0
+
+
+def test_the_pruned_network_is_the_masked_one_and_carries_what_the_plan_says(tmp_path):
+    space = workspace(agent="uniform")
+    kept = dict(space.groups.channels) | {DEPTH: 3, RESOLUTION: 12, "1.3.body.0.0": 6}
+    at = space.at(kept, verify=True)
+    widths = space.scaling.widths(kept)
+    pruned = prune(at.model, at.groups, top_channels(at.importance, widths))
+    by_hand = at_resolution(remove_blocks(space.model, space.scaling.removed(kept)), 12)
+    assert score(at.model, space.splits.proxy) == score(by_hand, space.splits.proxy)
+    assert not at.groups.reasons.keys() - space.groups.reasons.keys()
+    assert counted_macs(pruned, SIDE) == space.costs.macs(kept)
+
+
+def test_the_fit_measures_every_network_of_its_plan_and_takes_one_within_the_budget(tmp_path):
+    run = tmp_path / "run"
+    fitted = [*FAST, "--agent", "polynomial", "--dimensions.epochs", "1", "--budget", "macs=50%"]
+    assert main(["search", *fitted, "--out", str(run)]) == 0
+    results = results_of(run)
+    found = results["dimensions"]
+    assert 0.5 * results["macs_dense"] >= results["macs"]
+    assert len(found["points"]) == 14 and found["points"][0] | {"accuracy": 0} == {
+        "depth": 1.0, "width": 1.0, "resolution": 1.0, "accuracy": 0
+    }  # fmt: skip
+    assert all(0 <= point["accuracy"] <= 1 for point in found["points"])
+    for name in ("depth", "width", "resolution"):
+        cut = [
+            p
+            for p in found["points"]
+            if all(p[other] == 1 for other in ("depth", "width", "resolution") if other != name)
+        ]
+        assert len({p[name] for p in cut}) >= 3
+    shares = found["optimum"]
+    assert shares["depth"] * shares["width"] ** 2 * shares["resolution"] ** 2 == pytest.approx(0.5, rel=1e-3)
+    assert main(["prune", str(run)]) == 0
+    assert results_of(run)["macs"] == counted_macs(load_pruned(run / "pruned"), SIDE)
+
+
+def test_a_fit_killed_between_its_networks_measures_none_of_them_again(tmp_path, monkeypatch):
+    fitted = ["search", *FAST, "--agent", "polynomial", "--dimensions.epochs", "1", "--out"]
+    assert main([*fitted, str(tmp_path / "whole")]) == 0
+    trained = []
+
+    def counting(model, images, config, seed, teacher, checkpoint):
+        trained.append(checkpoint.name)
+        dies = kill_after(1, KeyboardInterrupt) if len(trained) == 5 else lambda epoch, loss: None
+        return finetune(model, images, config, seed, teacher, checkpoint, dies)
+
+    monkeypatch.setattr(compound, "finetune", counting)
+    assert main([*fitted, str(tmp_path / "killed")]) == 130
+    assert main([*fitted, str(tmp_path / "killed"), "--resume"]) == 0
+    assert trained == [f"point-{n}.pt" for n in (*range(5), *range(4, 14))]
+    whole, again = (results_of(tmp_path / name)["dimensions"] for name in ("whole", "killed"))
+    assert whole == again
+    assert (tmp_path / "whole/allocation.json").read_text() == (tmp_path / "killed/allocation.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--agent", "polynomial", "--granularity", "channel"],
+            "--agent: polynomial is for --granularity dimensions, got",
+        ),
+        (["--agent", "polynomial", "--budget", "macs=30%..50%"], "a range is for agents; dimensions takes one budget"),
+        (["--agent", "polynomial", "--exclude", "depth"], "and depth is fixed (user asked (--exclude depth))"),
+        (["--agent", "polynomial", "--dimensions.degree", "4"], "--dimensions.degree: must be from 1 to 3, got 4"),
+        (["--agent", "polynomial", "--budget", "macs=0.1%"], "--budget: macs=0.1% is below the reachable floor"),
+        (["--budget", "macs=0.1%"], "--budget: macs=0.1% is below the reachable floor"),
+        (["--removal.method", "gradual"], "--removal.method: gradual is not for granularity dimensions; use slice"),
+    ],
+)
+def test_what_can_not_be_is_refused_before_anything_is_written(arguments, message, tmp_path, capsys):
+    assert main(["run", *FAST, *arguments, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_other_networks_are_told_what_they_lack(tmp_path, capsys):
+    tiny = ["--model", "tests.tiny:network", "--agent", "polynomial", "--out", str(tmp_path / "run")]
+    assert main(["search", *FAST, *tiny]) == 2
+    assert "and depth is fixed (the network has no block that can be removed)" in capsys.readouterr().err
+
+
+def test_a_search_decides_one_dimension_alone_if_the_others_are_excluded():
+    space = workspace(exclude="depth,[!r]*", budget="macs=50%")
+    assert list(space.groups.channels) == [RESOLUTION]
+    decided = removal(space, None)
+    assert decided.is_searched and decided.check() is None
+    with pytest.raises(UserError, match="below the reachable floor"):
+        removal(workspace(exclude="depth,[!r]*", budget="macs=5%"), None).check()
+
+
+def test_the_network_is_left_as_found():
+    model = build("residual")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = Scaling(model, trace(model, images(1, 8)), images(1, 8), Images(PIXELS[..., :8, :8], DATA.labels))
+    found.network({RESOLUTION: 4})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not model._forward_pre_hooks
