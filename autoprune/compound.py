@@ -134,9 +134,10 @@ class Compound(Channels):
     def _plan(self) -> list[Shares]:
         """The dense network; each dimension at a third, two thirds and all of the way down; pairs, and all three.
 
-        All of the way down is the budget, met by the dimensions that take part, in equal parts of its logarithm.
+        All of the way down is the budget, met by the dimensions that take part, in equal parts of its logarithm; or
+        half of the network where the budget allows more, since depth would hardly differ.
         """
-        share = self._target / self._space.cost(self._space.costs.dense)
+        share = min(0.5, self._target / self._space.cost(self._space.costs.dense))
         parts = [((name,), share ** (step / 3)) for name in EXPONENTS for step in (1, 2, 3)]
         parts += [(names, share) for size in (2, 3) for names in combinations(EXPONENTS, size)]
         cut = [{n: cost ** (1 / len(names) / EXPONENTS[n]) for n in names} for names, cost in parts]

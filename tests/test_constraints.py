@@ -114,7 +114,7 @@ def test_the_last_pattern_that_means_a_group_counts():
     numbers = SearchConfig(round_to_for="*=8, layer3.*=4,layer3.1.conv1=1").multiples
     values = per_group(groups, "round_to_for", numbers, dict.fromkeys(groups.channels, 2))
     assert values["layer1.0.conv1"] == 8 and values["layer3.0.conv1"] == 4 and values["layer3.1.conv1"] == 1
-    assert set(per_group(groups, "round_to_for", {}, 2).values()) == {2}
+    assert set(per_group(groups, "round_to_for", {}, dict.fromkeys(groups.channels, 2)).values()) == {2}
 
 
 LIMITS = [

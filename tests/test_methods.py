@@ -209,7 +209,7 @@ def test_a_removal_that_can_not_be_is_refused_before_anything_is_written(argumen
         (["--method", "kernel", "--criterion", "taylor"], "--criterion: masks of granularity kernel go by l1 or l2 or"),
         (
             ["--method", "kernel", "--budget", "macs=30%..50%"],
-            "a range is for agents; kernel takes one budget, got macs=30%..50%",
+            "kernel takes one budget, got macs=30%..50%",
         ),
         (["--method", "2:4", "--budget", "macs=30%"], "--budget: 2:4 leaves macs=70.0%; allow that, not macs=30%"),
         (["--method", "layer"], "--budget: macs=50% is below the reachable floor; without its 0 removable blocks"),
