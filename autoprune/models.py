@@ -78,7 +78,7 @@ class CifarResNet(nn.Module):
         self.layer2 = self._stage(16, 32, n_blocks, 2, option)
         self.layer3 = self._stage(32, 64, n_blocks, 2, option)
         self.linear = nn.Linear(64, n_classes)
-        self.apply(_kaiming)
+        self.apply(kaiming)
 
     @staticmethod
     def _stage(n_in: int, n_out: int, n_blocks: int, stride: int, option: str) -> nn.Sequential:
@@ -104,7 +104,7 @@ class CifarVGG16(nn.Module):
             n_in = n_in if width == "M" else width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(512, n_classes)
-        self.apply(_kaiming)
+        self.apply(kaiming)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(1))
@@ -123,7 +123,7 @@ class CifarMobileNetV1(nn.Module):
             n_in = width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(1024, n_classes)
-        self.apply(_kaiming)
+        self.apply(kaiming)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
@@ -158,13 +158,14 @@ class CifarMobileNetV2(nn.Module):
                 n_in = width
         self.features = nn.Sequential(*layers, conv_bn(n_in, 1280, 1))
         self.classifier = nn.Linear(1280, n_classes)
-        self.apply(_kaiming)
+        self.apply(kaiming)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
 
 
-def _kaiming(module: nn.Module) -> None:
+def kaiming(module: nn.Module) -> None:
+    """He et al. 2015: draws the weight of a convolution or linear layer for its own fan-in; for `nn.Module.apply`."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.kaiming_normal_(module.weight)
 

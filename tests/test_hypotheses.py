@@ -1,0 +1,113 @@
+"""The experiments on tickets and on training from scratch do what they say."""
+
+import itertools
+
+import pytest
+import torch
+
+from autoprune.config import DataConfig, FinetuneConfig
+from autoprune.data import load
+from autoprune.granularity import Masks
+from autoprune.models import CifarResNet
+from autoprune.pruning import prune
+from autoprune.tracing import trace
+from experiments import lottery_tickets
+from experiments.lottery_tickets import KEPT, Training, copied, lenet, smallest_masked, tickets, trained
+from experiments.rethinking import epochs_of, renewed
+
+CONFIG = FinetuneConfig(4, 60, 0.1, weight_decay=1e-4, distillation=0.0, flip=False)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load(DataConfig("digits", max_train_images=240))
+
+
+def n_values(model) -> int:
+    return sum(int(p.count_nonzero()) for p in model.parameters())
+
+
+def test_every_round_keeps_a_fifth_less_of_nested_connections_and_what_is_masked_stays_zero(splits):
+    first = copied(lenet(0))
+    model, before = trained(first, Masks({}), splits, CONFIG, 0)[0], None
+    n_all = sum(p.numel() for p in model.parameters())
+    for number in (1, 2, 3):
+        ranked = torch.cat([p.detach().abs().flatten() for n, p in model.named_parameters() if n.endswith("weight")])
+        masks = smallest_masked(model, splits.example, KEPT**number)
+        n_gone = sum(int((~kept).sum()) for kept in masks.kept.values())
+        assert n_all - n_gone == int(KEPT**number * n_all)
+        values = {name: model.get_parameter(name).detach().abs() for name in masks.kept}
+        threshold = ranked.sort().values[n_gone]
+        assert max(float(values[name][~kept].max()) for name, kept in masks.kept.items()) <= threshold
+        assert before is None or all((kept <= before.kept[name]).all() for name, kept in masks.kept.items())
+        model, before = trained(first, masks, splits, CONFIG, 0)[0], masks
+        assert all((model.get_parameter(name)[~kept] == 0).all() for name, kept in masks.kept.items())
+        assert n_values(model) == n_all - n_gone
+
+
+def test_rewinding_is_bit_exact(splits, monkeypatch):
+    starts = []
+    original = lottery_tickets.finetune
+
+    def seen(model, images, config, seed, plug):
+        plug.begin(model, 1)
+        starts.append((copied(model), plug.masks))
+        return original(model, images, config, seed, plug=plug)
+
+    monkeypatch.setattr(lottery_tickets, "finetune", seen)
+    rows = list(itertools.islice(tickets(splits, CONFIG, 3), 4))
+    assert [row["arm"] for row in rows] == ["dense", "ticket", "reinitialised", "rewound"]
+    monkeypatch.undo()
+    first = copied(lenet(3))
+    early = trained(first, Masks({}), splits, CONFIG, 3)[1].early
+    (dense, _), (ticket, masks), (anew, same), (rewound, own) = starts
+    assert all(torch.equal(dense[name], first[name]) for name in first)
+    for start, source, kept in ((ticket, first, masks), (rewound, early, own)):
+        for name, values in start.items():
+            left = kept.kept.get(name, torch.ones_like(values, dtype=torch.bool))
+            assert torch.equal(values[left], source[name][left]) and (values[~left] == 0).all()
+    assert same.kept.keys() == masks.kept.keys() and all(torch.equal(same.kept[n], masks.kept[n]) for n in masks.kept)
+    assert not torch.equal(anew["1.weight"], ticket["1.weight"])
+
+
+def test_the_early_values_are_those_after_the_first_epoch(splits):
+    first = copied(lenet(0))
+    _, watched = trained(first, Masks({}), splits, CONFIG, 0)
+    plug = Training(Masks({}), splits, CONFIG)
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def after(epoch: int, loss: float) -> None:
+        seen.update(copied(model))
+        raise Stop
+
+    model = lenet(0)
+    with pytest.raises(Stop):
+        lottery_tickets.finetune(model, splits.train, CONFIG, 0, plug=plug, on_epoch=after)
+    assert all(torch.equal(watched.early[name], seen[name]) for name in seen)
+    assert not torch.equal(watched.early["1.weight"], first["1.weight"])
+
+
+@pytest.mark.parametrize(("share", "epochs"), [(0.5, 24), (0.25, 24), (0.8, 15), (1.0, 12)])
+def test_scratch_b_trains_for_the_dense_networks_macs_at_most_twice_as_long(share, epochs):
+    assert epochs_of("scratch_b", 12, share) == epochs
+    assert epochs_of("scratch_e", 12, share) == epochs_of("fine_tuned_long", 12, share) == 12
+    assert epochs_of("fine_tuned", 12, share) == 3 and epochs_of("fine_tuned", 1, share) == 1
+
+
+def test_a_network_from_scratch_has_the_shapes_of_the_pruned_one_and_values_for_its_own_widths():
+    torch.manual_seed(0)
+    dense = CifarResNet(8)
+    groups = trace(dense, torch.randn(1, 3, 32, 32))
+    pruned = prune(dense, groups, {group.name: torch.arange(group.channels // 4) for group in groups})
+    before = copied(pruned)
+    anew = renewed(pruned, 0)
+    assert [p.shape for p in anew.parameters()] == [p.shape for p in pruned.parameters()]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
+    assert not any(torch.equal(a, b) for a, b in zip(anew.parameters(), pruned.parameters(), strict=True) if a.ndim > 1)
+    # Variance 2 over the fan-in of the small layer; the dense one's would be a quarter of it.
+    weight = anew.layer3[0].conv2.weight
+    assert weight.var().item() == pytest.approx(2 / (weight.shape[1] * 9), rel=0.25)
+    assert all(torch.equal(a, b) for a, b in zip(anew.parameters(), renewed(pruned, 0).parameters(), strict=True))
