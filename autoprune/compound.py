@@ -45,7 +45,7 @@ class Compound(Channels):
             reason = self.workspace.groups.reasons.get(name)
             if reason:
                 raise UserError(f"--agent: {FITTED} weighs depth, width and image size, and {name} is fixed ({reason})")
-        nothing = [Point(**asdict(self._shares(self._nearest(shares))), accuracy=0.5) for shares in self._plan]
+        nothing = [Point(**asdict(self._shares(kept)), accuracy=0.5) for kept in self._plan]
         AccuracyModel.fit(nothing, self.workspace.settings.dimensions.degree)
 
     @property
@@ -55,14 +55,15 @@ class Compound(Channels):
 
     def decide(self, advance: Callable[[str], None]) -> dict:
         """Measures, fits, and takes the network that promises most; a killed run measures on."""
-        points = [self._measured(number, shares, advance) for number, shares in enumerate(self._plan)]
+        points = [self._measured(number, kept, advance) for number, kept in enumerate(self._plan)]
         model = AccuracyModel.fit(points, self.workspace.settings.dimensions.degree)
         kept, promised = self._best(model, points)
         share = self._target / self._space.cost(self._space.costs.dense)
         best = optimum(model, share, measured_bounds(points))
         self.keep(Allocation(kept, self.workspace.groups.fingerprint, str(self._budget), FITTED))
         found = {"optimum": asdict(best), "chosen": asdict(promised), "error": model.mean_absolute_error(points)}
-        return self.costs() | {"dimensions": found | {"points": [asdict(point) for point in points]}}
+        rows = [asdict(point) | {"fitted": _promised(model, point)} for point in points]
+        return self.costs() | {"dimensions": found | {"points": rows}}
 
     def network(self) -> nn.Module:
         """The network without the removed blocks, at its image size, with the most important channels."""
@@ -70,12 +71,10 @@ class Compound(Channels):
 
     def costs(self) -> dict:
         """Those of the allocation; of groups in removed blocks nothing is kept."""
-        results, there = super().costs(), self.workspace.scaling.widths(self.decision.kept)
-        rows = [
-            row | {"kept": row["kept"] if row["name"] in {DEPTH, RESOLUTION, *there} else 0}
-            for row in results["groups"]
-        ]
-        return results | {"groups": rows}
+        results, scaling = super().costs(), self.workspace.scaling
+        there = {DEPTH, RESOLUTION, *scaling.widths(self.decision.kept)}
+        groups = [row if row["name"] in there else row | {"kept": 0} for row in results["groups"]]
+        return results | {"groups": groups, "image_size": scaling.of(self.decision.kept)[1]}
 
     def plan(self) -> dict:
         """Removed blocks, image size and widths; whoever loads the weights makes the network so again."""
@@ -88,12 +87,11 @@ class Compound(Channels):
     def _built(self, kept: dict[str, int], verify: bool = False) -> nn.Module:
         return sliced(self.workspace.at(kept, verify), self.workspace.scaling.widths(kept))
 
-    def _measured(self, number: int, shares: Shares, advance: Callable[[str], None]) -> Point:
-        """The accuracy on the selection split after a short training of the network nearest to some shares."""
+    def _measured(self, number: int, kept: dict[str, int], advance: Callable[[str], None]) -> Point:
+        """The accuracy on the selection split after a short training of one network of the plan."""
         known = {event["number"]: Point(**event["point"]) for event in self.folder.events("point")}
         if number not in known:
             workspace, settings = self.workspace, self.workspace.settings
-            kept = self._nearest(shares)
             network, checkpoint = self._built(kept), self.folder.checkpoints / f"point-{number}.pt"
             config = replace(settings.finetune, epochs=settings.dimensions.epochs, lr=settings.dimensions.lr)
             finetune(network, workspace.splits.train, config, settings.search.seed, workspace.dense, checkpoint)
@@ -102,9 +100,8 @@ class Compound(Channels):
             self.folder.append("point", number=number, kept=kept, point=asdict(known[number]))
             checkpoint.unlink(missing_ok=True)
         point = known[number]
-        advance(
-            f"depth {point.depth:.2f}, width {point.width:.2f}, resolution {point.resolution:.2f}: {point.accuracy:.1%}"
-        )
+        sizes = ", ".join(f"{name} {getattr(point, name):.2f}" for name in EXPONENTS)
+        advance(f"{sizes}: {point.accuracy:.1%}")
         return point
 
     def _best(self, model: AccuracyModel, points: list[Point]) -> tuple[dict[str, int], Point]:
@@ -116,8 +113,7 @@ class Compound(Channels):
         for kept in self._candidates():
             shares = self._shares(kept)
             inside = all(low <= getattr(shares, name) <= high for name, (low, high) in bounds.items())
-            promised = float(model(*(np.array(value) for value in asdict(shares).values())))
-            found.append((inside, promised, kept, shares))
+            found.append((inside, _promised(model, shares), kept, shares))
         _, promised, kept, shares = max(found, key=lambda candidate: candidate[:2])
         return kept, Point(**asdict(shares), accuracy=promised)
 
@@ -131,25 +127,26 @@ class Compound(Channels):
             yield self._named(space.walk(self._target, choose))
 
     @cached_property
-    def _plan(self) -> list[Shares]:
+    def _plan(self) -> list[dict[str, int]]:
         """The dense network; each dimension at a third, two thirds and all of the way down; pairs, and all three.
 
         All of the way down is the budget, met by the dimensions that take part, in equal parts of its logarithm; or
-        half of the network where the budget allows more, since depth would hardly differ.
+        half of the network where the budget allows more, since depth would hardly differ. Each is the nearest network
+        that can be built, so some may coincide; those count once.
         """
         share = min(0.5, self._target / self._space.cost(self._space.costs.dense))
         parts = [((name,), share ** (step / 3)) for name in EXPONENTS for step in (1, 2, 3)]
         parts += [(names, share) for size in (2, 3) for names in combinations(EXPONENTS, size)]
         cut = [{n: cost ** (1 / len(names) / EXPONENTS[n]) for n in names} for names, cost in parts]
-        return [Shares(**(dict.fromkeys(EXPONENTS, 1.0) | shares)) for shares in [{}, *cut]]
+        plan = [self._nearest(dict.fromkeys(EXPONENTS, 1.0) | shares) for shares in [{}, *cut]]
+        return [kept for number, kept in enumerate(plan) if kept not in plan[:number]]
 
-    def _nearest(self, shares: Shares) -> dict[str, int]:
-        """The allocation of allowed counts nearest to some shares."""
-        of = {DEPTH: shares.depth, RESOLUTION: shares.resolution}
-        wanted = [count * of.get(name, shares.width) for name, count in self.workspace.groups.channels.items()]
-        return self._named(
-            [row[np.abs(row - wish).argmin()] for row, wish in zip(self._space.levels, wanted, strict=True)]
-        )
+    def _nearest(self, shares: dict[str, float]) -> dict[str, int]:
+        """The allocation of allowed counts nearest to shares of the three dimensions."""
+        of = {DEPTH: shares["depth"], RESOLUTION: shares["resolution"]}
+        wanted = [count * of.get(name, shares["width"]) for name, count in self.workspace.groups.channels.items()]
+        levels = zip(self._space.levels, wanted, strict=True)
+        return self._named([row[np.abs(row - count).argmin()] for row, count in levels])
 
     def _shares(self, kept: dict[str, int]) -> Shares:
         """The shares that an allocation really has: by the MACs that each dimension alone would leave."""
@@ -179,6 +176,11 @@ class Compound(Channels):
     @property
     def _target(self) -> int:
         return self._budget.target(self.workspace.costs)
+
+
+def _promised(model: AccuracyModel, shares: Shares) -> float:
+    """What a model says of a network."""
+    return float(model(*(np.array(getattr(shares, name)) for name in EXPONENTS)))
 
 
 def _wished(wishes: np.ndarray, index: int, even: float) -> float:

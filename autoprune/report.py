@@ -45,6 +45,7 @@ def write_report(folder: RunFolder) -> Path:
         pareto=pareto,
         has_policy=(folder.policy / "policy.json").exists(),
         points=_point_rows(pareto, results) if pareto else [],
+        dimensions=_dimension_rows(results["dimensions"]) if "dimensions" in results else [],
         searchers=_searcher_rows(results, rewards),
         finalists=_finalist_rows(results),
         figures=_figures(results, pareto, rewards, losses),
@@ -119,6 +120,22 @@ def _stage_rows(results: dict) -> Rows:
         ("Fine-tuned", "test", images, "accuracy"),
     ]
     return [[name, split, n, _percent(results[key])] for name, split, n, key in stages if key in results]
+
+
+def _dimension_rows(found: dict) -> Rows:
+    """Networks that were measured, the model's optimum, and what was built."""
+    measured = [(str(n), point, point["accuracy"], point["fitted"]) for n, point in enumerate(found["points"], 1)]
+    ends = {"Optimum": found["optimum"], "Built": found["chosen"]}
+    promised = [(title, point, None, point["accuracy"]) for title, point in ends.items()]
+    return [
+        [
+            name,
+            *(_percent(point[size], 1) for size in ("depth", "width", "resolution")),
+            "–" if accuracy is None else _percent(accuracy, 1),
+            _percent(fitted, 1),
+        ]
+        for name, point, accuracy, fitted in (*measured, *promised)
+    ]
 
 
 SCORES = {
