@@ -6,7 +6,7 @@ This module imports neither torch nor anything that does: `autoprune --help` has
 import dataclasses
 from dataclasses import dataclass, field
 
-from autoprune.errors import UserError
+from autoprune.errors import UserError, check_share
 
 
 def _check_range(config: object, low: float, high: float, *names: str, stage: str = "") -> None:
@@ -195,8 +195,8 @@ class SparseConfig:
 
     def __post_init__(self) -> None:
         _check_range(self, 0, float("inf"), "strength", "epochs", "lr", stage="sparse")
-        if self.share is not None and not 0 < self.share <= 1:
-            raise UserError(f"--sparse.share: must be above 0 and at most 1, got {self.share:g}")
+        if self.share is not None:
+            check_share("sparse.share", self.share)
 
 
 @dataclass(frozen=True)

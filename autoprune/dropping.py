@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from autoprune.errors import UserError
+from autoprune.errors import UserError, check_share
 from autoprune.finetune import Plug
 from autoprune.groups import Group, Groups
 
@@ -34,8 +34,7 @@ class Dropping(Plug):
     def __init__(self, groups: Groups, rate: float, share: float):
         if not 0 <= rate < 1:
             raise UserError(f"--sparse.strength: of dropping it is a probability, from 0 to below 1; got {rate:g}")
-        if not 0 < share <= 1:
-            raise UserError(f"--sparse.share: must be above 0 and at most 1, got {share:g}")
+        check_share("sparse.share", share)
         self.groups, self.rate, self.share = groups, rate, share
         self._dropped: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 

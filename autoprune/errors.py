@@ -40,3 +40,9 @@ def check_known(kind: str, name: str, known: Iterable[str], flag: str | None = N
         near = nearest_names(name, known) or known
         listed = ", ".join(known) + others
         raise UserError(f"--{flag or kind}: unknown {kind} {name!r}; did you mean {near[0]!r}? Known: {listed}")
+
+
+def check_share(flag: str, share: float) -> None:
+    """Raises a `UserError` unless a share is above 0 and at most 1."""
+    if not 0 < share <= 1:
+        raise UserError(f"--{flag}: must be above 0 and at most 1, got {share:g}")

@@ -90,6 +90,7 @@ METHODS: dict[str, Method] = {
     "column": _masks("column", "Mao et al. 2017, CVPRW"),
     "kernel": _masks("kernel", "Mao et al. 2017, CVPRW"),
     "filter": _masks("filter", "Li et al. 2017, ICLR", agent="uniform"),
+    "random_weights": _masks("weight", "Wan et al. 2013, ICML: one mask of Drop Connect, kept", criterion="random"),
     "lamp_weights": _masks("weight", "Lee et al. 2021, ICLR", criterion="lamp"),
     "2:4": _masks("2:4", "Mishra et al. 2021, arXiv 2104.08378", budget="macs=60%"),
     "gsm": _masks("weight", "Ding et al. 2019, NeurIPS", **{"sparse.method": "gsm"}),
@@ -117,6 +118,8 @@ METHODS: dict[str, Method] = {
     "ppo": _search("Schulman et al. 2017, arXiv 1707.06347", agent="ppo"),
     "sac": _search("Haarnoja et al. 2018, ICML", agent="sac"),
     "td3": _search("Fujimoto et al. 2018, ICML", agent="td3"),
+    "ddpg": _search("Lillicrap et al. 2016, ICLR", agent="ddpg"),
+    "tqc": _search("Kuznetsov et al. 2020, ICML", agent="tqc"),
     "evolution": _search("Hansen 2016, arXiv 1604.00772", agent="evolution"),
     "tpe": _search("Bergstra et al. 2011, NIPS", agent="tpe"),
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autoprune.config import FinetuneConfig
 from autoprune.dropping import DropConnect, DropOut
-from autoprune.errors import UserError, check_known
+from autoprune.errors import check_known, check_share
 from autoprune.finetune import Plug, parameter_groups
 from autoprune.groups import Group, Groups, Member
 from autoprune.scoring import BatchNorm
@@ -117,8 +117,7 @@ class GlobalSparseMomentum(Plug):
     MOMENTUM = 0.98
 
     def __init__(self, groups: Groups, strength: float, share: float):
-        if not 0 < share <= 1:
-            raise UserError(f"--sparse.share: must be above 0 and at most 1, got {share:g}")
+        check_share("sparse.share", share)
         self.groups, self.strength, self.share = groups, strength, share
 
     def parameter_groups(self, model: nn.Module, config: FinetuneConfig) -> list[dict]:
