@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import cached_property
+from math import prod
 
 from torch import nn
 
@@ -60,13 +61,16 @@ class Weights(Removal):
     def costs(self) -> dict:
         """What isn't zero."""
         dense, nonzero = self.workspace.dense_costs, self.decision.costs(self.workspace.groups)
-        layers = [
-            {"name": name.removesuffix(".weight"), "channels": kept.numel(), "kept": int(kept.sum())}
-            for name, kept in self.decision.kept.items()
-        ]
+        layers = [self._row(name) for name in self.workspace.groups.applied]
         shares = {"macs_ratio": nonzero["macs"] / dense["macs_dense"], "sparsity": self.decision.sparsity}
         same = {"memory_bytes": dense["memory_bytes_dense"]}
         return nonzero | dense | same | shares | {"groups": layers, "counted": "weights"}
+
+    def _row(self, name: str) -> dict:
+        """How much of a layer's weight is left; all of it where N:M left it whole."""
+        size = prod(self.workspace.groups.shapes[name])
+        kept = int(self.decision.kept[name].sum()) if name in self.decision.kept else size
+        return {"name": name.removesuffix(".weight"), "channels": size, "kept": kept}
 
     def masks(self) -> Masks:
         """What the settings ask for, made anew.
