@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from autoprune.cli import main as autoprune
+from autoprune.methods import METHODS
 from autoprune.runs import RunFolder, file_stem
 from experiments.tables import fill, measured
 
@@ -55,7 +56,26 @@ def _trained(epochs: int, **options: object) -> Options:
 ONE_SIZE = {"granularity": "dimensions", "agent": "uniform", "round_to_for": "resolution=1"}
 CRITERIA = ("l1", "l2", "fpgm", "bn_scale", "activation", "apoz", "taylor", "hessian", "lamp", "random")
 MASKS = ("weight", "row", "column", "kernel", "filter")
+
+
+def _method(name: str) -> Options:
+    """A method with two epochs in all, whatever it trains; its own budget where it can't meet half of the MACs."""
+    sets = METHODS[name].options
+    epochs = {"epochs": 2}
+    if "sparse.method" in sets:
+        epochs = {"sparse.epochs": 1, "epochs": 1}
+    if "removal.method" in sets:
+        epochs = {"removal.epochs": 2}
+    budget = {} if "budget" in sets else {"budget": "macs=50%"}
+    return {"method": name} | budget | epochs | ({"episodes": 100} if METHODS[name].kind == "search" else {})
+
+
 TABLES = {
+    "all": Table(
+        "What does each method of `autoprune methods` reach, as it is listed?",
+        FEW_IMAGES,
+        {name: _method(name) for name in METHODS},
+    ),
     "criteria": Table(
         "Which channels go, when each group loses the same share?",
         FEW_IMAGES | {"budget": "macs=50%", "agent": "uniform", "epochs": 1},

@@ -54,3 +54,10 @@ def test_the_tracing_guides_rules_free_what_it_says(monkeypatch):
     assert groups.channels == {"stem": 32, "attention.qkv:heads": 4}
     assert not groups.unsupported
     assert "attention.qkv:width" in {group.name for group in groups.pinned}
+
+
+def test_the_page_of_methods_is_written_from_what_is_listed_and_measured():
+    from experiments.methods_report import PAGE, TABLE, page
+    from experiments.tables import read_table
+
+    assert PAGE.read_text(encoding="utf-8") == page(read_table(TABLE))
