@@ -101,7 +101,8 @@ def line(name: str, row: Mapping[str, str]) -> str:
     """One method's row."""
     method, (costs, published) = METHODS[name], ABOUT[name]
     ours = f"{percent(row['macs_ratio'])}: {percent(row['test_pruned'])} → {percent(row['test'])}" if row else "-"
-    return f"| `autoprune run --method {name}` | {method.paper} | {method.granularity} | {costs} | {ours} | {published or '-'} |"
+    cells = f"`autoprune run --method {name}`", method.paper, method.granularity, costs, ours, published or "-"
+    return f"| {' | '.join(cells)} |"
 
 
 def percent(share: str) -> str:
