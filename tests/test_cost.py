@@ -6,6 +6,7 @@ import torch
 from nets import AREA, CLASSES, NETS, RGB, K, build, images, tensors
 from torch import nn
 
+from autoprune import models
 from autoprune.cost import BYTES, CostTable
 from autoprune.pruning import prune
 from autoprune.tracing import trace
@@ -135,3 +136,18 @@ def test_arrays_of_counts_cost_what_each_row_costs_and_what_its_mapping_costs(na
         assert together.tolist() == rows
         assert rows == [[cost(dict(zip(costs.names, map(int, row), strict=True))) for row in block] for block in kept]
         assert costs.continuous(metric, kept.astype(float)) == pytest.approx(together)
+
+
+def test_pfecs_resnet56_b_has_its_published_macs():
+    """Li et al. 2017: 60, 30 and 10 % of the first convolution of most blocks; 27.6 % of 125.5 M MACs are saved."""
+    model = models.build("resnet56")
+    costs = CostTable(trace(model, torch.zeros(1, 3, 32, 32), verify=False))
+    blocks = [f"layer{stage}.{number}.conv1" for stage in (1, 2, 3) for number in range(9)]
+    left_whole = {7, 8, 9, 16, 18, 26}  # their layers 16, 18, 20, 34, 38 and 54
+    shares = {1: 0.6, 2: 0.3, 3: 0.1}
+    kept = {
+        name: int(costs.dense[costs.names.index(name)] * (1 - shares[number // 9 + 1]))
+        for number, name in enumerate(blocks)
+        if number not in left_whole
+    }
+    assert costs.macs(kept) == pytest.approx(90.9e6, abs=0.5e6)
