@@ -5,7 +5,6 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 
 import dataclasses
 import json
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -191,16 +190,18 @@ def _train_sparsely(workspace, folder):
 
 def _prepare(workspace) -> None:
     """Finds what can be wrong with network, images and budget."""
+    from agents.stage import make_env
     from autoprune.granularities import removal
 
     decided = removal(workspace, None)
     if decided.is_searched:
-        _make_env(workspace)
+        make_env(workspace)
     decided.check()
 
 
 def _decide(workspace, folder, output: OutputConfig) -> None:
     """What goes: it is searched, or decided at once."""
+    from agents.stage import search_stage
     from autoprune.allocation import parse_budget
     from autoprune.granularities import removal
 
@@ -209,7 +210,7 @@ def _decide(workspace, folder, output: OutputConfig) -> None:
     folder.add_results(budget=str(parse_budget(settings.search.budget)), agent=settings.search.agent)
     decided = removal(workspace, folder)
     if decided.is_searched:
-        _search(workspace, folder, output)
+        search_stage(workspace, folder, output.baselines)
     elif not decided.is_decided:
         _decide_without_search(workspace, folder, decided.n_steps)
 
@@ -222,131 +223,6 @@ def _decide_without_search(workspace, folder, n_steps: int) -> None:
         return decide_stage(workspace, folder, lambda note: None)
     with progress(workspace.settings.search.agent, n_steps) as advance:
         decide_stage(workspace, folder, advance)
-
-
-def _search(workspace, folder, output: OutputConfig) -> None:
-    """Baselines, then the agent; each is skipped when its results are there already."""
-    from agents.baselines import check_baselines
-    from agents.pareto import pareto
-    from autoprune.allocation import BudgetRange
-    from autoprune.compress import timed
-    from autoprune.console import say
-    from autoprune.runs import RunFolder
-
-    settings = workspace.settings
-    network = settings.network.model
-    env = _make_env(workspace)
-    say(f"{network}: {len(workspace.groups)} prunable groups, {len(workspace.groups.pinned)} pinned")
-    # Under a range uniform pruning is the line that the front is drawn against; it needs no search.
-    for name in check_baselines(output.baselines) if not isinstance(env.budget, BudgetRange) else []:
-        known = folder.known_results.get("baselines", {})
-        if name not in known and name != settings.search.agent:
-            with timed(folder, f"baseline {name}"):
-                result = _one_search(workspace, _make_env(workspace), name, RunFolder(folder.root / "baselines" / name))
-            entry = result.best.to_json() | {"evaluations": result.evaluations}
-            entry["reward"] = max(episode.reward for episode in result.episodes)
-            folder.add_results(baselines=known | {name: entry})
-    if not folder.allocation.exists():
-        with timed(folder, "search"):
-            result = _one_search(workspace, env, settings.search.agent, folder)
-            found = pareto(result.front, result.uniform, env) if result.front else None
-        _keep(result, found, workspace, folder, env)
-
-
-def _make_env(workspace):
-    from envs.layer_pruning import LayerPruningEnv
-
-    search = workspace.settings.search
-    return LayerPruningEnv(
-        workspace.model,
-        workspace.groups,
-        workspace.proxy(),
-        search.budget,
-        search.reward,
-        max_sparsity=search.max_sparsity,
-        accuracy_floor=search.accuracy_floor,
-        costs=workspace.costs,
-        **workspace.limits,
-    )
-
-
-def _one_search(workspace, env, agent: str, folder):
-    from agents.search import search
-    from autoprune.allocation import BudgetRange
-    from autoprune.console import progress
-
-    folder.root.mkdir(parents=True, exist_ok=True)
-    own = workspace.settings.search
-    config = own if agent == own.agent else dataclasses.replace(own, agent=agent, policy="")
-    best, is_range = float("-inf"), isinstance(env.budget, BudgetRange)
-    with progress(agent, config.episodes) as advance:
-
-        def on_episode(episode) -> None:
-            nonlocal best
-            best = max(best, episode.reward)
-            advance(f"{episode.allocation.budget}: {episode.reward:.3f}" if is_range else f"best reward {best:.3f}")
-
-        return search(env, config, folder, on_episode)
-
-
-def _keep(result, found, workspace, folder, env) -> None:
-    """Stores what a search found; the allocation comes last, since its file says that the search is done."""
-    from autoprune.compress import use_allocation
-
-    if result.policy is not None:
-        _save_policy(result.policy, workspace, folder, env)
-    chosen = result.best
-    folder.add_results(
-        episodes=len(result.episodes),
-        evaluations=result.evaluations,
-        seconds_search=round(result.seconds, 2),
-        selection_accuracy=chosen.selection.accuracy,
-        selection_loss=chosen.selection.loss,
-    )
-    if found is not None:
-        _keep_front(result, found, workspace, folder, env)
-    else:
-        folder.add_results(finalists=[finalist.to_json() for finalist in result.finalists])
-    use_allocation(workspace, chosen.allocation, folder)
-
-
-def _save_policy(policy, workspace, folder, env) -> None:
-    """Stores a policy, with what it was trained on and its own allocation, under a range that of the middle budget."""
-    from agents.replay import replay
-
-    settings = workspace.settings
-    allocation, _ = replay(policy, env, env.budget.at(0.5))
-    about = {"trained_on": f"{settings.network.model} on {settings.data.data}", "budget": str(env.budget)}
-    if settings.search.policy:
-        about["start"] = settings.search.policy
-    policy.save(folder.policy, **about, network=workspace.groups.fingerprint, allocation=allocation.kept)
-
-
-def _keep_front(result, found, workspace, folder, env) -> None:
-    """Stores the Pareto front that a search of a range found, and tells how to go on from any point of it."""
-    from autoprune.console import print_front, say
-    from autoprune.runs import write_json
-
-    write_json(folder.pareto, found)
-    folder.add_results(pareto=str(folder.pareto))
-    print_front(found)
-    share = result.best.cost / found["dense"]
-    say(f"the run goes on with the front's knee, at {share:.1%}; all points: {folder.pareto}")
-    if result.policy is not None:
-        between, file = env.budget.at(0.2), folder.root / "another.json"
-        say(f"another budget: autoprune replay {folder.root} --budget {between} --out {file}")
-        flags = _flags(workspace.settings)
-        say(f"and then: autoprune prune --allocation {file}{flags} --out NEW_RUN; autoprune finetune NEW_RUN")
-
-
-def _flags(settings: Settings) -> str:
-    """The options that say which network, data, groups and channels are meant, where they aren't the usual ones."""
-    usual, others = Settings(), {}
-    stages = {"network": vars(usual.network), "data": vars(usual.data), "search": ("exclude", "criterion")}
-    for stage, names in stages.items():
-        own, default = getattr(settings, stage), getattr(usual, stage)
-        others |= {name: getattr(own, name) for name in names if getattr(own, name) != getattr(default, name)}
-    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in others.items())
 
 
 def _prune(workspace, folder) -> None:
@@ -374,7 +250,7 @@ def replay(options: Namespace) -> None:
     """Lets a learned policy act, without learning, on its own network or another one, at its own budget or another."""
     from agents.policies import find_policy
     from agents.replay import Policy
-    from autoprune.allocation import BudgetRange
+    from agents.stage import act, make_env
     from autoprune.console import print_results
     from autoprune.runs import RunFolder, file_stem, write_json
     from autoprune.workspace import Workspace
@@ -388,11 +264,10 @@ def replay(options: Namespace) -> None:
         trained = Workspace.of_run(run)
         settings, sparse = trained.settings, trained.sparse
     workspace = Workspace(_elsewhere(settings, options), sparse if options.model is None else None)
-    env = _make_env(workspace)
+    env = make_env(workspace)
     settings, name = workspace.settings, run.root.name if is_of_run else place.name
     stem = file_stem("replay" if is_of_run else name, settings.network.model, str(env.budget))
     path = Path(options.out) if options.out else (run.root if is_of_run else Path("runs")) / f"{stem}.json"
-    act = _replay_front if isinstance(env.budget, BudgetRange) else _replay_once
     written, results, last = act(policy, workspace, env)
     write_json(path, written)
     results = {"model": settings.network.model, "budget": str(env.budget), "agent": f"policy of {name}"} | results
@@ -401,31 +276,6 @@ def replay(options: Namespace) -> None:
     print(f"{last}: {path}")
     if options.json:
         print(json.dumps({key: value for key, value in results.items() if not isinstance(value, list)}))
-
-
-def _replay_once(policy, workspace, env) -> tuple[dict, dict, str]:
-    """The policy's allocation, its costs and scores beside those of uniform pruning, and them in words."""
-    from agents.replay import replay
-
-    allocation, info = replay(policy, env)
-    uniform = env.proxy(env.counts(env.space.uniform(env.target)))
-    results = workspace.costs_of(allocation.kept)
-    results |= {"proxy_accuracy": info["accuracy"], "proxy_loss": info["loss"]}
-    results |= {"proxy_accuracy_uniform": uniform.accuracy, "proxy_loss_uniform": uniform.loss}
-    words = f"proxy accuracy {info['accuracy']:.2%}, uniform {uniform.accuracy:.2%}; allocation"
-    return dataclasses.replace(allocation, source="policy").to_json(), results, words
-
-
-def _replay_front(policy, workspace, env) -> tuple[dict, dict, str]:
-    """The front of what the policy does at the budgets of a range, and it in words."""
-    from agents.finalists import front
-    from agents.lanes import Recorder
-    from agents.pareto import pareto
-    from autoprune.console import print_front
-
-    found = pareto(*front(Recorder(env, workspace.settings.search), policy), env)
-    print_front(found)
-    return found, {"points": len(found["front"])}, f"front of {len(found['front'])} points"
 
 
 def _elsewhere(settings: Settings, options: Namespace) -> Settings:
@@ -497,10 +347,10 @@ def _check_single(options: Namespace) -> None:
     """Refuses other granularities, ranges and whole fronts where one allocation is meant."""
     from autoprune.allocation import BudgetRange, parse_budget
 
-    if options.granularity != "channel":
+    if options.granularity not in ("channel", "dimensions"):
         raise UserError(
-            f"--granularity: an allocation holds channels, got {options.granularity}; for that give a RUN of "
-            f"autoprune search --granularity {options.granularity}"
+            f"--granularity: an allocation is for channel or dimensions, got {options.granularity}; for that give "
+            f"a RUN of autoprune search --granularity {options.granularity}"
         )
     if isinstance(parse_budget(options.budget), BudgetRange):
         raise UserError(

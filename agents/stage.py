@@ -1,0 +1,165 @@
+"""A search as a stage of a run: the environment of its settings, baselines and agent, and what is kept of them."""
+
+import dataclasses
+import shlex
+
+from agents.baselines import check_baselines
+from agents.finalists import front
+from agents.lanes import Episode, Recorder
+from agents.pareto import pareto
+from agents.replay import Policy, replay
+from agents.search import SearchResult, search
+from autoprune.allocation import BudgetRange
+from autoprune.compress import timed, use_allocation
+from autoprune.config import Settings
+from autoprune.console import print_front, progress, say
+from autoprune.runs import RunFolder, write_json
+from autoprune.workspace import Workspace
+from envs.layer_pruning import LayerPruningEnv
+
+
+def make_env(workspace: Workspace) -> LayerPruningEnv:
+    """The environment that the settings describe, with a fresh proxy.
+
+    Raises:
+        UserError: If nothing can be pruned, a pattern means nothing, or the budget can't be reached.
+    """
+    search = workspace.settings.search
+    return LayerPruningEnv(
+        workspace.model,
+        workspace.groups,
+        workspace.proxy(),
+        search.budget,
+        search.reward,
+        max_sparsity=search.max_sparsity,
+        accuracy_floor=search.accuracy_floor,
+        costs=workspace.costs,
+        **workspace.limits,
+    )
+
+
+def search_stage(workspace: Workspace, folder: RunFolder, baselines: str) -> None:
+    """Baselines, then the agent; each is skipped when its results are there already.
+
+    Args:
+        workspace: Network, images and trace.
+        folder: The run.
+        baselines: Names with commas between them, or "none".
+    """
+    settings, env = workspace.settings, make_env(workspace)
+    say(f"{settings.network.model}: {len(workspace.groups)} prunable groups, {len(workspace.groups.pinned)} pinned")
+    # Under a range uniform pruning is the line that the front is drawn against; it needs no search.
+    for name in check_baselines(baselines) if not isinstance(env.budget, BudgetRange) else []:
+        known = folder.known_results.get("baselines", {})
+        if name not in known and name != settings.search.agent:
+            with timed(folder, f"baseline {name}"):
+                result = _one_search(workspace, make_env(workspace), name, RunFolder(folder.root / "baselines" / name))
+            entry = result.best.to_json() | {"evaluations": result.evaluations}
+            entry["reward"] = max(episode.reward for episode in result.episodes)
+            folder.add_results(baselines=known | {name: entry})
+    if not folder.allocation.exists():
+        with timed(folder, "search"):
+            result = _one_search(workspace, env, settings.search.agent, folder)
+            found = pareto(result.front, result.uniform, env) if result.front else None
+        _keep(result, found, workspace, folder, env)
+
+
+def _one_search(workspace: Workspace, env: LayerPruningEnv, agent: str, folder: RunFolder) -> SearchResult:
+    folder.root.mkdir(parents=True, exist_ok=True)
+    own = workspace.settings.search
+    config = own if agent == own.agent else dataclasses.replace(own, agent=agent, policy="")
+    best, is_range = float("-inf"), isinstance(env.budget, BudgetRange)
+    with progress(agent, config.episodes) as advance:
+
+        def on_episode(episode: Episode) -> None:
+            nonlocal best
+            best = max(best, episode.reward)
+            advance(f"{episode.allocation.budget}: {episode.reward:.3f}" if is_range else f"best reward {best:.3f}")
+
+        return search(env, config, folder, on_episode)
+
+
+def _keep(
+    result: SearchResult, found: dict | None, workspace: Workspace, folder: RunFolder, env: LayerPruningEnv
+) -> None:
+    """Stores what a search found; the allocation comes last, since its file says that the search is done."""
+    if result.policy is not None:
+        _save_policy(result.policy, workspace, folder, env)
+    chosen = result.best
+    folder.add_results(
+        episodes=len(result.episodes),
+        evaluations=result.evaluations,
+        seconds_search=round(result.seconds, 2),
+        selection_accuracy=chosen.selection.accuracy,
+        selection_loss=chosen.selection.loss,
+    )
+    if found is not None:
+        _keep_front(result, found, workspace, folder, env)
+    else:
+        folder.add_results(finalists=[finalist.to_json() for finalist in result.finalists])
+    use_allocation(workspace, chosen.allocation, folder)
+
+
+def _save_policy(policy: Policy, workspace: Workspace, folder: RunFolder, env: LayerPruningEnv) -> None:
+    """Stores a policy, with what it was trained on and its own allocation, under a range that of the middle budget."""
+    settings = workspace.settings
+    allocation, _ = replay(policy, env, env.budget.at(0.5))
+    about = {"trained_on": f"{settings.network.model} on {settings.data.data}", "budget": str(env.budget)}
+    if settings.search.policy:
+        about["start"] = settings.search.policy
+    policy.save(folder.policy, **about, network=workspace.groups.fingerprint, allocation=allocation.kept)
+
+
+def _keep_front(
+    result: SearchResult, found: dict, workspace: Workspace, folder: RunFolder, env: LayerPruningEnv
+) -> None:
+    """Stores the Pareto front that a search of a range found, and tells how to go on from any point of it."""
+    write_json(folder.pareto, found)
+    folder.add_results(pareto=str(folder.pareto))
+    print_front(found)
+    share = result.best.cost / found["dense"]
+    say(f"the run goes on with the front's knee, at {share:.1%}; all points: {folder.pareto}")
+    if result.policy is not None:
+        between, file = env.budget.at(0.2), folder.root / "another.json"
+        say(f"another budget: autoprune replay {folder.root} --budget {between} --out {file}")
+        flags = _flags(workspace.settings)
+        say(f"and then: autoprune prune --allocation {file}{flags} --out NEW_RUN; autoprune finetune NEW_RUN")
+
+
+def _flags(settings: Settings) -> str:
+    """The options that say which network, data, groups and channels are meant, where they aren't the usual ones."""
+    usual, others = Settings(), {}
+    stages = {
+        "network": vars(usual.network),
+        "data": vars(usual.data),
+        "search": ("exclude", "criterion", "granularity"),
+    }
+    for stage, names in stages.items():
+        own, default = getattr(settings, stage), getattr(usual, stage)
+        others |= {name: getattr(own, name) for name in names if getattr(own, name) != getattr(default, name)}
+    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in others.items())
+
+
+def act(policy: Policy, workspace: Workspace, env: LayerPruningEnv) -> tuple[dict, dict, str]:
+    """What a policy does without learning: what is to be written, results, and them in words.
+
+    For one budget its allocation, with costs and scores beside those of uniform pruning; for a range the front of what
+    it does at the budgets of it.
+    """
+    return (_act_on_range if isinstance(env.budget, BudgetRange) else _act_once)(policy, workspace, env)
+
+
+def _act_once(policy: Policy, workspace: Workspace, env: LayerPruningEnv) -> tuple[dict, dict, str]:
+    allocation, info = replay(policy, env)
+    uniform = env.proxy(env.counts(env.space.uniform(env.target)))
+    results = workspace.costs_of(allocation.kept)
+    results |= {"proxy_accuracy": info["accuracy"], "proxy_loss": info["loss"]}
+    results |= {"proxy_accuracy_uniform": uniform.accuracy, "proxy_loss_uniform": uniform.loss}
+    words = f"proxy accuracy {info['accuracy']:.2%}, uniform {uniform.accuracy:.2%}; allocation"
+    return dataclasses.replace(allocation, source="policy").to_json(), results, words
+
+
+def _act_on_range(policy: Policy, workspace: Workspace, env: LayerPruningEnv) -> tuple[dict, dict, str]:
+    found = pareto(*front(Recorder(env, workspace.settings.search), policy), env)
+    print_front(found)
+    return found, {"points": len(found["front"])}, f"front of {len(found['front'])} points"
