@@ -46,7 +46,8 @@ class Compound(Channels):
             if reason:
                 raise UserError(f"--agent: {FITTED} weighs depth, width and image size, and {name} is fixed ({reason})")
         nothing = [Point(**asdict(self._shares(kept)), accuracy=0.5) for kept in self._plan]
-        AccuracyModel.fit(nothing, self.workspace.settings.dimensions.degree)
+        model = AccuracyModel.fit(nothing, self.workspace.settings.dimensions.degree)
+        optimum(model, self._share, measured_bounds(nothing))
 
     @property
     def n_steps(self) -> int:
@@ -58,8 +59,7 @@ class Compound(Channels):
         points = [self._measured(number, kept, advance) for number, kept in enumerate(self._plan)]
         model = AccuracyModel.fit(points, self.workspace.settings.dimensions.degree)
         kept, promised = self._best(model, points)
-        share = self._target / self._space.cost(self._space.costs.dense)
-        best = optimum(model, share, measured_bounds(points))
+        best = optimum(model, self._share, measured_bounds(points))
         self.keep(Allocation(kept, self.workspace.groups.fingerprint, str(self._budget), FITTED))
         found = {"optimum": asdict(best), "chosen": asdict(promised), "error": model.mean_absolute_error(points)}
         rows = [asdict(point) | {"fitted": _promised(model, point)} for point in points]
@@ -134,7 +134,7 @@ class Compound(Channels):
         half of the network where the budget allows more, since depth would hardly differ. Each is the nearest network
         that can be built, so some may coincide; those count once.
         """
-        share = min(0.5, self._target / self._space.cost(self._space.costs.dense))
+        share = min(0.5, self._share)
         parts = [((name,), share ** (step / 3)) for name in EXPONENTS for step in (1, 2, 3)]
         parts += [(names, share) for size in (2, 3) for names in combinations(EXPONENTS, size)]
         cut = [{n: cost ** (1 / len(names) / EXPONENTS[n]) for n in names} for names, cost in parts]
@@ -149,16 +149,13 @@ class Compound(Channels):
         return self._named([row[np.abs(row - count).argmin()] for row, count in levels])
 
     def _shares(self, kept: dict[str, int]) -> Shares:
-        """The shares that an allocation really has: by the MACs that each dimension alone would leave."""
-        costs = self.workspace.costs
-        whole = self._named(costs.dense)
-        alone = {
-            "depth": whole | {name: kept[name] for name in (DEPTH,) if name in kept},
-            "width": kept | {name: whole[name] for name in (DEPTH, RESOLUTION) if name in kept},
-            "resolution": whole | {name: kept[name] for name in (RESOLUTION,) if name in kept},
-        }
-        left = {name: costs.macs(counts) / costs.macs(costs.dense) for name, counts in alone.items()}
-        return Shares(**{name: share if name == "depth" else sqrt(share) for name, share in left.items()})
+        """The shares that an allocation really has, by the MACs that are left.
+
+        Depth and size alone; the widths at that depth and size, since groups in removed blocks have none.
+        """
+        macs = self.workspace.costs.macs
+        depth, size = ({name: kept[name]} for name in (DEPTH, RESOLUTION))
+        return Shares(macs(depth) / macs({}), sqrt(macs(kept) / macs(depth | size)), sqrt(macs(size) / macs({})))
 
     def _named(self, kept) -> dict[str, int]:
         return dict(zip(self.workspace.costs.names, map(int, kept), strict=True))
@@ -172,6 +169,11 @@ class Compound(Channels):
     @property
     def _budget(self) -> Budget:
         return parse_budget(self.workspace.settings.search.budget).at(0)
+
+    @property
+    def _share(self) -> float:
+        """The budget as a share of the dense network; an absolute one may be beyond it."""
+        return min(1.0, self._target / self._space.cost(self._space.costs.dense))
 
     @property
     def _target(self) -> int:

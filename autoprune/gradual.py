@@ -80,8 +80,10 @@ class GradualWeights(Gradual):
         self.cost, self.target, self.ranked = cost, target, ranked
 
     def masks_at(self, model: nn.Module, share: float) -> Masks:
-        """Those of the budget that is due."""
-        return self.ranked(model, round(self.cost - share * (self.cost - self.target)))
+        """Those of the budget that is due, and all that there are."""
+        masks, before = self.ranked(model, round(self.cost - share * (self.cost - self.target))), self.masks.kept
+        # A large unit may have saved more than was due, and now more than is.
+        return Masks({name: kept & before.get(name, kept) for name, kept in masks.kept.items()})
 
 
 class GradualChannels(Gradual):

@@ -59,8 +59,14 @@ class Scaling:
         """The trace with `depth` and `resolution` in front, each pinned where the network has no choice."""
         depth, side = self.whole
         shallow = None if self.order else "the network has no block that can be removed"
-        small = None if self._reads(half(side)) else "the network reads images of one size only"
+        unread = next((size for size in self._sizes if not self._reads(size)), None)
+        small = unread and f"the network doesn't read images of {unread} pixels"
         added = Group(DEPTH, depth, (), shallow, 1.0), Group(RESOLUTION, side, (), small, 1.0)
+        taken = {group.name for group in added} & {group.name for group in self.traced.all}
+        if taken:
+            raise UserError(
+                f"--granularity: the network has channels called {min(taken)!r}, as is a dimension; rename them"
+            )
         # The labels of a trace count channels through all groups; nobody cuts by these.
         groups = replace(self.traced, all=(*added, *self.traced.all), book=None, units=None)
         return pinned_by_user(groups, self.excluded)
@@ -117,6 +123,12 @@ class Scaling:
         if (depth, size) not in self._tables:
             self._tables[depth, size] = CostTable(self.trace({DEPTH: depth, RESOLUTION: size}))
         return self._tables[depth, size]
+
+    @property
+    def _sizes(self) -> list[int]:
+        """The smaller image sizes that a search has to choose from if nothing else is asked for."""
+        step, least = self.steps[RESOLUTION], self.least[RESOLUTION]
+        return [least, *range(-(-least // step) * step, self.example.shape[-1], step)]
 
     def _reads(self, size: int) -> bool:
         try:

@@ -1,5 +1,7 @@
 """Gradual pruning: on schedule, never back, on the weights as they are, and in the end really gone."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from kills import Killed, kill_after
@@ -121,7 +123,41 @@ def test_channels_go_on_schedule_never_come_back_and_are_ranked_on_the_weights_o
     assert {name: len(kept) for name, kept in plug.kept.items()} == GOAL
 
 
-@pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "concat"])
+def test_filters_that_saved_more_than_was_due_stay_gone():
+    model, groups = traced()
+    dense = CostTable(groups).macs({})
+    plug = WatchedWeights("cubic", 10, dense, dense // 2, lambda net, left: ranked_masks(net, groups, "filter", left))
+    finetune(model, data(), CONFIG, plug=plug)
+    masks = [masks.kept for _, masks, _ in plug.prunings]
+    assert all((after[n] <= kept).all() for before, after in pairwise(masks) for n, kept in before.items())
+    assert plug.masks.costs(groups)["macs"] <= dense // 2
+
+
+def test_channels_that_are_gone_stay_gone_whatever_is_said_of_them_later():
+    model, groups = traced()
+    said = iter([1, -1])
+
+    def importance_of(network: nn.Module) -> dict[str, torch.Tensor]:
+        sign = next(said)
+        return {name: sign * torch.arange(1.0, groups[name].channels + 1) for name in GOAL}
+
+    plug = GradualChannels("linear", 2, groups, GOAL, importance_of)
+    plug.masks_at(model, 0.5)
+    left = plug.kept
+    plug.masks_at(model, 1.0)
+    assert {name: kept.tolist() for name, kept in plug.kept.items()} == {n: left[n][: GOAL[n]].tolist() for n in GOAL}
+
+
+def test_what_goes_is_gone_before_the_next_batch_is_answered():
+    model, groups = traced()
+    plug = channels(model, groups)
+    plug.begin(model, N_STEPS)
+    plug.before_forward(model, 0)
+    assert plug.masks.kept
+    assert all((model.get_parameter(name)[~kept] == 0).all() for name, kept in plug.masks.kept.items())
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "concat", "flatten", "grouped"])
 def test_what_is_masked_in_all_its_weights_can_be_cut_off_without_a_change(name):
     model, groups = traced(name)
     randomise(model)
@@ -130,18 +166,19 @@ def test_what_is_masked_in_all_its_weights_can_be_cut_off_without_a_change(name)
     assert difference(outputs(prune(model, groups, kept), x), outputs(model, x)) < 1e-5
 
 
-def test_channels_that_stay_are_not_masked():
-    model, groups = traced("residual")
+@pytest.mark.parametrize("name", ["residual", "flatten"])
+def test_masked_is_exactly_what_pruning_takes_from_every_parameter(name):
+    model, groups = traced(name)
     assert channel_masks(groups, {}).kept == {}
     kept = random_kept(groups, seed=1)
-    size = sum(int(mask.sum()) for mask in channel_masks(groups, kept).kept.values())
-    masked = channel_masks(groups, kept).kept
+    left = {name: int(mask.sum()) for name, mask in channel_masks(groups, kept).kept.items()}
     pruned = {name: p.numel() for name, p in prune(model, groups, kept).named_parameters()}
-    assert size == sum(pruned[name] for name in masked)
+    assert left == {name: n for name, n in pruned.items() if n < model.get_parameter(name).numel()}
 
 
+@pytest.mark.parametrize("epoch", [3, 5])
 @pytest.mark.parametrize("kind", ["channels", "weights"])
-def test_a_killed_training_goes_on_with_its_masks_and_ends_the_same(kind, tmp_path):
+def test_a_killed_training_goes_on_with_its_masks_and_ends_the_same(kind, epoch, tmp_path):
     def trained(checkpoint, on_epoch=lambda epoch, loss: None):
         model, groups = traced()
         if kind == "channels":
@@ -154,7 +191,7 @@ def test_a_killed_training_goes_on_with_its_masks_and_ends_the_same(kind, tmp_pa
 
     whole, masks = trained(None)
     with pytest.raises(Killed):
-        trained(tmp_path / "half.pt", kill_after(3))
+        trained(tmp_path / "half.pt", kill_after(epoch))
     again, resumed = trained(tmp_path / "half.pt")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
     assert masks.masks.kept.keys() == resumed.masks.kept.keys()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ from tiny import network, residual
 from torch import nn
 
 from autoprune import compound
+from autoprune.allocation import Allocation
 from autoprune.cli import main
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
 from autoprune.cost import CostTable
 from autoprune.data import Images
 from autoprune.depth import remove_blocks
-from autoprune.dimensions import EXPONENTS
+from autoprune.dimensions import EXPONENTS, AccuracyModel, Point
 from autoprune.errors import UserError
 from autoprune.export import load_pruned
 from autoprune.finetune import finetune
@@ -104,8 +106,41 @@ def test_costs_of_many_allocations_are_those_of_each_and_grow_with_every_count()
 def test_a_network_without_blocks_or_of_one_size_says_why_it_has_no_choice():
     assert scaling(network()).groups.reasons[DEPTH] == "the network has no block that can be removed"
     flat = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * SIDE**2, 10))
-    assert scaling(flat).groups.reasons[RESOLUTION] == "the network reads images of one size only"
+    assert scaling(flat).groups.reasons[RESOLUTION] == "the network doesn't read images of 8 pixels"
     assert RESOLUTION not in scaling(flat).groups.channels
+
+
+def test_a_network_that_reads_half_the_size_but_not_all_between_has_no_choice():
+    stem = nn.PixelUnshuffle(4), nn.Conv2d(48, 8, 3, padding=1), nn.ReLU()
+    model = nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    assert scaling(model).groups.reasons[RESOLUTION] == "the network doesn't read images of 10 pixels"
+
+
+def test_a_network_with_a_layer_called_like_a_dimension_is_refused():
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    found = scaling(nn.Sequential(OrderedDict(depth=nn.Conv2d(3, 4, 3), head=head)))
+    with pytest.raises(UserError, match=r"^--granularity: the network has channels called 'depth', as is a dimension"):
+        len(found.groups)
+
+
+def test_steps_are_an_eighth_of_the_blocks_and_of_the_side_but_never_less_than_one():
+    found = scaling()
+    assert found.steps == {DEPTH: 1, RESOLUTION: 2}
+    found.order, found.example = [""] * 24, images(1, 32)
+    assert found.steps == {DEPTH: 3, RESOLUTION: 4}
+    found.order, found.example = [], images(1, 7)
+    assert found.steps == {DEPTH: 1, RESOLUTION: 1}
+
+
+def test_groups_that_only_a_shallower_network_has_are_refused():
+    model, x = residual().eval(), images(1, SIDE)
+    traced = trace(model, x)
+    known = tuple(group for group in traced.all if group.name != "0.0")
+    found = Scaling(model, dataclasses.replace(traced, all=known), x, DATA)
+    with pytest.raises(
+        UserError, match=rf"without {found.order[0]} the network has other groups \(0.0\); exclude depth$"
+    ):
+        found.trace({DEPTH: 4})
 
 
 def test_what_is_excluded_stays_whole_at_every_depth():
@@ -236,6 +271,42 @@ def test_the_fit_measures_every_network_of_its_plan_and_takes_one_within_the_bud
     assert shares["depth"] * shares["width"] ** 2 * shares["resolution"] ** 2 == pytest.approx(0.5, rel=1e-3)
     assert main(["prune", str(run)]) == 0
     assert results_of(run)["macs"] == counted_macs(load_pruned(run / "pruned"), SIDE)
+
+
+def test_shares_are_those_of_the_blocks_that_are_left():
+    space = workspace(agent="polynomial")
+    decided, scaled_to = removal(space, None), {DEPTH: 2, RESOLUTION: 12}
+    kept = dict(space.groups.channels) | scaled_to | {"0.0": 4}
+    there = {DEPTH, RESOLUTION, *space.scaling.widths(kept)}
+    narrow = {name: count if name in there else 1 for name, count in kept.items()}
+    assert narrow != kept and decided._shares(narrow) == decided._shares(kept)
+    macs, shares = space.costs.macs, decided._shares(kept)
+    assert shares.depth == macs({DEPTH: 2}) / macs({}) and shares.resolution**2 == pytest.approx(12**2 / SIDE**2, 1e-2)
+    assert shares.width**2 == pytest.approx(macs(kept) / macs(scaled_to))
+
+
+@pytest.mark.parametrize(("widest", "size"), [(1.0, SIDE), (0.8, 12)])
+def test_the_most_promising_network_within_what_was_measured_is_taken_and_uses_the_budget_up(widest, size):
+    space = workspace(agent="polynomial", budget="macs=20%")
+    decided = removal(space, None)
+    by_size = AccuracyModel(np.array([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]))
+    kept, promised = decided._best(by_size, [Point(0.1, 0.1, 0.1, 0.0), Point(1.0, 1.0, widest, 0.0)])
+    assert kept[RESOLUTION] == size and promised.accuracy == promised.resolution == pytest.approx(size / SIDE, 1e-3)
+    row, target = np.array(list(kept.values())), int(0.2 * space.costs.macs({}))
+    assert space.costs.macs(kept) <= target and (decided._space.fill(row, target) == row).all()
+
+
+def test_of_groups_in_removed_blocks_nothing_is_kept():
+    space = workspace(agent="polynomial")
+    decided, kept = removal(space, None), dict(space.groups.channels) | {DEPTH: 3}
+    decided.decision = Allocation(kept, space.groups.fingerprint)
+    gone = {f"{name}.body.0.0" for name in space.scaling.removed(kept)}
+    assert {row["name"]: row["kept"] for row in decided.costs()["groups"]} == kept | dict.fromkeys(gone, 0)
+
+
+def test_a_fit_has_an_optimum_under_an_absolute_budget_beyond_the_network():
+    decided = removal(workspace(agent="polynomial", budget="macs=10M"), None)
+    assert decided.check() is None
 
 
 def test_a_fit_killed_between_its_networks_measures_none_of_them_again(tmp_path, monkeypatch):
