@@ -92,7 +92,7 @@ def _widest(space: SearchSpace, target: int, generator: np.random.Generator) -> 
     units, low, high = generator.random((SHARES // 10, len(space.low))), 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        too_dear = space.cost(_kept(space, middle * units)).mean() > target
+        too_dear = space.costs.continuous(space.metric, _kept(space, middle * units)).mean() > target
         low, high = (middle, high) if too_dear else (low, middle)
     return high
 
@@ -103,7 +103,7 @@ def _sampled(space: SearchSpace, target: int, widest: float, generator: np.rando
     Where hardly any does, as in networks whose channels are few, the nearest of each draw are taken.
     """
     sparsities = widest * generator.random((SHARES, len(space.low)))
-    distances = np.abs(space.cost(_kept(space, sparsities)) - target)
+    distances = np.abs(space.costs.continuous(space.metric, _kept(space, sparsities)) - target)
     right = distances <= TOLERANCE * space.cost(space.costs.dense)
     return sparsities[right if right.sum() >= LANES else np.argsort(distances, kind="stable")[:LANES]]
 

@@ -86,12 +86,13 @@ def _start(options: Namespace, prepare: Callable):
 
     Everything that can be wrong is found by `prepare(workspace)` before the folder is made.
     """
-    from autoprune.runs import start_run
+    from autoprune.runs import RunFolder, start_run
     from autoprune.workspace import Workspace
 
     settings, output = settings_of(options), pick(options, OutputConfig)
     _check_names(settings, output)
-    workspace = Workspace(settings)
+    written = RunFolder(Path(output.out)).blocks if output.resume else None
+    workspace = Workspace(settings, blocks=written)
     prepare(workspace)
     folder = start_run(settings, output.out, output.resume)
     if options.method:
@@ -203,11 +204,13 @@ def _decide(workspace, folder, output: OutputConfig) -> None:
     """What goes: it is searched, or decided at once."""
     from agents.stage import search_stage
     from autoprune.allocation import parse_budget
+    from autoprune.compress import keep_order
     from autoprune.granularities import removal
 
     settings, network = workspace.settings, workspace.settings.network.model
     folder.add_results(run=str(folder.root), model=network, data=settings.data.data, seed=settings.search.seed)
     folder.add_results(budget=str(parse_budget(settings.search.budget)), agent=settings.search.agent)
+    keep_order(workspace, folder)
     decided = removal(workspace, folder)
     if decided.is_searched:
         search_stage(workspace, folder, output.baselines)
@@ -336,6 +339,7 @@ def prune(options: Namespace) -> None:
         workspace = _train_sparsely(workspace, folder)
         allocation = Allocation.read(options.allocation, workspace.groups)
         settings = workspace.settings
+        compress.keep_order(workspace, folder)
         folder.add_results(run=str(folder.root), model=settings.network.model, data=settings.data.data)
         folder.add_results(budget=allocation.budget, agent=allocation.source, evaluations=0)
         compress.use_allocation(workspace, allocation, folder)

@@ -54,27 +54,20 @@ class Compound(Channels):
         """The networks that are measured."""
         return len(self._plan)
 
-    def decide(self, advance: Callable[[str], None]) -> dict:
+    def decide(self, advance: Callable[[str], None]) -> tuple[Allocation, dict]:
         """Measures, fits, and takes the network that promises most; a killed run measures on."""
         points = [self._measured(number, kept, advance) for number, kept in enumerate(self._plan)]
         model = AccuracyModel.fit(points, self.workspace.settings.dimensions.degree)
         kept, promised = self._best(model, points)
         best = optimum(model, self._share, measured_bounds(points))
-        self.keep(Allocation(kept, self.workspace.groups.fingerprint, str(self._budget), FITTED))
+        allocation = Allocation(kept, self.workspace.groups.fingerprint, str(self._budget), FITTED)
         found = {"optimum": asdict(best), "chosen": asdict(promised), "error": model.mean_absolute_error(points)}
         rows = [asdict(point) | {"fitted": _promised(model, point)} for point in points]
-        return self.costs() | {"dimensions": found | {"points": rows}}
+        return allocation, {"dimensions": found | {"points": rows}}
 
     def network(self) -> nn.Module:
         """The network without the removed blocks, at its image size, with the most important channels."""
         return self._built(self.decision.kept, verify=True)
-
-    def costs(self) -> dict:
-        """Those of the allocation; of groups in removed blocks nothing is kept."""
-        results, scaling = super().costs(), self.workspace.scaling
-        there = {DEPTH, RESOLUTION, *scaling.widths(self.decision.kept)}
-        groups = [row if row["name"] in there else row | {"kept": 0} for row in results["groups"]]
-        return results | {"groups": groups, "image_size": scaling.of(self.decision.kept)[1]}
 
     def plan(self) -> dict:
         """Removed blocks, image size and widths; whoever loads the weights makes the network so again."""
@@ -90,15 +83,15 @@ class Compound(Channels):
     def _measured(self, number: int, kept: dict[str, int], advance: Callable[[str], None]) -> Point:
         """The accuracy on the selection split after a short training of one network of the plan."""
         known = {event["number"]: Point(**event["point"]) for event in self.folder.events("point")}
+        checkpoint = self.folder.checkpoints / f"point-{number}.pt"
         if number not in known:
-            workspace, settings = self.workspace, self.workspace.settings
-            network, checkpoint = self._built(kept), self.folder.checkpoints / f"point-{number}.pt"
+            workspace, settings, network = self.workspace, self.workspace.settings, self._built(kept)
             config = replace(settings.finetune, epochs=settings.dimensions.epochs, lr=settings.dimensions.lr)
             finetune(network, workspace.splits.train, config, settings.search.seed, workspace.dense, checkpoint)
             reached = accuracy(network, workspace.splits.selection)
             known[number] = Point(**asdict(self._shares(kept)), accuracy=reached)
             self.folder.append("point", number=number, kept=kept, point=asdict(known[number]))
-            checkpoint.unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)
         point = known[number]
         sizes = ", ".join(f"{name} {getattr(point, name):.2f}" for name in EXPONENTS)
         advance(f"{sizes}: {point.accuracy:.1%}")
@@ -107,7 +100,7 @@ class Compound(Channels):
     def _best(self, model: AccuracyModel, points: list[Point]) -> tuple[dict[str, int], Point]:
         """Of the networks of every depth and size, with uniform widths that use the budget up, the most promising.
 
-        Those beyond what was measured are left out, since a polynomial says nothing there.
+        Those beyond what was measured come last, since a polynomial says nothing there.
         """
         bounds, found = measured_bounds(points), []
         for kept in self._candidates():

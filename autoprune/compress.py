@@ -72,7 +72,7 @@ def _train_sparsely(workspace: Workspace, folder: RunFolder, on_epoch: EpochCall
     method = SPARSE[sparse.method]
     strength = method.strength if sparse.strength is None else sparse.strength
     config = settings.sparse_training
-    model, plug = copy.deepcopy(workspace.dense), method.plug(workspace.groups, strength, _share(workspace))
+    model, plug = copy.deepcopy(workspace.dense), method.plug(workspace.widths, strength, _share(workspace))
     checkpoint, seed = folder.checkpoints / "sparse.pt", settings.search.seed
     log = folder.logging("sparse epoch", on_epoch)
     finetune(model, train, config, seed, workspace.dense, checkpoint, log, plug)
@@ -91,11 +91,20 @@ def _share(workspace: Workspace) -> float:
     return min(1.0, budget.target(costs) / costs.metrics[budget.metric](costs.dense))
 
 
+def keep_order(workspace: Workspace, folder: RunFolder) -> None:
+    """Writes down in which order blocks go, where depth is decided: measured again, a tie might break otherwise."""
+    if workspace.scaling and not folder.blocks.exists():
+        write_json(folder.blocks, {"order": workspace.scaling.order})
+
+
 def decide_stage(workspace: Workspace, folder: RunFolder, advance: Say) -> None:
     """Decides what goes where no search does; `advance` is told of each long step."""
     with timed(folder, "search"):
-        results = removal(workspace, folder).decide(advance)
-    folder.add_results(**results, episodes=0, evaluations=0)
+        decided = removal(workspace, folder)
+        decision, found = decided.decide(advance)
+    folder.add_results(**decided.costs(decision), **found, episodes=0, evaluations=0)
+    # The decision comes last: its file says that the search is done, and a resumed run looks no further.
+    decided.keep(decision)
 
 
 def prune_stage(workspace: Workspace, folder: RunFolder, say: Say, on_epoch: EpochCallback) -> None:
@@ -103,7 +112,7 @@ def prune_stage(workspace: Workspace, folder: RunFolder, say: Say, on_epoch: Epo
     with timed(folder, "prune"):
         decided = removal(workspace, folder)
         decided.prepare(on_epoch)
-        folder.add_results(**decided.costs())
+        folder.add_results(**decided.costs(decided.decision))
         pruned = decided.network()
         save_pruned(pruned, folder.pruned, workspace.network | {"stage": "pruned"} | decided.plan())
         before, after = (sum(int(p.count_nonzero()) for p in m.parameters()) for m in (workspace.model, pruned))

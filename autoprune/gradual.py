@@ -90,7 +90,7 @@ class GradualChannels(Gradual):
     """Channels go, group by group, until each keeps what an allocation says.
 
     A channel is masked in all of its weights, so that in a network of convolutions and batch norms, it can be cut off
-    afterwards without changing anything. Where a norm runs over channels, its statistics change.
+    afterwards without changing anything. Norms, softmax and means over channels then see fewer.
 
     Args:
         shape: As for `Gradual`.

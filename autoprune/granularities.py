@@ -43,10 +43,9 @@ class Weights(Removal):
         """Makes the masks, and forgets them: another network may be trained first."""
         self.masks()
 
-    def decide(self, advance: Callable[[str], None]) -> dict:
+    def decide(self, advance: Callable[[str], None]) -> tuple[Masks, dict]:
         """Ranks the units and masks the least, or N of M everywhere."""
-        self.keep(self.masks())
-        return self.costs()
+        return self.masks(), {}
 
     @cached_property
     def decision(self) -> Masks:
@@ -58,19 +57,21 @@ class Weights(Removal):
         decision.save(self.folder.masks)
         self.decision = decision
 
-    def costs(self) -> dict:
-        """What isn't zero."""
-        dense, nonzero = self.workspace.dense_costs, self.decision.costs(self.workspace.groups)
-        layers = [self._row(name) for name in self.workspace.groups.applied]
-        shares = {"macs_ratio": nonzero["macs"] / dense["macs_dense"], "sparsity": self.decision.sparsity}
+    def costs(self, decision: Masks) -> dict:
+        """What isn't zero; layers that N:M leaves whole are."""
+        groups, dense = self.workspace.groups, self.workspace.dense_costs
+        nonzero, sizes = decision.costs(groups), {name: prod(groups.shapes[name]) for name in groups.applied}
+        layers = [
+            {
+                "name": name.removesuffix(".weight"),
+                "channels": size,
+                "kept": int(decision.kept[name].sum()) if name in decision.kept else size,
+            }
+            for name, size in sizes.items()
+        ]
+        shares = {"macs_ratio": nonzero["macs"] / dense["macs_dense"], "sparsity": decision.sparsity}
         same = {"memory_bytes": dense["memory_bytes_dense"]}
         return nonzero | dense | same | shares | {"groups": layers, "counted": "weights"}
-
-    def _row(self, name: str) -> dict:
-        """How much of a layer's weight is left; all of it where N:M left it whole."""
-        size = prod(self.workspace.groups.shapes[name])
-        kept = int(self.decision.kept[name].sum()) if name in self.decision.kept else size
-        return {"name": name.removesuffix(".weight"), "channels": size, "kept": kept}
 
     def masks(self) -> Masks:
         """What the settings ask for, made anew.
@@ -132,11 +133,10 @@ class Blocks(Removal):
                 f"{len(self._all)} removable blocks this network has macs={floor} ({share:.1%})"
             )
 
-    def decide(self, advance: Callable[[str], None]) -> dict:
+    def decide(self, advance: Callable[[str], None]) -> tuple[list[str], dict]:
         """Removes the block of least damage per MAC, again and again, on the proxy split."""
-        workspace = self.workspace
-        self.keep(shallower(workspace.model, workspace.splits.example, workspace.splits.proxy, self._target))
-        return self.costs()
+        splits = self.workspace.splits
+        return shallower(self.workspace.model, splits.example, splits.proxy, self._target), {}
 
     @cached_property
     def decision(self) -> list[str]:
@@ -148,13 +148,13 @@ class Blocks(Removal):
         write_json(self.folder.blocks, {"removed": decision})
         self.decision = decision
 
-    def costs(self) -> dict:
+    def costs(self, decision: list[str]) -> dict:
         """Those of the shallower network."""
         workspace = self.workspace
-        smaller = CostTable(trace(remove_blocks(workspace.model, self.decision), workspace.splits.example))
+        smaller = CostTable(trace(remove_blocks(workspace.model, decision), workspace.splits.example))
         results = {metric: cost(smaller.dense) for metric, cost in smaller.metrics.items()} | workspace.dense_costs
         blocks = [
-            {"name": block.name, "channels": block.macs, "kept": 0 if block.name in self.decision else block.macs}
+            {"name": block.name, "channels": block.macs, "kept": 0 if block.name in decision else block.macs}
             for block in self._all
         ]
         return results | {"macs_ratio": results["macs"] / results["macs_dense"], "groups": blocks, "counted": "MACs"}
@@ -219,6 +219,8 @@ def check_granularity(search: SearchConfig) -> Budget | BudgetRange:
         check_known("granularity", granularity, GRANULARITIES, others=", or N:M as in 2:4")
     if search.agent == FITTED and granularity != "dimensions":
         raise UserError(f"--agent: {FITTED} is for --granularity dimensions, got {granularity}")
+    if granularity == "dimensions" and search.agent in ("global", "cost_aware"):
+        raise UserError(f"--agent: {search.agent} ranks channels, and depth and image size have no rank; use dyna")
     if granularity == "channel" or (granularity == "dimensions" and search.agent != FITTED):
         return budget
     if isinstance(budget, BudgetRange):

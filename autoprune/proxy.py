@@ -62,6 +62,7 @@ class ProxyAccuracy:
         config: Numbers of images and of sub-models, what the answers are held against.
         reconstruction: Of that network, on the calibration images; measured here if None and the config asks for it.
         reference: The network whose answers the loss "kl" is held against, in eval mode; None for `model`.
+        blocks: The blocks of proxy images; None to divide the split by this network's difficulties.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class ProxyAccuracy:
         config: ProxyConfig = ProxyConfig(),  # noqa: B008, frozen
         reconstruction: Reconstruction | None = None,
         reference: nn.Module | None = None,
+        blocks: Sequence[Questions] | None = None,
     ):
         self.groups = groups
         self.importance = importance
@@ -87,6 +89,8 @@ class ProxyAccuracy:
             reconstruction = Reconstruction(self._dense, groups, splits.calibration.inputs)
         self._reconstruction = reconstruction
         self._cache: dict[tuple[int, ...], Evaluation] = {}
+        if blocks is not None:
+            self.blocks = blocks
 
     def __call__(self, kept: Mapping[str, int]) -> Evaluation:
         """The proxy score of an allocation: the mean over its drawn sub-models."""
@@ -102,7 +106,7 @@ class ProxyAccuracy:
         """
         keys = [self._key(kept) for kept in allocations]
         fresh = {key: kept for key, kept in zip(keys, allocations, strict=True) if key not in self._cache}
-        score = partial(self._proxy_score, self._blocks[block % len(self._blocks)]) if fresh else None
+        score = partial(self._proxy_score, self.blocks[block % len(self.blocks)]) if fresh else None
         self._cache |= zip(fresh, self._side_by_side(score, list(fresh.values())), strict=True)
         self.evaluations += len(fresh)
         return [self._cache[key] for key in keys]
@@ -215,7 +219,7 @@ class ProxyAccuracy:
         return self._splits.calibration.inputs[: self.config.recalibration_images]
 
     @cached_property
-    def _blocks(self) -> list[Questions]:
+    def blocks(self) -> Sequence[Questions]:
         """Disjoint parts of the proxy split, of equal difficulty.
 
         Images are sorted by the loss of the network that keeps half of every group, and dealt out in turns, so that the

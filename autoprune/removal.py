@@ -49,8 +49,8 @@ class Removal:
     n_steps = 0
     """Of how many long steps `decide` consists; 0 if it is done at once."""
 
-    def decide(self, advance: Callable[[str], None]) -> dict:
-        """Decides what goes and writes it down; returns costs and shares for results.json.
+    def decide(self, advance: Callable[[str], None]) -> tuple[Any, dict]:
+        """Decides what goes, and what else results.json shall say of it; writes neither down.
 
         Args:
             advance: Called after each long step with what it has found.
@@ -69,9 +69,9 @@ class Removal:
         """What has to take part in fine-tuning for the decision to last."""
         return None
 
-    def costs(self) -> dict:
-        """What is left of the costs, for results.json, where `prepare` may have changed it."""
-        return {}
+    def costs(self, decision: Any) -> dict:
+        """What a decision leaves of the costs, as results.json tells it."""
+        raise NotImplementedError
 
     @property
     def epochs(self) -> int:
@@ -102,9 +102,9 @@ class Channels(Removal):
         write_json(self.folder.allocation, decision.to_json())
         self.decision = decision
 
-    def costs(self) -> dict:
+    def costs(self, decision: Allocation) -> dict:
         """Those of the allocation."""
-        return self.workspace.costs_of(self.decision.kept)
+        return self.workspace.costs_of(decision.kept)
 
     def network(self) -> nn.Module:
         """The sub-model with the most important channels; with reconstructed weights if that helps."""

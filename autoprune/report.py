@@ -45,6 +45,7 @@ def write_report(folder: RunFolder) -> Path:
         pareto=pareto,
         has_policy=(folder.policy / "policy.json").exists(),
         points=_point_rows(pareto, results) if pareto else [],
+        has_dimensions=any(row["name"] == "resolution" for row in results.get("groups", [])),
         dimensions=_dimension_rows(results["dimensions"]) if "dimensions" in results else [],
         searchers=_searcher_rows(results, rewards),
         finalists=_finalist_rows(results),

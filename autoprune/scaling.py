@@ -8,6 +8,7 @@ and an allocation treat them as they treat widths, and costs stay those of the n
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -25,8 +26,11 @@ from autoprune.scoring import Evaluation, Questions, answer, on_batch_statistics
 from autoprune.tracing import trace
 
 DEPTH, RESOLUTION = "depth", "resolution"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 LEVELS = 8
 """Steps from all blocks to none, at most, and from the image's side to nothing."""
+PROXIES = 64
+"""Depths and sizes whose networks are kept ready to be scored: all that a search on small images can choose."""
 RANKING_IMAGES = 250
 """Images on which the order in which blocks go is measured."""
 
@@ -40,11 +44,21 @@ class Scaling:
         example: One input.
         images: What the damage of a removed block is measured on.
         excluded: Patterns of groups that stay whole, `depth` and `resolution` among them; see `autoprune.constraints`.
+        fixed: `depth` or `resolution` to the reason why it must not change.
     """
 
-    def __init__(self, model: nn.Module, traced: Groups, example: Tensor, images: Images, excluded: Sequence[str] = ()):
-        self.model, self.traced, self.example, self.excluded = model, traced, example, excluded
+    def __init__(
+        self,
+        model: nn.Module,
+        traced: Groups,
+        example: Tensor,
+        images: Images,
+        excluded: Sequence[str] = (),
+        fixed: Mapping[str, str] = NOTHING,
+    ):
+        self.model, self.traced, self.example, self.excluded, self.fixed = model, traced, example, excluded, fixed
         self._images = images[:RANKING_IMAGES]
+        self._traces: dict[tuple[int, int], Groups] = {}
         self._tables: dict[tuple[int, int], CostTable] = {}
 
     @cached_property
@@ -58,10 +72,13 @@ class Scaling:
     def groups(self) -> Groups:
         """The trace with `depth` and `resolution` in front, each pinned where the network has no choice."""
         depth, side = self.whole
-        shallow = None if self.order else "the network has no block that can be removed"
+        reasons = dict(self.fixed)
+        if not self.order:
+            reasons[DEPTH] = "the network has no block that can be removed"
         unread = next((size for size in self._sizes if not self._reads(size)), None)
-        small = unread and f"the network doesn't read images of {unread} pixels"
-        added = Group(DEPTH, depth, (), shallow, 1.0), Group(RESOLUTION, side, (), small, 1.0)
+        if unread is not None:
+            reasons[RESOLUTION] = f"the network doesn't read images of {unread} pixels"
+        added = [Group(n, count, (), reasons.get(n), 1.0) for n, count in ((DEPTH, depth), (RESOLUTION, side))]
         taken = {group.name for group in added} & {group.name for group in self.traced.all}
         if taken:
             raise UserError(
@@ -95,6 +112,10 @@ class Scaling:
         """The blocks that are gone under an allocation."""
         return self.order[: self.whole[0] - self.of(kept)[0]]
 
+    def there(self, kept: Mapping[str, int]) -> dict[str, int]:
+        """The counts of an allocation without those of groups in removed blocks."""
+        return {name: kept[name] for name in (DEPTH, RESOLUTION) if name in kept} | self.widths(kept)
+
     def widths(self, kept: Mapping[str, int]) -> dict[str, int]:
         """The counts of the groups that there are at the depth of an allocation."""
         return {name: kept[name] for name in self.costs(*self.of(kept)).names if name in kept}
@@ -106,9 +127,13 @@ class Scaling:
     def trace(self, kept: Mapping[str, int], verify: bool = False) -> Groups:
         """The trace of that network; what is pinned in the whole one is pinned in it too.
 
+        Without a proof it is made once.
+
         Raises:
             UserError: If it has groups that the whole one lacks.
         """
+        if not verify and self.of(kept) in self._traces:
+            return self._traces[self.of(kept)]
         found, known = trace(self.network(kept), self.example, verify), {g.name: g.pinned for g in self.groups.all}
         strangers = [group.name for group in found if group.name not in known]
         if strangers:
@@ -116,7 +141,8 @@ class Scaling:
             raise UserError(
                 f"--granularity: without {gone} the network has other groups ({strangers[0]}); exclude depth"
             )
-        return found.with_pins({name: reason for name, reason in known.items() if reason})
+        found = found.with_pins({name: reason for name, reason in known.items() if reason})
+        return self._traces.setdefault(self.of(kept), found) if not verify else found
 
     def costs(self, depth: int, size: int) -> CostTable:
         """Costs of the widths at a depth and an image size."""
@@ -147,7 +173,7 @@ def scaled(model: nn.Module, removed: Sequence[str], size: int) -> nn.Module:
 class ScaledCosts(CostTable):
     """Costs of depth, image size and widths together, those of the network that comes out.
 
-    At a fractional count `continuous` takes the nearest depth and size that a search may choose.
+    At any count `continuous` takes the nearest of the depths and sizes that are usual.
 
     Args:
         scaling: The network's depths and sizes.
@@ -195,20 +221,32 @@ class ScaledProxy:
 
     Args:
         scaling: The network's depths and sizes.
-        proxy_of: From an allocation, of which depth and size count, to the proxy of the network that has them.
+        proxy_of: From an allocation, of which depth and size count, and blocks of proxy images to the proxy of the
+            network that has them; blocks are None for the whole network, whose blocks all others share.
         images: What the damage of half the depth, and of half the size, is measured on.
     """
 
-    def __init__(self, scaling: Scaling, proxy_of: Callable[[Mapping[str, int]], ProxyAccuracy], images: Images):
+    def __init__(
+        self,
+        scaling: Scaling,
+        proxy_of: Callable[[Mapping[str, int], Sequence[Questions] | None], ProxyAccuracy],
+        images: Images,
+    ):
         self.scaling, self.groups, self.example = scaling, scaling.groups, scaling.example
-        self._proxy_at = lru_cache(LEVELS)(lambda depth, size: proxy_of({DEPTH: depth, RESOLUTION: size}))
-        self._images, self._cache = images[:SENSITIVITY_IMAGES], {}
-        self.evaluations = 0
-        """Networks scored so far; what came from the cache isn't counted."""
-        whole = self._proxy({})
+        self._images, self._cache, self._whole = images[:SENSITIVITY_IMAGES], {}, proxy_of({}, None)
+        whole = self._whole
         self.n_blocks, self.n_workers, self.config = whole.n_blocks, whole.n_workers, whole.config
         added = {name: torch.ones(count) for name, count in self.groups.channels.items() if name in (DEPTH, RESOLUTION)}
         self.importance = added | dict(whole.importance)
+        self.evaluations = 0
+        """Networks scored so far; what came from the cache isn't counted."""
+
+        @lru_cache(PROXIES)
+        def proxy_at(depth: int, size: int) -> ProxyAccuracy:
+            is_whole = (depth, size) == scaling.whole
+            return whole if is_whole else proxy_of({DEPTH: depth, RESOLUTION: size}, whole.blocks)
+
+        self._proxy_at = proxy_at
 
     def __call__(self, kept: Mapping[str, int]) -> Evaluation:
         """The proxy score of an allocation."""
@@ -237,7 +275,7 @@ class ScaledProxy:
     @cached_property
     def sensitivity(self) -> np.ndarray:
         """As in `ProxyAccuracy`; of depth and size what the network loses that has half of them."""
-        names, damages = list(self._proxy({}).groups.channels), self._proxy({}).sensitivity
+        names, damages = list(self._whole.groups.channels), self._whole.sensitivity
         known = dict(zip(names, damages.tolist(), strict=True))
         halves = {name: {name: half(count)} for name, count in self.groups.channels.items() if name not in known}
         questions = Questions(self._images)
@@ -260,9 +298,6 @@ class ScaledProxy:
                 places, score(proxy, [self.scaling.widths(allocations[place]) for place in places]), strict=True
             )
         return [scores[place] for place in range(len(allocations))]
-
-    def _proxy(self, kept: Mapping[str, int]) -> ProxyAccuracy:
-        return self._proxy_at(*self.scaling.of(kept))
 
     def _key(self, kept: Mapping[str, int]) -> tuple:
         """What tells networks apart: widths in blocks that are gone don't."""

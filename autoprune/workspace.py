@@ -1,7 +1,7 @@
 """What every stage of a run works on: network, images, trace, costs and importance, made when they are asked for."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from autoprune.allocation import parse_budget
 from autoprune.config import Settings
 from autoprune.constraints import pinned_by_user, search_limits
 from autoprune.cost import CostTable
@@ -21,7 +22,8 @@ from autoprune.models import EMBEDDED_WEIGHTS, build, load_weights
 from autoprune.proxy import ProxyAccuracy
 from autoprune.reconstruction import Reconstruction
 from autoprune.runs import RunFolder
-from autoprune.scaling import ScaledCosts, ScaledProxy, Scaling
+from autoprune.scaling import RESOLUTION, ScaledCosts, ScaledProxy, Scaling
+from autoprune.scoring import Questions
 from autoprune.tracing import trace
 
 
@@ -32,10 +34,12 @@ class Workspace:
     Attributes:
         settings: What the run was started with.
         sparse: Where sparse training left its network; None before it, or without.
+        blocks: File of the order in which blocks go, as soon as the run has written it.
     """
 
     settings: Settings
     sparse: Path | None = None
+    blocks: Path | None = None
 
     @classmethod
     def of_run(cls, folder: RunFolder) -> "Workspace":
@@ -46,13 +50,13 @@ class Workspace:
         """
         settings = Settings.from_dict(folder.read_config())
         if settings.sparse.method == "none":
-            return cls(settings)
+            return cls(settings, blocks=folder.blocks)
         folder.read_json(folder.sparse / "plan.json")
-        return cls(settings, folder.sparse)
+        return cls(settings, folder.sparse, folder.blocks)
 
     def after_sparse_training(self, sparse: Path) -> "Workspace":
         """The workspace whose network is to be pruned, with the images and the dense network of this one."""
-        after = Workspace(self.settings, sparse)
+        after = Workspace(self.settings, sparse, self.blocks)
         vars(after).update({name: value for name, value in vars(self).items() if name in ("splits", "dense")})
         return after
 
@@ -86,12 +90,23 @@ class Workspace:
         """The depths and image sizes to choose from, if the settings ask for them."""
         if self.settings.search.granularity != "dimensions":
             return None
-        return Scaling(self.model, self.traced, self.splits.example, self.splits.proxy, self.settings.search.excluded)
+        search, splits = self.settings.search, self.splits
+        is_params = parse_budget(search.budget).metric == "params"
+        fixed = {RESOLUTION: "smaller images save no parameters"} if is_params else {}
+        scaling = Scaling(self.model, self.traced, splits.example, splits.proxy, search.excluded, fixed)
+        if self.blocks and self.blocks.exists():
+            scaling.order = RunFolder(self.blocks.parent).read_json(self.blocks)["order"]
+        return scaling
 
     @cached_property
     def groups(self) -> Groups:
         """What can be decided: the trace; what the settings exclude is pinned."""
         return self.scaling.groups if self.scaling else pinned_by_user(self.traced, self.settings.search.excluded)
+
+    @property
+    def widths(self) -> Groups:
+        """Those of the groups that channels sit in."""
+        return self.traced.with_pins(self.groups.reasons) if self.scaling else self.groups
 
     @cached_property
     def costs(self) -> CostTable:
@@ -107,8 +122,7 @@ class Workspace:
     @cached_property
     def importance(self) -> Importance:
         """Scores per channel by the configured criterion."""
-        groups = self.traced.with_pins(self.groups.reasons) if self.scaling else self.groups
-        return importance(self.settings.search.criterion, self.model, groups, self.splits.train)
+        return importance(self.settings.search.criterion, self.model, self.widths, self.splits.train)
 
     def at(self, kept: Mapping[str, int], verify: bool = False) -> "Workspace":
         """The workspace of the network with the depth and image size of an allocation, whose widths are to be decided.
@@ -146,16 +160,17 @@ class Workspace:
     def costs_of(self, kept: Mapping[str, int]) -> dict:
         """MACs, parameters and memory before and after, and the table of groups, for results.json."""
         results = {metric: cost(kept) for metric, cost in self.costs.metrics.items()} | self.dense_costs
-        groups = [{"name": g.name, "channels": g.channels, "kept": kept[g.name]} for g in self.groups]
+        there = self.scaling.there(kept) if self.scaling else kept
+        groups = [{"name": g.name, "channels": g.channels, "kept": there.get(g.name, 0)} for g in self.groups]
         pinned = [{"name": g.name, "channels": g.channels, "reason": g.pinned} for g in self.groups.pinned]
         return results | {"macs_ratio": results["macs"] / results["macs_dense"], "groups": groups, "pinned": pinned}
 
-    def proxy(self) -> ProxyAccuracy | ScaledProxy:
-        """A fresh proxy with an empty cache."""
+    def proxy(self, blocks: Sequence[Questions] | None = None) -> ProxyAccuracy | ScaledProxy:
+        """A fresh proxy with an empty cache; `blocks` as for `ProxyAccuracy`."""
         if self.scaling:
-            return ScaledProxy(self.scaling, lambda kept: self.at(kept).proxy(), self.splits.proxy)
+            return ScaledProxy(self.scaling, lambda kept, blocks: self.at(kept).proxy(blocks), self.splits.proxy)
         config, solved = self.settings.proxy, self.reconstruction
-        return ProxyAccuracy(self.model, self.groups, self.importance, self.splits, config, solved, self.dense)
+        return ProxyAccuracy(self.model, self.groups, self.importance, self.splits, config, solved, self.dense, blocks)
 
 
 def _weights_file(model: str, weights: str, data: str) -> Path | None:

@@ -42,7 +42,7 @@ State = dict[str, Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--lrs", nargs="+", type=float, default=[0.02, 0.2])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[0.02, 0.05])
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()

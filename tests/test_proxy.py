@@ -190,7 +190,7 @@ def test_blocks_are_disjoint_of_equal_difficulty_and_asked_in_turn():
     model, groups, splits = digits()
     l1 = importance("l1", model, groups, splits.train)
     scorer = ProxyAccuracy(model, groups, l1, splits, replace(FLOAT32, images=30, blocks=3))
-    blocks = [block.images for block in scorer._blocks]
+    blocks = [block.images for block in scorer.blocks]
     seen = torch.cat([block.pixels for block in blocks]).flatten(1)
     assert [len(block) for block in blocks] == [30] * 3 and len(seen.unique(dim=0)) == 90
     half = {group.name: group.channels // 2 for group in groups}

@@ -16,6 +16,7 @@ from torch import nn
 from autoprune import compound
 from autoprune.allocation import Allocation
 from autoprune.cli import main
+from autoprune.compound import Compound
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
 from autoprune.cost import CostTable
 from autoprune.data import Images
@@ -158,7 +159,8 @@ def test_an_allocation_is_scored_as_its_network_is_and_only_once():
     groups = trace(model, space.splits.example)
     importance = {name: space.importance[name] for name in groups.channels}
     widths = {name: kept[name] for name in groups.channels}
-    alone = ProxyAccuracy(model, groups, importance, space.splits, space.settings.proxy)
+    blocks = space.at({}).proxy().blocks
+    alone = ProxyAccuracy(model, groups, importance, space.splits, space.settings.proxy, blocks=blocks)
     assert proxy(kept) == alone(widths) and proxy.evaluations == 1
     gone = {name: kept[name] - 1 for name in space.groups.channels if name not in {DEPTH, RESOLUTION, *groups.channels}}
     assert gone and proxy(kept | gone) == proxy(kept) and proxy.evaluations == 1
@@ -180,6 +182,12 @@ def test_scores_come_in_the_order_of_the_allocations_and_restored_ones_cost_noth
     for kept, evaluation in zip(asked, together, strict=True):
         again.restore(kept, dataclasses.replace(evaluation, loss=7.0))
     assert {e.loss for e in again.score_all(asked)} == {7.0} and again.evaluations == 0
+
+
+def test_networks_of_every_depth_and_size_are_asked_the_same():
+    proxy = workspace().proxy()
+    own = [proxy._proxy_at(depth, size).blocks for depth, size in ((5, 16), (3, 16), (5, 12), (2, 8))]
+    assert len(own[0]) > 1 and all(blocks is own[0] for blocks in own)
 
 
 def test_answers_are_held_against_the_whole_network():
@@ -216,7 +224,9 @@ def test_every_episode_meets_its_budget_and_none_of_its_steps_still_fits(budget)
             assert env.observation_space.contains(observation)
             observation, _, over, _, info = env.step(generator.uniform(-1, 1, 1).astype(np.float32))
         kept = info["allocation"].kept
-        assert info["cost"] <= env.target and kept[DEPTH] <= 5 and 8 <= kept[RESOLUTION] <= SIDE
+        assert info["cost"] <= env.target and kept[DEPTH] <= 5
+        # Smaller images save no parameters.
+        assert (RESOLUTION not in kept) if budget.startswith("params") else 8 <= kept[RESOLUTION] <= SIDE
         row = np.array(list(kept.values()))
         for index, levels in enumerate(env.space.levels):
             for level in levels[levels > row[index]][:1]:
@@ -301,7 +311,8 @@ def test_of_groups_in_removed_blocks_nothing_is_kept():
     decided, kept = removal(space, None), dict(space.groups.channels) | {DEPTH: 3}
     decided.decision = Allocation(kept, space.groups.fingerprint)
     gone = {f"{name}.body.0.0" for name in space.scaling.removed(kept)}
-    assert {row["name"]: row["kept"] for row in decided.costs()["groups"]} == kept | dict.fromkeys(gone, 0)
+    rows = decided.costs(decided.decision)["groups"]
+    assert {row["name"]: row["kept"] for row in rows} == kept | dict.fromkeys(gone, 0)
 
 
 def test_a_fit_has_an_optimum_under_an_absolute_budget_beyond_the_network():
@@ -328,9 +339,55 @@ def test_a_fit_killed_between_its_networks_measures_none_of_them_again(tmp_path,
     assert (tmp_path / "whole/allocation.json").read_text() == (tmp_path / "killed/allocation.json").read_text()
 
 
+def test_a_decision_that_was_not_written_down_is_made_again(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    fitted = ["search", *FAST, "--agent", "polynomial", "--dimensions.epochs", "0", "--out", str(run)]
+
+    def die(self, decision) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Compound, "keep", die)
+        assert main(fitted) == 130
+    assert main([*fitted, "--resume"]) == 0
+    assert results_of(run)["dimensions"]["points"] and (run / "allocation.json").exists()
+
+
+def test_blocks_go_in_the_order_that_the_run_wrote_down(tmp_path):
+    run = tmp_path / "run"
+    assert main(["search", *FAST, "--agent", "uniform", "--budget", "macs=30%", "--out", str(run)]) == 0
+    order = json.loads((run / "blocks.json").read_text())["order"]
+    n_gone = 5 - json.loads((run / "allocation.json").read_text())["kept"][DEPTH]
+    (run / "blocks.json").write_text(json.dumps({"order": order[::-1]}))
+    assert main(["prune", str(run)]) == 0
+    gone = json.loads((run / "pruned" / "plan.json").read_text())["removed_blocks"]
+    assert n_gone and gone == order[::-1][:n_gone] != order[:n_gone]
+
+
+def test_a_policys_allocation_for_another_budget_can_be_pruned_to(tmp_path):
+    run, file, again = tmp_path / "run", tmp_path / "other.json", tmp_path / "again"
+    assert main(["search", *FAST, "--agent", "ppo", "--budget", "macs=60%", "--out", str(run)]) == 0
+    assert main(["replay", str(run), "--budget", "macs=40%", "--out", str(file)]) == 0
+    assert main(["prune", *FAST, "--allocation", str(file), "--out", str(again)]) == 0
+    results = results_of(again)
+    assert results["macs"] == counted_macs(load_pruned(again / "pruned"), SIDE) <= 0.4 * results["macs_dense"]
+
+
+@pytest.mark.parametrize("method", ["group_lasso", "drop_out"])
+def test_a_sparsely_trained_network_can_be_cut_in_depth_and_size(method, tmp_path):
+    sparse = ["--sparse.method", method, "--sparse.epochs", "1", "--agent", "uniform"]
+    assert main(["search", *FAST, *sparse, "--out", str(tmp_path / "run")]) == 0
+    assert DEPTH in json.loads((tmp_path / "run" / "allocation.json").read_text())["kept"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--agent", "global"], "--agent: global ranks channels, and depth and image size have no rank; use dyna"),
+        (
+            ["--agent", "polynomial", "--budget", "params=50%"],
+            "resolution is fixed (smaller images save no parameters)",
+        ),
         (
             ["--agent", "polynomial", "--granularity", "channel"],
             "--agent: polynomial is for --granularity dimensions, got",
