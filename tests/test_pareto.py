@@ -11,7 +11,7 @@ from test_cli import TINY, failure, failure_after_progress
 from test_report import FINISHED, Text, run_folder
 from toys import fake_env
 
-from agents import finalists
+from agents import dyna, finalists
 from agents.finalists import FRONT_BUDGETS
 from agents.lanes import counts_of, near
 from agents.pareto import pareto
@@ -30,6 +30,14 @@ SEARCH = ["search", *TINY, "--budget", RANGE, "--episodes", "20", "--proxy.image
 def lopsided(kept: np.ndarray) -> float:
     """Loss 0 for a dense network; the first group matters most, so that uniform pruning isn't best."""
     return float(10 * (1 - kept / np.array([8, 16, 12, 16])) ** 2 @ [8, 4, 2, 1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_practice():
+    """Whether a policy is good isn't asked here."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dyna, "PRACTICE", 10)
+        yield
 
 
 @pytest.fixture(scope="module")

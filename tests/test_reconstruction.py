@@ -369,7 +369,7 @@ def test_the_pruned_network_starts_from_solved_weights_only_where_they_help(help
     if not helps:
         monkeypatch.setattr(removal, "score", lambda network, images: Evaluation(0.5, -score(network, images).loss))
     channels = removal.Channels(workspace, folder=None)
-    channels.allocation = Allocation(halves(), groups.fingerprint)
+    channels.decision = Allocation(halves(), groups.fingerprint)
     pruned = channels.network()
     assert score(solved, splits.proxy).loss < score(sliced, splits.proxy).loss
     expected = solved if helps else sliced

@@ -39,7 +39,11 @@ SIDE = 16
 PIXELS = torch.randint(0, 256, (12, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 DATA = Images(PIXELS, torch.arange(12) % 10)
 RESIDUAL = ["--model", "tests.tiny:residual", "--data", "digits", "--granularity", "dimensions", "--baselines", "none"]
-FAST = [*RESIDUAL, "--proxy.images", "40", "--episodes", "12", "--epochs", "1", "--max_train_images", "200"]
+SIZES = ["--round_to_for", "resolution=4"]
+FAST = [*RESIDUAL, *SIZES, "--proxy.images", "40", "--episodes", "12", "--epochs", "1", "--max_train_images", "200"]
+
+
+FITTED = [*FAST, "--round_to_for", "resolution=2", "--agent", "polynomial"]
 
 
 def scaling(model: nn.Module | None = None, *excluded: str) -> Scaling:
@@ -262,7 +266,7 @@ def test_the_pruned_network_is_the_masked_one_and_carries_what_the_plan_says(tmp
 
 def test_the_fit_measures_every_network_of_its_plan_and_takes_one_within_the_budget(tmp_path):
     run = tmp_path / "run"
-    fitted = [*FAST, "--agent", "polynomial", "--dimensions.epochs", "1", "--budget", "macs=50%"]
+    fitted = [*FITTED, "--dimensions.epochs", "1", "--budget", "macs=50%"]
     assert main(["search", *fitted, "--out", str(run)]) == 0
     results = results_of(run)
     found = results["dimensions"]
@@ -321,7 +325,7 @@ def test_a_fit_has_an_optimum_under_an_absolute_budget_beyond_the_network():
 
 
 def test_a_fit_killed_between_its_networks_measures_none_of_them_again(tmp_path, monkeypatch):
-    fitted = ["search", *FAST, "--agent", "polynomial", "--dimensions.epochs", "1", "--out"]
+    fitted = ["search", *FITTED, "--dimensions.epochs", "1", "--out"]
     assert main([*fitted, str(tmp_path / "whole")]) == 0
     trained = []
 
@@ -341,7 +345,7 @@ def test_a_fit_killed_between_its_networks_measures_none_of_them_again(tmp_path,
 
 def test_a_decision_that_was_not_written_down_is_made_again(tmp_path, monkeypatch):
     run = tmp_path / "run"
-    fitted = ["search", *FAST, "--agent", "polynomial", "--dimensions.epochs", "0", "--out", str(run)]
+    fitted = ["search", *FITTED, "--dimensions.epochs", "0", "--out", str(run)]
 
     def die(self, decision) -> None:
         raise KeyboardInterrupt
