@@ -142,12 +142,12 @@ def test_a_finished_run_resumed_does_nothing_again(finished):
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_allocation_and_weights_of_one_left_alone(tmp_path):
-    arguments = [*TINY, "--episodes", "60", "--epochs", "12", "--baselines", "none", "--checkpoint_every", "5"]
+    arguments = [*TINY, "--episodes", "30", "--epochs", "8", "--baselines", "none", "--checkpoint_every", "5"]
     assert main(["run", *arguments, "--out", str(tmp_path / "alone")]) == 0
     killed, kills = tmp_path / "killed", 0
     generator = random.Random(time.time_ns())
     # Once in the search, once in fine-tuning: wait for that many lines of the log, then a little longer.
-    for event, n_lines in (("episode", generator.randrange(3, 55)), ("epoch", generator.randrange(1, 10))):
+    for event, n_lines in (("episode", generator.randrange(3, 25)), ("epoch", generator.randrange(1, 6))):
         process = _start("run", *arguments, "--out", str(killed), *(["--resume"] if kills else []))
         while process.poll() is None and len(list(RunFolder(killed).events(event))) < n_lines:
             time.sleep(0.01)
