@@ -22,7 +22,8 @@ from autoprune.models import EMBEDDED_WEIGHTS, build, load_weights
 from autoprune.proxy import ProxyAccuracy
 from autoprune.reconstruction import Reconstruction
 from autoprune.runs import RunFolder
-from autoprune.scaling import RESOLUTION, ScaledCosts, ScaledProxy, Scaling
+from autoprune.scaled_proxy import ScaledProxy
+from autoprune.scaling import RESOLUTION, ScaledCosts, Scaling
 from autoprune.scoring import Questions
 from autoprune.tracing import trace
 
