@@ -153,7 +153,8 @@ def summarise(rows: list[dict]) -> None:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=min(1, len(values) - 1)):.2f}"
+    spread = f"{100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
+    return f"{100 * np.mean(values):.2f} ± {spread}"
 
 
 def _conclude(table: dict) -> None:

@@ -145,7 +145,8 @@ def _mean(scores: dict[str, float]) -> float:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{np.mean(values):.2f} ± {np.std(values, ddof=min(1, len(values) - 1)):.2f}"
+    spread = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
+    return f"{np.mean(values):.2f} ± {spread}"
 
 
 if __name__ == "__main__":
