@@ -262,11 +262,10 @@ def replay(options: Namespace) -> None:
     policy = Policy.load(place, "POLICY")
     run = RunFolder(place.parent)
     is_of_run = run.policy == place and run.config.is_file()
-    settings, sparse = Settings(), None
-    if is_of_run:
-        trained = Workspace.of_run(run)
-        settings, sparse = trained.settings, trained.sparse
-    workspace = Workspace(_elsewhere(settings, options), sparse if options.model is None else None)
+    trained = Workspace.of_run(run) if is_of_run else Workspace(Settings())
+    settings = _elsewhere(trained.settings, options)
+    # What a run has of its own network, trained or measured, says nothing of another one.
+    workspace = dataclasses.replace(trained, settings=settings) if options.model is None else Workspace(settings)
     env = make_env(workspace)
     settings, name = workspace.settings, run.root.name if is_of_run else place.name
     stem = file_stem("replay" if is_of_run else name, settings.network.model, str(env.budget))
