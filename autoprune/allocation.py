@@ -60,6 +60,10 @@ class Budget:
         dense = costs.metrics[self.metric](costs.dense)
         return self.amount if self.amount is not None else int(dense * self.share + 1e-9)
 
+    def share_of(self, costs: CostTable) -> float:
+        """The target as a share of the dense network; 1 where an absolute number is beyond it."""
+        return min(1.0, self.target(costs) / costs.metrics[self.metric](costs.dense))
+
     def __str__(self) -> str:
         return f"{self.metric}={self.share * 100:.8g}%" if self.share is not None else f"{self.metric}={self.amount}"
 

@@ -16,10 +16,9 @@ import numpy as np
 from torch import nn
 
 from autoprune.allocation import Allocation, Budget, SearchSpace, parse_budget
-from autoprune.dimensions import EXPONENTS, AccuracyModel, Point, Shares, measured_bounds, optimum
+from autoprune.dimensions import EXPONENTS, AccuracyModel, Point, Shares, measured_bounds, optimum, together
 from autoprune.errors import UserError
 from autoprune.finetune import finetune
-from autoprune.pruning import top_channels
 from autoprune.removal import Channels, sliced
 from autoprune.scaling import DEPTH, RESOLUTION
 from autoprune.scoring import accuracy
@@ -47,7 +46,7 @@ class Compound(Channels):
                 raise UserError(f"--agent: {FITTED} weighs depth, width and image size, and {name} is fixed ({reason})")
         nothing = [Point(**asdict(self._shares(kept)), accuracy=0.5) for kept in self._plan]
         model = AccuracyModel.fit(nothing, self.workspace.settings.dimensions.degree)
-        optimum(model, self._share, measured_bounds(nothing))
+        optimum(model, self._budget.share_of(self.workspace.costs), measured_bounds(nothing))
 
     @property
     def n_steps(self) -> int:
@@ -56,10 +55,15 @@ class Compound(Channels):
 
     def decide(self, advance: Callable[[str], None]) -> tuple[Allocation, dict]:
         """Measures, fits, and takes the network that promises most; a killed run measures on."""
-        points = [self._measured(number, kept, advance) for number, kept in enumerate(self._plan)]
+        known = {event["number"]: Point(**event["point"]) for event in self.folder.events("point")}
+        points = []
+        for number, kept in enumerate(self._plan):
+            points.append(known.get(number) or self._measured(number, kept))
+            (self.folder.checkpoints / f"point-{number}.pt").unlink(missing_ok=True)
+            advance(_described(points[-1]))
         model = AccuracyModel.fit(points, self.workspace.settings.dimensions.degree)
         kept, promised = self._best(model, points)
-        best = optimum(model, self._share, measured_bounds(points))
+        best = optimum(model, self._budget.share_of(self.workspace.costs), measured_bounds(points))
         allocation = Allocation(kept, self.workspace.groups.fingerprint, str(self._budget), FITTED)
         found = {"optimum": asdict(best), "chosen": asdict(promised), "error": model.mean_absolute_error(points)}
         rows = [asdict(point) | {"fitted": _promised(model, point)} for point in points]
@@ -69,32 +73,29 @@ class Compound(Channels):
         """The network without the removed blocks, at its image size, with the most important channels."""
         return self._built(self.decision.kept, verify=True)
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """Those of the groups that are left."""
+        return self.workspace.scaling.widths(self.decision.kept)
+
     def plan(self) -> dict:
         """Removed blocks, image size and widths; whoever loads the weights makes the network so again."""
         scaling, kept = self.workspace.scaling, self.decision.kept
-        channels = top_channels(self.workspace.importance, scaling.widths(kept))
         shape = {"removed_blocks": scaling.removed(kept), "image_size": scaling.of(kept)[1]}
-        widths = {"allocation": self.decision.to_json(), "kept": {name: k.tolist() for name, k in channels.items()}}
-        return {"granularity": "dimensions"} | shape | widths
+        return {"granularity": "dimensions"} | shape | super().plan()
 
     def _built(self, kept: dict[str, int], verify: bool = False) -> nn.Module:
         return sliced(self.workspace.at(kept, verify), self.workspace.scaling.widths(kept))
 
-    def _measured(self, number: int, kept: dict[str, int], advance: Callable[[str], None]) -> Point:
-        """The accuracy on the selection split after a short training of one network of the plan."""
-        known = {event["number"]: Point(**event["point"]) for event in self.folder.events("point")}
+    def _measured(self, number: int, kept: dict[str, int]) -> Point:
+        """The accuracy on the selection split after a short training of one network of the plan; logged."""
+        workspace, settings, network = self.workspace, self.workspace.settings, self._built(kept)
+        config = replace(settings.finetune, epochs=settings.dimensions.epochs, lr=settings.dimensions.lr)
         checkpoint = self.folder.checkpoints / f"point-{number}.pt"
-        if number not in known:
-            workspace, settings, network = self.workspace, self.workspace.settings, self._built(kept)
-            config = replace(settings.finetune, epochs=settings.dimensions.epochs, lr=settings.dimensions.lr)
-            finetune(network, workspace.splits.train, config, settings.search.seed, workspace.dense, checkpoint)
-            reached = accuracy(network, workspace.splits.selection)
-            known[number] = Point(**asdict(self._shares(kept)), accuracy=reached)
-            self.folder.append("point", number=number, kept=kept, point=asdict(known[number]))
-        checkpoint.unlink(missing_ok=True)
-        point = known[number]
-        sizes = ", ".join(f"{name} {getattr(point, name):.2f}" for name in EXPONENTS)
-        advance(f"{sizes}: {point.accuracy:.1%}")
+        finetune(network, workspace.splits.train, config, settings.search.seed, workspace.dense, checkpoint)
+        reached = accuracy(network, workspace.splits.selection)
+        point = Point(**asdict(self._shares(kept)), accuracy=reached)
+        self.folder.append("point", number=number, kept=kept, point=asdict(point))
         return point
 
     def _best(self, model: AccuracyModel, points: list[Point]) -> tuple[dict[str, int], Point]:
@@ -127,17 +128,16 @@ class Compound(Channels):
         half of the network where the budget allows more, since depth would hardly differ. Each is the nearest network
         that can be built, so some may coincide; those count once.
         """
-        share = min(0.5, self._share)
+        share = min(0.5, self._budget.share_of(self.workspace.costs))
         parts = [((name,), share ** (step / 3)) for name in EXPONENTS for step in (1, 2, 3)]
         parts += [(names, share) for size in (2, 3) for names in combinations(EXPONENTS, size)]
-        cut = [{n: cost ** (1 / len(names) / EXPONENTS[n]) for n in names} for names, cost in parts]
-        plan = [self._nearest(dict.fromkeys(EXPONENTS, 1.0) | shares) for shares in [{}, *cut]]
+        plan = [self._nearest(shares) for shares in (Shares(1, 1, 1), *(together(*part) for part in parts))]
         return [kept for number, kept in enumerate(plan) if kept not in plan[:number]]
 
-    def _nearest(self, shares: dict[str, float]) -> dict[str, int]:
+    def _nearest(self, shares: Shares) -> dict[str, int]:
         """The allocation of allowed counts nearest to shares of the three dimensions."""
-        of = {DEPTH: shares["depth"], RESOLUTION: shares["resolution"]}
-        wanted = [count * of.get(name, shares["width"]) for name, count in self.workspace.groups.channels.items()]
+        of = {DEPTH: shares.depth, RESOLUTION: shares.resolution}
+        wanted = [count * of.get(name, shares.width) for name, count in self.workspace.groups.channels.items()]
         levels = zip(self._space.levels, wanted, strict=True)
         return self._named([row[np.abs(row - count).argmin()] for row, count in levels])
 
@@ -164,13 +164,14 @@ class Compound(Channels):
         return parse_budget(self.workspace.settings.search.budget).at(0)
 
     @property
-    def _share(self) -> float:
-        """The budget as a share of the dense network; an absolute one may be beyond it."""
-        return min(1.0, self._target / self._space.cost(self._space.costs.dense))
-
-    @property
     def _target(self) -> int:
         return self._budget.target(self.workspace.costs)
+
+
+def _described(point: Point) -> str:
+    """A network in words."""
+    sizes = ", ".join(f"{name} {getattr(point, name):.2f}" for name in EXPONENTS)
+    return f"{sizes}: {point.accuracy:.1%}"
 
 
 def _promised(model: AccuracyModel, shares: Shares) -> float:

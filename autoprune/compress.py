@@ -87,8 +87,7 @@ def _share(workspace: Workspace) -> float:
     for share in (settings.sparse.share, SPARSE[settings.sparse.method].share):
         if share is not None:
             return share
-    budget = parse_budget(settings.search.budget).at(0)
-    return min(1.0, budget.target(costs) / costs.metrics[budget.metric](costs.dense))
+    return parse_budget(settings.search.budget).at(0).share_of(costs)
 
 
 def keep_order(workspace: Workspace, folder: RunFolder) -> None:
@@ -112,7 +111,6 @@ def prune_stage(workspace: Workspace, folder: RunFolder, say: Say, on_epoch: Epo
     with timed(folder, "prune"):
         decided = removal(workspace, folder)
         decided.prepare(on_epoch)
-        folder.add_results(**decided.costs(decided.decision))
         pruned = decided.network()
         save_pruned(pruned, folder.pruned, workspace.network | {"stage": "pruned"} | decided.plan())
         before, after = (sum(int(p.count_nonzero()) for p in m.parameters()) for m in (workspace.model, pruned))

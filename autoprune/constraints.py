@@ -12,8 +12,6 @@ from autoprune.config import SearchConfig
 from autoprune.errors import UserError, nearest_names
 from autoprune.groups import Group, Groups
 
-NONE: Mapping[str, int] = MappingProxyType({})
-
 
 def pinned_by_user(groups: Groups, patterns: Iterable[str]) -> Groups:
     """The groups with those that the patterns mean pinned, so that they are never pruned.
@@ -52,7 +50,10 @@ def per_group(groups: Groups, flag: str, numbers: Mapping[str, int], defaults: M
 
 
 def search_limits(
-    groups: Groups, config: SearchConfig, steps: Mapping[str, int] = NONE, least: Mapping[str, int] = NONE
+    groups: Groups,
+    config: SearchConfig,
+    steps: Mapping[str, int] = MappingProxyType({}),
+    least: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, dict[str, int]]:
     """`round_to` and `min_width` per prunable group as the configuration asks: arguments of a `SearchSpace`.
 

@@ -6,7 +6,7 @@ Wang et al., "Accelerate CNNs from Three Dimensions" (ICML 2021): accuracy is a 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -232,8 +232,22 @@ def along(dimension: str, cost_share: float) -> Shares:
         UserError: If the dimension isn't known or the share out of range.
     """
     check_known("dimension", dimension, EXPONENTS)
+    return together((dimension,), cost_share)
+
+
+def together(dimensions: Collection[str], cost_share: float) -> Shares:
+    """The network of `cost_share` to which some dimensions contribute equally, in logarithms of the cost.
+
+    Args:
+        dimensions: One or more of "depth", "width" and "resolution".
+        cost_share: Cost relative to the dense network, in (0, 1].
+
+    Raises:
+        UserError: If the share is out of range.
+    """
     _check_share("cost_share", cost_share)
-    return Shares(*(cost_share ** (1 / power) if name == dimension else 1.0 for name, power in EXPONENTS.items()))
+    part = cost_share ** (1 / len(dimensions))
+    return Shares(*(part ** (1 / power) if name in dimensions else 1.0 for name, power in EXPONENTS.items()))
 
 
 def _check_share(name: str, share: float) -> None:

@@ -106,13 +106,18 @@ class Channels(Removal):
         """Those of the allocation."""
         return self.workspace.costs_of(decision.kept)
 
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """How many channels each group keeps."""
+        return self.decision.kept
+
     def network(self) -> nn.Module:
         """The sub-model with the most important channels; with reconstructed weights if that helps."""
-        return sliced(self.workspace, self.decision.kept)
+        return sliced(self.workspace, self.widths)
 
     def plan(self) -> dict:
         """The allocation, and which channels it keeps."""
-        kept = top_channels(self.workspace.importance, self.decision.kept)
+        kept = top_channels(self.workspace.importance, self.widths)
         channels = {name: indices.tolist() for name, indices in kept.items()}
         return {"allocation": self.decision.to_json(), "kept": channels}
 
@@ -148,11 +153,9 @@ class Trained(Removal):
     @property
     def epochs(self) -> int:
         """Passes over the training split, none where it is done."""
-        return (
-            0
-            if self._is_done
-            else self.workspace.settings.removal_training.epochs_for(len(self.workspace.splits.train))
-        )
+        if self._is_done:
+            return 0
+        return self.workspace.settings.removal_training.epochs_for(len(self.workspace.splits.train))
 
     def prepare(self, on_epoch: EpochCallback) -> None:
         """Trains; the decision is then what remained."""
@@ -166,6 +169,7 @@ class Trained(Removal):
         finetune(course.model, train, how, seed, workspace.dense, checkpoint, log, course.plug)
         merged, decision = course.finish(course.model)
         self.keep(decision)
+        self.folder.add_results(**self.costs(decision))
         recalibrate(merged, workspace.splits.calibration.inputs)
         # The network comes last: its plan says that the training is done.
         save_pruned(merged, self.folder.merged, workspace.network | {"stage": "merged"} | self.plan())

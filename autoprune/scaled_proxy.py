@@ -92,10 +92,8 @@ class ScaledProxy:
             by_scale.setdefault(self.scaling.of(kept), []).append(place)
         scores: dict[int, Evaluation] = {}
         for scale, places in by_scale.items():
-            proxy = self._proxy_at(*scale)
-            scores |= zip(
-                places, score(proxy, [self.scaling.widths(allocations[place]) for place in places]), strict=True
-            )
+            widths = [self.scaling.widths(allocations[place]) for place in places]
+            scores |= zip(places, score(self._proxy_at(*scale), widths), strict=True)
         return [scores[place] for place in range(len(allocations))]
 
     def _key(self, kept: Mapping[str, int]) -> tuple:

@@ -25,7 +25,6 @@ from autoprune.resolution import at_resolution
 from autoprune.tracing import trace
 
 DEPTH, RESOLUTION = "depth", "resolution"
-NOTHING: Mapping[str, str] = MappingProxyType({})
 LEVELS = 8
 """Steps from all blocks to none, at most, and from the image's side to nothing."""
 RANKING_IMAGES = 250
@@ -51,7 +50,7 @@ class Scaling:
         example: Tensor,
         images: Images,
         excluded: Sequence[str] = (),
-        fixed: Mapping[str, str] = NOTHING,
+        fixed: Mapping[str, str] = MappingProxyType({}),
     ):
         self.model, self.traced, self.example, self.excluded, self.fixed = model, traced, example, excluded, fixed
         self._images = images[:RANKING_IMAGES]

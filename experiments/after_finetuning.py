@@ -39,7 +39,7 @@ from autoprune.workspace import Workspace
 from envs.layer_pruning import LayerPruningEnv
 from experiments.rival_proxies import cut_by_layer, macs_of
 from experiments.search_agents import sensitivity_cost
-from experiments.tables import fill, measured
+from experiments.tables import fill, mean_and_spread, measured
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("model", "budget", "method", "seed")
@@ -148,8 +148,7 @@ def summarise(rows: list[dict]) -> None:
         by_cell[row["budget"], row["method"]].append(100 * float(row["test"]))
     ranked: list[tuple[str, float, str]] = []
     for (budget, method), tests in by_cell.items():
-        spread = f"{np.std(tests, ddof=1):.2f}" if len(tests) > 1 else "-"
-        line = f"{budget}  {method:18s} {np.mean(tests):.2f} ± {spread}  seeds {len(tests)}"
+        line = f"{budget}  {method:18s} {mean_and_spread(tests)}  seeds {len(tests)}"
         ranked.append((budget, -float(np.mean(tests)), line))
     print("\n".join(line for *_, line in sorted(ranked)))
 

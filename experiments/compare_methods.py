@@ -23,7 +23,7 @@ import numpy as np
 from autoprune.cli import main as autoprune
 from autoprune.methods import METHODS
 from autoprune.runs import RunFolder, file_stem
-from experiments.tables import fill, measured
+from experiments.tables import fill, mean_and_spread, measured
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("row", "seed")
@@ -202,8 +202,7 @@ def summarise(table: Table, rows: list[dict]) -> None:
     print(table.question)
     for name, scores in sorted(by_row.items(), key=lambda item: -np.mean([after for _, after in item[1]])):
         before, after = np.array(scores).T
-        spread = f"{after.std(ddof=1):.2f}" if len(after) > 1 else "-"
-        print(f"{name:18s} {before.mean():6.2f} -> {after.mean():.2f} ± {spread}  seeds {len(after)}")
+        print(f"{name:18s} {before.mean():6.2f} -> {mean_and_spread(after)}  seeds {len(after)}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from autoprune.finetune import finetune
 from autoprune.granularity import KeepMasks, Masks, ranked_masks
 from autoprune.scoring import accuracy
 from autoprune.tracing import trace
-from experiments.tables import add_rows, device, holds, measured
+from experiments.tables import add_rows, device, holds, mean_and_spread, measured
 
 TABLE = Path(__file__).parent / "results" / "lottery_tickets.csv"
 KEY = ("lr", "seed", "arm", "round")
@@ -147,14 +147,9 @@ def summarise(rows: list[dict]) -> None:
         print(f"learning rate {lr}: test accuracy after the last epoch, mean ± standard deviation")
         for number in range(ROUNDS + 1):
             arms = [arm for arm, n in table if n == number]
-            shown = [f"{arm} {_spread([test for test, _ in table[arm, number]])}" for arm in arms]
+            shown = [f"{arm} {mean_and_spread([100 * test for test, _ in table[arm, number]])}" for arm in arms]
             print(f"  {KEPT**number:6.1%} left  " + "  ".join(shown))
         _conclude(table)
-
-
-def _spread(values: list[float]) -> str:
-    spread = f"{100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
-    return f"{100 * np.mean(values):.2f} ± {spread}"
 
 
 def _conclude(table: dict) -> None:

@@ -35,7 +35,7 @@ from autoprune.models import CifarResNet, kaiming
 from autoprune.pruning import prune, top_channels
 from autoprune.scoring import accuracy, recalibrate
 from autoprune.tracing import trace
-from experiments.tables import fill, measured
+from experiments.tables import fill, mean_and_spread, measured
 
 TABLE = Path(__file__).parent / "results" / "rethinking.csv"
 KEY = ("arm", "lr", "seed")
@@ -128,25 +128,20 @@ def summarise(rows: list[dict]) -> None:
     for row in rows:
         tests[row["arm"], row["lr"]][row["seed"]] = 100 * float(row["test"])
     dense = {row["seed"]: 100 * float(row["test_dense"]) for row in rows}
-    print(f"dense {_spread(list(dense.values()))}")
+    print(f"dense {mean_and_spread(list(dense.values()))}")
     for (arm, lr), scores in sorted(tests.items(), key=lambda item: -_mean(item[1])):
-        print(f"{arm:16s} lr {lr:5s} {_spread(list(scores.values()))}  seeds {len(scores)}")
+        print(f"{arm:16s} lr {lr:5s} {mean_and_spread(list(scores.values()))}  seeds {len(scores)}")
     best = {
         arm: max((tests[key] for key in tests if key[0] == arm), key=lambda s: np.mean(list(s.values())))
         for arm in ARMS
     }
     for arm, rival in (("fine_tuned", "scratch_e"), ("fine_tuned", "scratch_b"), ("fine_tuned_long", "scratch_b")):
         gains = np.array([best[arm][seed] - best[rival][seed] for seed in best[arm]])
-        print(f"{arm} - {rival}, each at its better learning rate: {_spread(list(gains))} points")
+        print(f"{arm} - {rival}, each at its better learning rate: {mean_and_spread(list(gains))} points")
 
 
 def _mean(scores: dict[str, float]) -> float:
     return float(np.mean(list(scores.values())))
-
-
-def _spread(values: list[float]) -> str:
-    spread = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
-    return f"{np.mean(values):.2f} ± {spread}"
 
 
 if __name__ == "__main__":

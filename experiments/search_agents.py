@@ -25,7 +25,7 @@ from autoprune.proxy import SENSITIVITY_IMAGES
 from autoprune.runs import RunFolder, write_text
 from autoprune.workspace import Workspace
 from envs.layer_pruning import LayerPruningEnv
-from experiments.tables import fill, measured
+from experiments.tables import fill, mean_and_spread, measured
 
 RESULTS = Path(__file__).parent / "results"
 DETERMINISTIC = ("uniform", "sensitivity", "global", "cost_aware")
@@ -125,8 +125,7 @@ def summarise(rows: list[dict]) -> None:
     lines = []
     for (budget, asked, name), group in by_cell.items():
         losses, accuracies = (np.array([float(r[k]) for r in group]) for k in ("selection_loss", "selection_accuracy"))
-        spread = f"{losses.std(ddof=1):.3f}" if len(losses) > 1 else "-"
-        text = f"{losses.mean():.3f} ± {spread}  {accuracies.mean():.2%}  seeds {len(group)}"
+        text = f"{mean_and_spread(losses, 3)}  {accuracies.mean():.2%}  seeds {len(group)}"
         lines.append((budget, asked, losses.mean(), f"{budget} {asked:4d} {name:12s} {text}"))
     print("\n".join(line for *_, line in sorted(lines)))
 

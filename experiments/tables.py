@@ -6,6 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from autoprune.finetune import has_fast_bf16
@@ -46,6 +47,12 @@ def fill(path: Path, cells: Iterable[dict], measure: Callable[[dict], dict], col
             row = cell | measure(cell) | {"device": device()}
             add_rows(path, [row], [*columns, "device"])
             print(row, flush=True)
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation, which one value doesn't have."""
+    spread = f"{np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "-"
+    return f"{np.mean(values):.{digits}f} ± {spread}"
 
 
 def device() -> str:
