@@ -1,7 +1,7 @@
 """One search: an agent or a baseline walks episodes, the best allocations are compared again, one is chosen."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from agents.baselines import BASELINES
@@ -50,10 +50,10 @@ class SearchResult:
         return self.recorder.episodes
 
 
-def check_agent(agent: str) -> None:
-    """Raises a `UserError` unless there is such an agent and what it needs is installed."""
+def check_agent(agent: str, others: Iterable[str] = ()) -> None:
+    """Raises a `UserError` unless there is such an agent, or it is one of `others`, and what it needs is installed."""
     check_installed(agent, "--agent")
-    check_known("agent", agent, AGENTS)
+    check_known("agent", agent, (*AGENTS, *others))
 
 
 def search(

@@ -110,8 +110,7 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     from autoprune.sparse import check_sparse
     from envs.rewards import reward_named
 
-    if settings.search.agent != FITTED:
-        check_agent(settings.search.agent)
+    check_agent(settings.search.agent, others=[FITTED])
     check_baselines(output.baselines)
     check_criterion(settings.search.criterion)
     check_sparse(settings.sparse.method)

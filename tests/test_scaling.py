@@ -390,6 +390,7 @@ def test_a_sparsely_trained_network_can_be_cut_in_depth_and_size(method, tmp_pat
     ("arguments", "message"),
     [
         (["--agent", "global"], "--agent: global ranks channels, and depth and image size have no rank; use dyna"),
+        (["--agent", "polynomail"], "--agent: unknown agent 'polynomail'; did you mean 'polynomial'? Known: dyna, "),
         (
             ["--agent", "polynomial", "--budget", "params=50%"],
             "resolution is fixed (smaller images save no parameters)",
