@@ -8,6 +8,7 @@ scores are divided by their mean, so that no layer drowns the others; the scores
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ PROBES = 4
 """Random directions for each batch in which `hessian` measures curvature."""
 
 
-def importance(name: str, model: nn.Module, groups: Groups, images: Images) -> Importance:
+def importance(name: str, model: nn.Module, groups: Groups, images: Images, seed: int = 0) -> Importance:
     """Scores `(n_channels,)` per prunable group, with mean 1 over the network; the model is left as found.
 
     Args:
@@ -34,15 +35,25 @@ def importance(name: str, model: nn.Module, groups: Groups, images: Images) -> I
         model: The dense network.
         groups: Its trace.
         images: Training images, for the criteria that look at data.
+        seed: Of the criteria with chance in them, `random` and `hessian`.
 
     Raises:
         UserError: If the criterion is unknown; the nearest known one is offered. Or if it can't tell the network's
             channels apart.
     """
     check_criterion(name)
-    scores = CRITERIA[name](model, groups, images)
+    with seeded(seed):
+        scores = CRITERIA[name](model, groups, images)
     mean = torch.cat(list(scores.values())).double().mean().clamp_min(1e-300) if scores else 1.0
     return {group: (score / mean).float() for group, score in scores.items()}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's random numbers on the CPU start from a seed; outside nobody notices."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def check_criterion(name: str) -> None:
@@ -123,9 +134,8 @@ def _apoz(model: nn.Module, groups: Groups, images: Images) -> Importance:
 
 
 def _random(model: nn.Module, groups: Groups, images: Images) -> Importance:
-    """The control: the same random scores for the same network."""
-    generator = torch.Generator().manual_seed(0)
-    return {group.name: torch.rand(group.channels, generator=generator) for group in groups}
+    """The control: scores that depend on nothing but the seed."""
+    return {group.name: torch.rand(group.channels) for group in groups}
 
 
 def _taylor(model: nn.Module, groups: Groups, images: Images) -> Importance:
@@ -152,13 +162,13 @@ def _hessian(model: nn.Module, groups: Groups, images: Images) -> Importance:
     h w^2 (Hutchinson 1990). In eval mode, on batches as for `taylor`. Not all of h is positive in a trained network;
     what counts is how far the loss moves, so a filter's sum is taken without its sign.
     """
-    twin, generator = _twin(model), torch.Generator().manual_seed(0)
+    twin = _twin(model)
     scores = {group.name: torch.zeros(group.channels) for group in groups}
     for loss in _losses(twin, images):
         weights = _filter_weights(twin, groups)
         gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
         for _ in range(PROBES):
-            probes = [w.detach() * _signs(w, generator) for w in weights.values()]
+            probes = [w.detach() * _signs(w) for w in weights.values()]
             curved = torch.autograd.grad(gradients, list(weights.values()), probes, retain_graph=True)
             products = {name: v * hv for name, v, hv in zip(weights, probes, curved, strict=True)}
             for group in groups:
@@ -167,8 +177,8 @@ def _hessian(model: nn.Module, groups: Groups, images: Images) -> Importance:
     return {name: score.abs() for name, score in scores.items()}
 
 
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, like.shape, generator=generator).to(like.dtype) * 2 - 1
+def _signs(like: Tensor) -> Tensor:
+    return torch.randint(0, 2, like.shape).to(like.dtype) * 2 - 1
 
 
 def _twin(model: nn.Module) -> nn.Module:

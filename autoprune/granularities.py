@@ -83,7 +83,7 @@ class Weights(Removal):
         model, budget = self.workspace.model, check_granularity(search)
         target, pair = budget.target(costs), n_of_m(search.granularity)
         if pair is None:
-            how = budget.metric, search.criterion, search.agent
+            how = budget.metric, search.criterion, search.agent, search.seed
             return ranked_masks(model, groups, search.granularity, target, *how)
         masks, _ = n_of_m_masks(model, groups, *pair)
         left = masks.costs(groups)[budget.metric]

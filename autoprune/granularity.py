@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autoprune.cost import CostTable
-from autoprune.criteria import share_left
+from autoprune.criteria import seeded, share_left
 from autoprune.errors import UserError, check_known
 from autoprune.finetune import Plug
 from autoprune.groups import Groups
@@ -128,9 +128,8 @@ def _lamp(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def _random(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The control: the same random scores for the same shape."""
-    generator = torch.Generator().manual_seed(weight.numel())
-    return torch.rand(_l1(weight, axes).shape, generator=generator)
+    """The control: scores that depend on nothing but the seed."""
+    return torch.rand_like(_l1(weight, axes))
 
 
 UNIT_SCORES: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
@@ -160,6 +159,7 @@ def ranked_masks(
     metric: str = "macs",
     criterion: str = "l1",
     agent: str = "global",
+    seed: int = 0,
 ) -> Masks:
     """The units of least score are removed until the network has at most `target` non-zero MACs or parameters.
 
@@ -174,6 +174,7 @@ def ranked_masks(
         metric: What is counted, a key of `Masks.costs`: "macs" or "params".
         criterion: A key of `UNIT_SCORES`.
         agent: A key of `RANKINGS`.
+        seed: Of the criterion `random`.
 
     Raises:
         UserError: If a name is unknown, or the target can't be reached.
@@ -182,10 +183,11 @@ def ranked_masks(
     weights = _weights(model, groups)
     counts = {"macs": groups.applied, "params": dict.fromkeys(weights, 1)}
     check_known("metric", metric, counts, "budget")
-    scores = {
-        n: RANKINGS[agent](UNIT_SCORES[criterion](w, _axes(pattern, w))).double().contiguous()
-        for n, w in weights.items()
-    }
+    with seeded(seed):
+        scores = {
+            n: RANKINGS[agent](UNIT_SCORES[criterion](w, _axes(pattern, w))).double().contiguous()
+            for n, w in weights.items()
+        }
     for unit_scores in scores.values():
         unit_scores.view(-1)[unit_scores.argmax()] = torch.inf
     unit_costs = {name: weights[name].numel() // s.numel() * counts[metric][name] for name, s in scores.items()}

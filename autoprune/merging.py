@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from autoprune import centripetal, resrep
 from autoprune.allocation import Allocation, parse_budget
-from autoprune.criteria import importance
+from autoprune.criteria import Importance, importance
 from autoprune.finetune import Plug
 from autoprune.gradual import GradualChannels, GradualWeights
 from autoprune.granularity import Masks, ranked_masks
@@ -40,17 +40,22 @@ def _gradual(workspace: Workspace, decision: Decision) -> Course:
 
 
 def _gradual_channels(workspace: Workspace, allocation: Allocation, *how: object) -> Course:
-    criterion, groups, train = workspace.settings.search.criterion, workspace.groups, workspace.splits.train
-    plug = GradualChannels(*how, groups, allocation.kept, lambda network: importance(criterion, network, groups, train))
+    search, groups, train = workspace.settings.search, workspace.groups, workspace.splits.train
+
+    def ranked(network: nn.Module) -> Importance:
+        return importance(search.criterion, network, groups, train, search.seed)
+
+    plug = GradualChannels(*how, groups, allocation.kept, ranked)
     return Course(copy.deepcopy(workspace.model), plug, lambda trained: (prune(trained, groups, plug.kept), allocation))
 
 
 def _gradual_masks(workspace: Workspace, masks: Masks, *how: object) -> Course:
     search, groups, costs = workspace.settings.search, workspace.groups, workspace.costs
     budget = parse_budget(search.budget)
+    how_ranked = budget.metric, search.criterion, search.agent, search.seed
 
     def ranked(network: nn.Module, target: int) -> Masks:
-        return ranked_masks(network, groups, search.granularity, target, budget.metric, search.criterion, search.agent)
+        return ranked_masks(network, groups, search.granularity, target, *how_ranked)
 
     dense = costs.metrics[budget.metric](costs.dense)
     plug = GradualWeights(*how, dense, budget.target(costs), ranked)

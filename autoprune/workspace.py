@@ -122,8 +122,9 @@ class Workspace:
 
     @cached_property
     def importance(self) -> Importance:
-        """Scores per channel by the configured criterion."""
-        return importance(self.settings.search.criterion, self.model, self.widths, self.splits.train)
+        """Scores per channel by the configured criterion and seed."""
+        search = self.settings.search
+        return importance(search.criterion, self.model, self.widths, self.splits.train, search.seed)
 
     def at(self, kept: Mapping[str, int], verify: bool = False) -> "Workspace":
         """The workspace of the network with the depth and image size of an allocation, whose widths are to be decided.

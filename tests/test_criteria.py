@@ -274,12 +274,23 @@ def test_channels_with_zero_scale_and_shift_go_first_and_leave_the_output_as_it_
     torch.testing.assert_close(outputs(prune(model, groups, kept), x), outputs(model, x), rtol=0, atol=1e-6)
 
 
-def test_random_is_the_same_at_every_call_and_depends_on_no_weight():
+def test_random_depends_on_the_seed_and_on_no_weight():
     model, groups = traced("chain")
-    first = importance("random", model, groups, DATA)
+    first = importance("random", model, groups, DATA, seed=3)
     torch.rand(3)
-    again = importance("random", randomise(Chain(), seed=9).eval(), groups, DATA)
+    again = importance("random", randomise(Chain(), seed=9).eval(), groups, DATA, seed=3)
     assert all(torch.equal(first[name], again[name]) for name in groups.channels)
+    other = importance("random", model, groups, DATA, seed=4)
+    assert not any(torch.equal(first[name], other[name]) for name in groups.channels)
+
+
+def test_a_criterion_with_chance_in_it_leaves_the_random_numbers_of_others_alone():
+    model, groups = traced("chain")
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    importance("hessian", model, groups, DATA, seed=1)
+    assert torch.equal(torch.rand(4), expected)
 
 
 @pytest.mark.parametrize("name", CRITERIA)

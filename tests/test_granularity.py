@@ -127,8 +127,17 @@ def test_random_masks_do_not_depend_on_the_weights():
         for parameter in other.parameters():
             parameter.copy_(parameter.flatten().flip(0).view_as(parameter))
     target = CostTable(groups).params({}) // 2
-    first, second = (ranked_masks(net, groups, "weight", target, "params", "random") for net in (model, other))
+    first, second = (ranked_masks(net, groups, "weight", target, "params", "random", seed=3) for net in (model, other))
     assert all(torch.equal(kept, second.kept[name]) for name, kept in first.kept.items())
+
+
+def test_random_masks_differ_between_seeds_and_between_layers_of_one_shape():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    groups = trace(model, images(1, 8))
+    target = CostTable(groups).params({}) // 2
+    first, second = (ranked_masks(model, groups, "weight", target, "params", "random", seed=seed) for seed in (0, 1))
+    assert not torch.equal(first.kept["2.weight"], second.kept["2.weight"])
+    assert not torch.equal(first.kept["2.weight"], first.kept["4.weight"])
 
 
 class InputsFirst(nn.Module):
