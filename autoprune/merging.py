@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from autoprune import centripetal, resrep
+from autoprune import centripetal, compactors, resrep
 from autoprune.allocation import Allocation, parse_budget
 from autoprune.criteria import Importance, importance
 from autoprune.finetune import Plug
@@ -87,13 +87,13 @@ def _resrep(workspace: Workspace, allocation: Allocation | None) -> Course:
 
 def _resrep_course(workspace: Workspace, allocation: Allocation | None, goal: resrep.Goal) -> Course:
     groups, strength = workspace.groups, workspace.settings.removal.strength
-    pairs = resrep.eligible(workspace.model, groups, workspace.splits.example)
-    grown = resrep.insert_compactors(workspace.model, groups, pairs)
+    pairs = compactors.eligible(workspace.model, groups, workspace.splits.example)
+    grown = compactors.insert_compactors(workspace.model, groups, pairs)
     plug = resrep.Compaction(groups, pairs, goal, strength)
 
     def finish(trained: nn.Module) -> tuple[nn.Module, Allocation]:
-        inputs, folded = workspace.splits.calibration.inputs, resrep.fold(trained, pairs)
-        resrep.standardise(folded, [norm for _, norm in pairs.values()], inputs)
+        inputs, folded = workspace.splits.calibration.inputs, compactors.fold(trained, pairs)
+        compactors.standardise(folded, [norm for _, norm in pairs.values()], inputs)
         kept = _others(workspace, allocation, pairs) | plug.kept
         counts = {group.name: len(kept[group.name]) if group.name in kept else group.channels for group in groups}
         found = allocation or Allocation(counts, groups.fingerprint, workspace.settings.search.budget, "resrep")
@@ -116,8 +116,8 @@ def _check_centripetal(workspace: Workspace) -> None:
 
 
 def _check_compactors(workspace: Workspace) -> None:
-    pairs = resrep.eligible(workspace.model, workspace.groups, workspace.splits.example)
-    resrep.insert_compactors(workspace.model, workspace.groups, pairs)
+    pairs = compactors.eligible(workspace.model, workspace.groups, workspace.splits.example)
+    compactors.insert_compactors(workspace.model, workspace.groups, pairs)
 
 
 def _check_resrep(workspace: Workspace) -> None:

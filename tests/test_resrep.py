@@ -9,6 +9,7 @@ from kills import Killed, kill_after
 from nets import NETS, build, images, outputs
 from torch import Tensor, nn
 
+from autoprune.compactors import eligible, fold, insert_compactors, standardise
 from autoprune.config import DataConfig, FinetuneConfig
 from autoprune.cost import CostTable
 from autoprune.data import Images, load
@@ -17,7 +18,7 @@ from autoprune.finetune import Plug, finetune
 from autoprune.groups import Groups
 from autoprune.models import conv_bn
 from autoprune.pruning import prune
-from autoprune.resrep import Compaction, Goal, eligible, fold, insert_compactors, standardise
+from autoprune.resrep import Compaction, Goal
 from autoprune.scoring import recalibrate
 from autoprune.tracing import trace
 
