@@ -14,8 +14,8 @@ from autoprune.cost import CostTable
 from autoprune.depth import Block, removable_blocks, remove_blocks, shallower
 from autoprune.errors import UserError, check_known
 from autoprune.finetune import Plug
-from autoprune.granularity import PATTERNS, KeepMasks, Masks, check_mask_options, n_of_m, n_of_m_masks, ranked_masks
-from autoprune.merging import MERGINGS
+from autoprune.granularity import PATTERNS, KeepMasks, Masks, check_mask_options, n_of_m, n_of_m_masks
+from autoprune.merging import MERGINGS, masks_within
 from autoprune.removal import Channels, Removal, Trained
 from autoprune.runs import RunFolder, write_json
 from autoprune.scoring import recalibrate
@@ -83,8 +83,7 @@ class Weights(Removal):
         model, budget = self.workspace.model, check_granularity(search)
         target, pair = budget.target(costs), n_of_m(search.granularity)
         if pair is None:
-            how = budget.metric, search.criterion, search.agent, search.seed
-            return ranked_masks(model, groups, search.granularity, target, *how)
+            return masks_within(self.workspace, model, target)
         masks, _ = n_of_m_masks(model, groups, *pair)
         left = masks.costs(groups)[budget.metric]
         if left > target:

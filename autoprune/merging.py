@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -33,6 +34,20 @@ class Course:
     finish: Callable[[nn.Module], tuple[nn.Module, Decision]]
 
 
+def masks_within(workspace: Workspace, network: nn.Module, target: int) -> Masks:
+    """Masks of the run's granularity by its criterion, agent and seed, so that `target` is left of what it counts.
+
+    Args:
+        workspace: The run's.
+        network: Of the run's architecture, with whatever weights.
+        target: The most that may be left of the budget's metric.
+    """
+    search = workspace.settings.search
+    metric = parse_budget(search.budget).metric
+    how = metric, search.criterion, search.agent, search.seed
+    return ranked_masks(network, workspace.groups, search.granularity, target, *how)
+
+
 def _gradual(workspace: Workspace, decision: Decision) -> Course:
     """Iterative pruning, or AGP: towards the allocation, or the budget that masks have to meet."""
     make = _gradual_masks if isinstance(decision, Masks) else _gradual_channels
@@ -50,15 +65,9 @@ def _gradual_channels(workspace: Workspace, allocation: Allocation, *how: object
 
 
 def _gradual_masks(workspace: Workspace, masks: Masks, *how: object) -> Course:
-    search, groups, costs = workspace.settings.search, workspace.groups, workspace.costs
-    budget = parse_budget(search.budget)
-    how_ranked = budget.metric, search.criterion, search.agent, search.seed
-
-    def ranked(network: nn.Module, target: int) -> Masks:
-        return ranked_masks(network, groups, search.granularity, target, *how_ranked)
-
+    costs, budget = workspace.costs, parse_budget(workspace.settings.search.budget)
     dense = costs.metrics[budget.metric](costs.dense)
-    plug = GradualWeights(*how, dense, budget.target(costs), ranked)
+    plug = GradualWeights(*how, dense, budget.target(costs), partial(masks_within, workspace))
     return Course(copy.deepcopy(workspace.model), plug, lambda trained: (trained, plug.masks))
 
 
