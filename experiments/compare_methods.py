@@ -155,12 +155,13 @@ def main() -> None:
     for name in rows:
         if name not in table.rows:
             parser.error(f"--rows: no row {name!r}; known: {', '.join(table.rows)}")
+    dense: dict[str, float] = {}
     cells = [{"row": name, "seed": seed} for seed in args.seeds for name in rows]
-    fill(path, cells, lambda cell: measure(table, cell, args.weights, args.runs / args.table), FIELDS)
+    fill(path, cells, lambda cell: measure(table, cell, args.weights, args.runs / args.table, dense), FIELDS)
 
 
-def measure(table: Table, cell: dict, weights: str, runs: Path) -> dict:
-    """One network from the dense one to its test accuracy."""
+def measure(table: Table, cell: dict, weights: str, runs: Path, dense: dict[str, float]) -> dict:
+    """One network from the dense one to its test accuracy; `dense` is told what the first row has measured of that."""
     run = runs / file_stem(cell["row"].replace(", ", "-").replace(" ", "-"), str(cell["seed"]))
     own = flags(table.shared | table.rows[cell["row"]])
     resume = ["--resume"] if (run / "config.yaml").exists() else []
@@ -170,8 +171,11 @@ def measure(table: Table, cell: dict, weights: str, runs: Path) -> dict:
         _do("prune", str(run))
     if json.loads((run / "pruned" / "plan.json").read_text())["stage"] != "finetuned":
         _do("finetune", str(run), "--resume")
+    folder = RunFolder(run)
+    folder.add_results(**dense)
     _do("evaluate", str(run))
-    results = RunFolder(run).known_results
+    results = folder.known_results
+    dense["accuracy_dense"] = results["accuracy_dense"]
     return {
         "options": " ".join(own),
         "macs_ratio": round(results["macs_ratio"], 5),

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,14 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from autoprune import models
+from autoprune import compress, models
 from autoprune.cli import COMMANDS, main
+from autoprune.data import Images
 from autoprune.export import load_pruned
 from autoprune.runs import RunFolder
+from autoprune.scoring import accuracy
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--model", "tests.tiny:network", "--data", "digits"]
@@ -131,6 +135,21 @@ def test_an_allocation_from_a_file_is_pruned_finetuned_evaluated_and_exported_wi
     results = RunFolder(Path(folder)).known_results
     assert results["macs_ratio"] <= 0.5 and "accuracy" in results
     assert (Path(folder) / "model.onnx").exists() and (Path(folder) / "model.pt2").exists()
+
+
+def test_a_run_evaluated_again_measures_what_can_have_changed(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+    before, measured = json.loads((finished / "results.json").read_text()), []
+
+    def counted(model: nn.Module, images: Images) -> float:
+        measured.append(sum(p.numel() for p in model.parameters()))
+        return accuracy(model, images)
+
+    monkeypatch.setattr(compress, "accuracy", counted)
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert measured == [before["params"]] * 2  # pruned and fine-tuned, not dense
+    after = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert all(after[name] == before[name] for name in ("accuracy_dense", "accuracy_pruned", "accuracy"))
 
 
 def test_a_finished_run_resumed_does_nothing_again(finished):
