@@ -1,15 +1,17 @@
 """Does one policy for a range of budgets do what a policy for each of them does?
 
     python experiments/multi_budget.py --model resnet20 --weights FILE --seeds 0 1 2
+    python experiments/multi_budget.py --summary
 
 One search over `macs=30%..70%` of twice the evaluations, against five searches for 30, 40, 50, 60 and 70 % alone. At
 each budget both are judged by the same rule: the policy's own allocation and the best episode, resized to the budget,
 are scored on the selection split (3,000 training images that no search sees), and the better one counts. One row a
 seed, budget and kind in `experiments/results/multi_budget.csv`; the columns `policy_*` hold the policy's own roll-out.
-Resumable search by search.
+Resumable search by search. The summary gives range minus alone, in points of accuracy on that split.
 """
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 
 from agents.finalists import Finalist, judge, within
@@ -19,7 +21,7 @@ from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfi
 from autoprune.runs import RunFolder
 from autoprune.workspace import Workspace
 from envs.layer_pruning import LayerPruningEnv
-from experiments.tables import add_rows, device, holds
+from experiments.tables import add_rows, device, holds, mean_and_spread, measured
 
 RANGE, SHARES = "macs=30%..70%", (30, 40, 50, 60, 70)
 TABLE = Path(__file__).parent / "results" / "multi_budget.csv"
@@ -34,13 +36,18 @@ FIELDS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--weights", required=True)
+    parser.add_argument("--weights")
     parser.add_argument("--agent", default="dyna")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--episodes", type=int, default=300, help="of a search for one budget; the range gets twice")
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--runs", type=Path, default=Path("runs/multi_budget"))
+    parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
+    if args.summary:
+        return summarise(measured(TABLE, parser))
+    if args.weights is None:
+        parser.error("--weights: give the trained weights of the network")
     network, proxy = NetworkConfig(args.model, args.weights), ProxyConfig(workers=args.workers)
     workspace = Workspace(Settings(network, DataConfig("cifar10"), SearchConfig(), proxy))
     alone = [("alone", f"macs={share}%", [f"macs={share}%"]) for share in SHARES]
@@ -80,6 +87,24 @@ def scores(finalists: list[Finalist]) -> dict:
         "policy_selection_loss": round(own.selection.loss, 4),
         "policy_selection_accuracy": round(own.selection.accuracy, 4),
     }
+
+
+def summarise(rows: list[dict]) -> None:
+    """Range minus alone at each budget, over the seeds that have both: of the policies, and of what is chosen."""
+    for column, what in (
+        ("policy_selection_accuracy", "policy"),
+        ("selection_accuracy", "better of policy and episode"),
+    ):
+        points: dict[tuple[str, str, str], dict[tuple[str, str], float]] = defaultdict(dict)
+        for row in rows:
+            points[row["model"], row["agent"], row["budget"]][row["kind"], row["seed"]] = 100 * float(row[column])
+        for key, by_kind in points.items():
+            seeds = [seed for kind, seed in by_kind if kind == "alone" and ("range", seed) in by_kind]
+            if seeds:
+                alone = [by_kind["alone", seed] for seed in seeds]
+                gaps = [by_kind["range", seed] - by_kind["alone", seed] for seed in seeds]
+                shown = f"alone {mean_and_spread(alone)}  range {mean_and_spread(gaps)}  seeds {len(seeds)}"
+                print(f"{what}: {' '.join(key)}  {shown}")
 
 
 if __name__ == "__main__":
