@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.attention import open_attention
+from autoprune.config import FinetuneConfig
 from autoprune.errors import UserError, check_known
-from autoprune.finetune import Plug
+from autoprune.finetune import Plug, total_rate
 from autoprune.groups import Group, Groups, tensors_in
 from autoprune.pruning import prune
 from autoprune.verify import randomised
 
 Clusters = Mapping[str, Tensor]
 """Group to the number of each channel's cluster, int64 `(n_channels,)`, from 0 without gaps."""
-STRENGTH = 0.05
-"""Pull to the centre, for a few epochs from a trained network; the paper has 3e-3 for 600 epochs."""
+PULL = 156.0
+"""E-folds by which a whole training draws filters to their centres: as in the paper's 600 epochs of ResNet-56."""
 VECTORS = 0.1
 """The pull of batch norm and biases beside that of filters, as in the authors' code."""
 ROUNDS = 50
@@ -115,14 +116,26 @@ class Centripetal(Plug):
     Args:
         groups: The network's trace.
         clusters: See `clusters_of`.
-        strength: The pull.
+        strength: The pull. None for as much in the whole training as in the paper's, however long this one is; the
+            paper has 3e-3 for 600 epochs.
     """
 
-    def __init__(self, groups: Groups, clusters: Clusters, strength: float = STRENGTH):
-        self.strength, self.clusters = strength, clusters
+    def __init__(self, groups: Groups, clusters: Clusters, strength: float | None = None):
+        self.strength, self.clusters, self._config = strength, clusters, FinetuneConfig()
         self._members = [
             (name, member) for name in clusters for member in groups[name].members if member.role != "consume"
         ]
+
+    def parameter_groups(self, model: nn.Module, config: FinetuneConfig) -> list[dict]:
+        """The usual ones."""
+        self._config = config
+        return super().parameter_groups(model, config)
+
+    def begin(self, model: nn.Module, n_steps: int) -> None:
+        """Spreads the pull over the steps."""
+        if self.strength is None:
+            rate = total_rate(self._config, n_steps)
+            self.strength = PULL * (1 - self._config.momentum) / max(rate, 1e-12)
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:

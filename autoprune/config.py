@@ -208,7 +208,7 @@ class RemovalConfig:
     (channels grow together and merge), compactors (ResRep, as many as the allocation says) or resrep (ResRep, which
     also chooses where, under the budget)."""
     strength: float | None = None
-    """Pull of that training (None: the usual one of centripetal; for the others what lets channels vanish in time)."""
+    """Pull of that training (None: what lets channels merge, or vanish, in time)."""
     clusters: str = "kmeans"
     """How centripetal groups channels: kmeans or even."""
     prunings: int = 10

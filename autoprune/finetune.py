@@ -91,7 +91,8 @@ def finetune(
     model.train().to(memory_format=torch.channels_last)
     epochs = config.epochs_for(len(images))
     n_steps = epochs * config.steps_per_epoch(len(images))
-    optimizer = torch.optim.SGD(plug.parameter_groups(model, config), config.lr, config.momentum, nesterov=True)
+    groups, accelerated = plug.parameter_groups(model, config), config.momentum > 0
+    optimizer = torch.optim.SGD(groups, config.lr, config.momentum, nesterov=accelerated)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _annealing(n_steps, config.warmup))
     loss_of = _distilled(config, teacher) if teacher is not None and config.distillation > 0 else _plain
     trained = _resume(checkpoint, model, optimizer, schedule, plug)
@@ -166,6 +167,12 @@ def _annealing(total: int, warmup: float) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
 
     return factor
+
+
+def total_rate(config: FinetuneConfig, n_steps: int, since: int = 0) -> float:
+    """The sum of the learning rates of all steps of a training, or of those from one on."""
+    factor = _annealing(n_steps, config.warmup)
+    return config.lr * sum(factor(step) for step in range(since, n_steps))
 
 
 def _save(checkpoint: Path | None, epoch: int, model: nn.Module, optimizer, schedule, plug: Plug) -> None:

@@ -77,8 +77,7 @@ def _centripetal(workspace: Workspace, allocation: Allocation) -> Course:
     model, groups = copy.deepcopy(workspace.model), workspace.groups
     counts = {name: kept for name, kept in allocation.kept.items() if kept < groups[name].channels}
     clusters = centripetal.clusters_of(model, groups, counts, removal.clusters, search.seed)
-    strength = centripetal.STRENGTH if removal.strength is None else removal.strength
-    plug = centripetal.Centripetal(groups, clusters, strength)
+    plug = centripetal.Centripetal(groups, clusters, removal.strength)
     return Course(model, plug, lambda trained: (centripetal.merge(trained, groups, clusters), allocation))
 
 

@@ -13,7 +13,6 @@ Where we differ:
 - How many go may also come from an allocation, group by group.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from autoprune.compactors import Compactor
 from autoprune.config import FinetuneConfig
 from autoprune.cost import CostTable
 from autoprune.errors import UserError
-from autoprune.finetune import Plug, parameter_groups
+from autoprune.finetune import Plug, parameter_groups, total_rate
 from autoprune.groups import Groups
 
 TRAVEL = 2.0
@@ -95,7 +94,7 @@ class Compaction(Plug):
         selections: int = 50,
     ):
         self.goal, self.strength, self.selecting, self.selections = goal, strength, selecting, selections
-        self._lr = FinetuneConfig.lr
+        self._config = FinetuneConfig()
         self._names = {name: f"{norm}.1" for name, (_, norm) in pairs.items()}
         self.masked = {name: torch.zeros(groups[name].channels, dtype=torch.bool) for name in pairs}
         self._every, self._last = 1, -1  # none until `begin`
@@ -115,7 +114,7 @@ class Compaction(Plug):
 
     def parameter_groups(self, model: nn.Module, config: FinetuneConfig) -> list[dict]:
         """The usual ones, and the compactors with their momentum, without decay."""
-        self._lr = config.lr
+        self._config = config
         own = [compactor.weight for compactor in self._compactors(model).values()]
         ids = {id(weight) for weight in own}
         usual = parameter_groups(model, config)
@@ -127,9 +126,8 @@ class Compaction(Plug):
         self._last = min(n_steps - 1, round(self.selecting * n_steps))
         self._every = max(1, self._last // self.selections)
         if self.strength is None:
-            # What is left of a learning rate that is annealed along a cosine, accelerated by momentum.
-            left = 0.5 * (1 - self.selecting) - math.sin(math.pi * self.selecting) / (2 * math.pi)
-            self.strength = TRAVEL * (1 - self.MOMENTUM) / max(self._lr * n_steps * left, EPSILON)
+            rate = total_rate(self._config, n_steps, since=self._last)
+            self.strength = TRAVEL * (1 - self.MOMENTUM) / max(rate, EPSILON)
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Selects, if it is time; then the rows' gradients are the penalty's, with or without the loss's."""

@@ -1,6 +1,7 @@
 """Clusters have the asked sizes, grow together by their closed form, and merge without loss."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from kills import Killed, kill_after
 from nets import NETS, build, images, outputs
 from torch import Tensor, nn
 
+from autoprune import centripetal
 from autoprune.centripetal import (
     CLUSTERINGS,
     VECTORS,
@@ -287,6 +289,21 @@ def test_training_draws_clusters_together_until_merging_is_free(digits):
     with torch.no_grad():
         assert torch.equal(merged(digits.inputs).argmax(1), model(digits.inputs).argmax(1))
     assert merged[0][0].out_channels == 6
+
+
+@pytest.mark.parametrize(("epochs", "lr"), [(10, 0.1), (30, 0.01)])
+def test_the_usual_pull_draws_as_much_in_a_training_of_any_length_as_in_the_papers(digits, epochs, lr, monkeypatch):
+    # 3e-3, at each of three learning rates for 200 epochs of 782 steps, momentum 0.9
+    assert centripetal.PULL == pytest.approx(3e-3 * 200 * 782 * (3e-2 + 3e-3 + 3e-4) / (1 - 0.9), rel=0.01)
+    monkeypatch.setattr(centripetal, "PULL", 3.0)  # 156 e-folds leave nothing to measure
+    model, groups, clusters = small()
+    start = [spread(model[n][0].weight.detach(), clusters[f"{n}.0"]).norm() for n in (0, 1)]
+    config = replace(CONFIG, epochs=epochs, lr=lr, momentum=0.0, weight_decay=0.0, batch_size=16)
+    finetune(model, digits, config, plug=Centripetal(groups, clusters))
+    end = [spread(model[n][0].weight.detach(), clusters[f"{n}.0"]).norm() for n in (0, 1)]
+    assert [float(after / before) for before, after in zip(start, end, strict=True)] == pytest.approx(
+        [math.exp(-3)] * 2, rel=0.1
+    )
 
 
 def test_killed_training_goes_on_to_bit_identical_weights(digits, tmp_path):
