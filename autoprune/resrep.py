@@ -10,6 +10,8 @@ Where we differ:
   steps; then the selection stays, so that the rows have time to vanish.
 - A selected row keeps its direction, never grows, and stays at zero. Only the pull acts on it anyway, but what momentum
   has kept of the loss would let it circle around zero through a short training.
+- Selected rows are pulled as hard as it takes to vanish in time. The paper pulls at all rows alike; as hard as a short
+  training needs it, that costs the others more than they can win back.
 - How many go may also come from an allocation, group by group.
 """
 
@@ -26,8 +28,10 @@ from autoprune.errors import UserError
 from autoprune.finetune import Plug, parameter_groups, total_rate
 from autoprune.groups import Groups
 
+STRENGTH = 1e-4
+"""The paper's pull."""
 TRAVEL = 2.0
-"""Length of a row that the usual pull brings to zero after the last selection; they begin with 1."""
+"""Length of a row that vanishes after the last selection; they begin with 1."""
 EPSILON = 1e-12
 
 
@@ -66,15 +70,15 @@ class Goal:
 
 
 class Compaction(Plug):
-    """Trains compactors: all rows are pulled to zero, the selected ones by nothing else.
+    """Trains compactors: all rows are pulled to zero, the selected ones harder, and by nothing else.
 
     Args:
         groups: The network's trace.
         pairs: `eligible` groups.
         goal: When enough is selected.
-        strength: The pull; it moves a selected row by learning rate times strength, 100 times that in the long run.
-            None for what brings a row of length 2 to zero between the last selection and the end, however long that
-            is; the paper has 1e-4 for 480 epochs.
+        strength: The pull; it moves a row by learning rate times strength, 100 times that in the long run. Selected
+            rows are pulled harder where that takes too long: a row of length 2 vanishes between the last selection and
+            the end. None for the paper's.
         selecting: Share of the training over which rows are selected, evenly.
         selections: In how many steps.
 
@@ -90,14 +94,15 @@ class Compaction(Plug):
         pairs: Mapping[str, tuple[str, str]],
         goal: Goal,
         strength: float | None = None,
-        selecting: float = 0.5,
+        selecting: float = 0.3,
         selections: int = 50,
     ):
-        self.goal, self.strength, self.selecting, self.selections = goal, strength, selecting, selections
+        self.goal, self.selecting, self.selections = goal, selecting, selections
+        self.strength = STRENGTH if strength is None else strength
         self._config = FinetuneConfig()
         self._names = {name: f"{norm}.1" for name, (_, norm) in pairs.items()}
         self.masked = {name: torch.zeros(groups[name].channels, dtype=torch.bool) for name in pairs}
-        self._every, self._last = 1, -1  # none until `begin`
+        self._every, self._last, self._vanishing = 1, -1, 0.0  # none until `begin`
         self._before: dict[str, Tensor] = {}
         fewest = dict.fromkeys(pairs, 1)
         if goal.target is not None and not goal.is_met(fewest):
@@ -122,12 +127,11 @@ class Compaction(Plug):
         return [*rest, {"params": own, "weight_decay": 0.0, "momentum": self.MOMENTUM, "nesterov": False}]
 
     def begin(self, model: nn.Module, n_steps: int) -> None:
-        """Spreads the selections."""
+        """Spreads the selections, and what makes rows vanish over the time after them."""
         self._last = min(n_steps - 1, round(self.selecting * n_steps))
         self._every = max(1, self._last // self.selections)
-        if self.strength is None:
-            rate = total_rate(self._config, n_steps, since=self._last)
-            self.strength = TRAVEL * (1 - self.MOMENTUM) / max(rate, EPSILON)
+        rate = total_rate(self._config, n_steps, since=self._last)
+        self._vanishing = TRAVEL * (1 - self.MOMENTUM) / max(rate, EPSILON)
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Selects, if it is time; then the rows' gradients are the penalty's, with or without the loss's."""
@@ -138,7 +142,8 @@ class Compaction(Plug):
                 gradient, weight = compactor.weight.grad, compactor.weight
                 gradient[self.masked[name]] = 0
                 lengths = weight.flatten(1).norm(dim=1).clamp_min(EPSILON)
-                gradient.add_(weight / lengths.view(-1, 1, 1, 1), alpha=self.strength)
+                pull = self.strength + self.masked[name] * max(0.0, self._vanishing - self.strength)
+                gradient.add_(weight * (pull / lengths).view(-1, 1, 1, 1))
                 self._before[name] = weight.detach().clone()
 
     @torch.no_grad()

@@ -160,6 +160,18 @@ def test_the_penalty_leaves_all_other_gradients_bit_by_bit_and_selected_rows_non
     torch.testing.assert_close(got[[0, 2, 3, 5]], (loss + unit)[[0, 2, 3, 5]])
 
 
+def test_however_short_the_training_rows_that_stay_feel_the_papers_pull():
+    model, groups, x = traced()
+    grown = disturbed(insert_compactors(model, groups, eligible(model, groups, x)), eligible(model, groups, x))
+    plug = plug_of(model, groups, x)
+    plug.begin(grown, 40)
+    plain, penalised = gradients(grown, x, Plug()), gradients(grown, x, plug)
+    mask, rows = plug.masked["conv1"], grown.bn1[1].weight.detach().flatten(1)
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    loss, got = plain["bn1.1.weight"].flatten(1), penalised["bn1.1.weight"].flatten(1)
+    torch.testing.assert_close(got[~mask], (loss + 1e-4 * unit)[~mask])
+
+
 def test_a_selected_row_keeps_its_direction_and_the_others_turn():
     model, groups, x = traced()
     grown = disturbed(insert_compactors(model, groups, eligible(model, groups, x)), eligible(model, groups, x))
