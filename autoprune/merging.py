@@ -5,15 +5,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from autoprune import centripetal, compactors, resrep
 from autoprune.allocation import Allocation, parse_budget
+from autoprune.cost import CostTable
 from autoprune.criteria import Importance, importance
 from autoprune.finetune import Plug
 from autoprune.gradual import GradualChannels, GradualWeights
 from autoprune.granularity import Masks, ranked_masks
+from autoprune.groups import Groups
 from autoprune.pruning import prune, top_channels
+from autoprune.scoring import recalibrate
+from autoprune.tracing import trace
 from autoprune.workspace import Workspace
 
 Decision = Allocation | Masks
@@ -82,40 +86,48 @@ def _centripetal(workspace: Workspace, allocation: Allocation) -> Course:
 
 
 def _compactors(workspace: Workspace, allocation: Allocation) -> Course:
-    """ResRep that forgets as many rows as the allocation says; groups that can't have compactors are sliced."""
-    return _resrep_course(workspace, allocation, resrep.Goal(workspace.costs, counts=allocation.kept))
+    """ResRep that forgets as many rows as the allocation says.
+
+    Groups that can't have compactors are sliced first, so that the training makes up for it.
+    """
+    groups, splits = workspace.groups, workspace.splits
+    pairs = compactors.eligible(workspace.model, groups, splits.example)
+    others = {name: kept for name, kept in allocation.kept.items() if name not in pairs}
+    sliced = prune(workspace.model, groups, top_channels(workspace.importance, others))
+    recalibrate(sliced, splits.calibration.inputs)
+    narrower = trace(sliced, splits.example).with_pins(groups.reasons)
+    goal = resrep.Goal(CostTable(narrower), counts=allocation.kept)
+    return _resrep_course(workspace, sliced, narrower, goal, lambda counts: allocation)
 
 
 def _resrep(workspace: Workspace, allocation: Allocation | None) -> Course:
     """ResRep as published: rows of all compactors compete until the budget is met; the allocation is what remains."""
-    budget = parse_budget(workspace.settings.search.budget)
+    groups, asked = workspace.groups, workspace.settings.search.budget
+    budget = parse_budget(asked)
     goal = resrep.Goal(workspace.costs, budget.metric, budget.target(workspace.costs))
-    return _resrep_course(workspace, None, goal)
+    found = partial(Allocation, network=groups.fingerprint, budget=asked, source="resrep")
+    return _resrep_course(workspace, workspace.model, groups, goal, found)
 
 
-def _resrep_course(workspace: Workspace, allocation: Allocation | None, goal: resrep.Goal) -> Course:
-    groups, strength = workspace.groups, workspace.settings.removal.strength
-    pairs = compactors.eligible(workspace.model, groups, workspace.splits.example)
-    grown = compactors.insert_compactors(workspace.model, groups, pairs)
-    plug = resrep.Compaction(groups, pairs, goal, strength)
+def _resrep_course(
+    workspace: Workspace,
+    model: nn.Module,
+    groups: Groups,
+    goal: resrep.Goal,
+    decision: Callable[[dict[str, int]], Allocation],
+) -> Course:
+    """From a network and its trace; `decision` is told how many channels each group has left."""
+    pairs = compactors.eligible(model, groups, workspace.splits.example)
+    grown = compactors.insert_compactors(model, groups, pairs)
+    plug = resrep.Compaction(groups, pairs, goal, workspace.settings.removal.strength)
 
     def finish(trained: nn.Module) -> tuple[nn.Module, Allocation]:
         inputs, folded = workspace.splits.calibration.inputs, compactors.fold(trained, pairs)
         compactors.standardise(folded, [norm for _, norm in pairs.values()], inputs)
-        kept = _others(workspace, allocation, pairs) | plug.kept
-        counts = {group.name: len(kept[group.name]) if group.name in kept else group.channels for group in groups}
-        found = allocation or Allocation(counts, groups.fingerprint, workspace.settings.search.budget, "resrep")
-        return prune(folded, groups, kept), found
+        counts = dict(groups.channels) | {name: len(rows) for name, rows in plug.kept.items()}
+        return prune(folded, groups, plug.kept), decision(counts)
 
     return Course(grown, plug, finish)
-
-
-def _others(workspace: Workspace, allocation: Allocation | None, pairs: dict) -> dict[str, Tensor]:
-    """The most important channels of the groups without compactors."""
-    if allocation is None:
-        return {}
-    counts = {name: kept for name, kept in allocation.kept.items() if name not in pairs}
-    return top_channels(workspace.importance, counts)
 
 
 def _check_centripetal(workspace: Workspace) -> None:

@@ -10,11 +10,14 @@ from kills import interrupted_finetune
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune import compress, removal
+from autoprune.allocation import Allocation
 from autoprune.cli import main
+from autoprune.config import Settings
 from autoprune.export import load_pruned
 from autoprune.granularity import Masks
 from autoprune.merging import MERGINGS
 from autoprune.methods import METHODS, methods_table
+from autoprune.workspace import Workspace
 
 TINY = ["--model", "tests.tiny:network", "--data", "digits", "--baselines", "none", "--proxy.images", "40"]
 FAST = [*TINY, "--episodes", "6", "--epochs", "1", "--sparse.epochs", "1"]
@@ -153,6 +156,18 @@ def test_what_leaves_by_training_ends_within_the_budget_with_true_costs_whether_
     allocation = json.loads((tmp_path / "whole" / "allocation.json").read_text())
     assert allocation["kept"] == {group["name"]: group["kept"] for group in results["groups"]}
     assert (allocation["source"] == "resrep") == (method == "resrep")
+
+
+def test_groups_that_can_have_no_compactors_are_narrow_before_the_training_that_makes_up_for_it():
+    space = Workspace(Settings())
+    allocation = Allocation({n: c // 2 for n, c in space.groups.channels.items()}, space.groups.fingerprint)
+    course = MERGINGS["compactors"].course(space, allocation)
+    stream, inner = course.model.conv1, course.model.layer1[0].conv1
+    assert (stream.out_channels, inner.out_channels) == (allocation.kept["conv1"], 16)
+    course.plug.select(course.model, 1.0)
+    network, decision = course.finish(course.model)
+    assert decision == allocation
+    assert sum(p.numel() for p in network.parameters()) == space.costs.params(allocation.kept)
 
 
 def test_masks_that_grow_meet_the_budget_and_last_whether_killed_or_not(tmp_path, monkeypatch):
