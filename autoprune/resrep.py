@@ -30,8 +30,8 @@ from autoprune.groups import Groups
 
 STRENGTH = 1e-4
 """The paper's pull."""
-TRAVEL = 2.0
-"""Length of a row that vanishes after the last selection; they begin with 1."""
+TRAVEL = 6.0
+"""Length of a row that vanishes between the last selection and the end; rows begin with 1, which leaves time after."""
 EPSILON = 1e-12
 
 
@@ -76,9 +76,9 @@ class Compaction(Plug):
         groups: The network's trace.
         pairs: `eligible` groups.
         goal: When enough is selected.
-        strength: The pull; it moves a row by learning rate times strength, 100 times that in the long run. Selected
-            rows are pulled harder where that takes too long: a row of length 2 vanishes between the last selection and
-            the end. None for the paper's.
+        strength: The pull; it moves a row by learning rate times strength, 10 times that in the long run. Selected rows
+            are pulled harder where that takes too long: a row of length 6 vanishes between the last selection and the
+            end. None for the paper's.
         selecting: Share of the training over which rows are selected, evenly.
         selections: In how many steps.
 
@@ -86,7 +86,8 @@ class Compaction(Plug):
         UserError: If the goal can't be met.
     """
 
-    MOMENTUM = 0.99
+    MOMENTUM = 0.9
+    """Of the compactors; the paper's 0.99 remembers a third of a training of a few epochs."""
 
     def __init__(
         self,

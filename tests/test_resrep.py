@@ -256,7 +256,7 @@ def small(seed: int = 0) -> tuple[nn.Module, Groups, Compaction, dict]:
     groups = trace(model, x[:1])
     pairs = eligible(model, groups, x)
     table = CostTable(groups)
-    plug = Compaction(groups, pairs, Goal(table, "macs", table.macs({}) // 2), strength=2e-2, selecting=0.3)
+    plug = Compaction(groups, pairs, Goal(table, "macs", table.macs({}) // 2))
     return insert_compactors(model, groups, eligible(model, groups, x)), groups, plug, pairs
 
 
@@ -276,7 +276,7 @@ def test_training_makes_the_selected_rows_vanish_so_that_merging_is_free(digits)
 def test_a_selected_row_stops_at_zero_although_momentum_would_carry_it_through():
     model, groups, x = traced()
     grown = insert_compactors(model, groups, eligible(model, groups, x))
-    plug = plug_of(model, groups, x, strength=0.1)
+    plug = plug_of(model, groups, x, strength=0.3)
     plug.masked["conv1"][2] = True
     optimizer = torch.optim.SGD(plug.parameter_groups(grown, FinetuneConfig(lr=1e-3)), 1e-3, 0.9, nesterov=True)
     norms = []
