@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autoprune.attention import open_attention
 from autoprune.config import FinetuneConfig
 from autoprune.errors import UserError, check_known
-from autoprune.finetune import Plug, total_rate
+from autoprune.finetune import Plug, pull_for
 from autoprune.groups import Group, Groups, tensors_in
 from autoprune.pruning import prune
 from autoprune.verify import randomised
@@ -134,8 +134,7 @@ class Centripetal(Plug):
     def begin(self, model: nn.Module, n_steps: int) -> None:
         """Spreads the pull over the steps."""
         if self.strength is None:
-            rate = total_rate(self._config, n_steps)
-            self.strength = PULL * (1 - self._config.momentum) / max(rate, 1e-12)
+            self.strength = pull_for(PULL, self._config.momentum, self._config, n_steps)
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:

@@ -3,7 +3,7 @@
 The structure of ResRep (Ding et al. 2021, section 3.2); which rows of a compactor go is trained in `autoprune.resrep`.
 Convolution, batch norm and compactor are one convolution again in the end, without the rows that are gone. Where we
 differ: folding keeps the batch norm, with the statistics that it then has, rather than a bias, so the architecture
-stays. Groups with a depthwise convolution or several producers, as at shortcuts, have no compactor and stay whole.
+stays. Groups with a depthwise convolution or several producers, as at shortcuts, have no compactor.
 """
 
 import copy

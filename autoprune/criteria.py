@@ -8,13 +8,12 @@ scores are divided by their mean, so that no layer drowns the others; the scores
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.data import Images
+from autoprune.data import Images, seeded
 from autoprune.errors import UserError, check_known
 from autoprune.groups import Groups, Member
 from autoprune.reading import mean_reading
@@ -46,14 +45,6 @@ def importance(name: str, model: nn.Module, groups: Groups, images: Images, seed
         scores = CRITERIA[name](model, groups, images)
     mean = torch.cat(list(scores.values())).double().mean().clamp_min(1e-300) if scores else 1.0
     return {group: (score / mean).float() for group, score in scores.items()}
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's random numbers on the CPU start from a seed; outside nobody notices."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def check_criterion(name: str) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -82,6 +83,14 @@ def normalize(pixels: Tensor) -> Tensor:
     """uint8 `(n, 3, height, width)` to float32 with the mean and deviation that the networks expect, channels last."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     return ((pixels.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's random numbers on the CPU start from a seed; outside nobody notices."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def batches(

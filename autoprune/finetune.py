@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.config import FinetuneConfig
-from autoprune.data import Images, batches
+from autoprune.data import Images, batches, seeded
 from autoprune.errors import UserError
 from autoprune.runs import write_state
 
@@ -98,8 +98,7 @@ def finetune(
     trained = _resume(checkpoint, model, optimizer, schedule, plug)
     plug.begin(model, n_steps)
     for epoch in range(trained, epochs):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed * 100_003 + epoch)
+        with seeded(seed * 100_003 + epoch):
             loss = _one_epoch(
                 model,
                 batches(images, config.batch_size, seed, epoch, config.flip),
@@ -169,10 +168,14 @@ def _annealing(total: int, warmup: float) -> Callable[[int], float]:
     return factor
 
 
-def total_rate(config: FinetuneConfig, n_steps: int, since: int = 0) -> float:
-    """The sum of the learning rates of all steps of a training, or of those from one on."""
+def pull_for(total: float, momentum: float, config: FinetuneConfig, n_steps: int, since: int = 0) -> float:
+    """The constant pull that, times the learning rate and accelerated by momentum, adds up to `total`.
+
+    Over all steps of a training, or over those from one on.
+    """
     factor = _annealing(n_steps, config.warmup)
-    return config.lr * sum(factor(step) for step in range(since, n_steps))
+    rate = config.lr * sum(factor(step) for step in range(since, n_steps))
+    return total * (1 - momentum) / max(rate, 1e-12)
 
 
 def _save(checkpoint: Path | None, epoch: int, model: nn.Module, optimizer, schedule, plug: Plug) -> None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autoprune.cost import CostTable
-from autoprune.criteria import seeded, share_left
+from autoprune.criteria import share_left
+from autoprune.data import seeded
 from autoprune.errors import UserError, check_known
 from autoprune.finetune import Plug
 from autoprune.groups import Groups

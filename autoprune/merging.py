@@ -97,7 +97,7 @@ def _compactors(workspace: Workspace, allocation: Allocation) -> Course:
     recalibrate(sliced, splits.calibration.inputs)
     narrower = trace(sliced, splits.example).with_pins(groups.reasons)
     goal = resrep.Goal(CostTable(narrower), counts=allocation.kept)
-    return _resrep_course(workspace, sliced, narrower, goal, lambda counts: allocation)
+    return _resrep_course(workspace, (sliced, narrower, pairs), goal, lambda counts: allocation)
 
 
 def _resrep(workspace: Workspace, allocation: Allocation | None) -> Course:
@@ -106,18 +106,18 @@ def _resrep(workspace: Workspace, allocation: Allocation | None) -> Course:
     budget = parse_budget(asked)
     goal = resrep.Goal(workspace.costs, budget.metric, budget.target(workspace.costs))
     found = partial(Allocation, network=groups.fingerprint, budget=asked, source="resrep")
-    return _resrep_course(workspace, workspace.model, groups, goal, found)
+    pairs = compactors.eligible(workspace.model, groups, workspace.splits.example)
+    return _resrep_course(workspace, (workspace.model, groups, pairs), goal, found)
 
 
 def _resrep_course(
     workspace: Workspace,
-    model: nn.Module,
-    groups: Groups,
+    start: tuple[nn.Module, Groups, dict[str, tuple[str, str]]],
     goal: resrep.Goal,
     decision: Callable[[dict[str, int]], Allocation],
 ) -> Course:
-    """From a network and its trace; `decision` is told how many channels each group has left."""
-    pairs = compactors.eligible(model, groups, workspace.splits.example)
+    """From a network, its trace and its eligible groups; `decision` is told how many channels each group has left."""
+    model, groups, pairs = start
     grown = compactors.insert_compactors(model, groups, pairs)
     plug = resrep.Compaction(groups, pairs, goal, workspace.settings.removal.strength)
 

@@ -25,7 +25,7 @@ from autoprune.compactors import Compactor
 from autoprune.config import FinetuneConfig
 from autoprune.cost import CostTable
 from autoprune.errors import UserError
-from autoprune.finetune import Plug, parameter_groups, total_rate
+from autoprune.finetune import Plug, parameter_groups, pull_for
 from autoprune.groups import Groups
 
 STRENGTH = 1e-4
@@ -131,8 +131,7 @@ class Compaction(Plug):
         """Spreads the selections, and what makes rows vanish over the time after them."""
         self._last = min(n_steps - 1, round(self.selecting * n_steps))
         self._every = max(1, self._last // self.selections)
-        rate = total_rate(self._config, n_steps, since=self._last)
-        self._vanishing = TRAVEL * (1 - self.MOMENTUM) / max(rate, EPSILON)
+        self._vanishing = pull_for(TRAVEL, self.MOMENTUM, self._config, n_steps, since=self._last)
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Selects, if it is time; then the rows' gradients are the penalty's, with or without the loss's."""
