@@ -121,20 +121,15 @@ class Centripetal(Plug):
     """
 
     def __init__(self, groups: Groups, clusters: Clusters, strength: float | None = None):
-        self.strength, self.clusters, self._config = strength, clusters, FinetuneConfig()
+        self.strength, self.clusters = strength, clusters
         self._members = [
             (name, member) for name in clusters for member in groups[name].members if member.role != "consume"
         ]
 
-    def parameter_groups(self, model: nn.Module, config: FinetuneConfig) -> list[dict]:
-        """The usual ones."""
-        self._config = config
-        return super().parameter_groups(model, config)
-
-    def begin(self, model: nn.Module, n_steps: int) -> None:
+    def begin(self, model: nn.Module, n_steps: int, config: FinetuneConfig) -> None:
         """Spreads the pull over the steps."""
         if self.strength is None:
-            self.strength = pull_for(PULL, self._config.momentum, self._config, n_steps)
+            self.strength = pull_for(PULL, config.momentum, config, n_steps)
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:

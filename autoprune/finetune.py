@@ -31,7 +31,7 @@ class Plug:
         """Parameters and their options for `torch.optim.SGD`; before the first step."""
         return parameter_groups(model, config)
 
-    def begin(self, model: nn.Module, n_steps: int) -> None:
+    def begin(self, model: nn.Module, n_steps: int, config: FinetuneConfig) -> None:
         """Training is about to start, or to go on; `n_steps` is its whole length."""
 
     def before_forward(self, model: nn.Module, step: int) -> None:
@@ -96,7 +96,7 @@ def finetune(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _annealing(n_steps, config.warmup))
     loss_of = _distilled(config, teacher) if teacher is not None and config.distillation > 0 else _plain
     trained = _resume(checkpoint, model, optimizer, schedule, plug)
-    plug.begin(model, n_steps)
+    plug.begin(model, n_steps, config)
     for epoch in range(trained, epochs):
         with seeded(seed * 100_003 + epoch):
             loss = _one_epoch(

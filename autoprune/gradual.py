@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from autoprune.config import FinetuneConfig
 from autoprune.granularity import KeepMasks, Masks
 from autoprune.groups import Groups, removed
 from autoprune.pruning import Kept, top_channels
@@ -38,12 +39,12 @@ class Gradual(KeepMasks):
         super().__init__(Masks({}))
         self.shape, self.n_prunings = SHAPES[shape], n_prunings
 
-    def begin(self, model: nn.Module, n_steps: int) -> None:
+    def begin(self, model: nn.Module, n_steps: int, config: FinetuneConfig) -> None:
         """Spreads the prunings, and masks what a training that goes on had masked."""
         moments = (int(k * PRUNED_FOR * n_steps / self.n_prunings) for k in range(self.n_prunings))
         # Of several prunings in one step, which a short training has, the last one counts.
         self._shares = {moment: self.shape((k + 1) / self.n_prunings) for k, moment in enumerate(moments)}
-        super().begin(model, n_steps)
+        super().begin(model, n_steps, config)
 
     def before_forward(self, model: nn.Module, step: int) -> None:
         """Prunes where the schedule says so."""

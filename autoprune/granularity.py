@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from autoprune.config import FinetuneConfig
 from autoprune.cost import CostTable
 from autoprune.criteria import share_left
 from autoprune.data import seeded
@@ -103,7 +104,7 @@ class KeepMasks(Plug):
     def __init__(self, masks: Masks):
         self.masks = masks
 
-    def begin(self, model: nn.Module, n_steps: int) -> None:
+    def begin(self, model: nn.Module, n_steps: int, config: FinetuneConfig) -> None:
         """Zeroes what is masked."""
         self.masks.apply(model)
 

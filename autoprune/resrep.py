@@ -100,7 +100,6 @@ class Compaction(Plug):
     ):
         self.goal, self.selecting, self.selections = goal, selecting, selections
         self.strength = STRENGTH if strength is None else strength
-        self._config = FinetuneConfig()
         self._names = {name: f"{norm}.1" for name, (_, norm) in pairs.items()}
         self.masked = {name: torch.zeros(groups[name].channels, dtype=torch.bool) for name in pairs}
         self._every, self._last, self._vanishing = 1, -1, 0.0  # none until `begin`
@@ -120,18 +119,17 @@ class Compaction(Plug):
 
     def parameter_groups(self, model: nn.Module, config: FinetuneConfig) -> list[dict]:
         """The usual ones, and the compactors with their momentum, without decay."""
-        self._config = config
         own = [compactor.weight for compactor in self._compactors(model).values()]
         ids = {id(weight) for weight in own}
         usual = parameter_groups(model, config)
         rest = [group | {"params": [p for p in group["params"] if id(p) not in ids]} for group in usual]
         return [*rest, {"params": own, "weight_decay": 0.0, "momentum": self.MOMENTUM, "nesterov": False}]
 
-    def begin(self, model: nn.Module, n_steps: int) -> None:
+    def begin(self, model: nn.Module, n_steps: int, config: FinetuneConfig) -> None:
         """Spreads the selections, and what makes rows vanish over the time after them."""
         self._last = min(n_steps - 1, round(self.selecting * n_steps))
         self._every = max(1, self._last // self.selections)
-        self._vanishing = pull_for(TRAVEL, self.MOMENTUM, self._config, n_steps, since=self._last)
+        self._vanishing = pull_for(TRAVEL, self.MOMENTUM, config, n_steps, since=self._last)
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Selects, if it is time; then the rows' gradients are the penalty's, with or without the loss's."""

@@ -77,7 +77,7 @@ class Schedule(Gradual):
 def test_prunings_are_spread_over_the_first_two_thirds_and_the_last_reaches_the_goal(n_prunings, n_steps, moments):
     plug = Schedule("linear", n_prunings)
     plug.asked = []
-    plug.begin(nn.Identity(), n_steps)
+    plug.begin(nn.Identity(), n_steps, FinetuneConfig())
     for plug.step in range(n_steps):
         plug.before_forward(nn.Identity(), plug.step)
     assert [step for step, _ in plug.asked] == moments
@@ -151,7 +151,7 @@ def test_channels_that_are_gone_stay_gone_whatever_is_said_of_them_later():
 def test_what_goes_is_gone_before_the_next_batch_is_answered():
     model, groups = traced()
     plug = channels(model, groups)
-    plug.begin(model, N_STEPS)
+    plug.begin(model, N_STEPS, FinetuneConfig())
     plug.before_forward(model, 0)
     assert plug.masks.kept
     assert all((model.get_parameter(name)[~kept] == 0).all() for name, kept in plug.masks.kept.items())

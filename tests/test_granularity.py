@@ -252,7 +252,7 @@ def test_masked_weights_stay_exactly_zero_through_momentum_and_decay_and_the_oth
 
 def test_masked_weights_are_zero_before_the_first_step():
     model, masks = small()
-    KeepMasks(masks).begin(model, 1)
+    KeepMasks(masks).begin(model, 1, FinetuneConfig())
     assert all((model.get_parameter(name)[~kept] == 0).all() for name, kept in masks.kept.items())
 
 

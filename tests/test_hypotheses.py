@@ -50,7 +50,7 @@ def test_rewinding_is_bit_exact(splits, monkeypatch):
     original = lottery_tickets.finetune
 
     def seen(model, images, config, seed, plug):
-        plug.begin(model, 1)
+        plug.begin(model, 1, config)
         starts.append((copied(model), plug.masks))
         return original(model, images, config, seed, plug=plug)
 

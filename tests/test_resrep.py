@@ -164,7 +164,7 @@ def test_however_short_the_training_rows_that_stay_feel_the_papers_pull():
     model, groups, x = traced()
     grown = disturbed(insert_compactors(model, groups, eligible(model, groups, x)), eligible(model, groups, x))
     plug = plug_of(model, groups, x)
-    plug.begin(grown, 40)
+    plug.begin(grown, 40, FinetuneConfig())
     plain, penalised = gradients(grown, x, Plug()), gradients(grown, x, plug)
     mask, rows = plug.masked["conv1"], grown.bn1[1].weight.detach().flatten(1)
     unit = rows / rows.norm(dim=1, keepdim=True)
@@ -210,7 +210,7 @@ def test_the_shortest_rows_are_selected_until_the_budget_is_met_and_no_further(m
 def test_the_goal_is_met_by_the_end_of_the_shortest_training(n_steps):
     model, groups, x = traced()
     grown, plug = insert_compactors(model, groups, eligible(model, groups, x)), plug_of(model, groups, x)
-    plug.begin(grown, n_steps)
+    plug.begin(grown, n_steps, FinetuneConfig())
     for parameter in grown.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for step in range(n_steps):
