@@ -39,7 +39,7 @@ STEPS = (0.08, 0.15, 0.3)
 """Standard deviations of these changes, in sparsity."""
 UPDATES = 3
 """Policy updates between two batches."""
-PRACTICE = 120
+PRACTICE = 400
 """Updates after the last batch of a range of budgets, at a rate that falls to 0: there the policy is what remains."""
 LEAST_STD = 0.1
 """The policy's spread doesn't fall below this, as a share of the feasible interval's half."""
