@@ -130,9 +130,11 @@ def _open(run: str):
 
 
 def _finish(folder, as_json: bool) -> None:
-    from autoprune.compress import summary
+    """What every command that adds to a run ends with: a report that is true again, and the results."""
+    from autoprune.compress import report_stage, summary
     from autoprune.console import print_results
 
+    print(f"report: {report_stage(folder)}")
     results = summary(folder)
     print_results(results)
     print(f"run folder: {folder.root}")
@@ -160,18 +162,14 @@ def run(options: Namespace) -> None:
     if "latency" not in folder.known_results:
         say("latency: dense and pruned, in PyTorch and ONNX Runtime")
         compress.latency_stage(workspace, folder, output.latency_batch)
-    print(f"report: {compress.report_stage(folder)}")
     _finish(folder, output.json)
 
 
 def search(options: Namespace) -> None:
     """Up to the allocation: an agent or baseline searches, the best finalist is chosen."""
-    from autoprune import compress
-
     workspace, folder, output = _start(options, _prepare)
     workspace = _train_sparsely(workspace, folder)
     _decide(workspace, folder, output)
-    print(f"report: {compress.report_stage(folder)}")
     _finish(folder, output.json)
 
 
@@ -391,10 +389,11 @@ def evaluate(options: Namespace) -> None:
 
 def export(options: Namespace) -> None:
     """Writes the pruned network of RUN as ONNX, checked against PyTorch, or as a torch.export program."""
-    from autoprune.compress import export_stage
+    from autoprune.compress import export_stage, report_stage
 
     workspace, folder = _open(options.run)
     print(export_stage(workspace, folder, options.format))
+    report_stage(folder)
 
 
 def report(options: Namespace) -> None:

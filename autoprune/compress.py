@@ -133,6 +133,7 @@ def finetune_stage(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallb
         log = folder.logging("epoch", on_epoch)
         seed, train = workspace.settings.search.seed, workspace.splits.train
         finetune(model, train, config, seed, workspace.dense, folder.finetune_checkpoint, log, decided.plug())
+        folder.add_results(finetune_epochs=epochs)
         save_pruned(model, folder.pruned, plan | {"stage": "finetuned", "epochs": epochs})
 
 

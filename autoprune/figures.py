@@ -68,14 +68,23 @@ def pareto_front(
     return figure
 
 
-def loss_curve(losses: Mapping[int, float]) -> Figure:
-    """Mean training loss of each epoch.
+def loss_curve(trainings: Mapping[str, Sequence[float]]) -> Figure:
+    """Mean training loss of each epoch, of one training after the other; several are told apart by name.
 
     Args:
-        losses: Epoch number, ascending, to loss; at least one.
+        trainings: Name to losses; at least one of each.
     """
-    figure, axes = _axes(2.8, left=0.1, right=0.97)
-    axes.plot(list(losses), list(losses.values()), "o-", color=ACCENT, linewidth=2, markersize=4)
+    figure, axes = _axes(2.8, left=0.1, right=0.97, top=0.9)
+    before = 0
+    for name, losses in trainings.items():
+        epochs = range(before + 1, before + len(losses) + 1)
+        axes.plot(epochs, losses, "o-", color=ACCENT, linewidth=2, markersize=4)
+        if len(trainings) > 1:
+            centre = before + (len(losses) + 1) / 2
+            axes.text(centre, 1.02, name, transform=axes.get_xaxis_transform(), ha="center", color=MUTED, fontsize=9)
+        if before:
+            axes.axvline(before + 0.5, color=MUTED, linewidth=1, linestyle=":")
+        before += len(losses)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss")

@@ -169,7 +169,7 @@ class Trained(Removal):
         finetune(course.model, train, how, seed, workspace.dense, checkpoint, log, course.plug)
         merged, decision = course.finish(course.model)
         self.keep(decision)
-        self.folder.add_results(**self.costs(decision))
+        self.folder.add_results(removal_method=settings.removal.method, **self.costs(decision))
         recalibrate(merged, workspace.splits.calibration.inputs)
         # The network comes last: its plan says that the training is done.
         save_pruned(merged, self.folder.merged, workspace.network | {"stage": "merged"} | self.plan())

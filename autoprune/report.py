@@ -10,6 +10,8 @@ from autoprune.runs import RunFolder, write_text
 
 ASSETS = Path(__file__).parent / "assets"
 Rows = list[list[str]]
+TRAININGS = {"sparse epoch": "sparse training", "removal epoch": "training that prunes", "epoch": "fine-tuning"}
+"""Events of the log to what is trained then, in order."""
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -25,7 +27,7 @@ def write_report(folder: RunFolder) -> Path:
         UserError: If the run has no results yet, or a file is damaged.
     """
     results = {key: value for key, value in folder.read_json(folder.results).items() if value is not None}
-    rewards, losses = _series(folder, "episode", "reward"), _series(folder, "epoch", "loss")
+    rewards, trainings = _series(folder, "episode", "episode", "reward"), _trainings(folder, results)
     pareto = folder.read_json(folder.pareto) if folder.pareto.exists() else None
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
@@ -49,16 +51,24 @@ def write_report(folder: RunFolder) -> Path:
         dimensions=_dimension_rows(results["dimensions"]) if "dimensions" in results else [],
         searchers=_searcher_rows(results, rewards),
         finalists=_finalist_rows(results),
-        figures=_figures(results, pareto, rewards, losses),
+        n_episodes=len(rewards),
+        figures=_figures(results, pareto, rewards, trainings),
         config=yaml.safe_dump(folder.read_config(), sort_keys=False, allow_unicode=True),
     )
     write_text(folder.report, html)
     return folder.report
 
 
-def _series(folder: RunFolder, event: str, value: str) -> dict[int, float]:
+def _series(folder: RunFolder, event: str, number: str, value: str) -> dict[int, float]:
     # A resumed run may log an episode or epoch again; the last entry is the one that counted.
-    return dict(sorted({entry[event]: entry[value] for entry in folder.events(event)}.items()))
+    return dict(sorted({entry[number]: entry[value] for entry in folder.events(event)}.items()))
+
+
+def _trainings(folder: RunFolder, results: dict) -> dict[str, list[float]]:
+    """What was trained to the mean loss of each epoch; of an earlier, longer fine-tuning the log knows later epochs."""
+    losses = {name: list(_series(folder, event, "epoch", "loss").values()) for event, name in TRAININGS.items()}
+    losses["fine-tuning"] = losses["fine-tuning"][: results.get("finetune_epochs")]
+    return {name: values for name, values in losses.items() if values}
 
 
 def _headline(results: dict) -> str:
@@ -113,14 +123,19 @@ def _change(dense: float, pruned: float) -> tuple[str, str]:
 
 
 def _stage_rows(results: dict) -> Rows:
+    """A run that prunes by training has no accuracy of what the search compared: that was sliced at once."""
     images = _count(results["test_images"]) if "test_images" in results else "all"
+    is_trained, is_tuned = "removal_method" in results, results.get("finetune_epochs") != 0
+    sliced = "Pruned, batch norm recalibrated"
     stages = [
-        ("Dense", "test", images, "accuracy_dense"),
-        ("Pruned, batch norm recalibrated", "selection", "–", "selection_accuracy"),
-        ("Pruned, batch norm recalibrated", "test", images, "accuracy_pruned"),
-        ("Fine-tuned", "test", images, "accuracy"),
+        ("Dense", "test", images, "accuracy_dense", True),
+        (sliced, "selection", "–", "selection_accuracy", not is_trained),
+        ("Pruned by training" if is_trained else sliced, "test", images, "accuracy_pruned", True),
+        ("Fine-tuned", "test", images, "accuracy", is_tuned),
     ]
-    return [[name, split, n, _percent(results[key])] for name, split, n, key in stages if key in results]
+    return [
+        [name, split, n, _percent(results[key])] for name, split, n, key, holds in stages if holds and key in results
+    ]
 
 
 def _dimension_rows(found: dict) -> Rows:
@@ -205,14 +220,16 @@ def _pareto_figure(pareto: dict, results: dict) -> str:
     return render_svg(pareto_front(front, uniform, metric, chosen), "pareto", title)
 
 
-def _figures(results: dict, pareto: dict | None, rewards: dict[int, float], losses: dict[int, float]) -> dict[str, str]:
+def _figures(
+    results: dict, pareto: dict | None, rewards: dict[int, float], trainings: dict[str, list[float]]
+) -> dict[str, str]:
     figures = {}
     if pareto:
         figures["pareto"] = _pareto_figure(pareto, results)
     if rewards and pareto:
         title = f"Reward of {_plural(len(rewards), 'episode')}, each under a budget of its own"
         figures["reward"] = render_svg(reward_curve(rewards, {}, comparable=False), "reward", title)
-    elif rewards:
+    elif len(rewards) > 1:
         best = max(rewards, key=rewards.get)
         rivals = {
             name: entry["reward"]
@@ -226,10 +243,10 @@ def _figures(results: dict, pareto: dict | None, rewards: dict[int, float], loss
         counted = results.get("counted", "channels")
         title = f"{counted[0].upper()}{counted[1:]} kept, in network order; the table below holds the same numbers"
         figures["allocation"] = render_svg(allocation_bars(*columns, counted), "allocation", title)
-    if losses:
-        epochs, last = len(losses), list(losses.values())[-1]
-        title = f"Training loss over {_plural(epochs, 'epoch')}; {_score(last)} after the last"
-        figures["loss"] = render_svg(loss_curve(losses), "loss", title)
+    if trainings:
+        n_epochs, last = sum(map(len, trainings.values())), list(trainings.values())[-1][-1]
+        title = f"Training loss over {_plural(n_epochs, 'epoch')}; {_score(last)} after the last"
+        figures["loss"] = render_svg(loss_curve(trainings), "loss", title)
     return figures
 
 

@@ -124,13 +124,17 @@ def test_an_allocation_from_a_file_is_pruned_finetuned_evaluated_and_exported_wi
     folder = str(tmp_path / "by_hand")
     allocation = str(finished / "allocation.json")
     assert main(["prune", "--allocation", allocation, *TINY, "--out", folder]) == 0
-    for command in (
-        ["finetune", folder, "--epochs", "1"],
-        ["evaluate", folder],
-        ["export", folder],
-        ["report", folder],
+    page = Path(folder) / "report.html"
+    for command, shown in (
+        (["finetune", folder, "--epochs", "1"], "Training loss over 1 epoch;"),
+        (["evaluate", folder], "Fine-tuned"),
+        (["export", folder], "The ONNX file computes"),
     ):
+        assert shown not in page.read_text()
         assert main(command) == 0
+        assert shown in page.read_text()
+    written = page.read_bytes()
+    assert main(["report", folder]) == 0 and page.read_bytes() == written
     assert main(["export", folder, "--format", "torch"]) == 0
     results = RunFolder(Path(folder)).known_results
     assert results["macs_ratio"] <= 0.5 and "accuracy" in results

@@ -150,7 +150,12 @@ def test_a_searched_run_says_in_words_what_is_missing(tmp_path):
     text = text_of(run_folder(tmp_path, {**SEARCHED, "seconds_total": None}))
     assert "resnet20 on sample: an allocation with macs=50%, not fine-tuned yet" in text
     assert "Go on with autoprune finetune runs/one." in text
-    for sentence in ("No costs were recorded", "No allocation has been chosen", "No episodes", "no fine-tuning yet"):
+    for sentence in (
+        "No costs were recorded",
+        "No allocation has been chosen",
+        "No episodes",
+        "Nothing has been trained yet",
+    ):
         assert sentence in text
     assert "whole run" not in text
 
@@ -168,6 +173,33 @@ def test_latency_without_rows_is_still_shown(tmp_path):
 def test_episodes_logged_again_count_once(finished):
     finished.append("episode", episode=5, reward=-0.5)
     assert "Reward of 5 episodes; the best, −0.5000, in episode 5" in text_of(finished)
+
+
+def test_a_run_that_prunes_by_training_shows_that_training_and_no_accuracy_of_what_was_never_built(tmp_path):
+    results = {**FINISHED, "removal_method": "resrep", "finetune_epochs": 0}
+    folder = run_folder(tmp_path, results, n_episodes=1)
+    for epoch in (1, 2, 3):
+        folder.append("removal epoch", epoch=epoch, loss=0.5 / epoch)
+    html, text = write_report(folder).read_text(), text_of(folder)
+    rows = re.findall(r'<th scope="row">([^<]*)</th><td class="text">(test|selection)</td>', html)
+    assert rows == [("Dense", "test"), ("Pruned by training", "test")]
+    assert "Training loss over 3 epochs; 0.1667 after the last" in text
+    assert "One episode, so there is no curve" in text
+
+
+def test_trainings_follow_each_other_under_their_names(tmp_path):
+    folder = run_folder(tmp_path, FINISHED, n_epochs=2)
+    folder.append("sparse epoch", epoch=1, loss=2.0)
+    axes = loss_curve({"sparse training": [2.0], "fine-tuning": [1.0, 0.5]}).axes[0]
+    points = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    assert points == [[[1, 2.0]], [[2, 1.0], [3, 0.5]]]
+    assert [text.get_text() for text in axes.texts] == ["sparse training", "fine-tuning"]
+    assert "Training loss over 3 epochs; 0.5000 after the last" in text_of(folder)
+
+
+def test_a_shorter_fine_tuning_replaces_a_longer_one(tmp_path):
+    folder = run_folder(tmp_path, {**FINISHED, "finetune_epochs": 2}, n_epochs=4)
+    assert "Training loss over 2 epochs; 0.5000 after the last" in text_of(folder)
 
 
 def test_names_are_escaped(tmp_path):
@@ -225,7 +257,11 @@ def test_kept_channels_fill_their_share_of_the_bar():
 
 def test_drawing_leaves_matplotlib_as_found():
     before = dict(matplotlib.rcParams)
-    figures = [reward_curve({1: -2.0, 2: -1.0}, {"uniform": -1.5}), loss_curve({1: 0.5}), allocation_bars([], [], [])]
+    figures = [
+        reward_curve({1: -2.0, 2: -1.0}, {"uniform": -1.5}),
+        loss_curve({"fine-tuning": [0.5]}),
+        allocation_bars([], [], []),
+    ]
     assert all(render_svg(figure, "name", "title").startswith("<svg") for figure in figures)
     assert dict(matplotlib.rcParams) == before
 
