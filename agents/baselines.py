@@ -113,8 +113,24 @@ BASELINES: dict[str, Callable[[Recorder], None]] = {
 }
 
 
-def check_baselines(text: str) -> list[str]:
-    """The baselines in "uniform,random" or "none"; raises a `UserError` that offers the nearest for an unknown one."""
+AT_ONCE = ("uniform", "sensitivity", "global", "cost_aware")
+"""Those that decide by what they measure once: no chance is in them, and no search."""
+USUAL = ("uniform", "random", "sensitivity")
+
+
+def check_baselines(text: str | None, agent: str) -> list[str]:
+    """The baselines in "uniform,random" or "none"; where nothing is said, those that an agent's search is held against.
+
+    Args:
+        text: Names with commas between them, "none", or None for the usual ones, which an allocator that decides at
+            once doesn't need.
+        agent: What they are for.
+
+    Raises:
+        UserError: If a name is unknown; it offers the nearest.
+    """
+    if text is None:
+        return [] if agent in AT_ONCE else list(USUAL)
     names = [] if text == "none" else [name.strip() for name in text.split(",")]
     for name in names:
         check_known("baseline", name, BASELINES, "baselines", ", or none")

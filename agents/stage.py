@@ -38,20 +38,21 @@ def make_env(workspace: Workspace) -> LayerPruningEnv:
     )
 
 
-def search_stage(workspace: Workspace, folder: RunFolder, baselines: str) -> None:
+def search_stage(workspace: Workspace, folder: RunFolder, baselines: str | None) -> None:
     """Baselines, then the agent; each is skipped when its results are there already.
 
     Args:
         workspace: Network, images and trace.
         folder: The run.
-        baselines: Names with commas between them, or "none".
+        baselines: Names with commas between them, "none", or None for those that the agent needs.
     """
     settings, env = workspace.settings, make_env(workspace)
     say(f"{settings.network.model}: {len(workspace.groups)} prunable groups, {len(workspace.groups.pinned)} pinned")
+    agent = settings.search.agent
     # Under a range uniform pruning is the line that the front is drawn against; it needs no search.
-    for name in check_baselines(baselines) if not isinstance(env.budget, BudgetRange) else []:
+    for name in check_baselines(baselines, agent) if not isinstance(env.budget, BudgetRange) else []:
         known = folder.known_results.get("baselines", {})
-        if name not in known and name != settings.search.agent:
+        if name not in known and name != agent:
             with timed(folder, f"baseline {name}"):
                 result = _one_search(workspace, make_env(workspace), name, RunFolder(folder.root / "baselines" / name))
             entry = result.best.to_json() | {"evaluations": result.evaluations}
@@ -59,7 +60,7 @@ def search_stage(workspace: Workspace, folder: RunFolder, baselines: str) -> Non
             folder.add_results(baselines=known | {name: entry})
     if not folder.allocation.exists():
         with timed(folder, "search"):
-            result = _one_search(workspace, env, settings.search.agent, folder)
+            result = _one_search(workspace, env, agent, folder)
             found = pareto(result.front, result.uniform, env) if result.front else None
         _keep(result, found, workspace, folder, env)
 

@@ -111,7 +111,7 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     from envs.rewards import reward_named
 
     check_agent(settings.search.agent, others=[FITTED])
-    check_baselines(output.baselines)
+    check_baselines(output.baselines, settings.search.agent)
     check_criterion(settings.search.criterion)
     check_sparse(settings.sparse.method)
     reward_named(settings.search.reward)

@@ -84,8 +84,9 @@ class OutputConfig:
     """Run folder (None: the next free runs/MODEL-BUDGET-AGENT-N)."""
     resume: bool = False
     """Go on with the run in --out where it was interrupted."""
-    baselines: str = "uniform,random,sensitivity"
-    """Searched beside the agent at the same number of evaluations and drawn in the report; "none" for none. With a
+    baselines: str | None = None
+    """Searched beside the agent at the same number of evaluations and drawn in the report, as in uniform,evolution;
+    "none" for none (None: uniform, random and sensitivity, but none beside an allocator that decides at once). With a
     range of budgets none is searched: uniform pruning is the line that the front is drawn against."""
     latency_batch: int = 64
     """Batch size at which latency is measured, beside batch 1."""

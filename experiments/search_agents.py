@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from agents.baselines import AT_ONCE
 from agents.lanes import LANES
 from agents.replay import ALGORITHMS
 from agents.search import AGENTS, SearchResult, search
@@ -28,7 +29,6 @@ from envs.layer_pruning import LayerPruningEnv
 from experiments.tables import fill, mean_and_spread, measured
 
 RESULTS = Path(__file__).parent / "results"
-DETERMINISTIC = ("uniform", "sensitivity", "global", "cost_aware")
 OF_THEIR_LENGTH = ("sensitivity", "td3", "ddpg")
 """Searchers that begin otherwise where fewer evaluations are asked for."""
 KEY = ("model", "budget", "searcher", "seed", "asked")
@@ -66,7 +66,7 @@ def main() -> None:
 def cells(args: argparse.Namespace) -> list[dict]:
     """What is to be measured: seed by seed, so that a table that isn't finished compares equal seeds."""
     return [
-        dict(zip(KEY, (args.model, budget, name, 0 if name in DETERMINISTIC else seed, asked), strict=True))
+        dict(zip(KEY, (args.model, budget, name, 0 if name in AT_ONCE else seed, asked), strict=True))
         for seed in args.seeds
         for budget in args.budgets
         for name in args.searchers

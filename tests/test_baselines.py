@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from toys import digits_env, fake_env, target_env
 
-from agents.baselines import BASELINES, walk
+from agents.baselines import AT_ONCE, BASELINES, check_baselines, walk
 from agents.lanes import Recorder
 from autoprune.config import SearchConfig
 from autoprune.errors import UserError
@@ -22,6 +22,19 @@ def run(name: str, env, **config) -> list:
 
 def counts(episode) -> list[int]:
     return list(episode.allocation.kept.values())
+
+
+@pytest.mark.parametrize("agent", ["dyna", "sac", "random", "evolution", "eagleeye"])
+def test_a_search_is_held_against_the_usual_baselines_unless_others_are_named(agent):
+    assert check_baselines(None, agent) == ["uniform", "random", "sensitivity"]
+    assert check_baselines("uniform, tpe", agent) == ["uniform", "tpe"]
+    assert check_baselines("none", agent) == []
+
+
+@pytest.mark.parametrize("agent", AT_ONCE)
+def test_what_decides_at_once_waits_for_no_search_unless_it_is_asked_for(agent):
+    assert check_baselines(None, agent) == []
+    assert check_baselines("random", agent) == ["random"]
 
 
 def additive(network: str, weights, budget: str = "macs=50%"):
