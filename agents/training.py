@@ -23,6 +23,10 @@ from agents.checkpoint import restore_learner, save_learner
 from agents.lanes import LANES, START_STD, Lanes, Recorder
 from agents.replay import ALGORITHMS, Policy
 
+SPREAD_OF_START = {"ppo": START_STD / 2, "dyna": START_STD}
+"""Spread with which a trained policy begins. The whole of the usual one would bury what PPO knows; Dyna's proposals are
+chosen among, and with half of it they stay too near to what the policy did elsewhere."""
+
 
 def hyperparameters(name: str) -> dict:
     """The settings of an algorithm, from `agents/hyperparameters/NAME.yaml`."""
@@ -63,7 +67,7 @@ def make_learner(
     if start is None:
         _start_at_uniform(learner)
     else:
-        _start_from(learner, start)
+        _start_from(name, learner, start)
     if actor_rate is not None:
         _set_actor_rate(learner, actor_rate)
     return learner
@@ -90,15 +94,11 @@ def _start_at_uniform(learner: BaseAlgorithm) -> None:
         target.load_state_dict(actor.state_dict())
 
 
-def _start_from(learner: BaseAlgorithm, start: Policy) -> None:
-    """Takes a policy over, critics included.
-
-    PPO's spread is set to half of the usual first one: trained, it may be next to nothing, and the whole of it would
-    bury what the policy knows.
-    """
+def _start_from(name: str, learner: BaseAlgorithm, start: Policy) -> None:
+    """Takes a policy over, critics included, but for a spread that is next to nothing after training."""
     learner.policy.load_state_dict(start.network.state_dict())
-    if isinstance(learner, OnPolicyAlgorithm):
-        learner.policy.log_std.data.fill_(math.log(START_STD / 2))
+    if name in SPREAD_OF_START:
+        learner.policy.log_std.data.fill_(math.log(SPREAD_OF_START[name]))
 
 
 def _set_actor_rate(learner: BaseAlgorithm, rate: float) -> None:

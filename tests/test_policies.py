@@ -139,12 +139,12 @@ def test_a_learner_that_starts_from_a_policy_acts_as_it_does(name):
     assert not any(value is other for value in learner.policy.parameters() for other in start.network.parameters())
 
 
-@pytest.mark.parametrize(("name", "other"), [("ppo", "dyna"), ("dyna", "ppo")])
-def test_ppo_and_dyna_start_from_each_other_with_half_of_the_usual_spread(name, other):
+@pytest.mark.parametrize(("name", "other", "spread"), [("ppo", "dyna", START_STD / 2), ("dyna", "ppo", START_STD)])
+def test_ppo_and_dyna_start_from_each_other_with_a_spread_of_their_own(name, other, spread):
     start = some_policy(other)
     learner = learner_of(name, start)
     assert np.array_equal(acts(Policy.of(name, learner, {})), acts(start))
-    assert learner.policy.log_std.item() == pytest.approx(math.log(START_STD / 2))
+    assert learner.policy.log_std.item() == pytest.approx(math.log(spread))
 
 
 def test_a_policy_of_another_size_is_started_from_and_saved_with_its_size(tmp_path):
