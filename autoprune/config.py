@@ -4,7 +4,7 @@ This module imports neither torch nor anything that does: `autoprune --help` has
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from autoprune.errors import UserError, check_share
 
@@ -291,6 +291,7 @@ class SearchConfig(_Excluding):
     budget: str = "macs=50%"
     """Cost not to exceed: macs or params, a share (50%, 0.5) or an absolute number (20M). A range of shares, as in
     macs=30%..80%, is searched as a whole: one policy, and the Pareto front."""
+    _: KW_ONLY
     granularity: str = "channel"
     """What is removed: channel; dimensions: channels, residual blocks and pixels of the image's side together; layer,
     with the agent global: residual blocks; or, as masks that leave the shapes as they are, ranked by l1, l2, lamp or

@@ -110,7 +110,7 @@ def allocated(workspace: Workspace, cell: dict, evaluations: int, folder: RunFol
     """What a search finds, or found before the script was killed."""
     if not folder.allocation.exists():
         spent = sensitivity_cost(workspace) if cell["method"] in ALGORITHMS else 0
-        config = SearchConfig(cell["budget"], cell["method"], episodes=evaluations - spent, seed=cell["seed"])
+        config = SearchConfig(cell["budget"], agent=cell["method"], episodes=evaluations - spent, seed=cell["seed"])
         env = LayerPruningEnv(workspace.model, workspace.groups, workspace.proxy(), cell["budget"])
         write_json(folder.allocation, search(env, config, folder).best.allocation.to_json())
     return Allocation.read(folder.allocation, workspace.groups)

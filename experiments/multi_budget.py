@@ -64,7 +64,7 @@ def measure(workspace: Workspace, cells: list[dict], trained_on: str, args: argp
     stem = f"{args.model}-{args.agent}-{first['seed']}-{trained_on}".replace("=", "-").replace("%", "")
     folder = RunFolder(args.runs / stem)
     folder.root.mkdir(parents=True, exist_ok=True)
-    config = SearchConfig(trained_on, args.agent, episodes=n, seed=first["seed"])
+    config = SearchConfig(trained_on, agent=args.agent, episodes=n, seed=first["seed"])
     env = LayerPruningEnv(workspace.model, workspace.groups, workspace.proxy(), trained_on)
     result = search(env, config, folder)
     result.policy.save(folder.policy, network=workspace.groups.fingerprint, budget=trained_on)

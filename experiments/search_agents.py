@@ -86,7 +86,7 @@ def measure(workspace: Workspace, cell: dict, args: argparse.Namespace) -> dict:
         if longest.log.exists() and name not in OF_THEIR_LENGTH:
             alike = episodes // LANES * LANES  # the last batch may be a smaller one
             write_text(folder.log, "".join(longest.log.read_text().splitlines(keepends=True)[:alike]))
-    config = SearchConfig(budget, name, episodes=episodes, seed=cell["seed"], finalists=args.finalists)
+    config = SearchConfig(budget, agent=name, episodes=episodes, seed=cell["seed"], finalists=args.finalists)
     env = LayerPruningEnv(workspace.model, workspace.groups, workspace.proxy(), budget)
     result = search(env, config, folder)
     if result.policy is not None:

@@ -66,7 +66,7 @@ def searched(env: LayerPruningEnv, cell: dict, args: argparse.Namespace) -> dict
     folder.root.mkdir(parents=True, exist_ok=True)
     start = Policy.load(args.policy)
     policy = str(args.policy) if is_warm else ""
-    config = SearchConfig(args.budget, start.algorithm, episodes=evaluations, seed=cell["seed"], policy=policy)
+    config = SearchConfig(args.budget, agent=start.algorithm, episodes=evaluations, seed=cell["seed"], policy=policy)
     result = search(env, config, folder)
     return figures(result.best, env) | {"evaluations": result.evaluations, "seconds": round(result.seconds, 1)}
 

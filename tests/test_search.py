@@ -237,3 +237,8 @@ def test_log_line_cut_short_by_a_kill_is_written_again(cut, tmp_path):
         (tmp_path / "killed" / "log.jsonl").write_text(whole + lines[n_lines][:cut].rstrip("\n"))
         search(target_env(), config, RunFolder(tmp_path / "killed"))
         assert logged(tmp_path / "killed") == logged(tmp_path / "alone")
+
+
+def test_an_agent_can_not_be_taken_for_another_setting():
+    with pytest.raises(TypeError, match="positional"):
+        SearchConfig("macs=50%", "random")
