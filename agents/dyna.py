@@ -41,6 +41,8 @@ UPDATES = 3
 """Policy updates between two batches."""
 PRACTICE = 400
 """Updates after the last batch of a range of budgets, at a rate that falls to 0: there the policy is what remains."""
+ALIKE_IN = ("n_layers", "width", "macs_share", "sensitivity")
+"""Features of the observation by which the surrogate knows what one group tells about another."""
 LEAST_STD = 0.1
 """The policy's spread doesn't fall below this, as a share of the feasible interval's half."""
 
@@ -58,7 +60,8 @@ class Imagination(Walkers):
 
     def __init__(self, env: LayerPruningEnv, n_lanes: int):
         super().__init__(env, n_lanes)
-        self.surrogate = Surrogate(env.space.costs.dense, env.space.low, env.space.cost)
+        likeness = np.column_stack([env.observer.static[name] for name in ALIKE_IN])
+        self.surrogate = Surrogate(env.space.costs.dense, env.space.low, env.space.cost, likeness)
         self.usual: Usual | None = None
         self.generator = np.random.default_rng(0)
 

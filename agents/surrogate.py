@@ -15,8 +15,14 @@ SCALE_ALONE = 0.25
 """Length scale of the groups' own kernels, as a share of the octaves allowed; a fitted one was no better."""
 SCALE_COST = 0.5
 """Length scale of the joint kernel along the cost, in octaves."""
-PRIOR_DEVIATIONS = {"together": 1.0, "alone": 1.0, "linear": 0.3, "block": 0.3, "noise": 0.1}
+SCALE_ALIKE, SCALE_LIKENESS = 0.5, 1.0
+"""Length scales of the kernel that groups share: along how far they shrink, and along what makes them alike."""
+KNOTS = 17
+"""Points between which that kernel is interpolated, so that it is a product of matrices."""
+PRIOR_DEVIATIONS = {"together": 1.0, "alone": 1.0, "alike": 4.0, "linear": 0.3, "block": 0.3, "noise": 0.1}
 """Where each part's standard deviation starts, and the median of its prior, in units of the rewards' own."""
+LEAST_NOISE, ROUNDING = 1e-5, 1e-6
+"""Least variance of the noise, and what float32 may take from each group's own kernel, as a share of its variance."""
 WINSOR = 3.0
 """Rewards further below the median than this many times the best one's distance from it count as that: how bad a bad
 network is tells nothing about the good ones."""
@@ -62,14 +68,21 @@ class Usual:
 
 
 class _Inputs(NamedTuple):
-    """How far each group of an allocation was shrunk, `(n, n_groups)`, and the cost in units of its scale, `(n,)`."""
+    """Allocations as the kernels take them.
+
+    Attributes:
+        shrunk: How far each group was shrunk, `(n, n_groups)`.
+        cost: The cost in units of its scale, `(n,)`.
+        shared: Coordinates in which the kernel that groups share is a scalar product, `(n, n_coordinates)`.
+    """
 
     shrunk: Tensor
     cost: Tensor
+    shared: Tensor
 
 
 class Surrogate:
-    """A sum of kernels: Matern-5/2 with a length scale for each group, Matern-5/2 of each group alone, linear.
+    """A sum of kernels: Matern-5/2 with a length scale for each group, of each group alone, of groups alike, linear.
 
     Most of the damage of pruning adds up over the groups, and in each it is rugged: which channels leave at a count is
     a matter of that count. Sums of functions of one group are learned from a hundred evaluations where a function of
@@ -81,17 +94,30 @@ class Surrogate:
     to the most that is allowed. The joint kernel has the octaves of cost as one more input: allocations for budgets far
     apart tell less of each other than their groups alone suggest.
 
+    Groups that are alike suffer alike: in one more kernel the functions of single groups are draws from one process
+    over how far a group is shrunk and what it is like, so that an evaluation teaches each group what it tells about its
+    likes (intrinsic coregionalization, Alvarez et al. 2012, "Kernels for Vector-Valued Functions", section 4.2, with a
+    matrix from features instead of a learned one). On seven searches on ResNet-56 the rank correlation of predictions
+    with the selection loss of 180 good allocations of others was 0.26 after 30 evaluations, 0.38 after 93 and 0.42
+    after 290; with that kernel 0.47, 0.57 and 0.62.
+
     A block of proxy images adds an unknown constant to all rewards that come from it; predictions are free of it.
 
     Args:
         dense: Channels of each group, `(n_groups,)`.
         low: Fewest channels of each group.
         cost: Cost `(n,)` of allocations `(n, n_groups)`.
+        likeness: What makes groups alike, `(n_groups, n_features)`, each feature within [0, 1].
     """
 
-    def __init__(self, dense: np.ndarray, low: np.ndarray, cost: Callable[[np.ndarray], np.ndarray]):
+    def __init__(
+        self, dense: np.ndarray, low: np.ndarray, cost: Callable[[np.ndarray], np.ndarray], likeness: np.ndarray
+    ):
         self._cost, self._dense, self._octaves = cost, dense, np.maximum(np.log2(dense / low), 1e-6)
         n_groups = len(dense)
+        features, knots = torch.from_numpy(likeness).double(), torch.linspace(0, 1, KNOTS, dtype=torch.float64)
+        self._by_group = _root((-0.5 * torch.cdist(features, features).square() / SCALE_LIKENESS**2).exp() / n_groups)
+        self._by_knot = _root(_matern((knots[:, None] - knots).abs() * math.sqrt(5) / SCALE_ALIKE))
         self._logs = {
             "scales": torch.full((n_groups,), 0.5 * math.log(n_groups), dtype=torch.float64),
             "shares": torch.zeros(n_groups, dtype=torch.float64),
@@ -138,13 +164,16 @@ class Surrogate:
         cross = self._kernel(x, self._x, _alone(x, self._x))
         half = torch.linalg.solve_triangular(self._root, cross.T, upper=False)
         covariance = self._kernel(x, x, _alone(x, x)) - half.T @ half
-        root = torch.linalg.cholesky(covariance + 1e-4 * torch.eye(len(kept), dtype=torch.float64))
+        root = torch.linalg.cholesky(covariance + 10 * self._least_noise() * torch.eye(len(kept), dtype=torch.float64))
         noise = torch.randn(len(kept), n, dtype=torch.float64, generator=generator)
         return ((cross @ self._weights)[:, None] + root @ noise).T.numpy()
 
     def _inputs(self, kept: np.ndarray) -> _Inputs:
         shrunk, cost = np.log2(self._dense / kept) / self._octaves, np.log2(self._cost(kept)) / SCALE_COST
-        return _Inputs(torch.from_numpy(shrunk), torch.from_numpy(cost))
+        places = torch.from_numpy(shrunk).clamp(0, 1) * (KNOTS - 1)
+        weights = (1 - (places[..., None] - torch.arange(KNOTS)).abs()).clamp_min(0)
+        shared = torch.einsum("gi,ngk->nik", self._by_group, weights @ self._by_knot).flatten(1)
+        return _Inputs(torch.from_numpy(shrunk), torch.from_numpy(cost), shared)
 
     def _deviation(self, name: str) -> Tensor:
         return self._logs["deviations"][list(PRIOR_DEVIATIONS).index(name)].exp()
@@ -156,10 +185,15 @@ class Surrogate:
         together = self._deviation("together") ** 2 * _matern((5 * squares + 1e-12).sqrt())
         shares = (self._deviation("alone") ** 2 * self._logs["shares"].softmax(0)).float()
         linear = self._deviation("linear") ** 2 * ((first.shrunk - 0.5) @ (second.shrunk - 0.5).T)
-        return together + (shares @ alone.flatten(1)).view(together.shape).double() + linear
+        alike = self._deviation("alike") ** 2 * (first.shared @ second.shared.T)
+        return together + (shares @ alone.flatten(1)).view(together.shape).double() + alike + linear
+
+    def _least_noise(self) -> Tensor:
+        """What keeps covariances positive definite."""
+        return LEAST_NOISE + ROUNDING * self._deviation("alone") ** 2
 
     def _covariance(self, alone: Tensor, same_block: Tensor) -> Tensor:
-        noise = self._deviation("noise") ** 2 + 1e-5
+        noise = self._deviation("noise") ** 2 + self._least_noise()
         kernel = self._kernel(self._x, self._x, alone) + self._deviation("block") ** 2 * same_block
         return kernel + noise * torch.eye(len(kernel), dtype=torch.float64)
 
@@ -177,6 +211,13 @@ class Surrogate:
 def _matern(distance: Tensor) -> Tensor:
     """Matern-5/2, of distances in units of the length scale over the root of 5."""
     return (1 + distance + distance.square() / 3) * (-distance).exp()
+
+
+def _root(kernel: Tensor) -> Tensor:
+    """`root` with `root @ root.T` the kernel `(n, n)`, without the directions in which next to nothing happens."""
+    values, vectors = torch.linalg.eigh(kernel)
+    seen = values > 1e-6 * values.max()
+    return vectors[:, seen] * values[seen].sqrt()
 
 
 def _alone(first: _Inputs, second: _Inputs) -> Tensor:

@@ -8,6 +8,7 @@ from agents import surrogate
 from agents.surrogate import MAX_POINTS, WINSOR, Surrogate, Usual
 
 DENSE, LOW = np.array([16, 40, 24]), np.array([2, 4, 4])
+LIKENESS = np.array([[0.1, 0.9], [0.2, 0.8], [1.0, 0.0]])
 
 
 def cost(kept: np.ndarray) -> np.ndarray:
@@ -32,7 +33,7 @@ def blocks(n: int) -> np.ndarray:
 
 
 def fitted(n: int = 40, rewards=smooth) -> Surrogate:
-    model, kept = Surrogate(DENSE, LOW, cost), allocations(n)
+    model, kept = Surrogate(DENSE, LOW, cost, LIKENESS), allocations(n)
     model.fit(kept, rewards(kept), blocks(n))
     return model
 
@@ -43,18 +44,30 @@ def matern(distance: np.ndarray) -> np.ndarray:
     return (1 + r + r**2 / 3) * np.exp(-r)
 
 
+def shared(one: np.ndarray, other: np.ndarray) -> float:
+    """The kernel that groups share, pair of groups by pair of groups, interpolated between its values at the knots."""
+    knots, total = np.linspace(0, 1, surrogate.KNOTS), 0.0
+    for like, x in zip(LIKENESS, one, strict=True):
+        for other_like, z in zip(LIKENESS, other, strict=True):
+            along = [np.interp(z, knots, matern(np.abs(knot - knots) / surrogate.SCALE_ALIKE)) for knot in knots]
+            alike = np.exp(-((like - other_like) ** 2).sum() / 2 / surrogate.SCALE_LIKENESS**2)
+            total += alike * np.interp(x, knots, along)
+    return total / len(LIKENESS)
+
+
 class Textbook:
     """Rasmussen & Williams 2006, chapter 2, with the hyperparameters that the surrogate has found."""
 
     def __init__(self, model: Surrogate, kept: np.ndarray, rewards: np.ndarray):
         assert rewards.min() > np.median(rewards) - WINSOR * np.ptp(rewards[rewards >= np.median(rewards)])
         logs = {name: values.detach().numpy() for name, values in model._logs.items()}
-        together, alone, self.linear, block, noise = np.exp(logs["deviations"])
+        together, alone, self.alike, self.linear, block, noise = np.exp(logs["deviations"])
         self.scales, self.together = np.exp(logs["scales"]), together
         self.alone = alone**2 * np.exp(logs["shares"]) / np.exp(logs["shares"]).sum()
         self.kept, self.mean, self.std = kept, rewards.mean(), rewards.std()
         same = blocks(len(kept))[:, None] == blocks(len(kept))
-        self.noisy = self.kernel(kept, kept) + block**2 * same + (noise**2 + 1e-5) * np.eye(len(kept))
+        self.least_noise = surrogate.LEAST_NOISE + surrogate.ROUNDING * alone**2
+        self.noisy = self.kernel(kept, kept) + block**2 * same + (noise**2 + self.least_noise) * np.eye(len(kept))
         self.y = (rewards - self.mean) / self.std
 
     def kernel(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -66,7 +79,8 @@ class Textbook:
                 squares = (((one - other) / self.scales) ** 2).sum() + (octaves[i, j] / surrogate.SCALE_COST) ** 2
                 jointly = self.together**2 * matern(np.sqrt(squares))
                 alone = (self.alone * matern(np.abs(one - other) / surrogate.SCALE_ALONE)).sum()
-                covariance[i, j] = jointly + alone + self.linear**2 * ((one - 0.5) * (other - 0.5)).sum()
+                linear = self.linear**2 * ((one - 0.5) * (other - 0.5)).sum()
+                covariance[i, j] = jointly + alone + self.alike**2 * shared(one, other) + linear
         return covariance
 
     def posterior(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,13 +97,14 @@ def test_mean_is_that_of_a_textbook_solve():
 
 def test_draws_have_the_textbooks_mean_and_covariance():
     model, kept, at = fitted(), allocations(40), allocations(6, seed=2)
-    mean, covariance = Textbook(model, kept, smooth(kept)).posterior(at)
+    book = Textbook(model, kept, smooth(kept))
+    mean, covariance = book.posterior(at)
     n = 20_000
     draws = model.samples(at, n, torch.Generator().manual_seed(0))
     assert draws.shape == (n, 6)
-    deviations = np.sqrt(covariance.diagonal() + 1e-4)
+    deviations = np.sqrt(covariance.diagonal() + 10 * book.least_noise)
     assert np.abs(draws.mean(0) - mean).max() < 5 * deviations.max() / np.sqrt(n)
-    expected = covariance + 1e-4 * np.eye(6)
+    expected = covariance + 10 * book.least_noise * np.eye(6)
     spread = np.outer(deviations, deviations)
     assert (np.abs(np.cov(draws.T) - expected) < 5 * 1.5 * spread / np.sqrt(n)).all()
 
@@ -123,7 +138,7 @@ def test_the_group_that_matters_gets_the_largest_share():
 
 def test_what_a_block_adds_to_all_its_rewards_does_not_matter():
     offsets, at = np.array([-1.0, 0.0, 1.0]), allocations(300, seed=5)
-    blind, seeing = Surrogate(DENSE, LOW, cost), Surrogate(DENSE, LOW, cost)
+    blind, seeing = Surrogate(DENSE, LOW, cost, LIKENESS), Surrogate(DENSE, LOW, cost, LIKENESS)
     kept = allocations(60)
     rewards = smooth(kept) + offsets[blocks(60)]
     seeing.fit(kept, rewards, blocks(60))
@@ -144,9 +159,27 @@ def test_damage_that_adds_up_over_groups_is_learned_though_it_is_rugged():
         return sum(rugged[group, kept[:, group]] for group in range(n_groups))
 
     kept, at = (np.random.default_rng(seed).integers(4, 33, (200, n_groups)) for seed in (1, 2))
-    model = Surrogate(dense, low, lambda kept: kept.sum(1))
+    model = Surrogate(dense, low, lambda kept: kept.sum(1), np.random.default_rng(3).random((n_groups, 2)))
     model.fit(kept, reward(kept), np.zeros(200))
     assert np.corrcoef(model.mean(at), reward(at))[0, 1] > 0.8
+
+
+def test_groups_that_are_alike_learn_from_each_other():
+    """Two kinds of groups, of which one minds and one doesn't, and not twice as many evaluations as groups."""
+    n_groups, minds = 24, np.arange(24) % 2
+    dense, low = np.full(n_groups, 32), np.full(n_groups, 2)
+
+    def reward(kept: np.ndarray) -> np.ndarray:
+        return -(np.log2(32 / kept) ** 2) @ minds
+
+    def error(likeness: np.ndarray) -> float:
+        kept, at = (2 ** np.random.default_rng(seed).uniform(1, 5, (40, n_groups)) for seed in (1, 2))
+        model = Surrogate(dense, low, lambda kept: kept.sum(1), likeness)
+        model.fit(kept, reward(kept), np.zeros(40))
+        return (model.mean(at) - reward(at)).std() / reward(at).std()
+
+    told, untold = error(4.0 * minds[:, None]), error(4.0 * np.arange(n_groups)[:, None])
+    assert told < 0.1 < untold
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -199,10 +232,22 @@ def test_of_many_evaluations_the_best_and_the_latest_are_fitted_in_their_order()
 
 
 def test_a_group_that_cannot_shrink_is_no_obstacle():
-    model = Surrogate(np.array([16, 8]), np.array([2, 8]), lambda kept: kept[:, 0])
+    model = Surrogate(np.array([16, 8]), np.array([2, 8]), lambda kept: kept[:, 0], np.zeros((2, 1)))
     kept = np.column_stack([np.arange(2, 17), np.full(15, 8)])
     model.fit(kept, -np.log2(16 / kept[:, 0]), np.zeros(15))
     assert np.abs(model.mean(kept) + np.log2(16 / kept[:, 0])).max() < 0.2
+
+
+@pytest.mark.parametrize("deviation", [1e-2, 1.0, 1e2])
+def test_the_rounding_of_the_groups_own_kernels_does_not_make_it_indefinite(deviation):
+    """Their deviation has no upper bound, and they alone are in float32."""
+    model, kept = fitted(300), allocations(300)
+    names = list(surrogate.PRIOR_DEVIATIONS)
+    with torch.no_grad():
+        model._logs["deviations"][names.index("alone")] = np.log(deviation)
+        model._logs["deviations"][names.index("noise")] = -20
+    model.fit(kept, smooth(kept), np.zeros(300))
+    assert np.isfinite(model.samples(allocations(300, seed=1), 2, torch.Generator().manual_seed(0))).all()
 
 
 def heap(n: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
