@@ -3,18 +3,19 @@
     python experiments/multi_budget.py --model resnet20 --weights FILE --seeds 0 1 2
     python experiments/multi_budget.py --summary
 
-One search over `macs=30%..70%` of twice the evaluations, against five searches for 30, 40, 50, 60 and 70 % alone. At
-each budget both are judged by the same rule: the policy's own allocation and the best episode, resized to the budget,
-are scored on the selection split (3,000 training images that no search sees), and the better one counts. One row a
-seed, budget and kind in `experiments/results/multi_budget.csv`; the columns `policy_*` hold the policy's own roll-out.
-Resumable search by search. The summary gives range minus alone, in points of accuracy on that split.
+One search over `macs=30%..70%` of twice the evaluations, those that draw its front included, against five searches for
+30, 40, 50, 60 and 70 % alone. At each budget both are judged by the same rule: the policy's own allocation and the best
+episode, resized to the budget, are scored on the selection split (3,000 training images that no search sees), and the
+better one counts. One row a seed, budget and kind in `experiments/results/multi_budget.csv`; the columns `policy_*`
+hold the policy's own roll-out. Resumable search by search. The summary gives range minus alone, in points of accuracy
+on that split.
 """
 
 import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from agents.finalists import Finalist, judge, within
+from agents.finalists import FRONT_BUDGETS, Finalist, judge, within
 from agents.search import search
 from autoprune.allocation import Budget
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
@@ -60,7 +61,8 @@ def main() -> None:
 
 def measure(workspace: Workspace, cells: list[dict], trained_on: str, args: argparse.Namespace) -> None:
     """One search, and its rows."""
-    first, n = cells[0], args.episodes * (2 if cells[0]["kind"] == "range" else 1)
+    # The front takes a roll-out of the policy and one of uniform pruning at each of its budgets.
+    first, n = cells[0], 2 * (args.episodes - FRONT_BUDGETS) if cells[0]["kind"] == "range" else args.episodes
     stem = f"{args.model}-{args.agent}-{first['seed']}-{trained_on}".replace("=", "-").replace("%", "")
     folder = RunFolder(args.runs / stem)
     folder.root.mkdir(parents=True, exist_ok=True)
