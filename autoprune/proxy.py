@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, partial
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,27 +163,27 @@ class ProxyAccuracy:
     def _side_by_side(self, score: Callable[[Slicer, Kept], Evaluation], allocations: Sequence) -> list[Evaluation]:
         """The mean score over each allocation's drawn sub-models."""
         n_draws = self.config.sub_models if self.config.temperature > 0 else 1
-        drawn = [self.draw(kept, draw) for kept in allocations for draw in range(n_draws)]
-        scores = self._on_all_cores(score, drawn)
+        drawn = [(kept, draw) for kept in allocations for draw in range(n_draws)]
+        scores = self._on_all_cores(lambda slicer, of: score(slicer, self.draw(*of)), drawn)
         return [_mean(scores[at : at + n_draws]) for at in range(0, len(scores), n_draws)]
 
-    def _on_all_cores(self, score: Callable[[Slicer, Kept], Evaluation], drawn: list[Kept]) -> list[Evaluation]:
+    def _on_all_cores(self, score: Callable[[Slicer, Any], Evaluation], candidates: Sequence) -> list[Evaluation]:
         if len(self._slicers) == 1:
-            return [score(self._slicers[0], kept) for kept in drawn]
+            return [score(self._slicers[0], candidate) for candidate in candidates]
         idle: SimpleQueue[Slicer] = SimpleQueue()
         for slicer in self._slicers:
             idle.put(slicer)
 
-        def work(kept: Kept) -> Evaluation:
+        def work(candidate: Any) -> Evaluation:
             slicer = idle.get()
             try:
-                return score(slicer, kept)
+                return score(slicer, candidate)
             finally:
                 idle.put(slicer)
 
         # One thread a candidate, also for a single one: the order of sums, and so the score, depends on the threads.
         with one_thread_each(len(self._slicers)) as pool:
-            return list(pool.map(work, drawn))
+            return list(pool.map(work, candidates))
 
     def _proxy_score(self, images: Questions, slicer: Slicer, kept: Kept) -> Evaluation:
         calibration = None if self.config.statistics == "batch" else self._calibration

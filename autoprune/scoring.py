@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 
 import torch
@@ -134,11 +135,33 @@ def on_batch_statistics(model: nn.Module) -> Iterator[None]:
     with in_eval_mode(model):
         for layer in layers:
             layer.training, layer.track_running_stats = True, False
+            if type(layer) is nn.BatchNorm2d:
+                layer.forward = partial(_normalised, layer)
         try:
             yield
         finally:
             for layer in layers:
                 layer.track_running_stats = True
+                vars(layer).pop("forward", None)
+
+
+def _normalised(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Batch norm of `x` with its own statistics, for channels_last several times as fast as PyTorch's.
+
+    PyTorch's kernel runs over the channels innermost, and a pruned layer's dozen of them don't fill a vector register.
+    So each position within an image's row is a channel of its own here, until the statistics are put together.
+    """
+    fits = layer.weight is not None and x.is_contiguous(memory_format=torch.channels_last)
+    if not fits or torch.is_grad_enabled():  # no gradient flows through statistics that are put together here
+        return F.batch_norm(x, None, None, layer.weight, layer.bias, True, eps=layer.eps)
+    n, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(n * height, width * channels)
+    float32 = layer.weight.new_zeros(2, width * channels)  # makes the statistics of bf16 float32, too
+    mean, var = (part.view(width, channels) for part in torch.batch_norm_update_stats(rows, *float32, momentum=0.0))
+    var, mean = var.mean(0) + mean.var(0, correction=0), mean.mean(0)
+    affine = torch.stack((mean, var, layer.weight, layer.bias)).repeat(1, width)
+    rows = F.batch_norm(rows, *affine, eps=layer.eps)
+    return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 @contextmanager

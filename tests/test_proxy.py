@@ -229,6 +229,46 @@ def test_in_several_batches_each_has_its_own_statistics(residual, batch_size):
         assert_close(answer(model, questions, "off"), by_hand(torch.cat(parts), SPLITS.proxy.labels))
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [(12, 11, 7, 5), (64, 3, 1, 1), (1, 40, 4, 6)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_statistics_are_those_of_float64(shape, dtype, tolerance, layout, affine):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=generator) * 3 + torch.arange(shape[1])[:, None, None] % 4).to(dtype)
+    layer = nn.BatchNorm2d(shape[1], affine=affine)
+    if affine:
+        nn.init.uniform_(layer.weight, generator=generator)
+        nn.init.uniform_(layer.bias, generator=generator)
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0, keepdim=True)
+    expected = (x.double() - mean) / (var + layer.eps).sqrt()
+    if affine:
+        expected = expected * layer.weight[:, None, None] + layer.bias[:, None, None]
+    with torch.no_grad(), on_batch_statistics(layer):
+        found = layer(x.to(memory_format=layout))
+    assert found.dtype == dtype and found.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
+    assert "forward" not in vars(layer) and layer.running_mean.eq(0).all()
+
+
+def test_gradients_flow_through_batch_statistics():
+    x, layer = SPLITS.proxy.inputs.requires_grad_(), nn.BatchNorm2d(3)
+    with on_batch_statistics(layer):
+        found = torch.autograd.grad(layer(x).square().sum(), [x, layer.weight])
+    plain = F.batch_norm(x, None, None, layer.weight, layer.bias, True)
+    torch.testing.assert_close(found, torch.autograd.grad(plain.square().sum(), [x, layer.weight]))
+
+
+def test_batch_norm_of_ones_own_keeps_its_forward_on_batch_statistics():
+    class Doubling(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    x, layer = SPLITS.proxy.inputs, Doubling(3)
+    with torch.no_grad(), on_batch_statistics(layer):
+        torch.testing.assert_close(layer(x), 2 * F.batch_norm(x, None, None, training=True))
+
+
 def test_batch_statistics_leave_everything_as_found_even_after_a_failure():
     model = build("residual").train()
     model.bn.eval()
