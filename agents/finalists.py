@@ -45,7 +45,7 @@ class Finalist:
 
 
 def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
-    """The best different allocations by proxy reward, and the policy's own, best on the selection split first.
+    """The best allocations by proxy reward and the policy's own, each once, best on the selection split first.
 
     Four times as many are scored on the whole proxy split before, since the best of hundreds of scores on few images
     owes much to luck. Where the agent has a model of the reward, its estimates decide who gets that far; else as many
@@ -55,7 +55,8 @@ def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
     candidates = _best(episodes, _promise(recorder, episodes, counts_of(episodes)), SURVEYED * n)
     chosen = _best(candidates, _surveyed(candidates, env)[1], n)
     if policy is not None:
-        chosen.insert(0, own(policy, env, env.budget))
+        its = own(policy, env, env.budget)
+        chosen = [its, *(episode for episode in chosen if episode.counts != its.counts)]
     return judge(chosen, env)
 
 

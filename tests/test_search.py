@@ -4,7 +4,7 @@ import multiprocessing
 import random
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 import torch
 from toys import FakeProxy, digits_env, digits_proxy, fake_env, target_env, traced
 
-from agents import training
+from agents import finalists, training
 from agents.baselines import BASELINES
 from agents.search import AGENTS, search
 from autoprune.config import ProxyConfig, SearchConfig
@@ -148,6 +148,15 @@ def test_every_block_of_images_sends_its_best_episodes_to_the_survey():
 def test_trained_policy_competes_as_a_finalist():
     result = search(target_env("wide"), SearchConfig(agent="ppo", episodes=12, finalists=3))
     assert sorted(f.allocation.source.split()[0] for f in result.finalists) == ["episode"] * 3 + ["policy"]
+
+
+def test_a_network_that_policy_and_episode_share_stands_once_among_the_finalists(monkeypatch):
+    result = search(target_env("wide"), SearchConfig(agent="random", episodes=12, finalists=3))
+    shared = max(result.episodes, key=lambda episode: episode.reward)
+    its = replace(shared, number=0, allocation=replace(shared.allocation, source="policy"))
+    monkeypatch.setattr(finalists, "own", lambda *_: its)
+    found = {tuple(f.allocation.kept.values()): f for f in finalists.finalists(result.recorder, policy=object())}
+    assert len(found) == 3 and found[shared.counts].allocation.source == "policy"
 
 
 def test_test_split_is_never_touched():
