@@ -49,6 +49,8 @@ def main() -> None:
         return summarise(measured(TABLE, parser))
     if args.weights is None:
         parser.error("--weights: give the trained weights of the network")
+    if args.episodes <= FRONT_BUDGETS:
+        parser.error(f"--episodes: a range's front takes {FRONT_BUDGETS}, so give more than that; got {args.episodes}")
     network, proxy = NetworkConfig(args.model, args.weights), ProxyConfig(workers=args.workers)
     workspace = Workspace(Settings(network, DataConfig("cifar10"), SearchConfig(), proxy))
     alone = [("alone", f"macs={share}%", [f"macs={share}%"]) for share in SHARES]
