@@ -7,7 +7,7 @@ from itertools import chain, islice
 import numpy as np
 
 from agents.lanes import Episode, Recorder, counts_of, near
-from agents.replay import Policy
+from agents.replay import Policy, acting
 from autoprune.allocation import Allocation, Budget, BudgetRange
 from autoprune.scoring import Evaluation
 from envs.layer_pruning import LayerPruningEnv
@@ -138,7 +138,7 @@ def judge(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]
 
 def own(policy: Policy, env: LayerPruningEnv, budget: Budget | BudgetRange) -> Episode:
     """The trained policy's own allocation, as episode 0."""
-    return rolled_out(lambda walks: policy.act(walks.observe())[:, 0], env, [budget.at(0.5)], "policy")[0]
+    return rolled_out(acting(policy, env), env, [budget.at(0.5)], "policy")[0]
 
 
 def rolled_out(

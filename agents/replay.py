@@ -1,6 +1,7 @@
 """Policies as files, and policies at work: safetensors + JSON in, an allocation out; no code is executed by loading."""
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ from stable_baselines3.common.policies import BasePolicy
 from autoprune.allocation import Allocation, Budget
 from autoprune.errors import UserError, missing_package
 from autoprune.runs import write_atomically, write_json
-from envs.observation import FEATURES, OBSERVATION_SPACE
+from envs.guide import Guide
+from envs.layer_pruning import LayerPruningEnv
+from envs.observation import FEATURES, OBSERVATION_SPACE, Observer
+from envs.walks import Walks
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"dyna": PPO, "ppo": PPO, "sac": SAC, "td3": TD3, "ddpg": DDPG}
 """Learners of Stable-Baselines3 by agent; "tqc" among them where sb3-contrib is installed."""
@@ -26,6 +30,11 @@ with suppress(ImportError):
 
     ALGORITHMS["tqc"] = TQC
 
+FAMILIAR = 0.3
+"""Distance between two groups' kinds at which a policy's word for one still counts 0.6 for the other."""
+THE_SAME = 0.05
+"""Distance up to which they count as one: two machines don't measure the same to the last bit."""
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -35,26 +44,43 @@ class Policy:
         algorithm: The algorithm whose policy class it is.
         network: The policy itself.
         policy_kwargs: How to build it again.
+        kinds: Of the groups that it was trained on (`Observer.kinds`), `(n_groups, n_static)`; None if nobody knows.
     """
 
     algorithm: str
     network: BasePolicy
     policy_kwargs: dict
+    kinds: np.ndarray | None = None
 
     @classmethod
-    def of(cls, algorithm: str, learner: BaseAlgorithm, policy_kwargs: dict) -> "Policy":
+    def of(
+        cls, algorithm: str, learner: BaseAlgorithm, policy_kwargs: dict, kinds: np.ndarray | None = None
+    ) -> "Policy":
         """The policy of a learner."""
-        return cls(algorithm, learner.policy, policy_kwargs)
+        return cls(algorithm, learner.policy, policy_kwargs, kinds)
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """The deterministic action, `(1,)`."""
         return self.network.predict(observation, deterministic=True)[0]
+
+    def trust(self, observer: Observer) -> np.ndarray:
+        """How far the policy's word counts for each group of a network, `(n_groups,)` within [0, 1].
+
+        1 for a group like one that it was trained on, less the less it is like any. Networks extrapolate wildly: the
+        policies of a ResNet-20, whose blocks may be cut to an eighth, leave a MobileNet at chance.
+        """
+        if self.kinds is None:
+            return np.ones(len(observer.groups))
+        nearest = np.linalg.norm(observer.kinds[:, None] - self.kinds, axis=-1).min(1)
+        return np.where(nearest <= THE_SAME, 1.0, np.exp(-0.5 * (nearest / FAMILIAR) ** 2))
 
     def save(self, folder: Path, **about: object) -> None:
         """Writes `policy.safetensors` and `policy.json`; `about` is stored beside."""
         weights = {name: tensor.contiguous().clone() for name, tensor in self.network.state_dict().items()}
         write_atomically(folder / "policy.safetensors", lambda path: save_file(weights, path))
         description = {"algorithm": self.algorithm, "policy_kwargs": self.policy_kwargs, "features": _feature_names()}
+        if self.kinds is not None:
+            description["kinds"] = self.kinds.tolist()
         write_json(folder / "policy.json", description | about)
 
     @classmethod
@@ -75,10 +101,11 @@ class Policy:
             policy_class = ALGORITHMS[algorithm].policy_aliases["MlpPolicy"]
             network = policy_class(OBSERVATION_SPACE, action_space, lambda _: 0.0, **kwargs)
             network.load_state_dict(load_file(folder / "policy.safetensors"))
+            kinds = np.array(description["kinds"]) if "kinds" in description else None
         except Exception as error:  # a damaged file can fail in any of these steps
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(f"{flag}: the policy in {str(folder)!r} is damaged ({reason}); search anew") from error
-        return cls(algorithm, network, kwargs)
+        return cls(algorithm, network, kwargs, kinds)
 
 
 def describe_policy(folder: Path, flag: str = "RUN") -> dict:
@@ -110,19 +137,37 @@ def _feature_names() -> list[str]:
     return [feature.name for feature in FEATURES]
 
 
-def replay(policy: Policy, env: gymnasium.Env, budget: str | Budget | None = None) -> tuple[Allocation, dict]:
-    """Lets a policy act once, without learning or chance.
+def acting(policy: Policy, env: LayerPruningEnv) -> Callable[[Walks], np.ndarray]:
+    """What a policy does in an environment without learning or chance, as something to `follow`.
+
+    Where groups are unlike those that it was trained on, its actions are mixed with those of a `Guide`, as far as it
+    can't be trusted there. The guide's measurements are evaluations of the environment's proxy.
+    """
+    trust, guide = policy.trust(env.observer), Guide(env)
+
+    def act(walks: Walks) -> np.ndarray:
+        learned, share = policy.act(walks.observe())[:, 0], trust[walks.state.index]
+        if share == 1:
+            return learned
+        guided = walks.actions_of(guide.suggest(walks.state), otherwise=learned)
+        return share * learned + (1 - share) * guided
+
+    return act
+
+
+def replay(policy: Policy, env: LayerPruningEnv, budget: str | Budget | None = None) -> tuple[Allocation, dict]:
+    """Lets a policy act once, without learning or chance; on groups unlike those that it knows, with a guide.
 
     Args:
         policy: A trained policy; the network and the budget may differ from those that it was trained on.
-        env: A `LayerPruningEnv`.
+        env: The environment.
         budget: Another budget for this episode; None keeps the environment's.
 
     Returns:
         The allocation, and the last step's info with its costs and proxy score.
     """
-    observation, info = env.reset(options={"budget": budget} if budget else None)
-    done = False
+    env.reset(options={"budget": budget} if budget else None)
+    act, done = acting(policy, env), False
     while not done:
-        observation, _, done, _, info = env.step(policy.act(observation))
+        _, _, done, _, info = env.step(act(env.walk))
     return info["allocation"], info

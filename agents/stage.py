@@ -156,7 +156,10 @@ def _act_once(policy: Policy, workspace: Workspace, env: LayerPruningEnv) -> tup
     results = workspace.costs_of(allocation.kept)
     results |= {"proxy_accuracy": info["accuracy"], "proxy_loss": info["loss"]}
     results |= {"proxy_accuracy_uniform": uniform.accuracy, "proxy_loss_uniform": uniform.loss}
+    results["familiar"] = round(float(policy.trust(env.observer).mean()), 3)
     words = f"proxy accuracy {info['accuracy']:.2%}, uniform {uniform.accuracy:.2%}; allocation"
+    if results["familiar"] < 1:
+        say(f"the policy knows groups like these to {results['familiar']:.0%}; for the rest a guide measured them")
     return dataclasses.replace(allocation, source="policy").to_json(), results, words
 
 

@@ -219,4 +219,5 @@ def train(
 
 def policy_of(name: str, learner: BaseAlgorithm, start: Policy | None) -> Policy:
     """The policy of a learner that was made from `start`."""
-    return Policy.of(name, learner, start.policy_kwargs if start else hyperparameters(name)["policy_kwargs"])
+    kwargs = start.policy_kwargs if start else hyperparameters(name)["policy_kwargs"]
+    return Policy.of(name, learner, kwargs, learner.get_env().env.observer.kinds)

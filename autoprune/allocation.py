@@ -263,14 +263,43 @@ class SearchSpace:
 
     def uniform_to_go(self, kept: np.ndarray, index: int, target: int | np.ndarray) -> np.ndarray:
         """The sparsity `(...)` that meets the budget if group `index` and all later ones get the same."""
-        trial = kept.astype(float)
+        return self._to_go(lambda sparsity: sparsity[..., None], 1, kept, index, target)[..., 0]
 
-        def counts(sparsity: np.ndarray) -> np.ndarray:
-            rest = self.costs.dense[index:] * (1 - sparsity[..., None])
+    def along_to_go(self, path: np.ndarray, kept: np.ndarray, index: int, target: int | np.ndarray) -> np.ndarray:
+        """The sparsity `(...)` of group `index` if it and all later ones go along a path until they meet the budget.
+
+        Args:
+            path: Sparsities that rise from point to point, `(n_points, n_groups)`.
+            kept: As in `feasible`.
+            index: The group to decide.
+            target: The budget, a number or `(...)`.
+        """
+        rest = path[:, index:]
+
+        def sparsities(at: np.ndarray) -> np.ndarray:
+            point = np.minimum(at.astype(int), len(path) - 2)
+            part = (at - point)[..., None]
+            return rest[point] * (1 - part) + rest[point + 1] * part
+
+        return self._to_go(sparsities, len(path) - 1, kept, index, target)[..., 0]
+
+    def _to_go(
+        self,
+        sparsities: Callable[[np.ndarray], np.ndarray],
+        most: float,
+        kept: np.ndarray,
+        index: int,
+        target: int | np.ndarray,
+    ) -> np.ndarray:
+        """Of `sparsities`, from group `index` on, of a number up to `most` those that meet the budget."""
+        trial, shape = kept.astype(float), kept.shape[:-1]
+
+        def counts(at: np.ndarray) -> np.ndarray:
+            rest = self.costs.dense[index:] * (1 - sparsities(at))
             trial[..., index:] = np.clip(rest, self.low[index:], self.high[index:])
             return trial
 
-        return self._least(counts, np.zeros(kept.shape[:-1]), np.ones(kept.shape[:-1]), target)
+        return sparsities(self._least(counts, np.zeros(shape), np.full(shape, float(most)), target))
 
     def shifted(self, sparsities: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Sparsities `(n, n_groups)`, each row raised or lowered by one number so that it meets its target `(n,)`.

@@ -77,6 +77,11 @@ class Observer:
         dense, low = (self.space.cost(_with_rest(state, counts)) for counts in (self.space.costs.dense, self.space.low))
         return (dense - low) / self.dense_cost
 
+    @property
+    def kinds(self) -> np.ndarray:
+        """What never changes, of each group, `(n_groups, n_static)`: groups alike in this are of one kind."""
+        return np.column_stack(list(self.static.values()))
+
     @cached_property
     def static(self) -> dict[str, np.ndarray]:
         """What never changes: feature to `(n_groups,)`."""

@@ -2,7 +2,8 @@
 
     python experiments/transfer.py --policy FOLDER --model resnet56 --weights FILE --seeds 0 1 2
 
-Zero shot, the policy's one roll-out stands beside uniform pruning. Then searches of 100 evaluations that start from it
+Zero shot, the policy's one roll-out stands beside uniform pruning; where the network is unlike what the policy knows,
+the guide's measurements are among its evaluations. Then searches of 100 evaluations that start from it
 stand beside searches of 100 and 300 from scratch. One row each in `experiments/results/transfer.csv`, scored on the
 selection split (3,000 training images that no search sees) before fine-tuning. Resumable row by row.
 """
@@ -55,7 +56,7 @@ def measure(workspace: Workspace, cell: dict, args: argparse.Namespace) -> dict:
         (episode,) = rolled_out(uniformly, env, [env.budget], "uniform")
     else:
         episode = own(Policy.load(args.policy), env, env.budget)
-    return figures(judge([episode], env)[0], env) | {"evaluations": 0}
+    return figures(judge([episode], env)[0], env) | {"evaluations": env.proxy.evaluations}
 
 
 def searched(env: LayerPruningEnv, cell: dict, args: argparse.Namespace) -> dict:

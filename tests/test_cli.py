@@ -117,7 +117,7 @@ def test_replay_reproduces_the_policys_allocation_and_meets_another_budget(finis
     assert json.loads((tmp_path / "same.json").read_text())["kept"] == own
     assert main(["replay", str(finished), "--budget", "macs=70%", "--json", "--out", str(tmp_path / "other.json")]) == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert 0.6 < results["macs_ratio"] <= 0.7
+    assert 0.6 < results["macs_ratio"] <= 0.7 and results["familiar"] == 1
 
 
 def test_an_allocation_from_a_file_is_pruned_finetuned_evaluated_and_exported_without_a_search(finished, tmp_path):

@@ -1,0 +1,133 @@
+"""What a policy does where it knows nothing: a guide from measurements, and how far the policy's own word counts."""
+
+import numpy as np
+import pytest
+from toys import digits_env, fake_env, some_policy, target_env
+
+from agents.replay import FAMILIAR, Policy, acting, replay
+from agents.search import search
+from autoprune.config import SearchConfig
+from envs.guide import POWER, Guide
+from envs.layer_pruning import LayerPruningEnv
+from envs.walks import Walks, uniformly
+
+HARMS = np.array([0.1, 3.0, 0.02, 1.0, 0.3])
+
+
+def additive_env(harms: np.ndarray = HARMS, budget: str = "macs=50%") -> LayerPruningEnv:
+    """Damage adds up over the five groups of a chain."""
+    dense = fake_env("wide").space.costs.dense
+    return fake_env("wide", lambda kept: float((harms * (dense / kept - 1) ** POWER).sum()), budget=budget)
+
+
+def guided(env: LayerPruningEnv, budgets=None) -> Walks:
+    guide = Guide(env)
+    return env.walks(budgets or [env.budget]).follow(
+        lambda walks: walks.actions_of(guide.suggest(walks.state), otherwise=np.zeros(len(walks.state.kept)))
+    )
+
+
+def test_a_group_is_worth_what_it_loses_at_half_where_damage_adds_up():
+    env = additive_env()
+    np.testing.assert_allclose(Guide(env).worth, HARMS, rtol=1e-6)
+    assert env.proxy.evaluations == len(env.groups) + 1
+
+
+def test_a_group_whose_return_does_harm_is_worth_nothing():
+    env = fake_env("wide", lambda kept: float(kept[0] - kept[1:].sum()))
+    worth = Guide(env).worth
+    assert worth[0] == 0 and (worth[1:] > 0).all()
+
+
+@pytest.mark.parametrize("harms", [HARMS, np.zeros(5), np.array([1.0, 0.0, 0.0, 0.0, 0.0])])
+def test_the_path_goes_from_dense_to_the_least_and_never_back(harms):
+    env = additive_env(harms)
+    space, path = env.space, Guide(env).path
+    np.testing.assert_allclose(path[0], 1 - space.high / space.costs.dense, atol=1e-9)
+    np.testing.assert_allclose(path[-1], 1 - space.low / space.costs.dense, atol=1e-9)
+    assert (np.diff(path, axis=0) >= -1e-9).all()
+    costs = space.costs.continuous("macs", space.costs.dense * (1 - path))
+    assert (np.diff(costs) < 0).all()
+
+
+@pytest.mark.parametrize("budget", ["macs=30%", "macs=50%", "macs=75%", "params=40%"])
+def test_where_its_assumption_holds_the_guide_is_in_the_best_hundredth_of_random_allocations(
+    budget,
+):
+    env = additive_env(budget=budget)
+    generator = np.random.default_rng(0)
+    (even,), (found,) = env.walks([env.budget]).follow(uniformly).state.kept, guided(env).state.kept
+    others = env.walks([env.budget] * 300).follow(lambda walks: generator.uniform(-1, 1, 300)).state.kept
+    losses = [env.proxy.loss_of(kept) for kept in (found, even, *others)]
+    assert env.space.cost(found) <= env.target
+    assert losses[0] < 0.5 * losses[1] and losses[0] < np.quantile(losses[2:], 0.01)
+
+
+def test_suggestions_for_several_budgets_are_those_for_each():
+    env = additive_env()
+    budgets = [type(env.budget).parse(f"macs={share}%") for share in (35, 50, 65)]
+    together = guided(env, budgets).state.kept
+    assert [guided(env, [budget]).state.kept[0].tolist() for budget in budgets] == together.tolist()
+
+
+def test_the_guide_measures_a_real_network_in_the_company_of_halves():
+    env = digits_env()
+    halves = {group.name: group.channels // 2 for group in env.groups}
+    before = env.proxy(halves).loss
+    whole = [env.proxy(halves | {group.name: group.channels}).loss for group in env.groups]
+    evaluated = env.proxy.evaluations
+    np.testing.assert_allclose(Guide(env).worth, np.maximum(before - np.array(whole), 0))
+    assert env.proxy.evaluations == evaluated
+
+
+def trained(env: LayerPruningEnv) -> Policy:
+    """A policy that knows the groups of an environment."""
+    policy = some_policy()
+    return Policy(policy.algorithm, policy.network, policy.policy_kwargs, env.observer.kinds)
+
+
+def test_on_its_own_network_a_policy_acts_alone_and_nothing_is_measured():
+    env = target_env("wide")
+    policy = trained(env)
+    assert (policy.trust(env.observer) == 1).all()
+    (kept,) = env.walks([env.budget]).follow(acting(policy, env)).state.kept
+    (alone,) = env.walks([env.budget]).follow(lambda walks: policy.act(walks.observe())[:, 0]).state.kept
+    assert kept.tolist() == alone.tolist() and env.proxy.evaluations == 0
+
+
+def test_a_policy_that_says_nothing_of_what_it_knows_is_trusted():
+    assert (some_policy().trust(fake_env("mobilenet_v2_cifar").observer) == 1).all()
+
+
+def test_trust_falls_with_the_distance_to_the_nearest_group_that_is_known():
+    env = fake_env("wide")
+    kinds = env.observer.kinds[[0]]
+    away = np.linalg.norm(env.observer.kinds - kinds, axis=1)
+    trust = Policy("ppo", some_policy().network, {}, kinds).trust(env.observer)
+    np.testing.assert_allclose(trust[1:], np.exp(-0.5 * (away[1:] / FAMILIAR) ** 2))
+    assert trust[0] == 1 and (trust[1:] < 1).all()
+
+
+def test_far_from_what_it_knows_a_policy_does_what_the_guide_suggests():
+    env = additive_env()
+    policy = some_policy()
+    stranger = Policy(policy.algorithm, policy.network, policy.policy_kwargs, env.observer.kinds + 5)
+    allocation, info = replay(stranger, env)
+    assert list(allocation.kept.values()) == guided(env).state.kept[0].tolist()
+    alone = replay(policy, additive_env())[1]["loss"]
+    assert info["loss"] < alone
+
+
+def test_what_a_policy_knows_is_saved_with_it(tmp_path):
+    policy = trained(fake_env("wide"))
+    policy.save(tmp_path)
+    assert np.array_equal(Policy.load(tmp_path).kinds, policy.kinds)
+    some_policy().save(tmp_path / "silent")
+    assert Policy.load(tmp_path / "silent").kinds is None
+
+
+@pytest.mark.parametrize("agent", ["dyna", "ppo", "sac"])
+def test_a_search_leaves_a_policy_that_knows_its_network(agent):
+    env = target_env("wide")
+    policy = search(env, SearchConfig(agent=agent, episodes=12, finalists=1)).policy
+    assert np.array_equal(policy.kinds, env.observer.kinds)
