@@ -159,7 +159,7 @@ def _act_once(policy: Policy, workspace: Workspace, env: LayerPruningEnv) -> tup
     results["familiar"] = round(float(policy.trust(env.observer).mean()), 3)
     words = f"proxy accuracy {info['accuracy']:.2%}, uniform {uniform.accuracy:.2%}; allocation"
     if results["familiar"] < 1:
-        say(f"the policy knows groups like these to {results['familiar']:.0%}; for the rest a guide measured them")
+        say(f"policy trusted to {results['familiar']:.0%}: not all groups are like those it knows; a guide has its say")
     return dataclasses.replace(allocation, source="policy").to_json(), results, words
 
 
