@@ -150,24 +150,25 @@ def acting(policy: Policy, env: LayerPruningEnv) -> Callable[[Walks], np.ndarray
         if share == 1:
             return learned
         guided = walks.actions_of(guide.suggest(walks.state), otherwise=learned)
-        return share * learned + (1 - share) * guided
+        return (share * learned + (1 - share) * guided).astype(np.float32)
 
     return act
 
 
-def replay(policy: Policy, env: LayerPruningEnv, budget: str | Budget | None = None) -> tuple[Allocation, dict]:
+def replay(policy: Policy, env: gymnasium.Env, budget: str | Budget | None = None) -> tuple[Allocation, dict]:
     """Lets a policy act once, without learning or chance; on groups unlike those that it knows, with a guide.
 
     Args:
         policy: A trained policy; the network and the budget may differ from those that it was trained on.
-        env: The environment.
+        env: A `LayerPruningEnv`, wrapped or not.
         budget: Another budget for this episode; None keeps the environment's.
 
     Returns:
         The allocation, and the last step's info with its costs and proxy score.
     """
     env.reset(options={"budget": budget} if budget else None)
-    act, done = acting(policy, env), False
+    bare: LayerPruningEnv = env.unwrapped
+    act, done = acting(policy, bare), False
     while not done:
-        _, _, done, _, info = env.step(act(env.walk))
+        _, _, done, _, info = env.step(act(bare.walk))
     return info["allocation"], info

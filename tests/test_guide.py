@@ -1,8 +1,9 @@
 """What a policy does where it knows nothing: a guide from measurements, and how far the policy's own word counts."""
 
+import gymnasium
 import numpy as np
 import pytest
-from toys import digits_env, fake_env, some_policy, target_env
+from toys import digits_env, fake_env, some_policy, target_env, traced
 
 from agents.replay import FAMILIAR, Policy, acting, replay
 from agents.search import search
@@ -22,9 +23,11 @@ def additive_env(harms: np.ndarray = HARMS, budget: str = "macs=50%") -> LayerPr
 
 def guided(env: LayerPruningEnv, budgets=None) -> Walks:
     guide = Guide(env)
-    return env.walks(budgets or [env.budget]).follow(
-        lambda walks: walks.actions_of(guide.suggest(walks.state), otherwise=np.zeros(len(walks.state.kept)))
-    )
+
+    def act(walks: Walks) -> np.ndarray:
+        return walks.actions_of(guide.suggest(walks.state), np.zeros(len(walks.state.kept))).astype(np.float32)
+
+    return env.walks(budgets or [env.budget]).follow(act)
 
 
 def test_a_group_is_worth_what_it_loses_at_half_where_damage_adds_up():
@@ -116,6 +119,15 @@ def test_far_from_what_it_knows_a_policy_does_what_the_guide_suggests():
     assert list(allocation.kept.values()) == guided(env).state.kept[0].tolist()
     alone = replay(policy, additive_env())[1]["loss"]
     assert info["loss"] < alone
+
+
+@pytest.mark.parametrize("shift", [0, 0.05, 5])
+def test_a_wrapped_environment_is_replayed_like_the_bare_one(shift):
+    env = additive_env()
+    policy = Policy("ppo", some_policy().network, {}, env.observer.kinds + shift)
+    options = {"model": traced("wide")[0], "groups": env.groups, "proxy": env.proxy}
+    wrapped = gymnasium.make("autoprune/LayerPruning-v0", **options)
+    assert wrapped is not wrapped.unwrapped and replay(policy, wrapped)[0] == replay(policy, env)[0]
 
 
 def test_what_a_policy_knows_is_saved_with_it(tmp_path):
