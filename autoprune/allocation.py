@@ -263,7 +263,7 @@ class SearchSpace:
 
     def uniform_to_go(self, kept: np.ndarray, index: int, target: int | np.ndarray) -> np.ndarray:
         """The sparsity `(...)` that meets the budget if group `index` and all later ones get the same."""
-        return self._to_go(lambda sparsity: sparsity[..., None], 1, kept, index, target)[..., 0]
+        return self._to_go(lambda sparsity: sparsity[..., None], 1, kept, index, target)
 
     def along_to_go(self, path: np.ndarray, kept: np.ndarray, index: int, target: int | np.ndarray) -> np.ndarray:
         """The sparsity `(...)` of group `index` if it and all later ones go along a path until they meet the budget.
@@ -281,7 +281,7 @@ class SearchSpace:
             part = (at - point)[..., None]
             return rest[point] * (1 - part) + rest[point + 1] * part
 
-        return self._to_go(sparsities, len(path) - 1, kept, index, target)[..., 0]
+        return self._to_go(sparsities, len(path) - 1, kept, index, target)
 
     def _to_go(
         self,
@@ -291,7 +291,7 @@ class SearchSpace:
         index: int,
         target: int | np.ndarray,
     ) -> np.ndarray:
-        """Of `sparsities`, from group `index` on, of a number up to `most` those that meet the budget."""
+        """That of group `index` among the `sparsities`, from it on, of the least number up to `most` within budget."""
         trial, shape = kept.astype(float), kept.shape[:-1]
 
         def counts(at: np.ndarray) -> np.ndarray:
@@ -299,7 +299,7 @@ class SearchSpace:
             trial[..., index:] = np.clip(rest, self.low[index:], self.high[index:])
             return trial
 
-        return sparsities(self._least(counts, np.zeros(shape), np.full(shape, float(most)), target))
+        return sparsities(self._least(counts, np.zeros(shape), np.full(shape, float(most)), target))[..., 0]
 
     def shifted(self, sparsities: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Sparsities `(n, n_groups)`, each row raised or lowered by one number so that it meets its target `(n,)`.

@@ -3,9 +3,9 @@
     python experiments/transfer.py --policy FOLDER --model resnet56 --weights FILE --seeds 0 1 2
 
 Zero shot, the policy's one roll-out stands beside uniform pruning; where the network is unlike what the policy knows,
-the guide's measurements are among its evaluations. Then searches of 100 evaluations that start from it
-stand beside searches of 100 and 300 from scratch. One row each in `experiments/results/transfer.csv`, scored on the
-selection split (3,000 training images that no search sees) before fine-tuning. Resumable row by row.
+the guide's measurements are among its evaluations. Then searches of 100 evaluations that start from it stand beside
+searches of 100 and 300 from scratch. One row each in `experiments/results/transfer.csv`, scored on the selection split
+(3,000 training images that no search sees) before fine-tuning. Resumable row by row.
 """
 
 import argparse

@@ -54,9 +54,7 @@ def test_the_path_goes_from_dense_to_the_least_and_never_back(harms):
 
 
 @pytest.mark.parametrize("budget", ["macs=30%", "macs=50%", "macs=75%", "params=40%"])
-def test_where_its_assumption_holds_the_guide_is_in_the_best_hundredth_of_random_allocations(
-    budget,
-):
+def test_where_its_assumption_holds_the_guide_is_in_the_best_hundredth_of_random_allocations(budget):
     env = additive_env(budget=budget)
     generator = np.random.default_rng(0)
     (even,), (found,) = env.walks([env.budget]).follow(uniformly).state.kept, guided(env).state.kept
