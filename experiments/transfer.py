@@ -3,12 +3,15 @@
     python experiments/transfer.py --policy FOLDER --model resnet56 --weights FILE --seeds 0 1 2
 
 Zero shot, the policy's one roll-out stands beside uniform pruning; where the network is unlike what the policy knows,
-the guide's measurements are among its evaluations. Then searches of 100 evaluations that start from it stand beside
-searches of 100 and 300 from scratch. One row each in `experiments/results/transfer.csv`, scored on the selection split
-(3,000 training images that no search sees) before fine-tuning. Resumable row by row.
+the guide's measurements are among its evaluations. Then its agent searches on from it with 100 evaluations, the
+sensitivity's included, as in `search_agents.py`. One row each in `experiments/results/transfer.csv`, scored on the
+selection split (3,000 training images that no search sees) before fine-tuning. Resumable row by row.
+
+`--summary` sets every policy beside searches of its agent from scratch, which are rows of `search_agents.py`.
 """
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 
 from agents.finalists import Finalist, judge, own, rolled_out
@@ -19,28 +22,35 @@ from autoprune.runs import RunFolder
 from autoprune.workspace import Workspace
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import uniformly
-from experiments.tables import fill
+from experiments.search_agents import sensitivity_cost
+from experiments.tables import fill, mean_and_spread, measured, read_table
 
-TABLE = Path(__file__).parent / "results" / "transfer.csv"
+RESULTS = Path(__file__).parent / "results"
+TABLE = RESULTS / "transfer.csv"
 KEY = ("policy", "model", "budget", "kind", "seed")
 FIELDS = (*KEY, "evaluations", "seconds", "selection_loss", "selection_accuracy", "source", "macs_ratio")
-SEARCHES = {"warm, 100": (100, True), "scratch, 100": (100, False), "scratch, 300": (300, False)}
+EVALUATIONS = 100
+WARM = f"warm, {EVALUATIONS}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", type=Path, required=True, help="folder of a saved policy")
+    parser.add_argument("--policy", type=Path, help="folder of a saved policy")
     parser.add_argument("--model", default="resnet56")
-    parser.add_argument("--weights", required=True)
+    parser.add_argument("--weights")
     parser.add_argument("--budget", default="macs=50%")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of the searches; none: zero shot only")
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
+    parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
+    if args.summary:
+        return summarise(measured(TABLE, parser))
+    if args.policy is None or args.weights is None:
+        parser.error("--policy, --weights: give the policy's folder and the trained weights of the network")
     network, proxy = NetworkConfig(args.model, args.weights), ProxyConfig(workers=args.workers)
     workspace = Workspace(Settings(network, DataConfig("cifar10"), SearchConfig(), proxy))
-    kinds = [(kind, 0) for kind in ("uniform", "zero shot")]
-    kinds += [(kind, seed) for seed in args.seeds for kind in SEARCHES]
+    kinds = [("uniform", 0), ("zero shot", 0), *((WARM, seed) for seed in args.seeds)]
     cells = [
         dict(zip(KEY, (args.policy.name, args.model, args.budget, kind, seed), strict=True)) for kind, seed in kinds
     ]
@@ -50,8 +60,8 @@ def main() -> None:
 def measure(workspace: Workspace, cell: dict, args: argparse.Namespace) -> dict:
     """One roll-out or search."""
     env = LayerPruningEnv(workspace.model, workspace.groups, workspace.proxy(), args.budget)
-    if cell["kind"] in SEARCHES:
-        return searched(env, cell, args)
+    if cell["kind"] == WARM:
+        return searched(workspace, env, cell, args)
     if cell["kind"] == "uniform":
         (episode,) = rolled_out(uniformly, env, [env.budget], "uniform")
     else:
@@ -59,15 +69,13 @@ def measure(workspace: Workspace, cell: dict, args: argparse.Namespace) -> dict:
     return figures(judge([episode], env)[0], env) | {"evaluations": env.proxy.evaluations}
 
 
-def searched(env: LayerPruningEnv, cell: dict, args: argparse.Namespace) -> dict:
-    """One search, in a run folder of its own so that it can be resumed."""
-    evaluations, is_warm = SEARCHES[cell["kind"]]
+def searched(workspace: Workspace, env: LayerPruningEnv, cell: dict, args: argparse.Namespace) -> dict:
+    """One search from the policy, in a run folder of its own so that it can be resumed."""
     stem = "-".join(str(cell[name]) for name in KEY).replace("=", "-").replace("%", "").replace(", ", "-")
     folder = RunFolder(args.runs / stem)
     folder.root.mkdir(parents=True, exist_ok=True)
-    start = Policy.load(args.policy)
-    policy = str(args.policy) if is_warm else ""
-    config = SearchConfig(args.budget, agent=start.algorithm, episodes=evaluations, seed=cell["seed"], policy=policy)
+    agent, episodes = Policy.load(args.policy).algorithm, EVALUATIONS - sensitivity_cost(workspace)
+    config = SearchConfig(args.budget, agent=agent, episodes=episodes, seed=cell["seed"], policy=str(args.policy))
     result = search(env, config, folder)
     return figures(result.best, env) | {"evaluations": result.evaluations, "seconds": round(result.seconds, 1)}
 
@@ -79,6 +87,19 @@ def figures(finalist: Finalist, env: LayerPruningEnv) -> dict:
         "source": finalist.allocation.source,
         "macs_ratio": round(finalist.macs / env.space.costs.macs(env.space.costs.dense), 5),
     }
+
+
+def summarise(rows: list[dict]) -> None:
+    """Selection loss without learning, from the policy, and from scratch, mean ± standard deviation over the seeds."""
+    losses: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        losses[row["model"], row["budget"], row["policy"]][row["kind"]].append(float(row["selection_loss"]))
+    for (model, budget, policy), by_kind in losses.items():
+        for row in read_table(RESULTS / f"search_{model}.csv"):
+            if row["budget"] == budget and policy.endswith(f"-{row['searcher']}"):
+                by_kind[f"scratch, {row['asked']}"].append(float(row["selection_loss"]))
+        shown = (f"{kind} {mean_and_spread(found, 3)} ({len(found)})" for kind, found in by_kind.items())
+        print(f"{model} {budget} {policy}:  {'  '.join(shown)}")
 
 
 if __name__ == "__main__":
