@@ -1,6 +1,7 @@
 """Which options each command takes, generated from the config dataclasses. Imports no torch."""
 
 import dataclasses
+import re
 import sys
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -22,11 +23,20 @@ from autoprune.config import (
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+PLAINLY = {
+    r"^the following arguments are required: (\w+)\.(\w+)$": r"\1: \2 is missing; see `autoprune \1 --help`",
+    r"^expected \"subcommand\" .* not provided.$": "give a command; see `autoprune --help`",
+}
+"""What jsonargparse says in the words of its configuration files, as a command line would."""
+
+
 class Parser(ArgumentParser):
     """Reports a wrong command line in one line and ends with exit code 2."""
 
     def error(self, message, ex=None):
         text = " ".join(str(message).split())
+        for pattern, plainly in PLAINLY.items():
+            text = re.sub(pattern, plainly, text)
         print(f"autoprune: error: {text}", file=sys.stderr)
         sys.exit(2)
 

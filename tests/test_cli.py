@@ -196,6 +196,13 @@ def _start(*arguments: str) -> subprocess.Popen:
     )
 
 
+def test_a_missing_argument_is_named_as_the_command_line_does(capsys):
+    line = "autoprune: error: finetune: run is missing; see `autoprune finetune --help`"
+    assert failure(capsys, "finetune") == line
+    assert "replay: policy is missing" in failure(capsys, "replay")
+    assert failure(capsys) == "autoprune: error: give a command; see `autoprune --help`"
+
+
 def test_every_command_has_help_that_names_its_purpose(capsys):
     for name, command in COMMANDS.items():
         with pytest.raises(SystemExit) as stop:
