@@ -16,7 +16,6 @@ from stable_baselines3.common.policies import BasePolicy
 from autoprune.allocation import Allocation, Budget
 from autoprune.errors import UserError, missing_package
 from autoprune.runs import write_atomically, write_json
-from envs.guide import Guide
 from envs.layer_pruning import LayerPruningEnv
 from envs.observation import FEATURES, OBSERVATION_SPACE, Observer
 from envs.walks import Walks
@@ -143,13 +142,13 @@ def acting(policy: Policy, env: LayerPruningEnv) -> Callable[[Walks], np.ndarray
     Where groups are unlike those that it was trained on, its actions are mixed with those of a `Guide`, as far as it
     can't be trusted there. The guide's measurements are evaluations of the environment's proxy.
     """
-    trust, guide = policy.trust(env.observer), Guide(env)
+    trust = policy.trust(env.observer)
 
     def act(walks: Walks) -> np.ndarray:
         learned, share = policy.act(walks.observe())[:, 0], trust[walks.state.index]
         if share == 1:
             return learned
-        guided = walks.actions_of(guide.suggest(walks.state), otherwise=learned)
+        guided = walks.actions_of(env.guide.suggest(walks.state), otherwise=learned)
         return (share * learned + (1 - share) * guided).astype(np.float32)
 
     return act

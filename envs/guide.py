@@ -1,11 +1,14 @@
 """A guide through a network that no policy knows: what a handful of measurements and one assumption suggest."""
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from envs.layer_pruning import LayerPruningEnv
 from envs.observation import State
+
+if TYPE_CHECKING:
+    from envs.layer_pruning import LayerPruningEnv
 
 POWER = 1.5
 """How steeply the damage grows: with (1 / kept - 1) to that power, so that it is 1 at half."""
@@ -28,7 +31,7 @@ class Guide:
         env: The environment; measuring takes an evaluation for each group, and one more.
     """
 
-    def __init__(self, env: LayerPruningEnv):
+    def __init__(self, env: "LayerPruningEnv"):
         self._env = env
 
     @cached_property

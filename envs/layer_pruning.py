@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, ClassVar
 
 import gymnasium
@@ -16,6 +17,7 @@ from autoprune.groups import Groups, own_tensors
 from autoprune.proxy import ProxyAccuracy
 from autoprune.scoring import Evaluation
 from autoprune.tracing import trace
+from envs.guide import Guide
 from envs.observation import OBSERVATION_SPACE, Observer
 from envs.rewards import Outcome, reward_named
 from envs.walks import Walks
@@ -139,6 +141,11 @@ class LayerPruningEnv(gymnasium.Env):
 
         dense, kept = self.space.costs.dense.tolist(), self.walk.state.kept[0].tolist()
         return render_rgb(allocation_bars([group.name for group in self.groups], dense, kept))
+
+    @cached_property
+    def guide(self) -> Guide:
+        """What helps a policy where it doesn't know the network; it measures once, when it is first asked."""
+        return Guide(self)
 
     @property
     def target(self) -> int:

@@ -8,7 +8,7 @@ from toys import digits_env, fake_env, some_policy, target_env, traced
 from agents.replay import FAMILIAR, Policy, acting, replay
 from agents.search import search
 from autoprune.config import SearchConfig
-from envs.guide import POWER, Guide
+from envs.guide import POWER
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import Walks, uniformly
 
@@ -22,7 +22,7 @@ def additive_env(harms: np.ndarray = HARMS, budget: str = "macs=50%") -> LayerPr
 
 
 def guided(env: LayerPruningEnv, budgets=None) -> Walks:
-    guide = Guide(env)
+    guide = env.guide
 
     def act(walks: Walks) -> np.ndarray:
         return walks.actions_of(guide.suggest(walks.state), np.zeros(len(walks.state.kept))).astype(np.float32)
@@ -32,20 +32,20 @@ def guided(env: LayerPruningEnv, budgets=None) -> Walks:
 
 def test_a_group_is_worth_what_it_loses_at_half_where_damage_adds_up():
     env = additive_env()
-    np.testing.assert_allclose(Guide(env).worth, HARMS, rtol=1e-6)
+    np.testing.assert_allclose(env.guide.worth, HARMS, rtol=1e-6)
     assert env.proxy.evaluations == len(env.groups) + 1
 
 
 def test_a_group_whose_return_does_harm_is_worth_nothing():
     env = fake_env("wide", lambda kept: float(kept[0] - kept[1:].sum()))
-    worth = Guide(env).worth
+    worth = env.guide.worth
     assert worth[0] == 0 and (worth[1:] > 0).all()
 
 
 @pytest.mark.parametrize("harms", [HARMS, np.zeros(5), np.array([1.0, 0.0, 0.0, 0.0, 0.0])])
 def test_the_path_goes_from_dense_to_the_least_and_never_back(harms):
     env = additive_env(harms)
-    space, path = env.space, Guide(env).path
+    space, path = env.space, env.guide.path
     np.testing.assert_allclose(path[0], 1 - space.high / space.costs.dense, atol=1e-9)
     np.testing.assert_allclose(path[-1], 1 - space.low / space.costs.dense, atol=1e-9)
     assert (np.diff(path, axis=0) >= -1e-9).all()
@@ -77,7 +77,7 @@ def test_the_guide_measures_a_real_network_in_the_company_of_halves():
     before = env.proxy(halves).loss
     whole = [env.proxy(halves | {group.name: group.channels}).loss for group in env.groups]
     evaluated = env.proxy.evaluations
-    np.testing.assert_allclose(Guide(env).worth, np.maximum(before - np.array(whole), 0))
+    np.testing.assert_allclose(env.guide.worth, np.maximum(before - np.array(whole), 0))
     assert env.proxy.evaluations == evaluated
 
 
