@@ -47,8 +47,10 @@ def make_learner(
         start: A trained policy of the same class.
     """
     settings = hyperparameters(name)
+    rate_from_start = settings.pop("learning_rate_from_start", None)
     if start is not None:
         settings["policy_kwargs"] = start.policy_kwargs
+        settings["learning_rate"] = rate_from_start or settings["learning_rate"]
     updates = settings.pop("updates_per_step", None)
     std, actor_rate = settings.pop("exploration_std", None), settings.pop("actor_learning_rate", None)
     settings.pop("last_exploration_std", None)
@@ -95,8 +97,15 @@ def _start_at_uniform(learner: BaseAlgorithm) -> None:
 
 
 def _start_from(name: str, learner: BaseAlgorithm, start: Policy) -> None:
-    """Takes a policy over, critics included, but for a spread that is next to nothing after training."""
-    learner.policy.load_state_dict(start.network.state_dict())
+    """Takes a policy over, but for a spread that is next to nothing after training, and PPO's critic.
+
+    Off-policy critics learn anew fast, from everything that was walked. PPO's advantages are distances from what its
+    critic expects, and for ten episodes on another network a critic of the old one is noise.
+    """
+    own, taken = learner.policy.state_dict(), start.network.state_dict()
+    if name == "ppo":
+        taken |= {key: value for key, value in own.items() if "value_net" in key}
+    learner.policy.load_state_dict(taken)
     if name in SPREAD_OF_START:
         learner.policy.log_std.data.fill_(math.log(SPREAD_OF_START[name]))
 

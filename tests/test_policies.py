@@ -23,6 +23,9 @@ from envs.observation import FEATURES
 
 FAST = [*TINY, "--episodes", "10", "--baselines", "none", "--proxy.images", "40", "--proxy.workers", "1"]
 
+CRITIC_LAYERS = ("mlp_extractor.value_net.0", "mlp_extractor.value_net.2", "value_net")
+PPO_CRITIC = {f"{layer}.{part}" for layer in CRITIC_LAYERS for part in ("weight", "bias")}
+
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
@@ -134,9 +137,20 @@ def test_a_learner_that_starts_from_a_policy_acts_as_it_does(name):
     learner = learner_of(name, start)
     assert np.ptp(acts(start)) > 0.05
     assert np.array_equal(acts(Policy.of(name, learner, start.policy_kwargs)), acts(start))
-    for key, value in learner.policy.state_dict().items():
-        assert key == "log_std" or torch.equal(value, start.network.state_dict()[key]), key  # critics, targets too
+    given, taken = start.network.state_dict(), learner.policy.state_dict()
+    differ = {key for key in taken if not torch.equal(taken[key], given[key])}
+    own = {"ppo": {"log_std", *PPO_CRITIC}, "dyna": {"log_std"}}.get(name, set())  # of others critics and targets too
+    assert differ <= own
     assert not any(value is other for value in learner.policy.parameters() for other in start.network.parameters())
+
+
+def test_ppo_judges_a_policy_that_it_starts_from_by_a_critic_of_its_own_and_learns_more_slowly():
+    start = some_policy("ppo")
+    fresh, started = learner_of("ppo"), learner_of("ppo", start)
+    own, taken = fresh.policy.state_dict(), started.policy.state_dict()
+    assert all(torch.equal(own[key], taken[key]) for key in PPO_CRITIC)
+    assert started.lr_schedule(1.0) < fresh.lr_schedule(1.0)
+    assert learner_of("dyna", start).lr_schedule(1.0) == learner_of("dyna").lr_schedule(1.0)
 
 
 @pytest.mark.parametrize(("name", "other", "spread"), [("ppo", "dyna", START_STD / 2), ("dyna", "ppo", START_STD)])
