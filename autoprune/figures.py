@@ -85,7 +85,7 @@ def loss_curve(trainings: Mapping[str, Sequence[float]]) -> Figure:
         if before:
             axes.axvline(before + 0.5, color=MUTED, linewidth=1, linestyle=":")
         before += len(losses)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss")
     return figure

@@ -197,6 +197,14 @@ def test_trainings_follow_each_other_under_their_names(tmp_path):
     assert "Training loss over 3 epochs; 0.5000 after the last" in text_of(folder)
 
 
+@pytest.mark.parametrize("n_epochs", [1, 2, 3, 30])
+def test_epochs_are_counted_in_whole_numbers(n_epochs):
+    axes = loss_curve({"fine-tuning": [1.0] * n_epochs}).axes[0]
+    low, high = axes.get_xlim()
+    shown = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert shown and all(tick == round(tick) for tick in shown)
+
+
 def test_a_shorter_fine_tuning_replaces_a_longer_one(tmp_path):
     folder = run_folder(tmp_path, {**FINISHED, "finetune_epochs": 2}, n_epochs=4)
     assert "Training loss over 2 epochs; 0.5000 after the last" in text_of(folder)
