@@ -23,7 +23,7 @@ from agents.lanes import LANES, Recorder, Walkers, near
 from agents.replay import Policy
 from agents.surrogate import Surrogate, Usual
 from agents.training import make_learner, policy_of
-from autoprune.allocation import Budget, BudgetRange, spread
+from autoprune.allocation import Budget, BudgetRange, spread_to_learn
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import Walks, along
 
@@ -66,8 +66,8 @@ class Imagination(Walkers):
         self.generator = np.random.default_rng(0)
 
     def draw(self) -> list[Budget]:
-        """Spread evenly over the range."""
-        return spread(self.env.budget, self.num_envs, self.generator.random())
+        """Spread over the range."""
+        return spread_to_learn(self.env.budget, self.num_envs, self.generator.random())
 
     def judge(self) -> np.ndarray:
         """What the surrogate expects."""

@@ -8,7 +8,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.surrogate import Usual
-from autoprune.allocation import Allocation, Budget, BudgetRange, spread
+from autoprune.allocation import Allocation, Budget, BudgetRange, spread_to_learn
 from autoprune.config import SearchConfig
 from autoprune.runs import RunFolder
 from autoprune.scoring import Evaluation
@@ -144,9 +144,9 @@ class Recorder:
             self.on_episode(known)
 
     def budgets(self, n: int) -> list[Budget]:
-        """One budget a lane, spread evenly over the range if there is one; the same for the same seed and episode."""
+        """One budget a lane, spread over the range if there is one; the same for the same seed and episode."""
         offset = np.random.default_rng([self.config.seed, len(self.episodes)]).random()
-        return spread(self.env.budget, n, offset)
+        return spread_to_learn(self.env.budget, n, offset)
 
     def score(self, walks: Walks, budgets: Sequence[Budget], live: int) -> np.ndarray:
         """Rewards `(n_lanes,)` of finished walks; the first `live` ones are recorded."""

@@ -114,6 +114,11 @@ def spread(budget: Budget | BudgetRange, n: int, offset: float = 0.5) -> list[Bu
     return [budget.at((place + offset) / n) for place in range(n)]
 
 
+def spread_to_learn(budget: Budget | BudgetRange, n: int, offset: float) -> list[Budget]:
+    """As `spread`, but denser towards the range's ends, as Chebyshev's points: there one learns from one side only."""
+    return [budget.at((1 - math.cos(math.pi * (place + offset) / n)) / 2) for place in range(n)]
+
+
 def _number(text: str) -> float:
     if text.endswith("%"):
         return round(float(text[:-1]) / 100, 12)  # 99.9% is 0.999, not 0.9990000000000001

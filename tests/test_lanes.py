@@ -61,12 +61,17 @@ def test_exactly_the_asked_episodes_are_recorded_and_surplus_lanes_shadow_the_fi
     assert set(scored) <= {tuple(kept(episode)) for episode in lanes.recorder.episodes} | par
 
 
-@pytest.mark.parametrize("n", [1, 4, 10])
-def test_budgets_of_a_range_are_one_from_each_equal_part_of_it(n):
-    recorder = recorder_of(fake_env("wide", budget=RANGE))
-    shares = np.array([budget.share for budget in recorder.budgets(n)])
-    edges = np.linspace(0.3, 0.8, n + 1)
-    assert (edges[:-1] - 1e-4 <= shares).all() and (shares <= edges[1:] + 1e-4).all()
+def test_a_searchs_budgets_cover_their_range_and_lie_closest_at_its_ends():
+    def shares(seed: int) -> np.ndarray:
+        return np.array([budget.share for budget in recorder_of(fake_env("wide", budget=RANGE), seed=seed).budgets(10)])
+
+    drawn = np.array([shares(seed) for seed in range(60)])
+    assert drawn.min() >= 0.3 and drawn.max() <= 0.8 and (np.diff(drawn, axis=1) > 0).all()
+    assert drawn[:, 0].max() < 0.33 and drawn[:, -1].min() > 0.77
+    gaps = np.diff(drawn, axis=1).mean(0)
+    assert (np.diff(gaps[:5]) > 0).all() and np.allclose(gaps, gaps[::-1], atol=0.01)
+    tenths = np.histogram(drawn, np.linspace(0.3, 0.8, 11))[0] / drawn.size
+    assert tenths.min() > 0.05 and tenths[0] > 0.17 and tenths[-1] > 0.17
 
 
 def test_budgets_of_a_range_follow_from_seed_and_episode_alone():
