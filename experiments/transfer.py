@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from agents.finalists import Finalist, judge, own, rolled_out
+from agents.imitation import guided_measurements
 from agents.replay import Policy
 from agents.search import search
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
@@ -74,8 +75,11 @@ def searched(workspace: Workspace, env: LayerPruningEnv, cell: dict, args: argpa
     stem = "-".join(str(cell[name]) for name in KEY).replace("=", "-").replace("%", "").replace(", ", "-")
     folder = RunFolder(args.runs / stem)
     folder.root.mkdir(parents=True, exist_ok=True)
-    agent, episodes = Policy.load(args.policy).algorithm, EVALUATIONS - sensitivity_cost(workspace)
-    config = SearchConfig(args.budget, agent=agent, episodes=episodes, seed=cell["seed"], policy=str(args.policy))
+    start = Policy.load(args.policy)
+    # The last one is the policy's own allocation.
+    episodes = EVALUATIONS - sensitivity_cost(workspace) - guided_measurements(start, env) - 1
+    settings = {"agent": start.algorithm, "policy": str(args.policy), "seed": cell["seed"]}
+    config = SearchConfig(args.budget, episodes=episodes, **settings)
     result = search(env, config, folder)
     return figures(result.best, env) | {"evaluations": result.evaluations, "seconds": round(result.seconds, 1)}
 
