@@ -19,7 +19,6 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.imitation import begin_as
 from agents.lanes import LANES, Recorder, Walkers, near
 from agents.replay import Policy
 from agents.surrogate import Surrogate, Usual
@@ -104,8 +103,6 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
     n_steps = len(recorder.env.groups)
     imagination = Imagination(recorder.env, IMAGINED)
     learner = make_learner("dyna", imagination, n_steps, recorder.config.seed, log, start)
-    if start is not None:
-        begin_as(start, learner, recorder.env, recorder.config.seed)
     recorder.expected = imagination.expected
     while recorder.remaining:
         budgets = recorder.budgets(min(LANES, recorder.remaining))

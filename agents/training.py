@@ -20,7 +20,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from agents.checkpoint import restore_learner, save_learner
-from agents.imitation import begin_as
 from agents.lanes import LANES, START_STD, Lanes, Recorder
 from agents.replay import ALGORITHMS, Policy
 
@@ -214,8 +213,6 @@ def train(
     config, n_steps = recorder.config, len(recorder.env.groups)
     lanes = Lanes(recorder, min(LANES, config.episodes))
     learner = make_learner(name, lanes, n_steps, config.seed, log, start)
-    if start is not None:
-        begin_as(start, learner, recorder.env, config.seed)
     done = restore_learner(learner, checkpoint) if checkpoint is not None and checkpoint.exists() else 0
     recorder.resume_at(done)
     if recorder.remaining:

@@ -15,7 +15,6 @@ from collections import defaultdict
 from pathlib import Path
 
 from agents.finalists import Finalist, judge, own, rolled_out
-from agents.imitation import guided_measurements
 from agents.replay import Policy
 from agents.search import search
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
@@ -75,11 +74,8 @@ def searched(workspace: Workspace, env: LayerPruningEnv, cell: dict, args: argpa
     stem = "-".join(str(cell[name]) for name in KEY).replace("=", "-").replace("%", "").replace(", ", "-")
     folder = RunFolder(args.runs / stem)
     folder.root.mkdir(parents=True, exist_ok=True)
-    start = Policy.load(args.policy)
-    # The last one is the policy's own allocation.
-    episodes = EVALUATIONS - sensitivity_cost(workspace) - guided_measurements(start, env) - 1
-    settings = {"agent": start.algorithm, "policy": str(args.policy), "seed": cell["seed"]}
-    config = SearchConfig(args.budget, episodes=episodes, **settings)
+    agent, episodes = Policy.load(args.policy).algorithm, EVALUATIONS - sensitivity_cost(workspace)
+    config = SearchConfig(args.budget, agent=agent, episodes=episodes, seed=cell["seed"], policy=str(args.policy))
     result = search(env, config, folder)
     return figures(result.best, env) | {"evaluations": result.evaluations, "seconds": round(result.seconds, 1)}
 

@@ -3,13 +3,22 @@
 import gymnasium
 import numpy as np
 import pytest
-from toys import HARMS, additive_env, digits_env, fake_env, some_policy, target_env, traced
+from toys import digits_env, fake_env, some_policy, target_env, traced
 
 from agents.replay import FAMILIAR, Policy, acting, replay
 from agents.search import search
 from autoprune.config import SearchConfig
+from envs.guide import POWER
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import Walks, uniformly
+
+HARMS = np.array([0.1, 3.0, 0.02, 1.0, 0.3])
+
+
+def additive_env(harms: np.ndarray = HARMS, budget: str = "macs=50%") -> LayerPruningEnv:
+    """Damage adds up over the five groups of a chain."""
+    dense = fake_env("wide").space.costs.dense
+    return fake_env("wide", lambda kept: float((harms * (dense / kept - 1) ** POWER).sum()), budget=budget)
 
 
 def guided(env: LayerPruningEnv, budgets=None) -> Walks:

@@ -23,11 +23,9 @@ from autoprune.models import build, conv_bn
 from autoprune.proxy import ProxyAccuracy
 from autoprune.scoring import Evaluation
 from autoprune.tracing import trace
-from envs.guide import POWER
 from envs.layer_pruning import LayerPruningEnv
 
 Loss = Callable[[np.ndarray], float]
-HARMS = np.array([0.1, 3.0, 0.02, 1.0, 0.3])
 
 
 @dataclass
@@ -125,12 +123,6 @@ def target_env(name: str = "chain", budget: str = "macs=50%", scale: float = 20.
         return scale * float((((kept - best) / space.costs.dense) ** 2).mean())
 
     return fake_env(name, loss, budget=budget, **options)
-
-
-def additive_env(harms: np.ndarray = HARMS, budget: str = "macs=50%") -> LayerPruningEnv:
-    """Damage adds up over the five groups of a chain."""
-    dense = fake_env("wide").space.costs.dense
-    return fake_env("wide", lambda kept: float((harms * (dense / kept - 1) ** POWER).sum()), budget=budget)
 
 
 @functools.cache
