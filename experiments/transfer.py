@@ -74,7 +74,8 @@ def searched(workspace: Workspace, env: LayerPruningEnv, cell: dict, args: argpa
     stem = "-".join(str(cell[name]) for name in KEY).replace("=", "-").replace("%", "").replace(", ", "-")
     folder = RunFolder(args.runs / stem)
     folder.root.mkdir(parents=True, exist_ok=True)
-    agent, episodes = Policy.load(args.policy).algorithm, EVALUATIONS - sensitivity_cost(workspace)
+    agent = Policy.load(args.policy).algorithm
+    episodes = EVALUATIONS - sensitivity_cost(workspace) - 1  # the last one is the policy's own allocation
     config = SearchConfig(args.budget, agent=agent, episodes=episodes, seed=cell["seed"], policy=str(args.policy))
     result = search(env, config, folder)
     return figures(result.best, env) | {"evaluations": result.evaluations, "seconds": round(result.seconds, 1)}
