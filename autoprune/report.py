@@ -53,6 +53,7 @@ def write_report(folder: RunFolder) -> Path:
         finalists=_finalist_rows(results),
         n_episodes=len(rewards),
         figures=_figures(results, pareto, rewards, trainings),
+        rivals=_rivals(results),
         config=yaml.safe_dump(folder.read_config(), sort_keys=False, allow_unicode=True),
     )
     write_text(folder.report, html)
@@ -220,6 +221,12 @@ def _pareto_figure(pareto: dict, results: dict) -> str:
     return render_svg(pareto_front(front, uniform, metric, chosen), "pareto", title)
 
 
+def _rivals(results: dict) -> dict[str, float]:
+    """The best reward of every baseline that has one: what is drawn beside the search."""
+    baselines = results.get("baselines", {})
+    return {name: entry["reward"] for name, entry in baselines.items() if entry.get("reward") is not None}
+
+
 def _figures(
     results: dict, pareto: dict | None, rewards: dict[int, float], trainings: dict[str, list[float]]
 ) -> dict[str, str]:
@@ -231,13 +238,8 @@ def _figures(
         figures["reward"] = render_svg(reward_curve(rewards, {}, comparable=False), "reward", title)
     elif len(rewards) > 1:
         best = max(rewards, key=rewards.get)
-        rivals = {
-            name: entry["reward"]
-            for name, entry in results.get("baselines", {}).items()
-            if entry.get("reward") is not None
-        }
         title = f"Reward of {_plural(len(rewards), 'episode')}; the best, {_score(rewards[best])}, in episode {best}"
-        figures["reward"] = render_svg(reward_curve(rewards, rivals), "reward", title)
+        figures["reward"] = render_svg(reward_curve(rewards, _rivals(results)), "reward", title)
     if results.get("groups"):
         columns = ([group[key] for group in results["groups"]] for key in ("name", "channels", "kept"))
         counted = results.get("counted", "channels")

@@ -61,6 +61,14 @@ def test_exactly_the_asked_episodes_are_recorded_and_surplus_lanes_shadow_the_fi
     assert set(scored) <= {tuple(kept(episode)) for episode in lanes.recorder.episodes} | par
 
 
+@pytest.mark.parametrize("n", [1, 4, 10])
+def test_budgets_of_a_range_are_one_from_each_equal_part_of_a_half_circle_over_it(n):
+    recorder = recorder_of(fake_env("wide", budget=RANGE))
+    shares = np.array([budget.share for budget in recorder.budgets(n)])
+    edges = 0.55 - 0.25 * np.cos(np.linspace(0, np.pi, n + 1))
+    assert (edges[:-1] - 1e-4 <= shares).all() and (shares <= edges[1:] + 1e-4).all()
+
+
 def test_a_searchs_budgets_cover_their_range_and_lie_closest_at_its_ends():
     def shares(seed: int) -> np.ndarray:
         return np.array([budget.share for budget in recorder_of(fake_env("wide", budget=RANGE), seed=seed).budgets(10)])

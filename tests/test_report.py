@@ -197,10 +197,10 @@ def test_trainings_follow_each_other_under_their_names(tmp_path):
     assert "Training loss over 3 epochs; 0.5000 after the last" in text_of(folder)
 
 
-@pytest.mark.parametrize("baselines", [{}, FINISHED["baselines"]])
+@pytest.mark.parametrize("baselines", [{}, {"uniform": {"reward": None, "evaluations": 1}}, FINISHED["baselines"]])
 def test_dashed_lines_are_explained_where_there_are_some(baselines, tmp_path):
     text = text_of(run_folder(tmp_path, FINISHED | {"baselines": baselines}, n_episodes=3))
-    assert "Reward of every episode" in text and ("Dashed lines" in text) == bool(baselines)
+    assert "Reward of every episode" in text and ("Dashed lines" in text) == ("sensitivity" in baselines)
 
 
 @pytest.mark.parametrize("n_epochs", [1, 2, 3, 30])
