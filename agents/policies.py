@@ -49,6 +49,11 @@ def find_policy(text: str, flag: str = "--policy") -> Path:
     )
 
 
+def agent_of(text: str, copy: Path | None = None) -> str:
+    """The agent that trained a policy; arguments and errors as for `starting_policy`."""
+    return describe_policy(copy if _is_there(copy) else find_policy(text), "--policy")["algorithm"]
+
+
 def starting_policy(agent: str, text: str, copy: Path | None = None) -> Policy | None:
     """The policy from which an agent starts; None for no text.
 
@@ -65,7 +70,7 @@ def starting_policy(agent: str, text: str, copy: Path | None = None) -> Policy |
         return None
     if agent not in ALGORITHMS:
         raise UserError(f"--policy: {agent} learns no policy to start from one; use --agent {', '.join(ALGORITHMS)}")
-    if copy is not None and (copy / "policy.json").is_file():
+    if _is_there(copy):
         return Policy.load(copy, "--policy")
     policy = Policy.load(find_policy(text), "--policy")
     fitting = [name for name in ALGORITHMS if _shared(name) == _shared(policy.algorithm)]
@@ -77,6 +82,10 @@ def starting_policy(agent: str, text: str, copy: Path | None = None) -> Policy |
     if copy is not None:
         policy.save(copy)
     return policy
+
+
+def _is_there(copy: Path | None) -> bool:
+    return copy is not None and (copy / "policy.json").is_file()
 
 
 def _shared(algorithm: str) -> str:

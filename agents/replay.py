@@ -17,7 +17,7 @@ from autoprune.allocation import Allocation, Budget
 from autoprune.errors import UserError, missing_package
 from autoprune.runs import write_atomically, write_json
 from envs.layer_pruning import LayerPruningEnv
-from envs.observation import FEATURES, OBSERVATION_SPACE, Observer
+from envs.observation import FEATURES, N_STATIC, OBSERVATION_SPACE, Observer
 from envs.walks import Walks
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"dyna": PPO, "ppo": PPO, "sac": SAC, "td3": TD3, "ddpg": DDPG}
@@ -100,11 +100,18 @@ class Policy:
             policy_class = ALGORITHMS[algorithm].policy_aliases["MlpPolicy"]
             network = policy_class(OBSERVATION_SPACE, action_space, lambda _: 0.0, **kwargs)
             network.load_state_dict(load_file(folder / "policy.safetensors"))
-            kinds = np.array(description["kinds"]) if "kinds" in description else None
+            kinds = _kinds(description["kinds"]) if "kinds" in description else None
         except Exception as error:  # a damaged file can fail in any of these steps
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(f"{flag}: the policy in {str(folder)!r} is damaged ({reason}); search anew") from error
         return cls(algorithm, network, kwargs, kinds)
+
+
+def _kinds(rows: list[list[float]]) -> np.ndarray:
+    kinds = np.array(rows, float)
+    if kinds.shape[1:] != (N_STATIC,):
+        raise ValueError(f"kinds of shape {kinds.shape}, not (n_groups, {N_STATIC})")
+    return kinds
 
 
 def describe_policy(folder: Path, flag: str = "RUN") -> dict:
@@ -115,14 +122,14 @@ def describe_policy(folder: Path, flag: str = "RUN") -> dict:
         raise UserError(f"{flag}: no policy in {str(folder)!r}; baselines learn none, search with --agent {learners}")
     try:
         description = json.loads(path.read_text())
-        features = description["features"]
+        features, algorithm = description["features"], description["algorithm"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{flag}: {str(path)!r} is damaged ({error!r}); search anew") from error
     if features != _feature_names():
         raise UserError(
             f"{flag}: the policy in {str(folder)!r} was trained on other observations; train it with this version"
         )
-    check_installed(description.get("algorithm"), flag)
+    check_installed(algorithm, flag)
     return description
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from jsonargparse import Namespace
 
-from autoprune.config import NetworkConfig, OutputConfig, Settings, TraceConfig
+from autoprune.config import NetworkConfig, OutputConfig, SearchConfig, Settings, TraceConfig
 from autoprune.errors import ExportError, UserError
 from autoprune.methods import method_named, methods_table
 from autoprune.options import (
@@ -53,14 +53,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> Namespace:
-    """The options; with a `--method` read once more, with its defaults."""
+    """The options; with a `--method` or a `--policy` read once more, with the defaults that follow from it."""
     options = build_parser().parse_args(arguments)
-    name = options[options.subcommand].get("method")
-    return build_parser(method_named(name).options).parse_args(arguments) if name else options
+    defaults = _implied(options[options.subcommand])
+    return build_parser(defaults).parse_args(arguments) if defaults else options
+
+
+def _implied(options: Namespace) -> dict[str, object]:
+    """Defaults that follow from what is given: those of a method; else a policy is gone on with by its own agent."""
+    if options.get("method"):
+        return dict(method_named(options.method).options)
+    if options.get("policy") and options.get("agent") == SearchConfig.agent:
+        from agents.policies import agent_of
+        from autoprune.runs import RunFolder
+
+        is_resumed = options.resume and options.out
+        return {"agent": agent_of(options.policy, RunFolder(Path(options.out)).start if is_resumed else None)}
+    return {}
 
 
 def build_parser(defaults: Mapping[str, object] = MappingProxyType({})) -> Parser:
-    """The parser of all commands; `defaults` are those of a method, for the commands that take one."""
+    """The parser of all commands; `defaults` follow from a method or a policy, for the commands that take one."""
     parser = Parser(
         prog="autoprune", description="Prune a trained PyTorch vision network: an agent finds how much where."
     )

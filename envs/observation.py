@@ -40,11 +40,19 @@ class State:
 
 @dataclass(frozen=True)
 class Feature:
-    """One number of the observation, within [0, 1]: the same in all lanes, or `(n_lanes,)`."""
+    """One number of the observation, within [0, 1]: the same in all lanes, or `(n_lanes,)`.
+
+    Attributes:
+        name: What a policy's file calls it.
+        meaning: What it says, and in which units.
+        value: How it is computed.
+        is_static: Whether it is a matter of the group alone, whatever has been decided.
+    """
 
     name: str
     meaning: str
     value: Callable[["Observer", State], float | np.ndarray]
+    is_static: bool = False
 
 
 class Observer:
@@ -143,7 +151,7 @@ def _with_rest(state: State, counts: np.ndarray) -> np.ndarray:
 
 
 def _static(name: str, meaning: str) -> Feature:
-    return Feature(name, meaning, lambda observer, state: observer.static[name][state.index])
+    return Feature(name, meaning, lambda observer, state: observer.static[name][state.index], is_static=True)
 
 
 FEATURES: tuple[Feature, ...] = (
@@ -172,6 +180,8 @@ FEATURES: tuple[Feature, ...] = (
     ),
 )
 
+N_STATIC = sum(feature.is_static for feature in FEATURES)
+"""Features that never change."""
 OBSERVATION_SPACE = spaces.Box(0.0, 1.0, (len(FEATURES),), np.float32)
 
 

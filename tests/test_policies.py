@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def test_a_run_of_a_baseline_has_no_policy(home, tmp_path):
         starting_policy("ppo", str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["cut", "no weights", "json", "features"])
+@pytest.mark.parametrize("damage", ["cut", "no weights", "json", "features", "algorithm", "kinds"])
 def test_a_damaged_policy_is_refused_in_one_line(damage, home):
     weights, description = (home / "resnets" / f"policy.{end}" for end in ("safetensors", "json"))
     if damage == "cut":
@@ -101,7 +102,8 @@ def test_a_damaged_policy_is_refused_in_one_line(damage, home):
     elif damage == "json":
         description.write_text("{")
     else:
-        description.write_text(json.dumps(json.loads(description.read_text()) | {"features": ["colour"]}))
+        wrong = {"features": ["colour"], "algorithm": "guesswork", "kinds": [[0.5, 0.5]]}[damage]
+        description.write_text(json.dumps(json.loads(description.read_text()) | {damage: wrong}))
     message = (
         "was trained on other observations; train it" if damage == "features" else r"is damaged \(.*\); search anew"
     )
@@ -232,6 +234,19 @@ def test_a_search_is_refused_for_another_algorithm_before_anything_is_written(ru
     line = failure(capsys, "search", *FAST, "--agent", "sac", "--policy", str(run), "--out", str(tmp_path / "run"))
     assert "was trained by dyna and can't start sac; use --agent dyna or ppo" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", [[], ["--config", "agent.yaml"], ["--agent", "dyna"]])
+def test_the_agent_follows_from_the_policy_unless_one_is_given(home, method, capsys):
+    Path("agent.yaml").write_text("agent: dyna\n")
+    arguments = ["search", *FAST, "--policy", "vggs", *method, "--out", "run"]
+    if method:
+        assert "'vggs' was trained by sac and can't start dyna; use --agent sac" in failure(capsys, *arguments)
+    else:
+        assert main(arguments) == 0
+        shutil.rmtree(home / "vggs")
+        assert main([*arguments, "--resume"]) == 0, "the run has a copy of it"
+        assert json.loads(Path("run/policy/policy.json").read_text())["algorithm"] == "sac"
 
 
 def test_a_policy_acts_the_same_by_name_run_and_folder(home, run, tmp_path):
