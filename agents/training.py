@@ -23,13 +23,9 @@ from agents.checkpoint import restore_learner, save_learner
 from agents.lanes import LANES, START_STD, Lanes, Recorder
 from agents.replay import ALGORITHMS, Policy
 
-SPREAD_OF_START = {"ppo": START_STD / 2, "dyna": START_STD}
-"""Spread with which a trained policy begins. The whole of the usual one would bury what PPO knows; Dyna's proposals are
-chosen among, and with half of it they stay too near to what the policy did elsewhere."""
-
 
 def hyperparameters(name: str) -> dict:
-    """The settings of an algorithm, from `agents/hyperparameters/NAME.yaml`."""
+    """The settings of an algorithm, from `agents/hyperparameters/NAME.yaml`; `from_a_policy` says what differs then."""
     return yaml.safe_load((Path(__file__).parent / "hyperparameters" / f"{name}.yaml").read_text())
 
 
@@ -47,10 +43,10 @@ def make_learner(
         start: A trained policy of the same class.
     """
     settings = hyperparameters(name)
-    rate_from_start = settings.pop("learning_rate_from_start", None)
+    differences = settings.pop("from_a_policy", {})
     if start is not None:
         settings["policy_kwargs"] = start.policy_kwargs
-        settings["learning_rate"] = rate_from_start or settings["learning_rate"]
+        settings["learning_rate"] = differences.get("learning_rate", settings["learning_rate"])
     updates = settings.pop("updates_per_step", None)
     std, actor_rate = settings.pop("exploration_std", None), settings.pop("actor_learning_rate", None)
     settings.pop("last_exploration_std", None)
@@ -69,7 +65,7 @@ def make_learner(
     if start is None:
         _start_at_uniform(learner)
     else:
-        _start_from(name, learner, start)
+        _start_from(start, learner, differences)
     if actor_rate is not None:
         _set_actor_rate(learner, actor_rate)
     return learner
@@ -96,18 +92,14 @@ def _start_at_uniform(learner: BaseAlgorithm) -> None:
         target.load_state_dict(actor.state_dict())
 
 
-def _start_from(name: str, learner: BaseAlgorithm, start: Policy) -> None:
-    """Takes a policy over, but for a spread that is next to nothing after training, and PPO's critic.
-
-    Off-policy critics learn anew fast, from everything that was walked. PPO's advantages are distances from what its
-    critic expects, and for ten episodes on another network a critic of the old one is noise.
-    """
-    own, taken = learner.policy.state_dict(), start.network.state_dict()
-    if name == "ppo":
+def _start_from(start: Policy, learner: BaseAlgorithm, differences: dict) -> None:
+    """Takes a policy over, critics included, but for what the algorithm's settings want to be different."""
+    taken, own = start.network.state_dict(), learner.policy.state_dict()
+    if not differences.get("keeps_critic", True):
         taken |= {key: value for key, value in own.items() if "value_net" in key}
     learner.policy.load_state_dict(taken)
-    if name in SPREAD_OF_START:
-        learner.policy.log_std.data.fill_(math.log(SPREAD_OF_START[name]))
+    if "spread" in differences:
+        learner.policy.log_std.data.fill_(math.log(differences["spread"]))
 
 
 def _set_actor_rate(learner: BaseAlgorithm, rate: float) -> None:
