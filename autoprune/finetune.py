@@ -5,7 +5,6 @@ Methods that train differently (sparse training, masks, compactors) don't bring 
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from autoprune.config import FinetuneConfig
 from autoprune.data import Images, batches, seeded
 from autoprune.errors import UserError
+from autoprune.precision import training_autocast
 from autoprune.runs import write_state
 
 EpochCallback = Callable[[int, float], None]
@@ -49,17 +49,6 @@ class Plug:
 
     def load_state_dict(self, state: dict) -> None:
         """Takes over what `state_dict` gave."""
-
-
-def autocast(bf16: str = "auto") -> AbstractContextManager:
-    """bfloat16 autocast on the CPU: where it is fast ("auto"), always ("on") or never ("off")."""
-    fast = bf16 == "on" or (bf16 == "auto" and has_fast_bf16())
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
-
-
-def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is emulated and slower than float32."""
-    return torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def finetune(
@@ -118,7 +107,7 @@ def _one_epoch(model, epoch_batches, optimizer, schedule, loss_of, config: Finet
     for inputs, labels in epoch_batches:
         step = schedule.last_epoch
         plug.before_forward(model, step)
-        with autocast(config.bf16):
+        with training_autocast(config.bf16):
             loss = loss_of(model, inputs, labels)
         optimizer.zero_grad()
         loss.backward()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.data import Images
-from autoprune.finetune import autocast
+from autoprune.precision import autocast
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 

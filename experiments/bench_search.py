@@ -34,8 +34,8 @@ from autoprune.allocation import Budget, SearchSpace
 from autoprune.config import DataConfig, NetworkConfig, Settings
 from autoprune.console import say
 from autoprune.cost import CostTable
-from autoprune.finetune import autocast
 from autoprune.groups import Groups
+from autoprune.precision import autocast
 from autoprune.proxy import ProxyAccuracy, available_cores, one_thread_each
 from autoprune.pruning import Slicer, top_channels
 from autoprune.workspace import Workspace

@@ -38,7 +38,8 @@ from torch.nn import functional as F
 from autoprune.allocation import Budget, SearchSpace
 from autoprune.config import DataConfig, FinetuneConfig, NetworkConfig, SearchConfig, Settings
 from autoprune.data import Images, batches
-from autoprune.finetune import autocast, finetune
+from autoprune.finetune import finetune
+from autoprune.precision import autocast
 from autoprune.pruning import Slicer, prune, top_channels
 from autoprune.scoring import in_eval_mode, on_batch_statistics, recalibrate
 from autoprune.workspace import Workspace

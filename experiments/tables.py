@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autoprune.finetune import has_fast_bf16
+from autoprune.precision import has_fast_bf16
 from autoprune.proxy import available_cores
 from autoprune.runs import write_text
 
