@@ -260,9 +260,11 @@ class ProxyConfig:
     images, in a pass of their own)."""
     recalibration_images: int = 250
     """Images of the calibration split for --proxy.statistics calibration."""
-    reconstruct: bool = False
-    """Solve the weights of pruned layers anew, so that they reproduce the dense network's outputs as well as the kept
-    channels can; the pruned network starts fine-tuning from them if that makes it better."""
+    reconstruct: str = "auto"
+    """Whether weights of pruned layers are solved anew, so that they reproduce the dense network's outputs as well as
+    the kept channels can: "off"; "on": for every candidate, and the pruned network starts fine-tuning from them if
+    that makes it better; "auto": the latter, and for candidates where uniform pruning to the budget leaves a network
+    worse than a guess, since there the losses of networks that are only sliced rank nothing."""
     temperature: float = 0.0
     """0 keeps the most important channels; above 0 they are sampled, the more evenly the higher."""
     sub_models: int = 1
@@ -280,6 +282,7 @@ class ProxyConfig:
         )
         _check_choice(self, "loss", "cross_entropy", "kl", stage="proxy")
         _check_choice(self, "statistics", "batch", "calibration", stage="proxy")
+        _check_choice(self, "reconstruct", "auto", "on", "off", stage="proxy")
         _check_range(self, 0, float("inf"), "temperature", stage="proxy")
         _check_choice(self, "bf16", "auto", "on", "off", stage="proxy")
 

@@ -113,7 +113,7 @@ METHODS: dict[str, Method] = {
     "eagleeye": Method(
         "pipeline", "channel", "Li et al. 2020, ECCV", {"agent": "eagleeye", "proxy.statistics": "calibration"}
     ),
-    "amc": _search("He et al. 2018, ECCV", agent="ddpg", reward="amc", **{"proxy.reconstruct": True}),
+    "amc": _search("He et al. 2018, ECCV", agent="ddpg", reward="amc", **{"proxy.reconstruct": "on"}),
     "dyna": _search("this project; Sutton 1991 for the idea", agent="dyna"),
     "ppo": _search("Schulman et al. 2017, arXiv 1707.06347", agent="ppo"),
     "sac": _search("Haarnoja et al. 2018, ICML", agent="sac"),

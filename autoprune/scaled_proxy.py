@@ -51,6 +51,11 @@ class ScaledProxy:
         """The proxy score of an allocation."""
         return self.score_all([kept])[0]
 
+    def suited_to(self, kept: Mapping[str, int]) -> "ScaledProxy":
+        """This proxy. Under `--proxy.reconstruct auto` candidates aren't reconstructed here: each depth and size would
+        need moments of its own, which costs more than scoring the handful of candidates that has it."""
+        return self
+
     def score_all(self, allocations: Sequence[Mapping[str, int]], block: int = 0) -> list[Evaluation]:
         """As in `ProxyAccuracy`."""
         fresh = {self._key(kept): kept for kept in allocations if self._key(kept) not in self._cache}

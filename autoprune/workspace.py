@@ -143,8 +143,8 @@ class Workspace:
 
     @cached_property
     def reconstruction(self) -> Reconstruction | None:
-        """What weights of pruned layers are solved with, if the settings ask for it."""
-        if not self.settings.proxy.reconstruct:
+        """What weights of pruned layers are solved with; None where the settings forbid it."""
+        if self.settings.proxy.reconstruct == "off":
             return None
         return Reconstruction(self.model, self.groups, self.splits.calibration.inputs)
 
@@ -171,8 +171,8 @@ class Workspace:
         """A fresh proxy with an empty cache; `blocks` as for `ProxyAccuracy`."""
         if self.scaling:
             return ScaledProxy(self.scaling, lambda kept, blocks: self.at(kept).proxy(blocks), self.splits.proxy)
-        config, solved = self.settings.proxy, self.reconstruction
-        return ProxyAccuracy(self.model, self.groups, self.importance, self.splits, config, solved, self.dense, blocks)
+        config, solve = self.settings.proxy, lambda: self.reconstruction
+        return ProxyAccuracy(self.model, self.groups, self.importance, self.splits, config, solve, self.dense, blocks)
 
 
 def _weights_file(model: str, weights: str, data: str) -> Path | None:

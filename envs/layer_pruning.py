@@ -101,7 +101,6 @@ class LayerPruningEnv(gymnasium.Env):
             raise UserError("proxy: the environment needs a ProxyAccuracy of the network to score allocations")
         self.groups = trace(model, proxy.example) if groups is None else groups
         _check_network(model, self.groups, proxy)
-        self.proxy = proxy
         self.budget = parse_budget(budget)
         self.reward = reward_named(reward)
         self.accuracy_floor = accuracy_floor
@@ -109,10 +108,12 @@ class LayerPruningEnv(gymnasium.Env):
         costs = costs or CostTable(self.groups)
         self.space = SearchSpace(costs, self.budget.metric, round_to, max_sparsity, min_width)
         self._macs_dense = self.space.costs.macs(self.space.costs.dense)
-        self.observer = Observer(self.groups, self.space, proxy)
+        tightest = self.space.uniform(self.target_of(self.budget.at(0)))
+        self.proxy = proxy.suited_to(self.counts(tightest))
+        self.observer = Observer(self.groups, self.space, self.proxy)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.observation_space = OBSERVATION_SPACE
-        self._start(self.budget.at(0))  # the tightest of a range, which has to be within reach as well
+        self._start(self.budget.at(0))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Starts an episode; `options={"budget": ...}` sets its target, else a range is drawn from."""

@@ -3,8 +3,9 @@
     python experiments/after_finetuning.py --model resnet20 --weights FILE --budgets macs=50% macs=30% --seeds 0 1 2
     python experiments/after_finetuning.py --model resnet20 --summary
 
-Every network is pruned (L1; Torch-Pruning by its own criterion), recalibrated and fine-tuned alike: annealed epochs
-over all 45,000 training images with distillation, the last epoch counts, the test split is read once, after it. A seed
+Every network is pruned as `autoprune prune` does it (L1, reconstructed weights where they help; Torch-Pruning by its
+own criterion, its weights as they are), recalibrated and fine-tuned alike: annealed epochs over all 45,000 training
+images with distillation, the last epoch counts, the test split is read once, after it. A seed
 stands for the search and for the order of fine-tuning. The agent has as many evaluations as random search, of which
 measuring sensitivity is a part.
 
@@ -32,7 +33,7 @@ from agents.search import search
 from autoprune.allocation import Allocation, Budget
 from autoprune.config import DataConfig, FinetuneConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
 from autoprune.finetune import finetune
-from autoprune.pruning import prune, top_channels
+from autoprune.removal import sliced
 from autoprune.runs import RunFolder, write_json
 from autoprune.scoring import accuracy, recalibrate
 from autoprune.workspace import Workspace
@@ -88,10 +89,10 @@ def measure(workspace: Workspace, cell: dict, args: argparse.Namespace) -> dict:
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     if cell["method"] == TORCH_PRUNING:
         pruned = pruned_globally(workspace, Budget.parse(cell["budget"]))
+        recalibrate(pruned, splits.calibration.inputs)
     else:
         allocation = allocated(workspace, cell, args.evaluations, folder)
-        pruned = prune(workspace.model, workspace.groups, top_channels(workspace.importance, allocation.kept))
-    recalibrate(pruned, splits.calibration.inputs)
+        pruned = sliced(workspace, allocation.kept)
     before, macs = accuracy(pruned, splits.selection), macs_of(pruned, splits.example)
     config, checkpoint = FinetuneConfig(epochs=args.epochs), folder.finetune_checkpoint
     finetune(pruned, splits.train, config, cell["seed"], workspace.model, checkpoint)

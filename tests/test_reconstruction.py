@@ -4,6 +4,7 @@ import copy
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from nets import CLASSES, NETS, RGB, build, difference, images, outputs, pooled, random_kept, randomise, tensors
@@ -15,7 +16,7 @@ from toys import digits, digits_proxy
 from autoprune import reconstruction, removal
 from autoprune.allocation import Allocation
 from autoprune.attention import open_attention
-from autoprune.config import ProxyConfig
+from autoprune.config import ProxyConfig, Settings
 from autoprune.criteria import importance
 from autoprune.errors import UserError
 from autoprune.proxy import ProxyAccuracy
@@ -23,6 +24,8 @@ from autoprune.pruning import Slicer, prune, top_channels
 from autoprune.reconstruction import Reconstruction
 from autoprune.scoring import Evaluation, recalibrate, score
 from autoprune.tracing import trace
+from autoprune.workspace import Workspace
+from envs.layer_pruning import LayerPruningEnv
 
 ALL = 10_000
 """More patches than any layer here reads."""
@@ -351,7 +354,7 @@ def halves() -> dict[str, int]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_proxy_scores_reconstructed_networks_if_asked(workers):
     model, groups, splits = digits()
-    config = ProxyConfig(reconstruct=True, bf16="off", workers=workers, statistics="calibration")
+    config = ProxyConfig(reconstruct="on", bf16="off", workers=workers, statistics="calibration")
     proxy = ProxyAccuracy(model, groups, importance("l1", model, groups, splits.train), splits, config)
     _, solved, _ = solved_digits(halves())
     (selection,) = proxy.select_all([halves()])
@@ -374,3 +377,49 @@ def test_the_pruned_network_starts_from_solved_weights_only_where_they_help(help
     assert score(solved, splits.proxy).loss < score(sliced, splits.proxy).loss
     expected = solved if helps else sliced
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), expected.parameters(), strict=True))
+
+
+def auto_proxy(reconstruct: str = "auto", **options) -> ProxyAccuracy:
+    model, groups, splits = digits()
+    config = ProxyConfig(reconstruct=reconstruct, bf16="off", workers=1, images=60, **options)
+    return ProxyAccuracy(model, groups, importance("l1", model, groups, splits.train), splits, config)
+
+
+def twos() -> dict[str, int]:
+    """So little that the network is worse than a guess."""
+    return dict.fromkeys(digits()[1].channels, 2)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_auto_reconstructs_where_the_budget_leaves_a_network_worse_than_a_guess(loss):
+    proxy, always = auto_proxy(loss=loss), auto_proxy("on", loss=loss)
+    before = (proxy(twos()), proxy.sensitivity.copy())
+    lost = proxy.suited_to(twos())
+    assert lost.evaluations == 0 and lost.suited_to(twos()) is lost
+    assert lost(twos()) == always(twos()) != before[0]
+    assert np.array_equal(lost.sensitivity, always.sensitivity) and not np.array_equal(lost.sensitivity, before[1])
+    assert (proxy(twos()), proxy.evaluations) == (before[0], 1), "what it was asked of stays as it was"
+    assert proxy.suited_to(halves()) is proxy, "half of the digits network still knows something"
+
+
+@pytest.mark.parametrize("reconstruct", ["on", "off"])
+def test_a_decided_proxy_suits_every_budget(reconstruct):
+    proxy = auto_proxy(reconstruct)
+    assert proxy.suited_to(twos()) is proxy
+
+
+@pytest.mark.parametrize(
+    ("budget", "is_lost"), [("params=12%", True), ("params=60%", False), ("params=12%..90%", True)]
+)
+def test_an_environment_judges_by_what_its_tightest_budget_leaves(budget, is_lost):
+    model, groups, _ = digits()
+    env, sliced = LayerPruningEnv(model, groups, auto_proxy(), budget), auto_proxy()
+    counts = env.counts(env.space.uniform(env.target))
+    assert (env.proxy(counts) != sliced(counts)) == is_lost
+    assert env.observer.proxy is env.proxy
+
+
+@pytest.mark.parametrize(("reconstruct", "has_one"), [("auto", True), ("on", True), ("off", False)])
+def test_the_settings_say_whether_the_pruned_network_may_start_from_solved_weights(reconstruct, has_one):
+    workspace = Workspace(Settings(proxy=ProxyConfig(reconstruct=reconstruct)))
+    assert (workspace.reconstruction is not None) == has_one

@@ -60,6 +60,9 @@ class FakeProxy:
     def __call__(self, kept: Mapping[str, int]) -> Evaluation:
         return self.score_all([kept])[0]
 
+    def suited_to(self, kept: Mapping[str, int]) -> "FakeProxy":
+        return self
+
     def score_all(self, allocations: Sequence[Mapping[str, int]], block: int = 0) -> list[Evaluation]:
         for kept in allocations:
             key = tuple(kept[name] for name in self.groups.channels)
