@@ -81,7 +81,7 @@ def finetune(
     epochs = config.epochs_for(len(images))
     n_steps = epochs * config.steps_per_epoch(len(images))
     groups, accelerated = plug.parameter_groups(model, config), config.momentum > 0
-    optimizer = torch.optim.SGD(groups, config.lr, config.momentum, nesterov=accelerated)
+    optimizer = torch.optim.SGD(groups, config.lr_for(n_steps), config.momentum, nesterov=accelerated)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _annealing(n_steps, config.warmup))
     loss_of = _distilled(config, teacher) if teacher is not None and config.distillation > 0 else _plain
     trained = _resume(checkpoint, model, optimizer, schedule, plug)
@@ -163,7 +163,7 @@ def pull_for(total: float, momentum: float, config: FinetuneConfig, n_steps: int
     Over all steps of a training, or over those from one on.
     """
     factor = _annealing(n_steps, config.warmup)
-    rate = config.lr * sum(factor(step) for step in range(since, n_steps))
+    rate = config.lr_for(n_steps) * sum(factor(step) for step in range(since, n_steps))
     return total * (1 - momentum) / max(rate, 1e-12)
 
 

@@ -125,3 +125,17 @@ def test_by_default_small_datasets_are_passed_over_more_often(n_images, epochs):
     config = FinetuneConfig()
     assert config.epochs_for(n_images) == epochs
     assert replace(config, epochs=3).epochs_for(n_images) == 3
+
+
+@pytest.mark.parametrize(("lr", "n_steps", "expected"), [(None, 1500, 0.05), (None, 10**6, 0.05), (0.3, 15, 0.3)])
+def test_a_long_training_has_the_usual_rate_and_any_training_the_one_that_is_given(lr, n_steps, expected):
+    assert FinetuneConfig(lr=lr).lr_for(n_steps) == expected
+
+
+def test_a_short_training_has_a_lower_rate_and_uses_it(images, tmp_path):
+    config = replace(CONFIG, epochs=2, lr=None)
+    n_steps = 2 * config.steps_per_epoch(len(images))
+    assert config.lr_for(4 * n_steps) == pytest.approx(2 * config.lr_for(n_steps))
+    finetune(network(), images, config, checkpoint=tmp_path / "state.pt")
+    (group, *_) = torch.load(tmp_path / "state.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert group["initial_lr"] == config.lr_for(n_steps) < 0.01
