@@ -49,6 +49,9 @@ def search_stage(workspace: Workspace, folder: RunFolder, baselines: str | None)
     settings, env = workspace.settings, make_env(workspace)
     say(f"{settings.network.model}: {len(workspace.groups)} prunable groups, {len(workspace.groups.pinned)} pinned")
     agent = settings.search.agent
+    folder.add_results(reconstructed=env.proxy.reconstructs)
+    if env.proxy.reconstructs and settings.proxy.reconstruct == "auto":
+        say(f"{env.budget}: uniform pruning leaves less than a guess; candidates are judged with weights solved anew")
     # Under a range uniform pruning is the line that the front is drawn against; it needs no search.
     for name in check_baselines(baselines, agent) if not isinstance(env.budget, BudgetRange) else []:
         known = folder.known_results.get("baselines", {})

@@ -108,7 +108,7 @@ class ProxyAccuracy:
         Args:
             kept: What uniform pruning to the budget leaves. Scoring it isn't counted.
         """
-        if self.config.reconstruct != "auto" or self._reconstruction is not None:
+        if self.config.reconstruct != "auto" or self.reconstructs:
             return self
         images = Questions(self._splits.proxy[: self.config.images])
         (score,) = self._on_all_cores(partial(self._proxy_score, images), [self.draw(kept)])
@@ -141,6 +141,11 @@ class ProxyAccuracy:
     def select_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
         """Scores on the larger selection split, for the finalists; calibrated on the whole calibration split."""
         return self._side_by_side(self._selection_score, allocations)
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether candidates get weights solved anew."""
+        return self._reconstruction is not None
 
     @property
     def n_blocks(self) -> int:

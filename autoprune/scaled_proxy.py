@@ -35,6 +35,7 @@ class ScaledProxy:
         self._images, self._cache, self._whole = images[:SENSITIVITY_IMAGES], {}, proxy_of({}, None)
         whole = self._whole
         self.n_blocks, self.n_workers, self.config = whole.n_blocks, whole.n_workers, whole.config
+        self.reconstructs = whole.reconstructs
         added = {name: torch.ones(count) for name, count in self.groups.channels.items() if name in (DEPTH, RESOLUTION)}
         self.importance = added | dict(whole.importance)
         self.evaluations = 0

@@ -7,8 +7,9 @@ One search over `macs=30%..70%` of twice the evaluations, those that draw its fr
 30, 40, 50, 60 and 70 % alone. At each budget both are judged by the same rule: the policy's own allocation and the best
 episode, resized to the budget, are scored on the selection split (3,000 training images that no search sees), and the
 better one counts. One row a seed, budget and kind in `experiments/results/multi_budget.csv`; the columns `policy_*`
-hold the policy's own roll-out. Resumable search by search. The summary gives range minus alone, in points of accuracy
-on that split.
+hold the policy's own roll-out. Candidates are sliced, not reconstructed, whatever the budget, so that the scores of a
+search for all budgets and of one for a loose one are of the same kind. Resumable search by search. The summary gives
+range minus alone, in points of accuracy on that split.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def main() -> None:
         parser.error("--weights: give the trained weights of the network")
     if args.episodes <= FRONT_BUDGETS:
         parser.error(f"--episodes: a range's front takes {FRONT_BUDGETS}, so give more than that; got {args.episodes}")
-    network, proxy = NetworkConfig(args.model, args.weights), ProxyConfig(workers=args.workers)
+    network, proxy = NetworkConfig(args.model, args.weights), ProxyConfig(workers=args.workers, reconstruct="off")
     workspace = Workspace(Settings(network, DataConfig("cifar10"), SearchConfig(), proxy))
     alone = [("alone", f"macs={share}%", [f"macs={share}%"]) for share in SHARES]
     for seed in args.seeds:

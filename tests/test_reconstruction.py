@@ -1,6 +1,7 @@
 """Reconstructed weights are the least-squares ones, never worse than sliced ones, and nothing else is touched."""
 
 import copy
+import json
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nets import CLASSES, NETS, RGB, build, difference, images, outputs, pooled, random_kept, randomise, tensors
+from test_cli import TINY
 from test_pruning import TiedParameter
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +18,7 @@ from toys import digits, digits_proxy
 from autoprune import reconstruction, removal
 from autoprune.allocation import Allocation
 from autoprune.attention import open_attention
+from autoprune.cli import main
 from autoprune.config import ProxyConfig, Settings
 from autoprune.criteria import importance
 from autoprune.errors import UserError
@@ -396,6 +399,7 @@ def test_auto_reconstructs_where_the_budget_leaves_a_network_worse_than_a_guess(
     before = (proxy(twos()), proxy.sensitivity.copy())
     lost = proxy.suited_to(twos())
     assert lost.evaluations == 0 and lost.suited_to(twos()) is lost
+    assert lost.reconstructs and not proxy.reconstructs
     assert lost(twos()) == always(twos()) != before[0]
     assert np.array_equal(lost.sensitivity, always.sensitivity) and not np.array_equal(lost.sensitivity, before[1])
     assert (proxy(twos()), proxy.evaluations) == (before[0], 1), "what it was asked of stays as it was"
@@ -423,3 +427,15 @@ def test_an_environment_judges_by_what_its_tightest_budget_leaves(budget, is_los
 def test_the_settings_say_whether_the_pruned_network_may_start_from_solved_weights(reconstruct, has_one):
     workspace = Workspace(Settings(proxy=ProxyConfig(reconstruct=reconstruct)))
     assert (workspace.reconstruction is not None) == has_one
+
+
+@pytest.mark.parametrize(
+    ("wish", "is_told", "is_done"), [("auto", True, True), ("on", False, True), ("off", False, False)]
+)
+def test_a_run_says_that_it_judges_by_solved_weights_where_nobody_asked(wish, is_told, is_done, tmp_path, capsys):
+    out, options = tmp_path / "run", ["--agent", "random", "--episodes", "2", "--baselines", "none"]
+    arguments = [*TINY, "--budget", "params=12%", "--proxy.reconstruct", wish, *options, "--out", str(out)]
+    assert main(["search", *arguments]) == 0
+    told = "params=12%: uniform pruning leaves less than a guess; candidates are judged with weights solved anew"
+    assert (told in capsys.readouterr().err) == is_told
+    assert json.loads((out / "results.json").read_text())["reconstructed"] == is_done

@@ -142,8 +142,15 @@ def test_every_stage_names_its_split(finished):
     rows = re.findall(
         r'<th scope="row">([^<]*)</th><td class="text">(test|selection)</td>', write_report(finished).read_text()
     )
-    recalibrated = "Pruned, batch norm recalibrated"
-    assert rows == [("Dense", "test"), (recalibrated, "selection"), (recalibrated, "test"), ("Fine-tuned", "test")]
+    pruned = [("As the search saw it", "selection"), ("Pruned", "test")]
+    assert rows == [("Dense", "test"), *pruned, ("Fine-tuned", "test")]
+
+
+@pytest.mark.parametrize("is_reconstructed", [True, False])
+def test_it_says_whether_the_search_compared_solved_weights(is_reconstructed, tmp_path):
+    text = text_of(run_folder(tmp_path, {**FINISHED, "reconstructed": is_reconstructed}, n_episodes=2))
+    assert ("All sliced, with weights solved anew and batch norm" in text) == is_reconstructed
+    assert ("All sliced, with batch norm" in text) != is_reconstructed
 
 
 def test_a_searched_run_says_in_words_what_is_missing(tmp_path):
