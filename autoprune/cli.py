@@ -62,7 +62,7 @@ def _parse(arguments: list[str] | None) -> Namespace:
 def _implied(options: Namespace) -> dict[str, object]:
     """Defaults that follow from what is given: those of a method; else a policy is gone on with by its own agent."""
     if options.get("method"):
-        return dict(method_named(options.method).options)
+        return method_named(options.method).defaults
     if options.get("policy") and options.get("agent") == SearchConfig.agent:
         from agents.policies import agent_of
         from autoprune.runs import RunFolder

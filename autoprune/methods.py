@@ -18,7 +18,7 @@ class Method:
         kind: What it brings: "criterion", "sparse training", "masks", "allocator", "search" or "pipeline".
         granularity: What it removes.
         paper: Authors, year and venue or preprint.
-        options: Option of `autoprune run` to the value that it has by default.
+        options: Option of `autoprune run` to the value that makes the method.
     """
 
     kind: str
@@ -26,10 +26,18 @@ class Method:
     paper: str
     options: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def defaults(self) -> dict[str, object]:
+        """Option of `autoprune run` to the value that it has by default.
+
+        What isn't a search leaves weights as they are unless it says otherwise: that is how it was published.
+        """
+        return dict(self.options) if self.kind == "search" else {"proxy.reconstruct": "off"} | dict(self.options)
+
     def to_json(self, name: str) -> dict:
         """Plain data."""
         row = {"name": name, "kind": self.kind, "granularity": self.granularity, "paper": self.paper}
-        return row | {"options": dict(self.options)}
+        return row | {"options": self.defaults}
 
 
 def _ranked(criterion: str, paper: str, agent: str = "uniform") -> Method:

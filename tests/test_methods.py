@@ -38,7 +38,7 @@ def test_every_method_searches_within_the_budget_and_says_who_it_is(name, tmp_pa
     flat = config["network"] | config["search"] | {f"proxy.{k}": v for k, v in config["proxy"].items()}
     flat |= {f"{stage}.{k}": v for stage in ("sparse", "removal") for k, v in config[stage].items()}
     given = {"budget", "epochs"}
-    options = {option: value for option, value in METHODS[name].options.items() if option not in given}
+    options = {option: value for option, value in METHODS[name].defaults.items() if option not in given}
     assert {option: flat[option] for option in options} == options
 
 
