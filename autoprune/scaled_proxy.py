@@ -54,7 +54,7 @@ class ScaledProxy:
 
     def suited_to(self, kept: Mapping[str, int]) -> "ScaledProxy":
         """This proxy. Under `--proxy.reconstruct auto` candidates aren't reconstructed here: each depth and size would
-        need moments of its own, which costs more than scoring the handful of candidates that has it."""
+        need moments of its own, which costs more than scoring the few candidates that have it."""
         return self
 
     def score_all(self, allocations: Sequence[Mapping[str, int]], block: int = 0) -> list[Evaluation]:
