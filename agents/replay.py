@@ -130,6 +130,8 @@ def describe_policy(folder: Path, flag: str = "RUN") -> dict:
             f"{flag}: the policy in {str(folder)!r} was trained on other observations; train it with this version"
         )
     check_installed(algorithm, flag)
+    if algorithm not in ALGORITHMS:
+        raise UserError(f"{flag}: {str(path)!r} is damaged (no agent is called {algorithm!r}); search anew")
     return description
 
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from queue import SimpleQueue
 from typing import Any
@@ -114,10 +114,8 @@ class ProxyAccuracy:
         (score,) = self._on_all_cores(partial(self._proxy_score, images), [self.draw(kept)])
         if score.loss <= math.log(len(self._splits.classes)):
             return self
-        other = copy.copy(self)
-        other._reconstruction, other._cache, other.evaluations = self._measured(), {}, 0
-        vars(other).pop("sensitivity", None)
-        return other
+        own = (self._dense, self.groups, self.importance, self._splits, replace(self.config, reconstruct="on"))
+        return ProxyAccuracy(*own, self._measured, self._reference, self.blocks)
 
     def score_all(self, allocations: Sequence[Mapping[str, int]], block: int = 0) -> list[Evaluation]:
         """The proxy scores of several allocations, which share the cores; equal to those of one after the other.

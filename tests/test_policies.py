@@ -14,7 +14,7 @@ from toys import fake_env, learner_of, some_policy
 
 from agents import policies
 from agents.lanes import START_STD
-from agents.policies import find_policy, shipped, shipped_table, starting_policy
+from agents.policies import agent_of, find_policy, shipped, shipped_table, starting_policy
 from agents.replay import ALGORITHMS, Policy, replay
 from agents.search import check_agent, search
 from autoprune.cli import main
@@ -110,6 +110,9 @@ def test_a_damaged_policy_is_refused_in_one_line(damage, home):
     with pytest.raises(UserError, match=f"--policy: .*{message}") as caught:
         starting_policy("ppo", "resnets")
     assert "\n" not in str(caught.value)
+    if damage in ("json", "features", "algorithm"):
+        with pytest.raises(UserError, match=f"--policy: .*{message}"):
+            agent_of("resnets")
 
 
 def test_a_policy_of_another_algorithm_is_refused_with_those_that_fit(home):
