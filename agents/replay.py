@@ -131,7 +131,8 @@ def describe_policy(folder: Path, flag: str = "RUN") -> dict:
         )
     check_installed(algorithm, flag)
     if algorithm not in ALGORITHMS:
-        raise UserError(f"{flag}: {str(path)!r} is damaged (no agent is called {algorithm!r}); search anew")
+        reason = f"no agent is called {algorithm!r}"
+        raise UserError(f"{flag}: the policy in {str(folder)!r} is damaged ({reason}); search anew")
     return description
 
 
