@@ -23,7 +23,7 @@ from agents.lanes import LANES, Recorder, Walkers, near
 from agents.replay import Policy
 from agents.surrogate import Surrogate, Usual
 from agents.training import make_learner, policy_of
-from autoprune.allocation import Budget, BudgetRange, spread_to_learn
+from autoprune.budget import Budget, BudgetRange, spread_to_learn
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import Walks, along
 

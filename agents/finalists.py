@@ -8,7 +8,8 @@ import numpy as np
 
 from agents.lanes import Episode, Recorder, counts_of, near
 from agents.replay import Policy, acting
-from autoprune.allocation import Allocation, Budget, BudgetRange
+from autoprune.allocation import Allocation
+from autoprune.budget import Budget, BudgetRange
 from autoprune.scoring import Evaluation
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import Walks, along, uniformly

@@ -8,7 +8,8 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.surrogate import Usual
-from autoprune.allocation import Allocation, Budget, BudgetRange, spread_to_learn
+from autoprune.allocation import Allocation
+from autoprune.budget import Budget, BudgetRange, spread_to_learn
 from autoprune.config import SearchConfig
 from autoprune.runs import RunFolder
 from autoprune.scoring import Evaluation

@@ -13,7 +13,8 @@ from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
-from autoprune.allocation import Allocation, Budget
+from autoprune.allocation import Allocation
+from autoprune.budget import Budget
 from autoprune.errors import UserError, missing_package
 from autoprune.runs import write_atomically, write_json
 from envs.layer_pruning import LayerPruningEnv

@@ -11,7 +11,7 @@ from agents.lanes import Episode, Recorder
 from agents.policies import starting_policy
 from agents.replay import Policy, check_installed
 from agents.training import ALGORITHMS, train
-from autoprune.allocation import BudgetRange
+from autoprune.budget import BudgetRange
 from autoprune.config import SearchConfig
 from autoprune.errors import check_known
 from autoprune.runs import RunFolder

@@ -9,7 +9,7 @@ from agents.lanes import Episode, Recorder
 from agents.pareto import pareto
 from agents.replay import Policy, replay
 from agents.search import SearchResult, search
-from autoprune.allocation import BudgetRange
+from autoprune.budget import BudgetRange
 from autoprune.compress import timed, use_allocation
 from autoprune.config import Settings
 from autoprune.console import print_front, progress, say

@@ -213,7 +213,7 @@ def _prepare(workspace) -> None:
 def _decide(workspace, folder, output: OutputConfig) -> None:
     """What goes: it is searched, or decided at once."""
     from agents.stage import search_stage
-    from autoprune.allocation import parse_budget
+    from autoprune.budget import parse_budget
     from autoprune.compress import keep_order
     from autoprune.granularities import removal
 
@@ -358,7 +358,7 @@ def prune(options: Namespace) -> None:
 
 def _check_single(options: Namespace) -> None:
     """Refuses other granularities, ranges and whole fronts where one allocation is meant."""
-    from autoprune.allocation import BudgetRange, parse_budget
+    from autoprune.budget import BudgetRange, parse_budget
 
     if options.granularity not in ("channel", "dimensions"):
         raise UserError(

@@ -15,7 +15,8 @@ from math import sqrt
 import numpy as np
 from torch import nn
 
-from autoprune.allocation import Allocation, Budget, SearchSpace, parse_budget
+from autoprune.allocation import Allocation, SearchSpace
+from autoprune.budget import Budget, parse_budget
 from autoprune.dimensions import EXPONENTS, AccuracyModel, Point, Shares, measured_bounds, optimum, together
 from autoprune.errors import UserError
 from autoprune.finetune import finetune

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autoprune.allocation import Allocation, parse_budget
+from autoprune.allocation import Allocation
+from autoprune.budget import parse_budget
 from autoprune.errors import UserError
 from autoprune.export import export_onnx, load_pruned, save_pruned
 from autoprune.finetune import EpochCallback, finetune

@@ -7,7 +7,7 @@ from math import prod
 
 from torch import nn
 
-from autoprune.allocation import Budget, BudgetRange, parse_budget
+from autoprune.budget import Budget, BudgetRange, parse_budget
 from autoprune.compound import FITTED, Compound
 from autoprune.config import SearchConfig, Settings
 from autoprune.cost import CostTable

@@ -8,7 +8,8 @@ from functools import partial
 from torch import nn
 
 from autoprune import centripetal, compactors, resrep
-from autoprune.allocation import Allocation, parse_budget
+from autoprune.allocation import Allocation
+from autoprune.budget import parse_budget
 from autoprune.cost import CostTable
 from autoprune.criteria import Importance, importance
 from autoprune.finetune import Plug

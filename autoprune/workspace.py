@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autoprune.allocation import parse_budget
+from autoprune.budget import parse_budget
 from autoprune.config import Settings
 from autoprune.constraints import pinned_by_user, search_limits
 from autoprune.cost import CostTable

@@ -10,7 +10,8 @@ import numpy as np
 from gymnasium import spaces
 from torch import nn
 
-from autoprune.allocation import Allocation, Budget, BudgetRange, SearchSpace, parse_budget
+from autoprune.allocation import Allocation, SearchSpace
+from autoprune.budget import Budget, BudgetRange, parse_budget
 from autoprune.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.groups import Groups, own_tensors

@@ -6,7 +6,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from autoprune.allocation import Budget, parse_budget, spread
+from autoprune.budget import Budget, parse_budget, spread
 from envs.layer_pruning import LayerPruningEnv
 
 

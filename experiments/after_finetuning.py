@@ -30,7 +30,8 @@ from torch import nn
 
 from agents.replay import ALGORITHMS
 from agents.search import search
-from autoprune.allocation import Allocation, Budget
+from autoprune.allocation import Allocation
+from autoprune.budget import Budget
 from autoprune.config import DataConfig, FinetuneConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
 from autoprune.finetune import finetune
 from autoprune.removal import sliced

@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.allocation import Budget, SearchSpace
+from autoprune.allocation import SearchSpace
+from autoprune.budget import Budget
 from autoprune.config import DataConfig, NetworkConfig, Settings
 from autoprune.console import say
 from autoprune.cost import CostTable

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from agents.finalists import FRONT_BUDGETS, Finalist, judge, within
 from agents.search import search
-from autoprune.allocation import Budget
+from autoprune.budget import Budget
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
 from autoprune.runs import RunFolder
 from autoprune.workspace import Workspace

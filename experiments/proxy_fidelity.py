@@ -33,7 +33,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from autoprune.allocation import Budget, SearchSpace
+from autoprune.allocation import SearchSpace
+from autoprune.budget import Budget
 from autoprune.config import DataConfig, FinetuneConfig, NetworkConfig, SearchConfig, Settings
 from autoprune.finetune import finetune
 from autoprune.pruning import prune, top_channels

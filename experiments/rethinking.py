@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.allocation import Budget, SearchSpace
+from autoprune.allocation import SearchSpace
+from autoprune.budget import Budget
 from autoprune.config import DataConfig, FinetuneConfig
 from autoprune.cost import CostTable
 from autoprune.criteria import importance

@@ -9,7 +9,8 @@ import torch
 from nets import NETS, build, images
 
 from autoprune import models
-from autoprune.allocation import Allocation, Budget, BudgetRange, SearchSpace, parse_budget
+from autoprune.allocation import Allocation, SearchSpace
+from autoprune.budget import Budget, BudgetRange, parse_budget
 from autoprune.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.groups import Groups

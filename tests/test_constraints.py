@@ -11,7 +11,8 @@ from toys import fake_env, traced
 
 from agents.baselines import walk
 from autoprune import models
-from autoprune.allocation import Budget, SearchSpace
+from autoprune.allocation import SearchSpace
+from autoprune.budget import Budget
 from autoprune.config import SearchConfig
 from autoprune.constraints import per_group, pinned_by_user, search_limits
 from autoprune.cost import CostTable

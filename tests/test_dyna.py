@@ -9,7 +9,7 @@ from agents.dyna import Imagination, train_dyna
 from agents.lanes import Recorder
 from agents.replay import Policy, replay
 from agents.search import search
-from autoprune.allocation import Budget
+from autoprune.budget import Budget
 from autoprune.config import SearchConfig
 from envs.layer_pruning import LayerPruningEnv
 

@@ -15,7 +15,7 @@ from toys import FakeProxy, chain, digits, digits_env, digits_proxy, fake_env, f
 
 import envs
 from agents.baselines import walk
-from autoprune.allocation import Budget
+from autoprune.budget import Budget
 from autoprune.errors import UserError
 from autoprune.pruning import prune
 from autoprune.tracing import trace

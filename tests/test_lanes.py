@@ -9,7 +9,7 @@ from toys import fake_env, target_env
 from agents.baselines import walk
 from agents.lanes import Lanes, Recorder, near
 from agents.search import search
-from autoprune.allocation import Budget
+from autoprune.budget import Budget
 from autoprune.config import SearchConfig
 from autoprune.runs import RunFolder
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from toys import fake_env
 
-from autoprune.allocation import Budget
+from autoprune.budget import Budget
 from envs.observation import FEATURES, OBSERVATION_SPACE, Observer, feature_table
 
 INDEX = {feature.name: index for index, feature in enumerate(FEATURES)}

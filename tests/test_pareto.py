@@ -16,7 +16,8 @@ from agents.finalists import FRONT_BUDGETS
 from agents.lanes import counts_of, near
 from agents.pareto import pareto
 from agents.search import search
-from autoprune.allocation import Allocation, Budget
+from autoprune.allocation import Allocation
+from autoprune.budget import Budget
 from autoprune.cli import main
 from autoprune.config import SearchConfig
 from autoprune.figures import pareto_front, render_svg

@@ -13,7 +13,7 @@ from agents.dyna import Imagination
 from agents.lanes import Lanes, Recorder
 from agents.replay import Policy
 from agents.training import hyperparameters, make_learner
-from autoprune.allocation import Budget
+from autoprune.budget import Budget
 from autoprune.config import DataConfig, FinetuneConfig, ProxyConfig, SearchConfig
 from autoprune.criteria import importance
 from autoprune.data import Splits, load
