@@ -1,14 +1,12 @@
 """A guide through a network that no policy knows: what a handful of measurements and one assumption suggest."""
 
+from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from autoprune.allocation import SearchSpace
 from envs.observation import State
-
-if TYPE_CHECKING:
-    from envs.layer_pruning import LayerPruningEnv
 
 POWER = 1.5
 """How steeply the damage grows: with (1 / kept - 1) to that power, so that it is 1 at half."""
@@ -28,26 +26,26 @@ class Guide:
     greedy water filling. It depends on no budget: a budget is a point of it.
 
     Args:
-        env: The environment; measuring takes an evaluation for each group, and one more.
+        space: The allocations, and what they cost.
+        losses: Proxy losses `(n,)` of allocations `(n, n_groups)`; asked once, for one more than there are groups.
     """
 
-    def __init__(self, env: "LayerPruningEnv"):
-        self._env = env
+    def __init__(self, space: SearchSpace, losses: Callable[[np.ndarray], np.ndarray]):
+        self._space, self._losses = space, losses
 
     @cached_property
     def worth(self) -> np.ndarray:
         """How much lower the loss is where each group is whole and all others are halved, `(n_groups,)`, 0 or more."""
-        space, n = self._env.space, len(self._env.groups)
+        space, n = self._space, len(self._space.levels)
         halved = np.array([space.nearest(index, 0.5, (space.low[index], space.high[index])) for index in range(n)])
         restored = np.where(np.eye(n, dtype=bool), space.high, halved)
-        scores = self._env.proxy.score_all([self._env.counts(kept) for kept in (halved, *restored)])
-        before, *after = (score.loss for score in scores)
+        before, *after = self._losses(np.array([halved, *restored]))
         return np.maximum(before - np.array(after), 0)
 
     @cached_property
     def path(self) -> np.ndarray:
         """Sparsities from dense to the least, `(n_points, n_groups)`, evenly spaced in cost."""
-        space, dense = self._env.space, self._env.space.costs.dense
+        space, dense = self._space, self._space.costs.dense
         damages, step = self.worth + FLOOR * self.worth.mean() + 1e-12, np.maximum(dense / STEPS, 1)
         kept, walked = space.high.astype(float), []
         while True:
@@ -65,10 +63,10 @@ class Guide:
 
     def suggest(self, state: State) -> np.ndarray:
         """Sparsities `(n_lanes,)` of the current group from which, followed to the end, the path meets the budgets."""
-        return self._env.space.along_to_go(self.path, state.kept, state.index, state.targets)
+        return self._space.along_to_go(self.path, state.kept, state.index, state.targets)
 
     def _cost(self, kept: np.ndarray) -> np.ndarray:
-        return self._env.space.costs.continuous(self._env.space.metric, kept)
+        return self._space.costs.continuous(self._space.metric, kept)
 
 
 def _harm(kept: np.ndarray) -> np.ndarray:

@@ -147,7 +147,11 @@ class LayerPruningEnv(gymnasium.Env):
     @cached_property
     def guide(self) -> Guide:
         """What helps a policy where it doesn't know the network; it measures once, when it is first asked."""
-        return Guide(self)
+        return Guide(self.space, self._losses)
+
+    def _losses(self, kept: np.ndarray) -> np.ndarray:
+        """Proxy losses `(n,)` of allocations `(n, n_groups)`."""
+        return np.array([score.loss for score in self.proxy.score_all([self.counts(row) for row in kept])])
 
     @property
     def target(self) -> int:
