@@ -9,8 +9,8 @@ from math import sqrt
 import gymnasium
 import numpy as np
 
-from agents.lanes import LANES, START_STD, Recorder
 from agents.rankings import RANKINGS
+from agents.recorder import LANES, START_STD, Recorder
 from autoprune.errors import check_known, missing_package
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import Walks, along, uniformly

@@ -19,7 +19,8 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.lanes import LANES, Recorder, Walkers, near
+from agents.lanes import Walkers
+from agents.recorder import LANES, Recorder, near
 from agents.replay import Policy
 from agents.surrogate import Surrogate, Usual
 from agents.training import make_learner, policy_of

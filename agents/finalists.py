@@ -6,7 +6,7 @@ from itertools import chain, islice
 
 import numpy as np
 
-from agents.lanes import Episode, Recorder, counts_of, near
+from agents.recorder import Episode, Recorder, counts_of, near
 from agents.replay import Policy, acting
 from autoprune.allocation import Allocation
 from autoprune.budget import Budget, BudgetRange

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from agents.lanes import LANES, Recorder
+from agents.recorder import LANES, Recorder
 from autoprune.allocation import SearchSpace
 from envs.walks import along
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from agents.baselines import BASELINES
 from agents.dyna import train_dyna
 from agents.finalists import Finalist, finalists, front, knee
-from agents.lanes import Episode, Recorder
 from agents.policies import starting_policy
+from agents.recorder import Episode, Recorder
 from agents.replay import Policy, check_installed
 from agents.training import ALGORITHMS, train
 from autoprune.budget import BudgetRange

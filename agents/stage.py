@@ -5,8 +5,8 @@ import shlex
 
 from agents.baselines import check_baselines
 from agents.finalists import front
-from agents.lanes import Episode, Recorder
 from agents.pareto import pareto
+from agents.recorder import Episode, Recorder
 from agents.replay import Policy, replay
 from agents.search import SearchResult, search
 from autoprune.budget import BudgetRange

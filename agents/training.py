@@ -20,7 +20,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from agents.checkpoint import restore_learner, save_learner
-from agents.lanes import LANES, START_STD, Lanes, Recorder
+from agents.lanes import Lanes
+from agents.recorder import LANES, START_STD, Recorder
 from agents.replay import ALGORITHMS, Policy
 
 

@@ -32,7 +32,7 @@ from autoprune.cost import CostTable
 from autoprune.criteria import importance
 from autoprune.data import Splits, load
 from autoprune.finetune import finetune
-from autoprune.models import CifarResNet, kaiming
+from autoprune.networks import CifarResNet, kaiming
 from autoprune.pruning import prune, top_channels
 from autoprune.scoring import accuracy, recalibrate
 from autoprune.tracing import trace

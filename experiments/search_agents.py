@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from agents.baselines import AT_ONCE
-from agents.lanes import LANES
+from agents.recorder import LANES
 from agents.replay import ALGORITHMS
 from agents.search import AGENTS, SearchResult, search
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings

@@ -8,7 +8,7 @@ import pytest
 from toys import digits_env, fake_env, target_env
 
 from agents.baselines import AT_ONCE, BASELINES, check_baselines, walk
-from agents.lanes import Recorder
+from agents.recorder import Recorder
 from autoprune.config import SearchConfig
 from autoprune.errors import UserError
 

@@ -26,7 +26,7 @@ from autoprune.data import Images, load
 from autoprune.errors import UserError
 from autoprune.finetune import finetune
 from autoprune.groups import Groups
-from autoprune.models import conv_bn
+from autoprune.networks import conv_bn
 from autoprune.scoring import recalibrate
 from autoprune.tracing import trace
 

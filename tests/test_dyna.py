@@ -6,7 +6,7 @@ from toys import fake_env, target_env
 
 from agents import dyna
 from agents.dyna import Imagination, train_dyna
-from agents.lanes import Recorder
+from agents.recorder import Recorder
 from agents.replay import Policy, replay
 from agents.search import search
 from autoprune.budget import Budget

@@ -10,7 +10,7 @@ from torch import nn
 from autoprune.config import DataConfig, FinetuneConfig
 from autoprune.data import Images, load
 from autoprune.finetune import finetune
-from autoprune.models import conv_bn
+from autoprune.networks import conv_bn
 
 CONFIG = FinetuneConfig(epochs=4, batch_size=64, lr=0.1, distillation=0.0, bf16="off")
 

@@ -8,7 +8,7 @@ import torch
 from autoprune.config import DataConfig, FinetuneConfig
 from autoprune.data import load
 from autoprune.granularity import Masks
-from autoprune.models import CifarResNet
+from autoprune.networks import CifarResNet
 from autoprune.pruning import prune
 from autoprune.tracing import trace
 from experiments import lottery_tickets

@@ -19,7 +19,7 @@ from toys import fake_env
 
 from agents.baselines import walk
 from agents.dyna import train_dyna
-from agents.lanes import Recorder
+from agents.recorder import Recorder
 from agents.replay import Policy, replay
 from agents.search import SearchResult, search
 from autoprune.config import SearchConfig

@@ -7,7 +7,8 @@ import pytest
 from toys import fake_env, target_env
 
 from agents.baselines import walk
-from agents.lanes import Lanes, Recorder, near
+from agents.lanes import Lanes
+from agents.recorder import Recorder, near
 from agents.search import search
 from autoprune.budget import Budget
 from autoprune.config import SearchConfig

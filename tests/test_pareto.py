@@ -13,8 +13,8 @@ from toys import fake_env
 
 from agents import dyna, finalists
 from agents.finalists import FRONT_BUDGETS
-from agents.lanes import counts_of, near
 from agents.pareto import pareto
+from agents.recorder import counts_of, near
 from agents.search import search
 from autoprune.allocation import Allocation
 from autoprune.budget import Budget

@@ -13,8 +13,8 @@ from test_cli import TINY, failure
 from toys import fake_env, learner_of, some_policy
 
 from agents import policies
-from agents.lanes import START_STD
 from agents.policies import agent_of, find_policy, shipped, shipped_table, starting_policy
+from agents.recorder import START_STD
 from agents.replay import ALGORITHMS, Policy, replay
 from agents.search import check_agent, search
 from autoprune.cli import main

@@ -6,8 +6,8 @@ import torch
 from toys import fake_env
 
 from agents.baselines import BASELINES
-from agents.lanes import Recorder
 from agents.rankings import TOLERANCE, _kept, _sampled, _widest
+from agents.recorder import Recorder
 from autoprune.config import SearchConfig
 
 BUDGETS = ["macs=35%", "macs=60%", "params=50%"]

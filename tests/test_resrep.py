@@ -16,7 +16,7 @@ from autoprune.data import Images, load
 from autoprune.errors import UserError
 from autoprune.finetune import Plug, finetune
 from autoprune.groups import Groups
-from autoprune.models import conv_bn
+from autoprune.networks import conv_bn
 from autoprune.pruning import prune
 from autoprune.resrep import Compaction, Goal
 from autoprune.scoring import recalibrate

@@ -14,7 +14,7 @@ from autoprune.data import Images, load
 from autoprune.errors import UserError
 from autoprune.finetune import Plug, finetune
 from autoprune.groups import Groups
-from autoprune.models import conv_bn
+from autoprune.networks import conv_bn
 from autoprune.sparse import (
     L1,
     L2,

@@ -14,7 +14,8 @@ from toys import fake_env, target_env
 
 from agents.baselines import walk
 from agents.dyna import train_dyna
-from agents.lanes import Lanes, Recorder
+from agents.lanes import Lanes
+from agents.recorder import Recorder
 from agents.replay import Policy, replay
 from agents.search import search
 from agents.training import ALGORITHMS, ExecutedAction, hyperparameters, make_learner, train

@@ -10,7 +10,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor, nn
 
 from agents.dyna import Imagination
-from agents.lanes import Lanes, Recorder
+from agents.lanes import Lanes
+from agents.recorder import Recorder
 from agents.replay import Policy
 from agents.training import hyperparameters, make_learner
 from autoprune.budget import Budget
@@ -19,7 +20,8 @@ from autoprune.criteria import importance
 from autoprune.data import Splits, load
 from autoprune.finetune import finetune
 from autoprune.groups import Groups
-from autoprune.models import build, conv_bn
+from autoprune.models import build
+from autoprune.networks import conv_bn
 from autoprune.proxy import ProxyAccuracy
 from autoprune.scoring import Evaluation
 from autoprune.tracing import trace
