@@ -205,11 +205,11 @@ def _variations(
 
 def _walked(learner: BaseAlgorithm, budgets: list[Budget], is_best: np.ndarray) -> Walks:
     """Episodes of the policy: sampled, or in marked lanes its deterministic one."""
-    env: LayerPruningEnv = learner.get_env().env
+    env, is_best = learner.get_env().env, torch.from_numpy(is_best)
 
     def act(walks: Walks) -> np.ndarray:
-        observations = walks.observe()
-        sampled, best = (learner.policy.predict(observations, deterministic=fixed)[0][:, 0] for fixed in (False, True))
-        return np.where(is_best, best, sampled)
+        with torch.no_grad():
+            actions = learner.policy.get_distribution(torch.from_numpy(walks.observe()))
+            return torch.where(is_best, actions.mode()[:, 0], actions.sample()[:, 0]).numpy()
 
     return env.walks(budgets).follow(act)

@@ -81,6 +81,33 @@ class _Inputs(NamedTuple):
     shared: Tensor
 
 
+class _Pairs(NamedTuple):
+    """What the kernels need of pairs of allocations, `(n, n_others)` each, and no hyperparameter changes.
+
+    Attributes:
+        first: The allocations.
+        second: The others.
+        costs: Squared distances along the cost.
+        alone: The kernel of each group alone, `(n_groups, n, n_others)`; the largest arrays of all, hence float32.
+        alike: The kernel that groups share.
+        linear: Scalar products of how far groups were shrunk.
+    """
+
+    first: _Inputs
+    second: _Inputs
+    costs: Tensor
+    alone: Tensor
+    alike: Tensor
+    linear: Tensor
+
+    @classmethod
+    def of(cls, first: _Inputs, second: _Inputs) -> "_Pairs":
+        """Those of every allocation with every other."""
+        costs = (first.cost[:, None] - second.cost).square()
+        linear = (first.shrunk - 0.5) @ (second.shrunk - 0.5).T
+        return cls(first, second, costs, _alone(first, second), first.shared @ second.shared.T, linear)
+
+
 class Surrogate:
     """A sum of kernels: Matern-5/2 with a length scale for each group, of each group alone, of groups alike, linear.
 
@@ -141,29 +168,29 @@ class Surrogate:
         self._mean, self._scale = y.mean(), y.std(correction=0).clamp_min(1e-9)
         y = (y - self._mean) / self._scale
         same_block = torch.from_numpy((blocks[chosen][:, None] == blocks[chosen][None]).astype(float))
-        alone = _alone(self._x, self._x)
+        pairs = _Pairs.of(self._x, self._x)
         for _ in range(FIRST_FIT_STEPS if self._is_first else FIT_STEPS):
             self._optimizer.zero_grad()
-            self._negative_log_posterior(y, alone, same_block).backward()
+            self._negative_log_posterior(y, pairs, same_block).backward()
             self._optimizer.step()
         self._is_first = False
         with torch.no_grad():
-            self._root = torch.linalg.cholesky(self._covariance(alone, same_block))
+            self._root = torch.linalg.cholesky(self._covariance(pairs, same_block))
             self._weights = torch.cholesky_solve(y[:, None], self._root)[:, 0]
 
     @torch.no_grad()
     def mean(self, kept: np.ndarray) -> np.ndarray:
         """Expected rewards `(n,)` of allocations `(n, n_groups)`."""
-        x = self._inputs(kept)
-        return (self._mean + self._scale * (self._kernel(x, self._x, _alone(x, self._x)) @ self._weights)).numpy()
+        kernel = self._kernel(_Pairs.of(self._inputs(kept), self._x))
+        return (self._mean + self._scale * (kernel @ self._weights)).numpy()
 
     @torch.no_grad()
     def samples(self, kept: np.ndarray, n: int, generator: torch.Generator) -> np.ndarray:
         """`n` functions drawn from the posterior, at some allocations: `(n, n_allocations)`, in units of the fit."""
         x = self._inputs(kept)
-        cross = self._kernel(x, self._x, _alone(x, self._x))
+        cross = self._kernel(_Pairs.of(x, self._x))
         half = torch.linalg.solve_triangular(self._root, cross.T, upper=False)
-        covariance = self._kernel(x, x, _alone(x, x)) - half.T @ half
+        covariance = self._kernel(_Pairs.of(x, x)) - half.T @ half
         root = torch.linalg.cholesky(covariance + 10 * self._least_noise() * torch.eye(len(kept), dtype=torch.float64))
         noise = torch.randn(len(kept), n, dtype=torch.float64, generator=generator)
         return ((cross @ self._weights)[:, None] + root @ noise).T.numpy()
@@ -178,27 +205,26 @@ class Surrogate:
     def _deviation(self, name: str) -> Tensor:
         return self._logs["deviations"][list(PRIOR_DEVIATIONS).index(name)].exp()
 
-    def _kernel(self, first: _Inputs, second: _Inputs, alone: Tensor) -> Tensor:
+    def _kernel(self, pairs: _Pairs) -> Tensor:
         scales = self._logs["scales"].exp()
-        squares = torch.cdist(first.shrunk / scales, second.shrunk / scales).square()
-        squares = squares + (first.cost[:, None] - second.cost).square()
+        squares = torch.cdist(pairs.first.shrunk / scales, pairs.second.shrunk / scales).square() + pairs.costs
         together = self._deviation("together") ** 2 * _matern((5 * squares + 1e-12).sqrt())
         shares = (self._deviation("alone") ** 2 * self._logs["shares"].softmax(0)).float()
-        linear = self._deviation("linear") ** 2 * ((first.shrunk - 0.5) @ (second.shrunk - 0.5).T)
-        alike = self._deviation("alike") ** 2 * (first.shared @ second.shared.T)
-        return together + (shares @ alone.flatten(1)).view(together.shape).double() + alike + linear
+        alone = (shares @ pairs.alone.flatten(1)).view(together.shape).double()
+        linear, alike = (self._deviation(name) ** 2 * getattr(pairs, name) for name in ("linear", "alike"))
+        return together + alone + alike + linear
 
     def _least_noise(self) -> Tensor:
         """What keeps covariances positive definite."""
         return LEAST_NOISE + ROUNDING * self._deviation("alone") ** 2
 
-    def _covariance(self, alone: Tensor, same_block: Tensor) -> Tensor:
+    def _covariance(self, pairs: _Pairs, same_block: Tensor) -> Tensor:
         noise = self._deviation("noise") ** 2 + self._least_noise()
-        kernel = self._kernel(self._x, self._x, alone) + self._deviation("block") ** 2 * same_block
+        kernel = self._kernel(pairs) + self._deviation("block") ** 2 * same_block
         return kernel + noise * torch.eye(len(kernel), dtype=torch.float64)
 
-    def _negative_log_posterior(self, y: Tensor, alone: Tensor, same_block: Tensor) -> Tensor:
-        root = torch.linalg.cholesky(self._covariance(alone, same_block))
+    def _negative_log_posterior(self, y: Tensor, pairs: _Pairs, same_block: Tensor) -> Tensor:
+        root = torch.linalg.cholesky(self._covariance(pairs, same_block))
         weights = torch.cholesky_solve(y[:, None], root)[:, 0]
         likelihood = -0.5 * y @ weights - root.diagonal().log().sum()
         centre = math.sqrt(2) + 0.5 * math.log(len(self._dense))
@@ -221,9 +247,12 @@ def _root(kernel: Tensor) -> Tensor:
 
 
 def _alone(first: _Inputs, second: _Inputs) -> Tensor:
-    """The kernel of each group alone, `(n_groups, n, n_others)`; the largest arrays of all, hence float32."""
+    """The kernel of each group alone, `(n_groups, n, n_others)`; group by group, which fits into a core's cache."""
     one, other = (x.shrunk.T.float().mul(math.sqrt(5) / SCALE_ALONE) for x in (first, second))
-    return _matern((one[:, :, None] - other[:, None]).abs())
+    kernels = torch.empty(len(one), one.shape[1], other.shape[1])
+    for kernel, a, b in zip(kernels, one, other, strict=True):
+        kernel.copy_(_matern((a[:, None] - b).abs()))
+    return kernels
 
 
 def _chosen(rewards: np.ndarray) -> np.ndarray:

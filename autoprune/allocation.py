@@ -12,6 +12,7 @@ from autoprune.budget import Budget
 from autoprune.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.groups import Groups
+from autoprune.roots import least_roots
 
 
 @dataclass(frozen=True)
@@ -133,25 +134,28 @@ class SearchSpace:
             index: The group to decide.
             target: The budget, a number or `(...)`.
         """
-        levels, trial = self.levels[index], kept.copy()
-        trial[..., index + 1 :] = self.low[index + 1 :]
-        highest = self._last(trial, index, lambda cost: cost <= target)
-        trial[..., index + 1 :] = self.high[index + 1 :]
-        short = self._last(trial, index, lambda cost: cost < target)
+        levels = self.levels[index]
+        # Twice: what comes later at its least, within the target; and at its most, short of it.
+        trial, targets = np.stack([kept, kept]), np.stack([target, np.subtract(target, 1)])
+        trial[0, ..., index + 1 :], trial[1, ..., index + 1 :] = self.low[index + 1 :], self.high[index + 1 :]
+        highest, short = self._last_within(trial, index, targets)
         lowest = np.minimum(short + 1, highest)
         return levels[np.maximum(lowest, 0)], levels[np.maximum(highest, 0)]
 
-    def _last(self, trial: np.ndarray, index: int, holds: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Position of the last level of a group whose cost meets a monotone condition; -1 if none does."""
+    def _last_within(self, trial: np.ndarray, index: int, targets: np.ndarray) -> np.ndarray:
+        """Position of the last level of a group whose cost is within the target; -1 if none is."""
         levels = self.levels[index]
         low = np.full(trial.shape[:-1], -1)
         high = np.full(trial.shape[:-1], len(levels) - 1)
         while (low < high).any():
             middle = (low + high + 1) // 2
             trial[..., index] = levels[middle]
-            met = holds(self.cost(trial))
+            is_within = self.cost(trial) <= targets
             # A lane that has converged on -1 looks at the last level, and must not move.
-            low, high = np.where(met & (low < high), middle, low), np.where(met | (low == high), high, middle - 1)
+            low, high = (
+                np.where(is_within & (low < high), middle, low),
+                np.where(is_within | (low == high), high, middle - 1),
+            )
         return low
 
     def uniform_to_go(self, kept: np.ndarray, index: int, target: int | np.ndarray) -> np.ndarray:
@@ -185,14 +189,16 @@ class SearchSpace:
         target: int | np.ndarray,
     ) -> np.ndarray:
         """That of group `index` among the `sparsities`, from it on, of the least number up to `most` within budget."""
-        trial, shape = kept.astype(float), kept.shape[:-1]
+        shape, decided = kept.shape[:-1], kept.reshape(-1, kept.shape[-1])[:, :index].astype(float)
+        dense, low, high = (counts[index:] for counts in (self.costs.dense, self.low, self.high))
 
-        def counts(at: np.ndarray) -> np.ndarray:
-            rest = self.costs.dense[index:] * (1 - sparsities(at))
-            trial[..., index:] = np.clip(rest, self.low[index:], self.high[index:])
-            return trial
+        def counts(at: np.ndarray, lanes: np.ndarray) -> np.ndarray:
+            rest = np.clip(dense * (1 - sparsities(at)), low, high)
+            return np.concatenate([decided[lanes], rest], 1)
 
-        return sparsities(self._least(counts, np.zeros(shape), np.full(shape, float(most)), target))[..., 0]
+        targets = np.broadcast_to(target, shape).ravel()
+        at = self._least(counts, np.zeros(len(targets)), np.full(len(targets), float(most)), targets)
+        return sparsities(at)[:, 0].reshape(shape)
 
     def shifted(self, sparsities: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Sparsities `(n, n_groups)`, each row raised or lowered by one number so that it meets its target `(n,)`.
@@ -202,21 +208,25 @@ class SearchSpace:
         least, most = 1 - self.high / self.costs.dense, 1 - self.low / self.costs.dense
         low, high = np.full(len(sparsities), -1.0) - most.max(), np.full(len(sparsities), 1.0) + most.max()
 
-        def wanted(by: np.ndarray) -> np.ndarray:
-            return np.clip(sparsities + by[:, None], least, most)
+        def wanted(by: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            return np.clip(sparsities[rows] + by[:, None], least, most)
 
-        by = self._least(lambda by: self.costs.dense * (1 - wanted(by)), low, high, targets)
-        return wanted(by)
+        by = self._least(lambda by, rows: self.costs.dense * (1 - wanted(by, rows)), low, high, targets)
+        return wanted(by, np.arange(len(by)))
 
     def _least(
-        self, counts: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray, target: int | np.ndarray
+        self,
+        counts: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        low: np.ndarray,
+        high: np.ndarray,
+        targets: np.ndarray,
     ) -> np.ndarray:
-        """By bisection the least number `(...)` for which `counts` of it, `(..., n_groups)`, meet the target."""
-        for _ in range(20):
-            middle = (low + high) / 2
-            above = self.costs.continuous(self.metric, counts(middle)) > target
-            low, high = np.where(above, middle, low), np.where(above, high, middle)
-        return high
+        """The least numbers `(n,)` for which `counts` of some of them, `(n, n_groups)`, meet their targets `(n,)`."""
+
+        def excess(numbers: np.ndarray, lanes: np.ndarray) -> np.ndarray:
+            return self.costs.continuous(self.metric, counts(numbers, lanes)) - targets[lanes]
+
+        return least_roots(excess, low, high)
 
     def nearest(self, index: int, sparsity: float | np.ndarray, bounds: tuple) -> np.ndarray:
         """The allowed count `(...)` of group `index` nearest to a sparsity `(...)`, within bounds."""
@@ -224,19 +234,29 @@ class SearchSpace:
         wanted = self.costs.dense[index] * (1 - np.asarray(sparsity))
         return np.clip(levels[np.abs(levels - wanted[..., None]).argmin(-1)], *bounds)
 
-    def fill(self, kept: np.ndarray, target: int) -> np.ndarray:
+    def fill(self, kept: np.ndarray, target: int | np.ndarray) -> np.ndarray:
         """Spends what rounding left of the budget: grows groups by single steps, the largest that fits first.
 
         Afterwards no group can grow by one step without exceeding the budget.
+
+        Args:
+            kept: Counts `(..., n_groups)`.
+            target: The budget, a number or `(...)`.
         """
-        kept = kept.copy()
-        while True:
-            grown = kept + np.diag(self._following[np.arange(len(kept)), kept] - kept)
-            steps = self.cost(grown) - self.cost(kept)
-            fits = (steps > 0) & (steps <= target - self.cost(kept))
-            if not fits.any():
-                return kept
-            kept = grown[np.where(fits, steps, 0).argmax()]
+        rows, every = kept.reshape(-1, len(self.levels)).copy(), np.arange(len(self.levels))
+        left = np.broadcast_to(target, kept.shape[:-1]).ravel() - self.cost(rows)
+        grows = np.arange(len(rows))
+        while len(grows):
+            larger = self._following[every, rows[grows]]
+            grown = np.where(np.eye(len(every), dtype=bool), larger[:, None], rows[grows][:, None])
+            steps = self.cost(grown) - self.cost(rows[grows])[:, None]
+            fits = (steps > 0) & (steps <= left[grows][:, None])
+            best = np.where(fits, steps, 0).argmax(1)
+            fit = fits.any(1)
+            grows, best = grows[fit], best[fit]
+            rows[grows, best] = larger[fit, best]
+            left[grows] -= steps[fit, best]
+        return rows.reshape(kept.shape)
 
     def uniform(self, target: int) -> np.ndarray:
         """The allocation with one sparsity for all groups, rounded and filled so that it meets the budget."""

@@ -23,7 +23,7 @@ Kept = Mapping[str, int] | np.ndarray
 
 @dataclass(frozen=True)
 class QuadraticForm:
-    """`fixed + terms @ linear + terms @ products @ terms`, in float64, where whole numbers up to 2^53 are exact."""
+    """`fixed + (terms @ products + linear) @ terms`, in float64, where whole numbers up to 2^53 are exact."""
 
     fixed: float
     linear: np.ndarray
@@ -31,8 +31,8 @@ class QuadraticForm:
 
     def __call__(self, terms: np.ndarray) -> np.ndarray:
         """Values `(...)` at terms `(..., n_terms)`."""
-        terms = terms.astype(np.float64)
-        return self.fixed + terms @ self.linear + ((terms @ self.products) * terms).sum(-1)
+        terms = np.asarray(terms, np.float64)
+        return self.fixed + np.einsum("...i,...i->...", terms @ self.products + self.linear, terms)
 
 
 class CostTable:

@@ -67,7 +67,7 @@ class Walks:
             self._look(state.index + 1, kept, state.targets, sparsities)
         else:
             if self.uses_up_budget:
-                kept = np.stack([self.space.fill(row, target) for row, target in zip(kept, state.targets, strict=True)])
+                kept = self.space.fill(kept, state.targets)
             self.state = replace(state, index=state.index + 1, kept=kept, previous=sparsities)
         return executed, sparsities
 

@@ -232,6 +232,16 @@ def test_fill_grows_only_by_levels_and_only_within_the_target():
     assert (space.fill(space.high, target) == space.high).all()  # already above: nothing to spend
 
 
+def test_many_allocations_are_filled_as_each_would_be():
+    space, generator = SearchSpace(costs("resnet20")), np.random.default_rng(0)
+    kept = np.array([[generator.choice(levels) for levels in space.levels] for _ in range(20)])
+    targets = generator.integers(space.cost(space.low), space.cost(space.high), (4, 5))
+    filled = space.fill(kept.reshape(4, 5, -1), targets)
+    alone = [space.fill(row, int(target)) for row, target in zip(kept, targets.flat, strict=True)]
+    assert filled.shape == (4, 5, len(space.levels)) and filled.reshape(20, -1).tolist() == np.array(alone).tolist()
+    assert len({tuple(row) for row in filled.reshape(20, -1) - kept}) > 2
+
+
 def test_infeasible_budget_is_refused_with_the_reachable_floor():
     space = SearchSpace(costs("chain"), round_to=2, max_sparsity=0.5)
     floor, dense = space.cost(np.array([4, 4])), NETS["chain"].macs
