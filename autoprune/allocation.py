@@ -150,12 +150,9 @@ class SearchSpace:
         while (low < high).any():
             middle = (low + high + 1) // 2
             trial[..., index] = levels[middle]
-            is_within = self.cost(trial) <= targets
             # A lane that has converged on -1 looks at the last level, and must not move.
-            low, high = (
-                np.where(is_within & (low < high), middle, low),
-                np.where(is_within | (low == high), high, middle - 1),
-            )
+            is_within, is_open = self.cost(trial) <= targets, low < high
+            low, high = np.where(is_within & is_open, middle, low), np.where(is_within | ~is_open, high, middle - 1)
         return low
 
     def uniform_to_go(self, kept: np.ndarray, index: int, target: int | np.ndarray) -> np.ndarray:

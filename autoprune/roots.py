@@ -21,7 +21,7 @@ def least_roots(function: Function, low: np.ndarray, high: np.ndarray, tolerance
         tolerance: How much larger than the least x an answer may be, as a share of the bracket.
     """
     margin, guess = tolerance * (high - low) / 2, _by_parabola(function, low, high)
-    left, right = np.maximum(guess - margin, low), np.minimum(guess + margin, high)
+    left, right = (np.clip(guess + by, low, high) for by in (-margin, margin))
     at_left, at_right = _at_once(function, left, right)
     missed = np.flatnonzero((at_left <= 0) | (at_right > 0))
     right[missed] = _by_bisection(lambda x: function(x, missed), low[missed], high[missed], tolerance)
