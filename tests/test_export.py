@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from autoprune import export, models
 from autoprune.errors import UserError
 from autoprune.export import ExportError, export_onnx, load_pruned, onnx_session, save_pruned
+from autoprune.networks import conv_bn
 
 EXAMPLE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCHES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -25,8 +26,8 @@ class Residual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = models.conv_bn(3, 8)
-        self.block = nn.Sequential(models.conv_bn(8, 6), models.conv_bn(6, 8, act=False))
+        self.stem = conv_bn(3, 8)
+        self.block = nn.Sequential(conv_bn(8, 6), conv_bn(6, 8, act=False))
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ class Depthwise(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(
-            models.conv_bn(3, 8), models.conv_bn(8, 8, groups=8, stride=2), models.conv_bn(8, 12, 1)
+            conv_bn(3, 8), conv_bn(8, 8, groups=8, stride=2), conv_bn(8, 12, 1)
         )
         self.head = nn.Linear(12, 5)
 
