@@ -40,9 +40,7 @@ class Depthwise(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(
-            conv_bn(3, 8), conv_bn(8, 8, groups=8, stride=2), conv_bn(8, 12, 1)
-        )
+        self.body = nn.Sequential(conv_bn(3, 8), conv_bn(8, 8, groups=8, stride=2), conv_bn(8, 12, 1))
         self.head = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
