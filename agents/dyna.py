@@ -205,11 +205,11 @@ def _variations(
 
 def _walked(learner: BaseAlgorithm, budgets: list[Budget], is_best: np.ndarray) -> Walks:
     """Episodes of the policy: sampled, or in marked lanes its deterministic one."""
-    env, is_best = learner.get_env().env, torch.from_numpy(is_best)
+    env, marked = learner.get_env().env, torch.from_numpy(is_best)
 
     def act(walks: Walks) -> np.ndarray:
         with torch.no_grad():
             actions = learner.policy.get_distribution(torch.from_numpy(walks.observe()))
-            return torch.where(is_best, actions.mode()[:, 0], actions.sample()[:, 0]).numpy()
+            return torch.where(marked, actions.mode()[:, 0], actions.sample()[:, 0]).numpy()
 
     return env.walks(budgets).follow(act)

@@ -11,6 +11,7 @@ from autoprune.export import load_pruned, save_pruned
 from autoprune.finetune import EpochCallback, Plug, finetune
 from autoprune.merging import MERGINGS
 from autoprune.pruning import prune, top_channels
+from autoprune.reconstruction import Reconstruction
 from autoprune.runs import RunFolder, write_json
 from autoprune.scoring import recalibrate, score
 from autoprune.workspace import Workspace
@@ -127,15 +128,23 @@ def sliced(workspace: Workspace, counts: Mapping[str, int]) -> nn.Module:
 
     Its weights are reconstructed where the settings ask for it and that makes it better.
     """
-    kept, inputs = top_channels(workspace.importance, counts), workspace.splits.calibration.inputs
-    pruned = prune(workspace.model, workspace.groups, kept)
-    recalibrate(pruned, inputs)
+    pruned = recalibrated(workspace, counts)
     if workspace.reconstruction is None:
         return pruned
-    solved = prune(workspace.model, workspace.groups, kept)
-    workspace.reconstruction.apply(solved, kept)
-    recalibrate(solved, inputs)
+    solved = recalibrated(workspace, counts, workspace.reconstruction)
     return min(solved, pruned, key=lambda model: score(model, workspace.splits.proxy).loss)
+
+
+def recalibrated(
+    workspace: Workspace, counts: Mapping[str, int], reconstruction: Reconstruction | None = None
+) -> nn.Module:
+    """As `sliced`, with the weights as they are, or all solved anew by a reconstruction."""
+    kept = top_channels(workspace.importance, counts)
+    pruned = prune(workspace.model, workspace.groups, kept)
+    if reconstruction is not None:
+        reconstruction.apply(pruned, kept)
+    recalibrate(pruned, workspace.splits.calibration.inputs)
+    return pruned
 
 
 class Trained(Removal):

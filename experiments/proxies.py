@@ -19,7 +19,6 @@ from autoprune.allocation import SearchSpace
 from autoprune.data import Images, batches
 from autoprune.precision import autocast
 from autoprune.pruning import Slicer, top_channels
-from autoprune.reconstruction import Reconstruction
 from autoprune.scoring import in_eval_mode, on_batch_statistics, recalibrate
 from autoprune.workspace import Workspace
 
@@ -115,17 +114,12 @@ class Network:
         """Images to be scored."""
         return Exam(images.inputs, images.labels, answer(self.workspace.model, images.inputs).log_softmax(1))
 
-    @cached_property
-    def reconstruction(self) -> Reconstruction:
-        """What weights are solved with, measured on the calibration split."""
-        return Reconstruction(self.workspace.model, self.workspace.groups, self.calibration)
-
     def lay(self, counts: dict[str, int], reconstructed: bool = False) -> nn.Module:
         """The sub-model of an allocation with the dense network's statistics, valid until the next; in eval mode."""
         kept = top_channels(self.workspace.importance, counts)
         model = self.slicer.apply(kept).eval()
         if reconstructed:
-            self.reconstruction.apply(model, kept)
+            self.workspace.reconstruction.apply(model, kept)
         return model
 
 

@@ -23,11 +23,9 @@ ResNet-20: about a quarter of an hour to fine-tune and as much to score; ResNet-
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +35,7 @@ from autoprune.allocation import SearchSpace
 from autoprune.budget import Budget
 from autoprune.config import DataConfig, FinetuneConfig, NetworkConfig, SearchConfig, Settings
 from autoprune.finetune import finetune
-from autoprune.pruning import prune, top_channels
-from autoprune.removal import sliced
+from autoprune.removal import recalibrated, sliced
 from autoprune.scoring import accuracy, recalibrate
 from autoprune.workspace import Workspace
 from experiments.agreement import agreement
@@ -48,17 +45,8 @@ from experiments.tables import add_rows, holds, read_table, write_table
 RESULTS = Path(__file__).parent / "results"
 RUNS, SCORES, AGREEMENT = (RESULTS / f"proxy_fidelity{part}.csv" for part in ("_runs", "_scores", ""))
 RUN_FIELDS = (
-    "model",
-    "budget",
-    "training",
-    "number",
-    "kind",
-    "spread",
-    "seed",
-    "kept",
-    "macs_ratio",
-    "accuracy",
-    "seconds",
+    *("model", "budget", "training", "number", "kind", "spread", "seed"),
+    *("kept", "macs_ratio", "accuracy", "seconds"),
 )
 SCORE_FIELDS = ("model", "budget", "number", "proxy", "set", "accuracy", "cross_entropy", "kl", "seconds")
 AGREEMENT_FIELDS = (
@@ -80,13 +68,6 @@ class Training:
     n_images: int
     how: FinetuneConfig
     begin: Callable[[Workspace, dict[str, int]], nn.Module]
-
-
-def recalibrated(workspace: Workspace, counts: dict[str, int]) -> nn.Module:
-    """A sliced network with statistics of its own."""
-    model = prune(workspace.model, workspace.groups, top_channels(workspace.importance, counts))
-    recalibrate(model, workspace.splits.calibration.inputs)
-    return model
 
 
 TRAININGS = {
@@ -161,14 +142,15 @@ def candidates(network: Network) -> list[Candidate]:
     exam = network.exam(network.workspace.splits.selection[:500])
     calibration = network.workspace.splits.selection[500:1000].inputs
 
-    def loss(candidate: Candidate, reconstructed: bool = False) -> float:
+    evenly = Candidate("uniform", 0.0, uniform)
+    reconstructed = network.workspace.proxy().suited_to(kept_of(network, evenly)).reconstructs
+
+    def loss(candidate: Candidate) -> float:
         model = network.lay(kept_of(network, candidate), reconstructed)
         recalibrate(model, calibration, bf16="auto")
         return exam.measure(answer(model, exam.inputs, "auto"))["cross_entropy"]
 
-    evenly = Candidate("uniform", 0.0, uniform)
-    is_lost = loss(evenly) > math.log(len(network.workspace.splits.classes))
-    return [evenly, *drawn, *sorted(tried, key=partial(loss, reconstructed=is_lost))[:5]]
+    return [evenly, *drawn, *sorted(tried, key=loss)[:5]]
 
 
 def around_uniform(space: SearchSpace, target: int, spread: float, generator: np.random.Generator) -> tuple[int, ...]:
