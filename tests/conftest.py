@@ -2,10 +2,15 @@
 
 import socket
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A core that others share may pause an example for longer than any deadline.
+hypothesis.settings.register_profile("shared core", deadline=None)
+hypothesis.settings.load_profile("shared core")
 
 
 @pytest.fixture(autouse=True)

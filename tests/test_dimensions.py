@@ -58,7 +58,7 @@ def test_the_optimum_is_the_closed_form(case):
     assert found.accuracy == penalty(*weight)(*sizes(found))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.tuples(weights, weights, weights), st.tuples(shares, shares, shares), st.tuples(shares, shares, shares), shares
 )

@@ -51,7 +51,6 @@ def recipes(draw) -> Recipe:
     max_examples=N_NETWORKS,
     derandomize=True,  # CI tries the same networks every time; experiments/fuzz.py tries others
     database=None,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(recipes())
