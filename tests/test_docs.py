@@ -61,3 +61,10 @@ def test_the_page_of_methods_is_written_from_what_is_listed_and_measured():
     from experiments.tables import read_table
 
     assert PAGE.read_text(encoding="utf-8") == page(read_table(TABLE))
+
+
+def test_the_page_of_results_is_written_from_every_table_of_searches():
+    from experiments.search_report import NETWORKS, PAGE, RESULTS, page
+
+    assert {path.stem.removeprefix("search_") for path in RESULTS.glob("search_*.csv")} <= set(NETWORKS)
+    assert PAGE.read_text(encoding="utf-8") == page()
