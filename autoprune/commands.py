@@ -1,0 +1,235 @@
+"""What each command of `autoprune` does, with the options that `options.py` gives it.
+
+Part of the composition root, as cli.py is: heavy imports happen inside.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from autoprune import steps
+from autoprune.config import NetworkConfig, Settings, TraceConfig
+from autoprune.errors import UserError
+from autoprune.methods import methods_table
+from autoprune.options import pick
+
+
+def run(options: Namespace) -> None:
+    """The whole job: search, prune, fine-tune, evaluate, export, report; without options, on the embedded network."""
+    from autoprune import compress
+    from autoprune.console import say
+
+    workspace, folder, output = steps.start(options, steps.prepare)
+    workspace = steps.train_sparsely(workspace, folder)
+    steps.decide(workspace, folder, output)
+    if not (folder.pruned / "plan.json").exists():
+        steps.prune(workspace, folder)
+    if compress.read_plan(folder)["stage"] == "pruned":
+        steps.finetune(workspace, folder)
+    if "accuracy" not in folder.known_results:
+        compress.evaluate_stage(workspace, folder)
+    if not folder.onnx.exists():
+        say("export: model.onnx, checked against PyTorch")
+        compress.export_stage(workspace, folder)
+    if "latency" not in folder.known_results:
+        say("latency: dense and pruned, in PyTorch and ONNX Runtime")
+        compress.latency_stage(workspace, folder, output.latency_batch)
+    steps.finish(folder, output.json)
+
+
+def search(options: Namespace) -> None:
+    """Up to the allocation: an agent or baseline searches, the best finalist is chosen."""
+    workspace, folder, output = steps.start(options, steps.prepare)
+    workspace = steps.train_sparsely(workspace, folder)
+    steps.decide(workspace, folder, output)
+    steps.finish(folder, output.json)
+
+
+def replay(options: Namespace) -> None:
+    """Lets a learned policy act, without learning, on its own network or another one, at its own budget or another."""
+    from agents.policies import find_policy
+    from agents.replay import Policy
+    from agents.stage import act, make_env
+    from autoprune.console import print_results
+    from autoprune.runs import RunFolder, file_stem, write_json
+    from autoprune.workspace import Workspace
+
+    place = find_policy(options.policy, "POLICY")
+    policy = Policy.load(place, "POLICY")
+    run = RunFolder(place.parent)
+    is_of_run = run.policy == place and run.config.is_file()
+    trained = Workspace.of_run(run) if is_of_run else Workspace(Settings())
+    settings = _elsewhere(trained.settings, options)
+    # What a run has of its own network, trained or measured, says nothing of another one.
+    workspace = dataclasses.replace(trained, settings=settings) if options.model is None else Workspace(settings)
+    env = make_env(workspace)
+    settings, name = workspace.settings, run.root.name if is_of_run else place.name
+    stem = file_stem("replay" if is_of_run else name, settings.network.model, str(env.budget))
+    path = Path(options.out) if options.out else (run.root if is_of_run else Path("runs")) / f"{stem}.json"
+    written, results, last = act(policy, workspace, env)
+    write_json(path, written)
+    results = {"model": settings.network.model, "budget": str(env.budget), "agent": f"policy of {name}"} | results
+    results |= {"pareto" if "front" in written else "allocation": str(path)}
+    print_results(results)
+    print(f"{last}: {path}")
+    if options.json:
+        print(json.dumps({key: value for key, value in results.items() if not isinstance(value, list)}))
+
+
+def _elsewhere(settings: Settings, options: Namespace) -> Settings:
+    """Settings with what the options of `replay_options` ask for; another network doesn't keep these weights."""
+    flat = {name: value for name, value in vars(options).items() if name not in ("policy", "proxy")}
+    if flat["model"] is not None and flat["weights"] is None:
+        flat["weights"] = NetworkConfig.weights
+    stages = {"network": flat, "data": flat, "search": flat, "proxy": vars(options.proxy)}
+    return dataclasses.replace(settings, **{name: _asked(settings, name, given) for name, given in stages.items()})
+
+
+def _asked(settings: Settings, stage: str, given: dict):
+    """One stage of the settings, with the options that were given."""
+    old = getattr(settings, stage)
+    known = {field.name for field in dataclasses.fields(old)}
+    return dataclasses.replace(old, **{k: v for k, v in given.items() if k in known and v is not None})
+
+
+def policies(options: Namespace) -> None:
+    """Lists the policies that autoprune ships: algorithm, what they were trained on, their budgets."""
+    from agents.policies import shipped_table
+    from autoprune.console import print_policies
+
+    rows = shipped_table()
+    print_policies(rows)
+    if options.json:
+        print(json.dumps({"policies": rows}))
+
+
+def methods(options: Namespace) -> None:
+    """Lists the methods of the field that --method names: kind, granularity, paper."""
+    from autoprune.console import print_methods
+
+    rows = methods_table()
+    print_methods(rows)
+    if options.json:
+        print(json.dumps({"methods": rows}))
+
+
+def prune(options: Namespace) -> None:
+    """Applies the allocation of RUN, or of a file in a new run, without searching."""
+    from autoprune import compress
+    from autoprune.allocation import Allocation
+    from autoprune.granularities import removal
+
+    if bool(options.run) == bool(options.allocation):
+        raise UserError("prune: give either RUN or --allocation FILE")
+    if options.run:
+        workspace, folder = steps.open_run(options.run)
+    else:
+        _check_single(options)
+
+        def prepare(workspace) -> None:
+            Allocation.read(options.allocation, workspace.groups)
+            removal(workspace, None).check()
+
+        workspace, folder, _ = steps.start(options, prepare)
+        workspace = steps.train_sparsely(workspace, folder)
+        allocation = Allocation.read(options.allocation, workspace.groups)
+        settings = workspace.settings
+        compress.keep_order(workspace, folder)
+        folder.add_results(run=str(folder.root), model=settings.network.model, data=settings.data.data)
+        folder.add_results(budget=allocation.budget, agent=allocation.source, evaluations=0)
+        compress.use_allocation(workspace, allocation, folder)
+    steps.prune(workspace, folder)
+    steps.finish(folder, options.json)
+
+
+def _check_single(options: Namespace) -> None:
+    """Refuses other granularities, ranges and whole fronts where one allocation is meant."""
+    from autoprune.budget import BudgetRange, parse_budget
+
+    if options.granularity not in ("channel", "dimensions"):
+        raise UserError(
+            f"--granularity: an allocation is for channel or dimensions, got {options.granularity}; for that give "
+            f"a RUN of autoprune search --granularity {options.granularity}"
+        )
+    if isinstance(parse_budget(options.budget), BudgetRange):
+        raise UserError(
+            f"--budget: prune applies one allocation, got the range {options.budget}; leave --budget out, "
+            "the allocation knows its own"
+        )
+    path = Path(options.allocation)
+    if path.is_file() and '"front"' in path.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(
+            f"--allocation: {options.allocation!r} holds a whole front; give one of its points: the allocation that "
+            'autoprune replay RUN --budget macs=40% writes, or an entry of "front" as a file of its own'
+        )
+
+
+def finetune(options: Namespace) -> None:
+    """Fine-tunes the pruned network of RUN; --resume goes on after the last finished epoch."""
+    workspace, folder = steps.open_run(options.run)
+    if options.epochs is not None:
+        settings = workspace.settings
+        epochs = dataclasses.replace(settings.finetune, epochs=options.epochs)
+        workspace = dataclasses.replace(workspace, settings=dataclasses.replace(settings, finetune=epochs))
+    if not options.resume:
+        folder.finetune_checkpoint.unlink(missing_ok=True)
+    steps.finetune(workspace, folder)
+    steps.finish(folder, options.json)
+
+
+def evaluate(options: Namespace) -> None:
+    """Accuracy of the dense and the pruned network of RUN on the test split."""
+    from autoprune.compress import evaluate_stage
+
+    workspace, folder = steps.open_run(options.run)
+    evaluate_stage(workspace, folder)
+    steps.finish(folder, options.json)
+
+
+def export(options: Namespace) -> None:
+    """Writes the pruned network of RUN as ONNX, checked against PyTorch, or as a torch.export program."""
+    from autoprune.compress import export_stage, report_stage
+
+    workspace, folder = steps.open_run(options.run)
+    print(export_stage(workspace, folder, options.format))
+    report_stage(folder)
+
+
+def report(options: Namespace) -> None:
+    """Writes report.html of RUN from what its folder holds."""
+    from autoprune.compress import report_stage
+
+    _, folder = steps.open_run(options.run)
+    print(report_stage(folder))
+
+
+def trace(options: Namespace) -> None:
+    """Prints the groups of a network, what is pinned and why, and the share of MACs that can shrink."""
+    import torch
+
+    from autoprune.console import print_trace
+    from autoprune.constraints import pinned_by_user
+    from autoprune.models import MODELS, build, load_weights
+    from autoprune.tracing import describe
+    from autoprune.tracing import trace as trace_network
+
+    config = pick(options, TraceConfig)
+    model = build(config.model, config.n_classes)
+    if config.weights:
+        load_weights(model, config.weights)
+    size = config.image_size or (32 if config.model in MODELS else 224)
+    groups = pinned_by_user(trace_network(model, torch.zeros(1, 3, size, size)), config.excluded)
+    description = {"model": config.model, **describe(groups)}
+    print_trace(description)
+    if options.json:
+        print(json.dumps(description))
+
+
+def data(options: Namespace) -> None:
+    """Fetches a dataset and stores it once: cifar10."""
+    from autoprune.console import say
+    from autoprune.fetching import fetch
+
+    print(fetch(options.name, say))
