@@ -93,6 +93,8 @@ def main() -> None:
         for seed in args.seeds:
             train_all(network, args.training, seed)
     if "score" in args.stages:
+        if not holds(RUNS, network.cell):
+            parser.error(f"--stages: no {args.model} is trained at {args.budget} yet; give finetune too")
         score_all(network)
         write_table(AGREEMENT, agreement(read_table(RUNS), read_table(SCORES)), AGREEMENT_FIELDS)
 
