@@ -193,8 +193,9 @@ def export(options: Namespace) -> None:
     from autoprune.compress import export_stage, report_stage
 
     workspace, folder = steps.open_run(options.run)
-    print(export_stage(workspace, folder, options.format))
+    written = export_stage(workspace, folder, options.format)
     report_stage(folder)
+    _print_file(written, options.json)
 
 
 def report(options: Namespace) -> None:
@@ -202,7 +203,13 @@ def report(options: Namespace) -> None:
     from autoprune.compress import report_stage
 
     _, folder = steps.open_run(options.run)
-    print(report_stage(folder))
+    _print_file(report_stage(folder), options.json)
+
+
+def _print_file(path: Path, as_json: bool) -> None:
+    print(path)
+    if as_json:
+        print(json.dumps({"file": str(path)}))
 
 
 def trace(options: Namespace) -> None:

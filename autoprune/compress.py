@@ -102,7 +102,8 @@ def decide_stage(workspace: Workspace, folder: RunFolder, advance: Say) -> None:
     with timed(folder, "search"):
         decided = removal(workspace, folder)
         decision, found = decided.decide(advance)
-    folder.add_results(**decided.costs(decision), **found, episodes=0, evaluations=0)
+    seconds = folder.known_results["seconds"]["search"]
+    folder.add_results(**decided.costs(decision), **found, episodes=0, evaluations=0, seconds_search=seconds)
     # The decision comes last: its file says that the search is done, and a resumed run looks no further.
     decided.keep(decision)
 

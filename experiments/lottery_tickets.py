@@ -1,6 +1,6 @@
 """Is it the connections or their first values? The Lottery Ticket experiment (Frankle and Carbin 2019, ICLR).
 
-    python experiments/lottery_tickets.py --seeds 0 1 2 3 4
+    python experiments/lottery_tickets.py --seeds 0 1 2 3 4 --lrs 0.02
     python experiments/lottery_tickets.py --summary
 
 LeNet-300-100 on scikit-learn's digits. Train, mask the fifth of the remaining weights that is smallest anywhere in the

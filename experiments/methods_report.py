@@ -70,12 +70,13 @@ INTRODUCTION = """\
 Every method is a set of options of `autoprune run`, so each is one command, and each composes with the others:
 `autoprune run --method NAME --agent dyna` lets an agent decide how much goes where. `autoprune methods` lists the same.
 
-**Ours** is the public ResNet-20 (dense {dense} % on the test split) with the method as it is listed: half of the MACs
-(2:4 leaves more; masks count what isn't zero), two epochs in all on 10,000 training images, last epoch, test split read
-once, one seed: a check that each works and meets its budget, not a ranking; gaps below a point are noise. Tables with
-three seeds, each for one question, are in [experiments/results](../experiments/results/README.md). **Published** are
-dense → pruned accuracies with the MACs removed, on CIFAR-10 unless said otherwise (R56: ResNet-56), from far longer
-trainings. Dense kernels run masks no faster.
+**Ours** is the public ResNet-20 (dense {dense} % on the test split) with the method as it is listed, but from sliced
+weights in all but AMC (`--proxy.reconstruct off`): half of the MACs (2:4 leaves more; masks count what isn't zero), two
+epochs in all on 10,000 training images, last epoch, test split read once, one seed: a check that each works and meets
+its budget, not a ranking; gaps below a point are noise. Tables with three seeds, each for one question, are in
+[experiments/results](../experiments/results/README.md). **Published** are dense → pruned accuracies with the MACs
+removed, on CIFAR-10 unless said otherwise (R56: ResNet-56), from far longer trainings. Dense kernels run masks no
+faster.
 
 | method | paper | prunes | costs, beside fine-tuning | ours: MACs left, before → after | published |
 | --- | --- | --- | --- | --- | --- |

@@ -120,7 +120,9 @@ def test_replay_reproduces_the_policys_allocation_and_meets_another_budget(finis
     assert 0.6 < results["macs_ratio"] <= 0.7 and results["familiar"] == 1
 
 
-def test_an_allocation_from_a_file_is_pruned_finetuned_evaluated_and_exported_without_a_search(finished, tmp_path):
+def test_an_allocation_from_a_file_is_pruned_finetuned_evaluated_and_exported_without_a_search(
+    finished, tmp_path, capsys
+):
     folder = str(tmp_path / "by_hand")
     allocation = str(finished / "allocation.json")
     assert main(["prune", "--allocation", allocation, *TINY, "--out", folder]) == 0
@@ -134,8 +136,10 @@ def test_an_allocation_from_a_file_is_pruned_finetuned_evaluated_and_exported_wi
         assert main(command) == 0
         assert shown in page.read_text()
     written = page.read_bytes()
-    assert main(["report", folder]) == 0 and page.read_bytes() == written
-    assert main(["export", folder, "--format", "torch"]) == 0
+    assert main(["report", folder, "--json"]) == 0 and page.read_bytes() == written
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"file": str(page)}
+    assert main(["export", folder, "--format", "torch", "--json"]) == 0
+    assert Path(json.loads(capsys.readouterr().out.splitlines()[-1])["file"]).is_file()
     results = RunFolder(Path(folder)).known_results
     assert results["macs_ratio"] <= 0.5 and "accuracy" in results
     assert (Path(folder) / "model.onnx").exists() and (Path(folder) / "model.pt2").exists()

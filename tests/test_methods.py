@@ -113,6 +113,7 @@ def test_masks_last_through_fine_tuning_saving_and_loading_and_their_costs_are_t
     zeros = sum(int((~kept).sum()) for kept in masks.kept.values())
     assert results["params"] == results["params_dense"] - zeros < results["params_dense"]
     assert results["macs"] <= 0.75 * results["macs_dense"] and "accuracy" in results
+    assert results["seconds_search"] == results["seconds"]["search"]
     layers = {row["name"]: (row["channels"], row["kept"]) for row in results["groups"]}
     weights = {name: p for name, p in network.named_parameters() if p.ndim > 1}
     assert layers == {n.removesuffix(".weight"): (p.numel(), int(p.count_nonzero())) for n, p in weights.items()}
