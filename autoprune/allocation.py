@@ -21,13 +21,13 @@ class Allocation:
 
     Attributes:
         kept: Prunable group to its kept channels.
-        network: Fingerprint of the groups that it is for.
+        network: Fingerprint of the groups that it is for; empty if whoever wrote it doesn't say.
         budget: The budget it was made for, as text.
         source: Who made it: "policy", "episode 12", "uniform", ...
     """
 
     kept: dict[str, int]
-    network: str
+    network: str = ""
     budget: str = ""
     source: str = ""
 
@@ -47,7 +47,8 @@ class Allocation:
             raise UserError(f"--allocation: no file {str(path)!r}")
         try:
             data = json.loads(path.read_text())
-            allocation = cls(dict(data["kept"]), str(data["network"]), data.get("budget", ""), data.get("source", ""))
+            about = (str(data.get(name, "")) for name in ("network", "budget", "source"))
+            allocation = cls(dict(data["kept"]), *about)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--allocation: {str(path)!r} is damaged or no allocation ({error!r})") from error
         allocation.check(groups)
@@ -65,6 +66,11 @@ class Allocation:
                 raise UserError(
                     f"--allocation: group {name!r} keeps {count!r}; allowed are 1 to {channels[name]} channels"
                 )
+        if self.network not in ("", groups.fingerprint):
+            raise UserError(
+                "--allocation: it is for another network whose groups are called alike (fingerprint "
+                f'{self.network}, this one has {groups.fingerprint}); take its "network" out to apply it all the same'
+            )
 
 
 @dataclass

@@ -11,9 +11,9 @@ from jsonargparse import Namespace
 
 from autoprune import steps
 from autoprune.config import NetworkConfig, Settings, TraceConfig
-from autoprune.errors import UserError
+from autoprune.errors import ExportError, UserError
 from autoprune.methods import methods_table
-from autoprune.options import pick
+from autoprune.options import Parser, pick, prune_options
 
 
 def run(options: Namespace) -> None:
@@ -21,6 +21,7 @@ def run(options: Namespace) -> None:
     from autoprune import compress
     from autoprune.console import say
 
+    failed = None
     workspace, folder, output = steps.start(options, steps.prepare)
     workspace = steps.train_sparsely(workspace, folder)
     steps.decide(workspace, folder, output)
@@ -32,11 +33,16 @@ def run(options: Namespace) -> None:
         compress.evaluate_stage(workspace, folder)
     if not folder.onnx.exists():
         say("export: model.onnx, checked against PyTorch")
-        compress.export_stage(workspace, folder)
+        try:
+            compress.export_stage(workspace, folder)
+        except ExportError as error:  # what was pruned and trained is still to be reported
+            failed = error
     if "latency" not in folder.known_results:
-        say("latency: dense and pruned, in PyTorch and ONNX Runtime")
+        say("latency: dense and pruned")
         compress.latency_stage(workspace, folder, output.latency_batch)
     steps.finish(folder, output.json)
+    if failed is not None:
+        raise failed
 
 
 def search(options: Namespace) -> None:
@@ -63,7 +69,8 @@ def replay(options: Namespace) -> None:
     trained = Workspace.of_run(run) if is_of_run else Workspace(Settings())
     settings = _elsewhere(trained.settings, options)
     # What a run has of its own network, trained or measured, says nothing of another one.
-    workspace = dataclasses.replace(trained, settings=settings) if options.model is None else Workspace(settings)
+    is_own = options.model is None and options.weights is None
+    workspace = dataclasses.replace(trained, settings=settings) if is_own else Workspace(settings)
     env = make_env(workspace)
     settings, name = workspace.settings, run.root.name if is_of_run else place.name
     stem = file_stem("replay" if is_of_run else name, settings.network.model, str(env.budget))
@@ -124,7 +131,12 @@ def prune(options: Namespace) -> None:
     if bool(options.run) == bool(options.allocation):
         raise UserError("prune: give either RUN or --allocation FILE")
     if options.run:
+        _check_alone(options)
         workspace, folder = steps.open_run(options.run)
+        if not removal(workspace, folder).is_decided:
+            raise UserError(
+                f"RUN: {options.run!r} has decided nothing yet; go on with: autoprune run --resume --out {options.run}"
+            )
     else:
         _check_single(options)
 
@@ -144,10 +156,30 @@ def prune(options: Namespace) -> None:
     steps.finish(folder, options.json)
 
 
+def _check_alone(options: Namespace) -> None:
+    """Refuses options of a new run beside an existing one, whose settings count."""
+    parser = Parser()
+    prune_options(parser)
+    usual = dict(parser.get_defaults().items())
+    given = [name for name, value in options.items() if value != usual[name] and name not in ("run", "json")]
+    if given:
+        raise UserError(
+            f"--{given[0]}: RUN is pruned with the settings that it was started with; leave --{given[0]} out, or "
+            f"prune in a new run with --allocation {options.run}/allocation.json"
+        )
+
+
 def _check_single(options: Namespace) -> None:
-    """Refuses other granularities, ranges and whole fronts where one allocation is meant."""
+    """Refuses what goes with no single allocation: granularities, ranges, fronts, methods that decide by budget."""
     from autoprune.budget import BudgetRange, parse_budget
 
+    if options.removal.method == "resrep":
+        raise UserError(
+            "--removal.method: resrep decides by itself how much goes where, got an --allocation beside it; "
+            "use compactors, which do the same for an allocation"
+        )
+    if options.sparse.method == "gsm" and options.sparse.share is None:
+        raise UserError("--sparse.share: gsm takes the budget's share, and an allocation has none; give one in (0, 1]")
     if options.granularity not in ("channel", "dimensions"):
         raise UserError(
             f"--granularity: an allocation is for channel or dimensions, got {options.granularity}; for that give "

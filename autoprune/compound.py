@@ -45,8 +45,13 @@ class Compound(Channels):
             reason = self.workspace.groups.reasons.get(name)
             if reason:
                 raise UserError(f"--agent: {FITTED} weighs depth, width and image size, and {name} is fixed ({reason})")
+        if not len(self.workspace.widths.channels):
+            raise UserError(f"--agent: {FITTED} weighs depth, width and image size, and no channel can be pruned")
         nothing = [Point(**asdict(self._shares(kept)), accuracy=0.5) for kept in self._plan]
-        model = AccuracyModel.fit(nothing, self.workspace.settings.dimensions.degree)
+        try:
+            model = AccuracyModel.fit(nothing, self.workspace.settings.dimensions.degree)
+        except UserError as error:
+            raise UserError(f"--dimensions.degree: {str(error).removeprefix('points: ')}") from error
         optimum(model, self._budget.share_of(self.workspace.costs), measured_bounds(nothing))
 
     @property

@@ -17,12 +17,12 @@ from torch import nn
 from autoprune.allocation import Allocation
 from autoprune.budget import parse_budget
 from autoprune.errors import UserError
-from autoprune.export import export_onnx, load_pruned, save_pruned
+from autoprune.export import export_onnx, export_program, load_pruned, save_pruned
 from autoprune.finetune import EpochCallback, finetune
 from autoprune.granularities import removal
 from autoprune.latency import measure_latency
 from autoprune.report import write_report
-from autoprune.runs import RunFolder, write_atomically, write_json
+from autoprune.runs import RunFolder, write_json
 from autoprune.scoring import accuracy
 from autoprune.sparse import SPARSE
 from autoprune.workspace import Workspace
@@ -32,18 +32,22 @@ Say = Callable[[str], None]
 
 @contextmanager
 def timed(folder: RunFolder, stage: str) -> Iterator[None]:
-    """Adds the stage's wall time, over all attempts, to results.json."""
-    started = time.perf_counter()
+    """Adds the stage's wall time to results.json: over all attempts, but those that were refused."""
+    started, is_refused = time.perf_counter(), False
     try:
         yield
+    except UserError:
+        is_refused = True
+        raise
     finally:
-        seconds = folder.known_results.get("seconds", {})
-        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
-        folder.add_results(seconds=seconds, seconds_total=round(sum(seconds.values()), 2))
+        if not is_refused:
+            seconds = folder.known_results.get("seconds", {})
+            seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
+            folder.add_results(seconds=seconds, seconds_total=round(sum(seconds.values()), 2))
 
 
 def use_allocation(workspace: Workspace, allocation: Allocation, folder: RunFolder) -> None:
-    """Makes an allocation the run's own: checked against network and budget, written, costed.
+    """Makes an allocation the run's own: checked against the network, costed, written.
 
     Raises:
         UserError: If it is for another network.
@@ -114,9 +118,18 @@ def prune_stage(workspace: Workspace, folder: RunFolder, say: Say, on_epoch: Epo
         decided = removal(workspace, folder)
         decided.prepare(on_epoch)
         pruned = decided.network()
-        save_pruned(pruned, folder.pruned, workspace.network | {"stage": "pruned"} | decided.plan())
+        plan = workspace.network | {"stage": "pruned"} | decided.plan()
+        _replace(folder, pruned, plan, "accuracy_pruned", "finetune_epochs")
         before, after = (sum(int(p.count_nonzero()) for p in m.parameters()) for m in (workspace.model, pruned))
         say(f"pruned: {before:,} -> {after:,} non-zero parameters")
+
+
+def _replace(folder: RunFolder, model: nn.Module, plan: dict, *forgotten: str) -> None:
+    """Writes another network into `pruned/`, after what was measured of, or exported from, the one before is gone."""
+    folder.forget("accuracy", "latency", "latency_ms", "latency_ms_dense", "onnx_max_relative_error", *forgotten)
+    for exported in (folder.onnx, folder.program):
+        exported.unlink(missing_ok=True)
+    save_pruned(model, folder.pruned, plan)
 
 
 def read_plan(folder: RunFolder) -> dict:
@@ -136,7 +149,7 @@ def finetune_stage(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallb
         seed, train = workspace.settings.search.seed, workspace.splits.train
         finetune(model, train, config, seed, workspace.dense, folder.finetune_checkpoint, log, decided.plug())
         folder.add_results(finetune_epochs=epochs)
-        save_pruned(model, folder.pruned, plan | {"stage": "finetuned", "epochs": epochs})
+        _replace(folder, model, plan | {"stage": "finetuned", "epochs": epochs})
 
 
 def evaluate_stage(workspace: Workspace, folder: RunFolder) -> dict:
@@ -162,34 +175,27 @@ def export_stage(workspace: Workspace, folder: RunFolder, format: str = "onnx") 
 
     Raises:
         UserError: If the format is unknown.
+        ExportError: If the network can't be written so.
     """
     if format not in ("onnx", "torch"):
         raise UserError(f"--format: must be onnx or torch, got {format!r}")
     with timed(folder, "export"):
         model = load_pruned(folder.pruned)
         if format == "torch":
-            return _export_torch(model.to(memory_format=torch.contiguous_format), workspace, folder)
+            example = workspace.splits.example
+            return export_program(model.to(memory_format=torch.contiguous_format), example, folder.program)
         error = export_onnx(model, workspace.splits.example, folder.onnx)
     folder.add_results(onnx_max_relative_error=error)
     return folder.onnx
 
 
-def _export_torch(model: nn.Module, workspace: Workspace, folder: RunFolder) -> Path:
-    path = folder.root / "model.pt2"
-    # A batch of 1 would be taken for a constant.
-    example = workspace.splits.example.contiguous().repeat(2, 1, 1, 1)
-    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    write_atomically(path, lambda partial: torch.export.save(program, partial))
-    return path
-
-
 def latency_stage(workspace: Workspace, folder: RunFolder, batch: int) -> None:
-    """Measures dense and pruned in torch and ONNX Runtime, batch 1 and `batch`, alternating."""
+    """Measures dense and pruned in torch and, where there is a file, ONNX Runtime, batch 1 and `batch`, alternating."""
     with timed(folder, "latency"):
-        pruned = load_pruned(folder.pruned)
+        pruned, onnx = load_pruned(folder.pruned), folder.onnx if folder.onnx.exists() else None
         sizes = sorted({1, batch})
-        rows = measure_latency(workspace.dense, pruned, workspace.splits.example, folder.onnx, sizes)
-    first = next(row for row in rows if row.engine == "onnxruntime")
+        rows = measure_latency(workspace.dense, pruned, workspace.splits.example, onnx, sizes)
+    first = next((row for row in rows if row.engine == "onnxruntime"), rows[0])
     latency = {"latency_ms": first.pruned_ms, "latency_ms_dense": first.dense_ms}
     folder.add_results(latency=[asdict(row) for row in rows], **latency)
 

@@ -8,14 +8,18 @@ from dataclasses import KW_ONLY, dataclass, field
 
 from autoprune.errors import UserError, check_share
 
+LARGEST_SEED = 2**32 - 2
+"""What every generator takes, and one more."""
+
 
 def _check_range(config: object, low: float, high: float, *names: str, stage: str = "") -> None:
     """Raises a `UserError` for the first named field outside [low, high]; `stage` is the prefix of its flag."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
-            allowed = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
-            raise UserError(f"--{stage and f'{stage}.'}{name}: must be {allowed}, got {value:g}")
+            allowed = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:.10g}"
+            got = value if isinstance(value, int) else f"{value:g}"
+            raise UserError(f"--{stage and f'{stage}.'}{name}: must be {allowed}, got {got}")
 
 
 def _items(text: str) -> list[str]:
@@ -126,6 +130,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         held_out = "calibration_images", "proxy_images", "selection_images"
         _check_range(self, 1, float("inf"), "image_size", *held_out, "max_train_images", "max_test_images")
+        _check_range(self, 0, LARGEST_SEED, "split_seed")
 
 
 @dataclass(frozen=True)
@@ -303,7 +308,7 @@ class SearchConfig(_Excluding):
     granularity: str = "channel"
     """What is removed: channel; dimensions: channels, residual blocks and pixels of the image's side together; layer,
     with the agent global: residual blocks; or, as masks that leave the shapes as they are, ranked by l1, l2, lamp or
-    random with the agent global or uniform: weight, row, column, kernel, filter, or N:M as in 2:4."""
+    random with the agent global or uniform: weight, row, column, kernel, filter, or N:M as in 2:4 (by l1 alone)."""
     agent: str = "dyna"
     """dyna, ppo, sac, td3, ddpg, tqc, or a baseline: uniform, random, sensitivity, evolution, tpe, global (one
     threshold for the importance of all channels), cost_aware (for importance per cost saved), eagleeye; or, for
@@ -341,6 +346,7 @@ class SearchConfig(_Excluding):
 
     def __post_init__(self) -> None:
         _check_range(self, 1, float("inf"), "episodes", "round_to", "finalists", "checkpoint_every")
+        _check_range(self, 0, LARGEST_SEED, "seed")
         _check_range(self, 0, 1, "accuracy_floor")
         _check_range(self, 0, 0.99, "max_sparsity")
         _numbers("min_width", self.min_width)

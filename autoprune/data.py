@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -258,7 +259,10 @@ def _scan(root: Path, part: str) -> dict[str, list[Path]]:
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    for path in folder.rglob("*"):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden:
+            yield path
 
 
 def _read_images(files: dict[str, list[Path]], side: int) -> Images:
@@ -277,11 +281,20 @@ def _read_images(files: dict[str, list[Path]], side: int) -> Images:
 def _read_image(path: Path, side: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+            fitted = ImageOps.fit(_eight_bits(image).convert("RGB"), (side, side), Image.Resampling.BILINEAR)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = type(error).__name__
+        reason = str(error) if type(error) is ValueError else type(error).__name__
         raise UserError(f"--data: can't read image {str(path)!r} ({reason}); replace or remove it") from error
     return np.asarray(fitted).transpose(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits scaled to 8, white stays white; Pillow's own conversion cuts all above 255 off."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}, whose range isn't known")
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def cache_folder() -> Path:
@@ -293,11 +306,16 @@ def _load_cifar10(config: DataConfig) -> Splits:
     path = cache_folder() / "cifar10.npz"
     if not path.exists():
         raise UserError("--data: CIFAR-10 isn't on this machine yet; fetch it with: autoprune data cifar10")
-    with np.load(path, allow_pickle=False) as arrays:
-        train, test = (
-            Images(torch.from_numpy(arrays[f"{part}_pixels"]), torch.from_numpy(arrays[f"{part}_labels"]))
-            for part in ("train", "test")
-        )
+    try:
+        # np.load leaves a file open that it can't read.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            train, test = (
+                Images(torch.from_numpy(arrays[f"{part}_pixels"]), torch.from_numpy(arrays[f"{part}_labels"]))
+                for part in ("train", "test")
+            )
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        again = "delete it and fetch it again with: autoprune data cifar10"
+        raise UserError(f"--data: {str(path)!r} is damaged ({type(error).__name__}); {again}") from error
     return carve(train, test, CIFAR10_CLASSES, "cifar10", config)
 
 

@@ -80,6 +80,27 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
             raise ExportError(f"ONNX can't express this network ({_root_cause(error)})") from error
 
 
+def export_program(model: nn.Module, example: Tensor, path: Path) -> Path:
+    """Writes `model` as a `torch.export` program with a free batch size, and returns the path.
+
+    Args:
+        model: The network, contiguous, in evaluation mode.
+        example: One input, float32 `(1, 3, height, width)`.
+        path: The `.pt2` file to write.
+
+    Raises:
+        ExportError: If the network can't be expressed; a file that was at `path` before stays there.
+    """
+    # A batch of 1 would be taken for a constant.
+    images, free = example.contiguous().repeat(2, 1, 1, 1), ({0: torch.export.Dim("batch")},)
+    try:
+        program = torch.export.export(model, (images,), dynamic_shapes=free)
+    except Exception as error:  # torch raises a dozen types for what its compiler can't follow
+        raise ExportError(f"torch.export can't express this network ({_root_cause(error)})") from error
+    write_atomically(path, lambda partial: torch.export.save(program, partial))
+    return path
+
+
 @torch.no_grad()
 def _output_names(model: nn.Module, example: Tensor) -> list[str]:
     n_outputs = len(tensors_in(model(example)))

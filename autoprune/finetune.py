@@ -84,7 +84,7 @@ def finetune(
     optimizer = torch.optim.SGD(groups, config.lr_for(n_steps), config.momentum, nesterov=accelerated)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _annealing(n_steps, config.warmup))
     loss_of = _distilled(config, teacher) if teacher is not None and config.distillation > 0 else _plain
-    trained = _resume(checkpoint, model, optimizer, schedule, plug)
+    trained = _resume(checkpoint, epochs, model, optimizer, schedule, plug)
     plug.begin(model, n_steps, config)
     for epoch in range(trained, epochs):
         with seeded(seed * 100_003 + epoch):
@@ -97,7 +97,7 @@ def finetune(
                 config,
                 plug,
             )
-        _save(checkpoint, epoch + 1, model, optimizer, schedule, plug)
+        _save(checkpoint, (epoch + 1, epochs), model, optimizer, schedule, plug)
         on_epoch(epoch + 1, loss)
     return model.eval()
 
@@ -167,11 +167,11 @@ def pull_for(total: float, momentum: float, config: FinetuneConfig, n_steps: int
     return total * (1 - momentum) / max(rate, 1e-12)
 
 
-def _save(checkpoint: Path | None, epoch: int, model: nn.Module, optimizer, schedule, plug: Plug) -> None:
+def _save(checkpoint: Path | None, epoch_of: tuple[int, int], model: nn.Module, optimizer, schedule, plug) -> None:
     if checkpoint is None:
         return
     state = {
-        "epoch": epoch,
+        "epoch_of": epoch_of,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": schedule.last_epoch,
@@ -180,16 +180,23 @@ def _save(checkpoint: Path | None, epoch: int, model: nn.Module, optimizer, sche
     write_state(checkpoint, state)
 
 
-def _resume(checkpoint: Path | None, model: nn.Module, optimizer, schedule, plug: Plug) -> int:
+def _resume(checkpoint: Path | None, epochs: int, model: nn.Module, optimizer, schedule, plug: Plug) -> int:
+    """The finished epochs; of a training of other length, whose rates are others, nothing can be used."""
     if checkpoint is None or not checkpoint.exists():
         return 0
     try:
         state = torch.load(checkpoint, weights_only=True)
+        epoch, planned = state["epoch_of"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.last_epoch = state["step"]
         plug.load_state_dict(state["plug"])
-        return state["epoch"]
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"RUN: can't use checkpoint {str(checkpoint)!r} ({reason}); delete it to start over") from error
+    if planned != epochs:
+        raise UserError(
+            f"RUN: checkpoint {str(checkpoint)!r} is of a training of {planned} epochs, not of {epochs}; "
+            f"ask for {planned} again, or delete it to start over"
+        )
+    return epoch

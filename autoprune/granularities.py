@@ -229,6 +229,6 @@ def check_granularity(search: SearchConfig) -> Budget | BudgetRange:
             f"--granularity: blocks are ranked by damage per MAC; use --agent global and a budget of macs, "
             f"got {search.agent} and {budget}"
         )
-    if granularity in PATTERNS:
+    if granularity in PATTERNS or n_of_m(granularity):
         check_mask_options(granularity, search.criterion, search.agent)
     return budget

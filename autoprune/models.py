@@ -183,3 +183,19 @@ def _difference(missing: list, surplus: list, misfits: list, weights: dict, own:
         given, wanted = (tuple(tensors[misfits[0]].shape) for tensors in (weights, own))
         parts.append(f"{len(misfits)} of another shape (first: {misfits[0]} is {given}, not {wanted})")
     return "; ".join(parts)
+
+
+@torch.no_grad()
+def check_answers(model: nn.Module, name: str, example: Tensor, n_classes: int) -> None:
+    """Raises a `UserError` unless a network answers an image `(1, 3, height, width)` with a score for each class."""
+    try:
+        answers = model(example)
+    except Exception as error:  # whatever the user's own forward pass raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        shape = tuple(example.shape)
+        raise UserError(f"--model: {name} can't answer images of shape {shape} ({reason}); see --image_size") from error
+    found = tuple(answers.shape) if isinstance(answers, Tensor) else type(answers).__name__
+    if found != (1, n_classes):
+        raise UserError(
+            f"--model: {name} answers an image with {found}, the data needs (1, {n_classes}), a score for each class"
+        )

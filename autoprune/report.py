@@ -5,6 +5,7 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from autoprune.config import Settings
 from autoprune.figures import allocation_bars, loss_curve, pareto_front, render_svg, reward_curve
 from autoprune.runs import RunFolder, write_text
 
@@ -26,7 +27,8 @@ def write_report(folder: RunFolder) -> Path:
     Raises:
         UserError: If the run has no results yet, or a file is damaged.
     """
-    results = {key: value for key, value in folder.read_json(folder.results).items() if value is not None}
+    known = {key: value for key, value in folder.read_json(folder.results).items() if value is not None}
+    results = known if "model" in known else _asked(folder) | known
     rewards, trainings = _series(folder, "episode", "episode", "reward"), _trainings(folder, results)
     pareto = folder.read_json(folder.pareto) if folder.pareto.exists() else None
     environment = Environment(
@@ -60,6 +62,13 @@ def write_report(folder: RunFolder) -> Path:
     return folder.report
 
 
+def _asked(folder: RunFolder) -> dict:
+    """What results.json says as soon as something is being decided, of a run that was interrupted before."""
+    settings = Settings.from_dict(folder.read_config())
+    asked = {"run": str(folder.root), "model": settings.network.model, "data": settings.data.data}
+    return asked | {name: getattr(settings.search, name) for name in ("budget", "agent", "seed")}
+
+
 def _series(folder: RunFolder, event: str, number: str, value: str) -> dict[int, float]:
     # A resumed run may log an episode or epoch again; the last entry is the one that counted.
     return dict(sorted({entry[number]: entry[value] for entry in folder.events(event)}.items()))
@@ -74,7 +83,9 @@ def _trainings(folder: RunFolder, results: dict) -> dict[str, list[float]]:
 
 def _headline(results: dict) -> str:
     subject = f"{results['model']} on {results['data']}"
-    within = f"{_percent(results['macs_ratio'], 1)} of the MACs" if "macs_ratio" in results else results["budget"]
+    if "macs_ratio" not in results:
+        return f"{subject}: {results['budget']} asked for, nothing decided yet"
+    within = f"{_percent(results['macs_ratio'], 1)} of the MACs"
     stages = {"accuracy": "", "accuracy_pruned": " before fine-tuning"}
     stage = next((key for key in stages if key in results), None)
     if stage is None or "accuracy_dense" not in results:
@@ -180,7 +191,7 @@ def _searcher_rows(results: dict, rewards: dict[int, float]) -> Rows:
     return [
         [
             name,
-            _count(entry["evaluations"]),
+            _count(entry["evaluations"]) if "evaluations" in entry else "–",
             "–" if entry.get("reward") is None else _score(entry["reward"]),
             *_scores(entry),
         ]

@@ -80,6 +80,7 @@ class RunFolder:
     merged = property(lambda self: self.root / "merged")
     pruned = property(lambda self: self.root / "pruned")
     onnx = property(lambda self: self.root / "model.onnx")
+    program = property(lambda self: self.root / "model.pt2")
     report = property(lambda self: self.root / "report.html")
     results = property(lambda self: self.root / "results.json")
     pareto = property(lambda self: self.root / "pareto.json")
@@ -141,6 +142,12 @@ class RunFolder:
         merged = self.known_results | fields
         write_json(self.results, merged)
         return merged
+
+    def forget(self, *names: str) -> None:
+        """Takes fields out of results.json, those that are there."""
+        known = self.known_results
+        if any(name in known for name in names):
+            write_json(self.results, {name: value for name, value in known.items() if name not in names})
 
     def append(self, event: str, **fields: object) -> None:
         """Adds one line to the log, flushed, so that a killed run keeps it."""

@@ -18,7 +18,7 @@ from autoprune.data import Splits, load
 from autoprune.errors import UserError
 from autoprune.export import load_pruned
 from autoprune.groups import Groups
-from autoprune.models import EMBEDDED_WEIGHTS, build, load_weights
+from autoprune.models import EMBEDDED_WEIGHTS, build, check_answers, load_weights
 from autoprune.proxy import ProxyAccuracy
 from autoprune.reconstruction import Reconstruction
 from autoprune.runs import RunFolder
@@ -68,13 +68,19 @@ class Workspace:
 
     @cached_property
     def dense(self) -> nn.Module:
-        """The network with its trained weights, in eval mode."""
+        """The network with its trained weights, on the CPU in float32, in eval mode.
+
+        Raises:
+            UserError: If it can't be built, or doesn't answer images of this size with one of these classes.
+        """
         network, classes = self.settings.network, self.splits.classes
         model = build(network.model, len(classes))
         path = _weights_file(network.model, network.weights, self.settings.data.data)
         if path is not None:
             load_weights(model, path)
-        return model.eval().to(memory_format=torch.channels_last)
+        model = model.eval().to("cpu", torch.float32).to(memory_format=torch.channels_last)
+        check_answers(model, network.model, self.splits.example, len(classes))
+        return model
 
     @cached_property
     def model(self) -> nn.Module:

@@ -290,7 +290,7 @@ def test_missing_allocation_is_named(tmp_path):
     assert str(error.value) == f"--allocation: no file {str(tmp_path / 'none.json')!r}"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"kept": 3, "network": ""}', '{"network": ""}', '{"kept": {}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"kept": 3, "network": ""}', '{"network": ""}'])
 def test_damaged_allocation_is_named(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)
@@ -314,6 +314,15 @@ def test_allocation_for_another_network_names_the_stranger(kept, stranger):
         Allocation(kept, "").check(traced("chain"))
     where = f"group {stranger!r} exists in only one of the two"
     assert str(error.value) == f"--allocation: it is for another network or another --exclude: {where}"
+
+
+def test_allocation_by_hand_needs_no_fingerprint_but_a_wrong_one_is_refused(tmp_path):
+    path, groups = tmp_path / "a.json", traced("chain")
+    path.write_text('{"kept": {"conv1": 3, "conv2": 8}}')
+    assert Allocation.read(path, groups).kept == {"conv1": 3, "conv2": 8}
+    path.write_text('{"kept": {"conv1": 3, "conv2": 8}, "network": "0123"}')
+    with pytest.raises(UserError, match=rf"fingerprint 0123, this one has {groups.fingerprint}\); take"):
+        Allocation.read(path, groups)
 
 
 @pytest.mark.parametrize("count", [0, -1, 7, 2.0, "3", None, True])

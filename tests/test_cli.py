@@ -23,6 +23,7 @@ from torch import nn
 from autoprune import compress, models
 from autoprune.cli import COMMANDS, main
 from autoprune.data import Images
+from autoprune.errors import ExportError
 from autoprune.export import load_pruned
 from autoprune.runs import RunFolder
 from autoprune.scoring import accuracy
@@ -143,6 +144,12 @@ def test_an_allocation_from_a_file_is_pruned_finetuned_evaluated_and_exported_wi
     results = RunFolder(Path(folder)).known_results
     assert results["macs_ratio"] <= 0.5 and "accuracy" in results
     assert (Path(folder) / "model.onnx").exists() and (Path(folder) / "model.pt2").exists()
+    line = failure_after_progress(capsys, "finetune", folder, "--epochs", "2", "--resume")
+    assert "finetune.pt' is of a training of 1 epochs, not of 2; ask for 1 again, or delete it" in line
+    assert main(["finetune", folder, "--epochs", "2"]) == 0
+    results = RunFolder(Path(folder)).known_results
+    assert "accuracy" not in results and "onnx_max_relative_error" not in results and "accuracy_pruned" in results
+    assert not list(Path(folder).glob("model.*")) and "Fine-tuned</" not in page.read_text()
 
 
 def test_a_run_evaluated_again_measures_what_can_have_changed(finished, tmp_path, monkeypatch):
@@ -257,6 +264,14 @@ def test_help_answers_without_importing_torch():
         (["--episodes", "many"], "many"),
         (["--resume"], "--resume: which run?"),
         (["--nonsense", "1"], "--nonsense"),
+        (
+            ["--model", "tests.tiny:stubborn"],
+            "tests.tiny:stubborn answers an image with (1, 5), the data needs (1, 10)",
+        ),
+        (["--model", "tests.tiny:twofold"], "tests.tiny:twofold answers an image with tuple, the data needs (1, 10)"),
+        (["--model", "tests.tiny:demanding"], "can't answer images of shape (1, 3, 16, 16) (Given groups=1"),
+        (["--seed", "-1"], "--seed: must be from 0 to 4294967294, got -1"),
+        (["--split_seed", "99999999999"], "--split_seed: must be from 0 to 4294967294, got 99999999999"),
     ],
 )
 def test_bad_input_of_a_run_ends_with_code_2_and_one_line_and_leaves_nothing(arguments, message, tmp_path, capsys):
@@ -342,6 +357,46 @@ def test_a_run_keeps_to_its_own_exclusions_and_widths_in_every_command(tmp_path,
     by_hand = ["prune", "--allocation", str(own / "allocation.json"), *TINY, "--out", str(tmp_path / "by_hand")]
     assert "another --exclude: group '0.0'" in failure(capsys, *by_hand)
     assert "exclude: 0.* -> 0.0" in failure(capsys, *search, "--exclude", "0.0", "--resume")
+
+
+def test_an_existing_run_is_pruned_with_its_own_settings_and_nothing_else(finished, tmp_path, capsys):
+    line = failure(capsys, "prune", str(finished), "--criterion", "taylor")
+    assert line.startswith("autoprune: error: --criterion: RUN is pruned with the settings that it was started with;")
+    assert "--proxy.images: RUN is" in failure(capsys, "prune", str(finished), "--proxy.images", "9")
+    (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
+    assert "has decided nothing yet; go on with: autoprune run --resume" in failure(capsys, "prune", str(tmp_path))
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--removal.method", "resrep"], "--removal.method: resrep decides by itself how much goes where"),
+        (["--sparse.method", "gsm"], "--sparse.share: gsm takes the budget's share, and an allocation has none"),
+    ],
+)
+def test_methods_that_go_by_a_budget_take_no_allocation(options, message, finished, tmp_path, capsys):
+    given = ["prune", "--allocation", str(finished / "allocation.json"), *TINY, "--out", str(tmp_path / "run")]
+    assert message in failure(capsys, *given, *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_network_has_no_onnx_form_is_reported_all_the_same(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise ExportError("ONNX can't express this network (an operation)")
+
+    monkeypatch.setattr(compress, "export_onnx", refuse)
+    assert main(["run", *FAST, "--baselines", "none", "--json", "--out", str(tmp_path / "run")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == "autoprune: error: ONNX can't express this network (an operation)"
+    results = json.loads(captured.out.splitlines()[-1])
+    assert results["accuracy"] > 0 and results["latency_ms"] > 0 and "onnx_max_relative_error" not in results
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_network_in_half_precision_is_pruned_in_float32(tmp_path):
+    arguments = "--model", "tests.tiny:halved", "--data", "digits", "--agent", "uniform"
+    assert main(["search", *arguments, "--out", str(tmp_path / "run")]) == 0
 
 
 def test_an_allocation_for_another_network_is_refused(finished, tmp_path, capsys):

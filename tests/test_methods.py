@@ -223,6 +223,8 @@ def test_a_removal_that_can_not_be_is_refused_before_anything_is_written(argumen
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--granularity", "2:4"], "--agent: masks of granularity 2:4 go by global or uniform, got 'dyna'"),
+        (["--method", "2:4", "--criterion", "lamp"], "--criterion: masks of granularity 2:4 go by l1, got 'lamp'"),
         (["--granularity", "wait"], "--granularity: unknown granularity 'wait'; did you mean 'weight'?"),
         (["--granularity", "weight"], "--agent: masks of granularity weight go by global or uniform, got 'dyna'"),
         (["--method", "kernel", "--criterion", "taylor"], "--criterion: masks of granularity kernel go by l1 or l2 or"),

@@ -6,11 +6,13 @@ from html.parser import HTMLParser
 import matplotlib
 import numpy as np
 import pytest
+import yaml
 
+from autoprune.config import Settings
 from autoprune.errors import UserError
 from autoprune.figures import allocation_bars, loss_curve, render_rgb, render_svg, reward_curve
 from autoprune.report import write_report
-from autoprune.runs import RunFolder, write_json
+from autoprune.runs import RunFolder, write_json, write_text
 
 SEARCHED = {
     "run": "runs/one",
@@ -155,8 +157,8 @@ def test_it_says_whether_the_search_compared_solved_weights(is_reconstructed, tm
 
 def test_a_searched_run_says_in_words_what_is_missing(tmp_path):
     text = text_of(run_folder(tmp_path, {**SEARCHED, "seconds_total": None}))
-    assert "resnet20 on sample: an allocation with macs=50%, not fine-tuned yet" in text
-    assert "Go on with autoprune finetune runs/one." in text
+    assert "resnet20 on sample: macs=50% asked for, nothing decided yet" in text
+    assert "Go on with autoprune run --resume --out runs/one and" in text
     for sentence in (
         "No costs were recorded",
         "No allocation has been chosen",
@@ -165,6 +167,14 @@ def test_a_searched_run_says_in_words_what_is_missing(tmp_path):
     ):
         assert sentence in text
     assert "whole run" not in text
+
+
+def test_a_run_that_was_killed_before_its_search_says_what_was_asked_for(tmp_path):
+    folder = run_folder(tmp_path, {"method": "amc", "baselines": {"uniform": {"reward": -2.0}}}, n_episodes=3)
+    write_text(folder.config, yaml.safe_dump(Settings().to_dict()))
+    text = text_of(folder)
+    assert "resnet20 on sample: macs=50% asked for, nothing decided yet" in text and "dyna (this run)" in text
+    assert f"Go on with autoprune run --resume --out {tmp_path} and" in text
 
 
 def test_a_run_without_fine_tuning_reports_the_recalibrated_accuracy(tmp_path):

@@ -44,3 +44,32 @@ def sick(n_classes: int = 10) -> nn.Module:
     with torch.no_grad():
         model[0][0].weight[0, 0, 0, 0] = float("nan")
     return model
+
+
+def stubborn(n_classes: int = 10) -> nn.Module:
+    """Has five outputs, whatever it is asked for."""
+    return network(5)
+
+
+class Twofold(nn.Module):
+    def __init__(self, n_classes: int):
+        super().__init__()
+        self.body = network(n_classes)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.body(x), self.body(x)
+
+
+def twofold(n_classes: int = 10) -> nn.Module:
+    """Answers with two tensors."""
+    return Twofold(n_classes)
+
+
+def demanding(n_classes: int = 10) -> nn.Module:
+    """Takes images of four channels only."""
+    return nn.Sequential(conv_bn(4, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, n_classes))
+
+
+def halved(n_classes: int = 10) -> nn.Module:
+    """In half precision."""
+    return network(n_classes).half()
