@@ -11,7 +11,8 @@ import numpy as np
 
 from agents.rankings import RANKINGS
 from agents.recorder import LANES, START_STD, Recorder
-from autoprune.errors import check_known, missing_package
+from agents.replay import check_installed
+from autoprune.errors import check_known
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import Walks, along, uniformly
 
@@ -62,7 +63,9 @@ def evolution(recorder: Recorder) -> None:
     Raises:
         UserError: If the package cma isn't installed.
     """
-    cma = _optional("cma", "evolution")
+    check_installed("evolution", "--agent")
+    import cma
+
     n_groups = len(recorder.env.groups)
     options = {"bounds": [-1, 1], "popsize": LANES, "seed": recorder.config.seed + 1, "verbose": -9}
     # The package can't search a line.
@@ -81,7 +84,9 @@ def tpe(recorder: Recorder) -> None:
     Raises:
         UserError: If the package optuna isn't installed.
     """
-    optuna = _optional("optuna", "tpe")
+    check_installed("tpe", "--agent")
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=recorder.config.seed)
     study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -94,13 +99,6 @@ def tpe(recorder: Recorder) -> None:
 
         for trial, reward in zip(trials, recorder.walk(act, len(trials)).tolist(), strict=True):
             study.tell(trial, reward)
-
-
-def _optional(package: str, agent: str):
-    try:
-        return __import__(package)
-    except ImportError as error:
-        raise missing_package("--agent", agent, package) from error
 
 
 BASELINES: dict[str, Callable[[Recorder], None]] = {
@@ -127,13 +125,14 @@ def check_baselines(text: str | None, agent: str) -> list[str]:
         agent: What they are for.
 
     Raises:
-        UserError: If a name is unknown; it offers the nearest.
+        UserError: If a name is unknown, with the nearest known ones, or what it needs isn't installed.
     """
     if text is None:
         return [] if agent in AT_ONCE else list(USUAL)
     names = [] if text == "none" else [name.strip() for name in text.split(",")]
     for name in names:
         check_known("baseline", name, BASELINES, "baselines", ", or none")
+        check_installed(name, "--baselines")
     return names
 
 

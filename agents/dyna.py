@@ -12,6 +12,7 @@ teaches about all of them.
 """
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,7 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
     """Trains the agent for as many episodes as the recorder asks for.
 
     There is nothing to checkpoint: a resumed search practises again, which takes seconds, and pays for no score twice.
+    Its events begin anew as well.
 
     Args:
         recorder: Environment, configuration, and where episodes go.
@@ -103,6 +105,8 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
     """
     n_steps = len(recorder.env.groups)
     imagination = Imagination(recorder.env, IMAGINED)
+    if log is not None:
+        shutil.rmtree(log / "dyna", ignore_errors=True)
     learner = make_learner("dyna", imagination, n_steps, recorder.config.seed, log, start)
     recorder.expected = imagination.expected
     while recorder.remaining:
@@ -113,12 +117,13 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
         _practise(learner, UPDATES)
     if isinstance(recorder.env.budget, BudgetRange):
         _practise(learner, PRACTICE, _FadingRate())
+    learner.logger.close()
     return policy_of("dyna", learner, start)
 
 
 def _practise(learner: BaseAlgorithm, updates: int, *callbacks: BaseCallback) -> None:
     steps = updates * IMAGINED * learner.n_steps
-    learner.learn(steps, [_Spread(), *callbacks], reset_num_timesteps=False, tb_log_name="dyna")
+    learner.learn(steps, [_Spread(), *callbacks], reset_num_timesteps=False)
 
 
 class _Spread(BaseCallback):
@@ -167,15 +172,17 @@ def _promising(learner: BaseAlgorithm, imagination: Imagination, budgets: list[B
     varied = _variations(own.kept, imagination, budgets, recorder, np.random.default_rng(seed)).state
     kept, targets = (np.concatenate([getattr(own, name), getattr(varied, name)]) for name in ("kept", "targets"))
     draws = imagination.surrogate.samples(kept, len(budgets), torch.Generator().manual_seed(seed))
-    known = {episode.counts for episode in recorder.episodes}
+    env = recorder.env
+    keys = [env.proxy.key(env.counts(row)) for row in kept]
+    known = {env.proxy.key(episode.allocation.kept) for episode in recorder.episodes}
     chosen: list[int] = []
     for draw, budget in zip(draws, budgets, strict=True):
-        fits = targets == recorder.env.target_of(budget)
-        new = fits & np.array([tuple(row) not in known for row in kept])
+        fits = targets == env.target_of(budget)
+        new = fits & np.array([key not in known for key in keys])
         # Where the lane's budget has no new proposal, the one that promises most is walked again.
         chosen.append(int(np.where(new if new.any() else fits, draw, -np.inf).argmax()))
-        known.add(tuple(kept[chosen[-1]]))
-    return recorder.env.walks(budgets).follow(along(1 - kept[chosen] / recorder.env.space.costs.dense))
+        known.add(keys[chosen[-1]])
+    return env.walks(budgets).follow(along(1 - kept[chosen] / env.space.costs.dense))
 
 
 def _variations(

@@ -102,14 +102,17 @@ class Recorder:
         self._logged = [Episode.from_json(entry, env.groups.fingerprint) for entry in entries]
         for episode in self._logged:
             env.proxy.restore(episode.allocation.kept, episode.evaluation)
-        self.n_restored = len({episode.counts for episode in self._logged})
+        self.n_restored = len({env.proxy.key(episode.allocation.kept) for episode in self._logged})
         """Evaluations that an earlier, interrupted search paid for."""
 
     @property
     def is_first(self) -> np.ndarray:
-        """Whether each episode was the first with its allocation; others have its score and tell nothing new."""
+        """Whether each episode was the first with its network; others have its score and tell nothing new."""
+        first: dict[tuple, int] = {}
+        for place, episode in enumerate(self.episodes):
+            first.setdefault(self.env.proxy.key(episode.allocation.kept), place)
         is_first = np.zeros(len(self.episodes), bool)
-        is_first[np.unique(counts_of(self.episodes), axis=0, return_index=True)[1]] = True
+        is_first[list(first.values())] = True
         return is_first
 
     @property

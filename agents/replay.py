@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium
@@ -18,13 +19,13 @@ from autoprune.budget import Budget
 from autoprune.errors import UserError, missing_package
 from autoprune.runs import write_atomically, write_json
 from envs.layer_pruning import LayerPruningEnv
-from envs.observation import FEATURES, N_STATIC, OBSERVATION_SPACE, Observer
+from envs.observation import FEATURES, OBSERVATION_SPACE, STATIC, Observer
 from envs.walks import Walks
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"dyna": PPO, "ppo": PPO, "sac": SAC, "td3": TD3, "ddpg": DDPG}
 """Learners of Stable-Baselines3 by agent; "tqc" among them where sb3-contrib is installed."""
-OPTIONAL = {"tqc": "sb3-contrib"}
-"""Agents that need a package of their own."""
+OPTIONAL = {"tqc": ("sb3_contrib", "sb3-contrib"), "evolution": ("cma", "cma"), "tpe": ("optuna", "optuna")}
+"""Agents and baselines that need a package of their own: the module, and what to install."""
 with suppress(ImportError):
     from sb3_contrib import TQC
 
@@ -80,7 +81,7 @@ class Policy:
         write_atomically(folder / "policy.safetensors", lambda path: save_file(weights, path))
         description = {"algorithm": self.algorithm, "policy_kwargs": self.policy_kwargs, "features": _feature_names()}
         if self.kinds is not None:
-            description["kinds"] = self.kinds.tolist()
+            description["kinds"] = dict(zip(STATIC, self.kinds.T.tolist(), strict=True))
         write_json(folder / "policy.json", description | about)
 
     @classmethod
@@ -108,11 +109,10 @@ class Policy:
         return cls(algorithm, network, kwargs, kinds)
 
 
-def _kinds(rows: list[list[float]]) -> np.ndarray:
-    kinds = np.array(rows, float)
-    if kinds.shape[1:] != (N_STATIC,):
-        raise ValueError(f"kinds of shape {kinds.shape}, not (n_groups, {N_STATIC})")
-    return kinds
+def _kinds(columns: dict[str, list[float]]) -> np.ndarray:
+    if not isinstance(columns, dict) or columns.keys() != set(STATIC):
+        raise ValueError(f"kinds that aren't told by {', '.join(STATIC)}")
+    return np.column_stack([np.array(columns[name], float) for name in STATIC])
 
 
 def describe_policy(folder: Path, flag: str = "RUN") -> dict:
@@ -138,9 +138,10 @@ def describe_policy(folder: Path, flag: str = "RUN") -> dict:
 
 
 def check_installed(agent: str, flag: str) -> None:
-    """Raises a `UserError` if an agent needs a package that isn't there."""
-    if agent in OPTIONAL and agent not in ALGORITHMS:
-        raise missing_package(flag, agent, OPTIONAL[agent])
+    """Raises a `UserError` if an agent or baseline needs a package that isn't there."""
+    module, package = OPTIONAL.get(agent, (None, None))
+    if module is not None and find_spec(module) is None:
+        raise missing_package(flag, agent, package)
 
 
 def _feature_names() -> list[str]:
@@ -171,13 +172,13 @@ def replay(policy: Policy, env: gymnasium.Env, budget: str | Budget | None = Non
     Args:
         policy: A trained policy; the network and the budget may differ from those that it was trained on.
         env: A `LayerPruningEnv`, wrapped or not.
-        budget: Another budget for this episode; None keeps the environment's.
+        budget: Another budget for this episode; None keeps the environment's, of a range the middle.
 
     Returns:
         The allocation, and the last step's info with its costs and proxy score.
     """
-    env.reset(options={"budget": budget} if budget else None)
     bare: LayerPruningEnv = env.unwrapped
+    env.reset(options={"budget": budget or bare.budget.at(0.5)})
     act, done = acting(policy, bare), False
     while not done:
         _, _, done, _, info = env.step(act(bare.walk))

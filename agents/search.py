@@ -11,13 +11,15 @@ from agents.policies import starting_policy
 from agents.recorder import Episode, Recorder
 from agents.replay import Policy, check_installed
 from agents.training import ALGORITHMS, train
-from autoprune.budget import BudgetRange
+from autoprune.budget import Budget, BudgetRange
 from autoprune.config import SearchConfig
-from autoprune.errors import check_known
+from autoprune.errors import UserError, check_known
 from autoprune.runs import RunFolder
 from envs.layer_pruning import LayerPruningEnv
 
 AGENTS = (*ALGORITHMS, *BASELINES)
+FOR_RANGES = ("uniform", "random")
+"""Baselines that mean something where every episode has a budget of its own."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,19 @@ class SearchResult:
         return self.recorder.episodes
 
 
-def check_agent(agent: str, others: Iterable[str] = ()) -> None:
-    """Raises a `UserError` unless there is such an agent, or it is one of `others`, and what it needs is installed."""
+def check_agent(agent: str, budget: Budget | BudgetRange, others: Iterable[str] = ()) -> None:
+    """Raises a `UserError` unless there is such an agent, for such a budget, and what it needs is installed.
+
+    Args:
+        agent: Its name; those of `others` are known too.
+        budget: Most baselines search for a single one.
+        others: Further names.
+    """
     check_installed(agent, "--agent")
     check_known("agent", agent, (*AGENTS, *others))
+    if isinstance(budget, BudgetRange) and agent in BASELINES and agent not in FOR_RANGES:
+        known = ", ".join((*ALGORITHMS, *FOR_RANGES))
+        raise UserError(f"--agent: {agent} is for one budget, got the range {budget}; for a range take {known}")
 
 
 def search(
@@ -76,7 +87,7 @@ def search(
     Raises:
         UserError: If the agent is unknown, a checkpoint is damaged, or the policy to start from can't be used.
     """
-    check_agent(config.agent)
+    check_agent(config.agent, env.budget)
     started, recorder = time.perf_counter(), Recorder(env, config, folder, on_episode)
     evaluated = env.proxy.evaluations
     policy = _run_agent(recorder, config, folder)

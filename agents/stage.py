@@ -148,9 +148,15 @@ def act(policy: Policy, workspace: Workspace, env: LayerPruningEnv) -> tuple[dic
     """What a policy does without learning: what is to be written, results, and them in words.
 
     For one budget its allocation, with costs and scores beside those of uniform pruning; for a range the front of what
-    it does at the budgets of it.
+    it does at the budgets of it, uniform pruning in the places where that is better.
     """
-    return (_act_on_range if isinstance(env.budget, BudgetRange) else _act_once)(policy, workspace, env)
+    familiar = round(float(policy.trust(env.observer).mean()), 3)
+    if familiar < 1:
+        say(f"policy trusted to {familiar:.0%}: not all groups are like those it knows; a guide has its say")
+    written, results, words = (_act_on_range if isinstance(env.budget, BudgetRange) else _act_once)(
+        policy, workspace, env
+    )
+    return written, results | {"familiar": familiar}, words
 
 
 def _act_once(policy: Policy, workspace: Workspace, env: LayerPruningEnv) -> tuple[dict, dict, str]:
@@ -159,10 +165,7 @@ def _act_once(policy: Policy, workspace: Workspace, env: LayerPruningEnv) -> tup
     results = workspace.costs_of(allocation.kept)
     results |= {"proxy_accuracy": info["accuracy"], "proxy_loss": info["loss"]}
     results |= {"proxy_accuracy_uniform": uniform.accuracy, "proxy_loss_uniform": uniform.loss}
-    results["familiar"] = round(float(policy.trust(env.observer).mean()), 3)
     words = f"proxy accuracy {info['accuracy']:.2%}, uniform {uniform.accuracy:.2%}; allocation"
-    if results["familiar"] < 1:
-        say(f"policy trusted to {results['familiar']:.0%}: not all groups are like those it knows; a guide has its say")
     return dataclasses.replace(allocation, source="policy").to_json(), results, words
 
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.noise import NormalActionNoise, VectorizedActionNoise
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
@@ -41,7 +41,7 @@ def make_learner(
         lanes: What it learns on.
         n_steps: Steps of an episode.
         seed: Seed of weights and exploration.
-        log: Folder for TensorBoard events.
+        log: Folder of TensorBoard events; the learner's go into one of its name.
         start: A trained policy of the same class.
     """
     settings = hyperparameters(name)
@@ -60,10 +60,9 @@ def make_learner(
         settings |= {"train_freq": (n_steps, "step"), "gradient_steps": gradient_steps, "n_steps": n_steps}
     if std is not None:
         settings["action_noise"] = VectorizedActionNoise(_noise(std), lanes.num_envs)
-    tensorboard = str(log) if log is not None else None
-    learner = ALGORITHMS[name]("MlpPolicy", lanes, seed=seed, device="cpu", tensorboard_log=tensorboard, **settings)
-    if log is None:
-        learner.set_logger(Logger(None, []))  # Stable-Baselines3's own would leave a folder in the temporary one
+    learner = ALGORITHMS[name]("MlpPolicy", lanes, seed=seed, device="cpu", **settings)
+    # Stable-Baselines3's own would open a file with each call of learn, or leave a folder in the temporary one.
+    learner.set_logger(Logger(None, []) if log is None else configure(str(log / name), ["tensorboard"]))
     if start is None:
         _start_at_uniform(learner)
     else:
@@ -215,7 +214,7 @@ def train(
         UserError: If the checkpoint is damaged.
     """
     config, n_steps = recorder.config, len(recorder.env.groups)
-    lanes = Lanes(recorder, min(LANES, config.episodes))
+    lanes = Lanes(recorder, min(LANES, max(2, config.episodes)))  # of a single step no advantage can be told
     learner = make_learner(name, lanes, n_steps, config.seed, log, start)
     done = restore_learner(learner, checkpoint) if checkpoint is not None and checkpoint.exists() else 0
     recorder.resume_at(done)
@@ -226,7 +225,8 @@ def train(
         if "exploration_std" in settings:
             callbacks.append(FadingNoise(settings["exploration_std"], settings["last_exploration_std"]))
         steps = n_batches * lanes.num_envs * n_steps
-        learner.learn(steps, callbacks, log_interval=1, tb_log_name=name, reset_num_timesteps=done == 0)
+        learner.learn(steps, callbacks, log_interval=1, reset_num_timesteps=done == 0)
+    learner.logger.close()
     return policy_of(name, learner, start)
 
 

@@ -81,8 +81,8 @@ class BudgetRange:
 
     def at(self, position: float) -> Budget:
         """The budget at a position in [0, 1]; 0 is the tightest."""
-        share = self.low.share + position * (self.high.share - self.low.share)
-        return Budget(self.metric, round(share, 4))
+        low, high = self.low.share, self.high.share
+        return Budget(self.metric, min(max(round(low + position * (high - low), 4), low), high))
 
     def __str__(self) -> str:
         return f"{self.low}..{self.high.share * 100:.8g}%"

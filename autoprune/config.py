@@ -340,9 +340,10 @@ class SearchConfig(_Excluding):
     """--round_to by pattern, PATTERN=N,PATTERN=N; the others keep to --round_to."""
     finalists: int = 5
     """Best allocations that are compared once more on the selection split, chosen among four times as many on the whole
-    proxy split."""
+    proxy split; a range of budgets compares six points of its front instead."""
     checkpoint_every: int = 10
-    """Episodes between two checkpoints of the learner."""
+    """Episodes between two checkpoints of sac, td3, ddpg, tqc or ppo, at the next end of a batch of ten; dyna practises
+    again from the log, and baselines learn nothing."""
 
     def __post_init__(self) -> None:
         _check_range(self, 1, float("inf"), "episodes", "round_to", "finalists", "checkpoint_every")

@@ -125,7 +125,7 @@ class ProxyAccuracy:
             block: Which of the blocks of proxy images is asked; it counts modulo their number. An allocation that was
                 scored before keeps its score.
         """
-        keys = [self._key(kept) for kept in allocations]
+        keys = [self.key(kept) for kept in allocations]
         fresh = {key: kept for key, kept in zip(keys, allocations, strict=True) if key not in self._cache}
         score = partial(self._proxy_score, self.blocks[block % len(self.blocks)]) if fresh else None
         self._cache |= zip(fresh, self._side_by_side(score, list(fresh.values())), strict=True)
@@ -168,7 +168,7 @@ class ProxyAccuracy:
         """
         if self.config.temperature == 0:
             return top_channels(self.importance, kept)
-        entropy = [self.config.seed, draw, *self._key(kept)]
+        entropy = [self.config.seed, draw, *self.key(kept)]
         seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
         generator = torch.Generator().manual_seed(seed)
         logits = {name: self.importance[name].clamp_min(1e-12).log() / self.config.temperature for name in kept}
@@ -180,9 +180,10 @@ class ProxyAccuracy:
 
     def restore(self, kept: Mapping[str, int], evaluation: Evaluation) -> None:
         """Puts an evaluation of an earlier, interrupted run into the cache."""
-        self._cache[self._key(kept)] = evaluation
+        self._cache[self.key(kept)] = evaluation
 
-    def _key(self, kept: Mapping[str, int]) -> tuple[int, ...]:
+    def key(self, kept: Mapping[str, int]) -> tuple[int, ...]:
+        """What tells networks apart: allocations with the same key are one network, scored once."""
         return tuple(kept[name] for name in self.groups.channels)
 
     def _side_by_side(self, score: Callable[[Slicer, Kept], Evaluation], allocations: Sequence) -> list[Evaluation]:

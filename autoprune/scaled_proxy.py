@@ -59,11 +59,11 @@ class ScaledProxy:
 
     def score_all(self, allocations: Sequence[Mapping[str, int]], block: int = 0) -> list[Evaluation]:
         """As in `ProxyAccuracy`."""
-        fresh = {self._key(kept): kept for kept in allocations if self._key(kept) not in self._cache}
+        fresh = {self.key(kept): kept for kept in allocations if self.key(kept) not in self._cache}
         scores = self._each(list(fresh.values()), lambda proxy, group: proxy.score_all(group, block))
         self._cache |= zip(fresh, scores, strict=True)
         self.evaluations += len(fresh)
-        return [self._cache[self._key(kept)] for kept in allocations]
+        return [self._cache[self.key(kept)] for kept in allocations]
 
     def survey_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
         """As in `ProxyAccuracy`."""
@@ -75,7 +75,7 @@ class ScaledProxy:
 
     def restore(self, kept: Mapping[str, int], evaluation: Evaluation) -> None:
         """As in `ProxyAccuracy`."""
-        self._cache[self._key(kept)] = evaluation
+        self._cache[self.key(kept)] = evaluation
 
     @cached_property
     def sensitivity(self) -> np.ndarray:
@@ -102,6 +102,6 @@ class ScaledProxy:
             scores |= zip(places, score(self._proxy_at(*scale), widths), strict=True)
         return [scores[place] for place in range(len(allocations))]
 
-    def _key(self, kept: Mapping[str, int]) -> tuple:
+    def key(self, kept: Mapping[str, int]) -> tuple:
         """What tells networks apart: widths in blocks that are gone don't."""
         return self.scaling.of(kept), tuple(sorted(self.scaling.widths(kept).items()))

@@ -37,12 +37,13 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     from agents.baselines import check_baselines
     from agents.policies import starting_policy
     from agents.search import check_agent
+    from autoprune.budget import parse_budget
     from autoprune.criteria import check_criterion
     from autoprune.granularities import FITTED, check_removal
     from autoprune.sparse import check_sparse
     from envs.rewards import reward_named
 
-    check_agent(settings.search.agent, others=[FITTED])
+    check_agent(settings.search.agent, parse_budget(settings.search.budget), others=[FITTED])
     check_baselines(output.baselines, settings.search.agent)
     check_criterion(settings.search.criterion)
     check_sparse(settings.sparse.method)

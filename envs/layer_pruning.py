@@ -120,7 +120,7 @@ class LayerPruningEnv(gymnasium.Env):
         """Starts an episode; `options={"budget": ...}` sets its target, else a range is drawn from."""
         super().reset(seed=seed)
         asked = (options or {}).get("budget")
-        self._start(parse_budget(asked).at(0.5) if asked else self.budget.at(self.np_random.random()))
+        self._start(Budget.parse(asked) if asked else self.budget.at(self.np_random.random()))
         return self.walk.observe()[0], {"budget": str(self.episode_budget)}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:

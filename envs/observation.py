@@ -87,8 +87,8 @@ class Observer:
 
     @property
     def kinds(self) -> np.ndarray:
-        """What never changes, of each group, `(n_groups, n_static)`: groups alike in this are of one kind."""
-        return np.column_stack(list(self.static.values()))
+        """The features of `STATIC` of each group, `(n_groups, n_static)`: groups alike in these are of one kind."""
+        return np.column_stack([self.static[name] for name in STATIC])
 
     @cached_property
     def static(self) -> dict[str, np.ndarray]:
@@ -180,7 +180,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
 )
 
-N_STATIC = sum(feature.is_static for feature in FEATURES)
+STATIC = tuple(feature.name for feature in FEATURES if feature.is_static)
 """Features that never change."""
 OBSERVATION_SPACE = spaces.Box(0.0, 1.0, (len(FEATURES),), np.float32)
 

@@ -7,6 +7,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from autoprune.budget import Budget, parse_budget, spread
+from autoprune.errors import UserError
 from envs.layer_pruning import LayerPruningEnv
 
 
@@ -21,11 +22,16 @@ class LayerPruningVectorEnv(VectorEnv):
         num_envs: How many lanes.
         render_mode: Not available; None.
         **options: As for `LayerPruningEnv`. From a range of budgets the lanes take evenly spread ones.
+
+    Raises:
+        UserError: As `LayerPruningEnv`; or if a picture is asked for.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
 
     def __init__(self, num_envs: int, render_mode: str | None = None, **options: Any):
+        if render_mode is not None:
+            raise UserError(f"render_mode: lanes aren't drawn, got {render_mode!r}; leave it out, or make a single one")
         self.env, self.num_envs, self.render_mode = LayerPruningEnv(**options), num_envs, render_mode
         self.single_observation_space = self.env.observation_space
         self.single_action_space = self.env.action_space
@@ -36,12 +42,14 @@ class LayerPruningVectorEnv(VectorEnv):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Starts an episode in every lane; `options={"budget": ...}` or `{"budgets": [...]}` set their targets."""
         super().reset(seed=seed)
-        return self._start(_asked(options or {}, self.num_envs)), {}
+        observations = self._start(_asked(options or {}, self.num_envs))
+        return observations, {"budget": np.array([str(budget) for budget in self.budgets], object)}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         """Prunes the current group in every lane, by the feasible sparsity that its action stands for."""
+        n, group = self.num_envs, self.env.groups[self.walks.state.index].name
         executed, sparsities = self.walks.step(np.asarray(actions)[:, 0])
-        n, infos = self.num_envs, {"executed_action": executed, "sparsity": sparsities}
+        infos = {"group": np.full(n, group, object), "executed_action": executed, "sparsity": sparsities}
         observations, rewards = self.walks.observe(), np.zeros(n)
         is_over = self.walks.is_over
         if is_over:
@@ -61,4 +69,8 @@ class LayerPruningVectorEnv(VectorEnv):
 def _asked(options: dict, n: int) -> list[Budget] | None:
     if "budget" in options:
         return spread(parse_budget(options["budget"]), n)
-    return [Budget.parse(budget) for budget in options["budgets"]] if "budgets" in options else None
+    if "budgets" not in options:
+        return None
+    if len(options["budgets"]) != n:
+        raise UserError(f"budgets: one for each of the {n} lanes, got {len(options['budgets'])}")
+    return [Budget.parse(budget) for budget in options["budgets"]]

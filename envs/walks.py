@@ -44,7 +44,7 @@ class Walks:
         return self.state.index == len(self.space.levels)
 
     def observe(self) -> np.ndarray:
-        """The observations `(n_lanes, n_features)`; after the end those before the last step."""
+        """The observations `(n_lanes, n_features)`; after the end still about the last group, and what was decided."""
         last = len(self.space.levels) - 1
         return self.observer.observe(replace(self.state, index=min(self.state.index, last)))
 

@@ -104,6 +104,12 @@ def test_a_range_with_a_wrong_end_is_refused_as_that_end_would_be(text):
         parse_budget(text)
 
 
+@pytest.mark.parametrize("position", [0, 0.0001, 0.5, 0.9999, 1])
+def test_every_budget_of_a_range_lies_within_it(position):
+    asked = parse_budget("macs=33.333%..66.666%")
+    assert 0.33333 <= asked.at(position).share <= 0.66666
+
+
 @pytest.mark.parametrize("share", [0.07, 0.1, 0.29, 1 / 8, 0.123456, 0.999])
 def test_budget_survives_its_own_text(share):
     assert Budget.parse(str(Budget("macs", share=share))) == Budget("macs", share=share)

@@ -9,6 +9,8 @@ from toys import digits_env, fake_env, target_env
 
 from agents.baselines import AT_ONCE, BASELINES, check_baselines, walk
 from agents.recorder import Recorder
+from agents.search import check_agent
+from autoprune.budget import Budget
 from autoprune.config import SearchConfig
 from autoprune.errors import UserError
 
@@ -140,6 +142,10 @@ def test_model_based_baselines_are_reproducible_by_seed_and_come_close_to_a_know
 @pytest.mark.parametrize(("name", "package"), [("evolution", "cma"), ("tpe", "optuna")])
 def test_a_missing_package_is_named_with_the_way_to_install_it(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"^--baselines: {name} needs {package}; install it with: pip install"):
+        check_baselines(f"uniform,{name}", "dyna")
+    with pytest.raises(UserError, match=f"^--agent: {name} needs {package}; install it with: pip install"):
+        check_agent(name, Budget.parse("macs=50%"))
     with pytest.raises(UserError) as error:
         run(name, fake_env(), episodes=5)
     assert str(error.value) == f"--agent: {name} needs {package}; install it with: pip install {package}"

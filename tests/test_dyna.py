@@ -1,5 +1,7 @@
 """Dyna: practises on predictions only, tries what is new, and one policy serves a range of budgets."""
 
+import threading
+
 import numpy as np
 import pytest
 from toys import fake_env, target_env
@@ -43,6 +45,14 @@ def test_no_allocation_is_evaluated_twice_while_new_ones_are_proposed():
     assert len(set(map(kept, episodes[10:]))) == 40
     assert not set(map(kept, episodes[:10])) & set(map(kept, episodes[10:]))
     assert env.proxy.evaluations == len(set(map(kept, episodes)))
+
+
+def test_a_search_writes_one_file_of_events_and_a_repeated_one_begins_it_anew(tmp_path):
+    for _ in range(2):
+        before = threading.active_count()
+        train_dyna(Recorder(target_env(), SearchConfig(episodes=30)), tmp_path)
+        assert threading.active_count() == before
+        assert len(list((tmp_path / "dyna").iterdir())) == 1
 
 
 def test_where_there_is_nothing_new_it_goes_on_all_the_same():

@@ -141,6 +141,15 @@ def test_the_console_shows_the_front_and_how_to_go_on(tmp_path, capsys):
     assert (tmp_path / "new" / "pruned" / "plan.json").exists()
 
 
+def test_replay_of_a_range_says_how_far_the_policy_was_trusted(tmp_path, capsys):
+    foreign = ["--model", "tests.tiny:residual", "--data", "digits", "--budget", RANGE, "--proxy.images", "40"]
+    out = str(tmp_path / "front.json")
+    assert main(["replay", "resnet20-ppo", *foreign, "--json", "--out", out]) == 0
+    captured = capsys.readouterr()
+    familiar = json.loads(captured.out.splitlines()[-1])["familiar"]
+    assert familiar < 1 and f"policy trusted to {familiar:.0%}" in captured.err
+
+
 def test_a_killed_search_of_a_range_ends_with_the_same_front(searched, tmp_path):
     """Killed after some episodes: what a search writes at its end isn't there yet."""
     folder = tmp_path / "killed"

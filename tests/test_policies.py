@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from agents.policies import agent_of, find_policy, shipped, shipped_table, start
 from agents.recorder import START_STD
 from agents.replay import ALGORITHMS, Policy, replay
 from agents.search import check_agent, search
+from autoprune.budget import Budget
 from autoprune.cli import main
 from autoprune.config import SearchConfig
 from autoprune.errors import UserError
@@ -128,11 +130,12 @@ def test_a_policy_of_another_algorithm_is_refused_with_those_that_fit(home):
 def test_an_agent_whose_package_is_missing_is_refused_with_the_way_to_install_it(home, monkeypatch):
     some_policy("tqc").save(home / "quantiles")
     monkeypatch.delitem(ALGORITHMS, "tqc")
+    monkeypatch.setitem(sys.modules, "sb3_contrib", None)
     needs = "tqc needs sb3-contrib; install it with: pip install sb3-contrib"
     with pytest.raises(UserError, match=f"^--policy: {needs}$"):
         Policy.load(home / "quantiles", "--policy")
     with pytest.raises(UserError, match=f"^--agent: {needs}$"):
-        check_agent("tqc")
+        check_agent("tqc", Budget.parse("macs=50%"))
     assert [row["problem"] for row in shipped_table() if row["problem"]] == [f"quantiles: {needs}"]
 
 

@@ -1,6 +1,7 @@
 """Policies as files: they act the same after loading, execute no code, and serve other budgets and networks."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,6 +33,23 @@ def test_loaded_policy_acts_identically(name, tmp_path):
     for observation, action in zip(observations, actions, strict=True):
         assert action.shape == (1,) and -1 <= action[0] <= 1
         assert np.array_equal(loaded.act(observation), action)
+
+
+def test_a_policy_acts_at_the_middle_of_a_range_unless_told_otherwise_and_always_the_same():
+    env, policy = fake_env(budget="macs=30%..80%"), some_policy()
+    first, again, asked = replay(policy, env), replay(policy, env), replay(policy, env, "macs=55%")
+    assert first == again == asked and first[0].budget == "macs=55%"
+    with pytest.raises(UserError, match=r"--budget: '30%..40%' is no number"):
+        replay(policy, env, "macs=30%..40%")
+
+
+def test_what_is_known_of_groups_is_kept_by_name(tmp_path):
+    env = target_env("wide")
+    policy = replace(some_policy(), kinds=env.observer.kinds)
+    policy.save(tmp_path)
+    stored = json.loads((tmp_path / "policy.json").read_text())["kinds"]
+    assert stored == {name: env.observer.static[name].tolist() for name in stored} and len(stored) == 12
+    assert np.array_equal(Policy.load(tmp_path).kinds, env.observer.kinds)
 
 
 def test_saved_policy_is_json_and_safetensors_only(saved, monkeypatch):

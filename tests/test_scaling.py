@@ -13,6 +13,7 @@ from nets import build, counted_macs, images
 from tiny import network, residual
 from torch import nn
 
+from agents.recorder import Recorder
 from autoprune import compound
 from autoprune.allocation import Allocation
 from autoprune.cli import main
@@ -29,8 +30,9 @@ from autoprune.granularities import removal
 from autoprune.proxy import ProxyAccuracy
 from autoprune.pruning import prune, top_channels
 from autoprune.resolution import at_resolution
+from autoprune.runs import RunFolder
 from autoprune.scaling import DEPTH, RESOLUTION, ScaledCosts, Scaling, scaled
-from autoprune.scoring import Questions, answer, on_batch_statistics, score
+from autoprune.scoring import Evaluation, Questions, answer, on_batch_statistics, score
 from autoprune.tracing import trace
 from autoprune.workspace import Workspace
 from envs.layer_pruning import LayerPruningEnv
@@ -186,6 +188,19 @@ def test_scores_come_in_the_order_of_the_allocations_and_restored_ones_cost_noth
     for kept, evaluation in zip(asked, together, strict=True):
         again.restore(kept, dataclasses.replace(evaluation, loss=7.0))
     assert {e.loss for e in again.score_all(asked)} == {7.0} and again.evaluations == 0
+
+
+def test_a_continued_search_counts_a_network_once_whatever_its_removed_blocks_would_have_been(tmp_path):
+    space, folder = workspace(budget="macs=40%"), RunFolder(tmp_path)
+    env = LayerPruningEnv(space.model, space.groups, space.proxy(), "macs=40%", costs=space.costs, **space.limits)
+    whole = dict(space.groups.channels) | {DEPTH: 1}
+    gone = next(name for name in space.groups.channels if name not in space.scaling.there(whole))
+    for number, kept in enumerate([whole, whole | {gone: 2}, whole | {RESOLUTION: 12}], 1):
+        score = dataclasses.asdict(Evaluation(0.5, float(number)))
+        folder.append("episode", episode=number, reward=-1.0, macs=1, budget="macs=40%", kept=kept, **score)
+    recorder = Recorder(env, SearchConfig(episodes=3), folder)
+    recorder.resume_at(3)
+    assert recorder.n_restored == 2 and recorder.is_first.tolist() == [True, False, True]
 
 
 def test_networks_of_every_depth_and_size_are_asked_the_same():

@@ -185,9 +185,9 @@ def test_last_batch_is_learned_from():
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-@pytest.mark.parametrize("n_episodes", [1, 7, 12])
-def test_exactly_the_asked_number_of_episodes_is_walked(name, n_episodes):
-    _, episodes = trained(name, target_env(), SearchConfig(episodes=n_episodes))
+@pytest.mark.parametrize(("network", "n_episodes"), [("one", 1), ("chain", 1), ("chain", 7), ("chain", 12)])
+def test_exactly_the_asked_number_of_episodes_is_walked(name, network, n_episodes):
+    _, episodes = trained(name, target_env(network), SearchConfig(episodes=n_episodes))
     assert [episode.number for episode in episodes] == list(range(1, n_episodes + 1))
 
 

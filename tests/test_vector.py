@@ -6,6 +6,7 @@ import pytest
 from toys import fake_env, fake_proxy, traced
 
 import envs
+from autoprune.errors import UserError
 from envs.vector import LayerPruningVectorEnv
 
 
@@ -57,6 +58,22 @@ def test_lanes_share_a_range_of_budgets_evenly_and_repeatably():
     assert np.array_equal(np.floor((np.array(shares) - 0.3) / 0.1), np.arange(5))
     lanes.reset(seed=3)
     assert shares == [budget.share for budget in lanes.budgets]
+
+
+def test_infos_tell_every_lane_its_budget_and_the_group_that_was_decided():
+    lanes = made(2)
+    _, info = lanes.reset(options={"budgets": ["macs=40%", "macs=60%"]})
+    assert info["budget"].tolist() == ["macs=40%", "macs=60%"]
+    groups = [lanes.step(np.zeros((2, 1)))[-1]["group"].tolist() for _ in range(5)]
+    assert groups == [[name, name] for name in traced("wide")[1].channels]
+
+
+def test_lanes_refuse_what_they_cannot_do():
+    lanes = made(4)
+    with pytest.raises(UserError, match=r"^budgets: one for each of the 4 lanes, got 2$"):
+        lanes.reset(options={"budgets": ["macs=40%", "macs=60%"]})
+    with pytest.raises(UserError, match=r"^render_mode: lanes aren't drawn, got 'rgb_array'"):
+        made(4, render_mode="rgb_array")
 
 
 @pytest.mark.parametrize("options", [{"budget": "macs=40%"}, {"budgets": ["macs=40%", "macs=60%"]}])

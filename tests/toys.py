@@ -67,11 +67,10 @@ class FakeProxy:
 
     def score_all(self, allocations: Sequence[Mapping[str, int]], block: int = 0) -> list[Evaluation]:
         for kept in allocations:
-            key = tuple(kept[name] for name in self.groups.channels)
-            if key not in self.cache:
+            if self.key(kept) not in self.cache:
                 self.evaluations += 1
-                self.cache[key] = self.evaluate(kept)
-        return [self.cache[tuple(kept[name] for name in self.groups.channels)] for kept in allocations]
+                self.cache[self.key(kept)] = self.evaluate(kept)
+        return [self.cache[self.key(kept)] for kept in allocations]
 
     def select_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
         return [self.evaluate(kept) for kept in allocations]
@@ -84,7 +83,10 @@ class FakeProxy:
         return Evaluation(float(np.exp(-loss)), loss)
 
     def restore(self, kept: Mapping[str, int], evaluation: Evaluation) -> None:
-        self.cache[tuple(kept[name] for name in self.groups.channels)] = evaluation
+        self.cache[self.key(kept)] = evaluation
+
+    def key(self, kept: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(kept[name] for name in self.groups.channels)
 
 
 def chain(*widths: int, seed: int = 0, n_classes: int = 10) -> nn.Module:
