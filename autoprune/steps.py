@@ -43,12 +43,12 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     from autoprune.sparse import check_sparse
     from envs.rewards import reward_named
 
+    check_removal(settings)  # first: of masks and blocks it says which agents there are
     check_agent(settings.search.agent, parse_budget(settings.search.budget), others=[FITTED])
     check_baselines(output.baselines, settings.search.agent)
     check_criterion(settings.search.criterion)
     check_sparse(settings.sparse.method)
     reward_named(settings.search.reward)
-    check_removal(settings)
     if not output.resume:  # a run that goes on has a copy
         starting_policy(settings.search.agent, settings.search.policy)
 
