@@ -196,7 +196,7 @@ def _resume(checkpoint: Path | None, epochs: int, model: nn.Module, optimizer, s
         raise UserError(f"RUN: can't use checkpoint {str(checkpoint)!r} ({reason}); delete it to start over") from error
     if planned != epochs:
         raise UserError(
-            f"RUN: checkpoint {str(checkpoint)!r} is of a training of {planned} epochs, not of {epochs}; "
-            f"ask for {planned} again, or delete it to start over"
+            f"RUN: checkpoint {str(checkpoint)!r} is of a training of another length (epochs {planned}, asked for "
+            f"{epochs}); ask for {planned} again, or delete it to start over"
         )
     return epoch

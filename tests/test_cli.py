@@ -145,7 +145,7 @@ def test_an_allocation_from_a_file_is_pruned_finetuned_evaluated_and_exported_wi
     assert results["macs_ratio"] <= 0.5 and "accuracy" in results
     assert (Path(folder) / "model.onnx").exists() and (Path(folder) / "model.pt2").exists()
     line = failure_after_progress(capsys, "finetune", folder, "--epochs", "2", "--resume")
-    assert "finetune.pt' is of a training of 1 epochs, not of 2; ask for 1 again, or delete it" in line
+    assert "finetune.pt' is of a training of another length (epochs 1, asked for 2); ask for 1 again" in line
     assert main(["finetune", folder, "--epochs", "2"]) == 0
     results = RunFolder(Path(folder)).known_results
     assert "accuracy" not in results and "onnx_max_relative_error" not in results and "accuracy_pruned" in results

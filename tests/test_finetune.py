@@ -79,7 +79,7 @@ def test_finished_run_is_not_trained_again(images, tmp_path):
 def test_checkpoint_of_a_training_of_other_length_is_refused(images, tmp_path):
     checkpoint = tmp_path / "training.ckpt"
     finetune(network(), images, replace(CONFIG, epochs=2), checkpoint=checkpoint)
-    with pytest.raises(UserError, match=r"training.ckpt' is of a training of 2 epochs, not of 4; ask for 2 again, or"):
+    with pytest.raises(UserError, match=r"another length \(epochs 2, asked for 4\); ask for 2 again, or delete it"):
         finetune(network(), images, CONFIG, checkpoint=checkpoint)
 
 
