@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from autoprune.allocation import Allocation
@@ -182,8 +181,7 @@ def export_stage(workspace: Workspace, folder: RunFolder, format: str = "onnx") 
     with timed(folder, "export"):
         model = load_pruned(folder.pruned)
         if format == "torch":
-            example = workspace.splits.example
-            return export_program(model.to(memory_format=torch.contiguous_format), example, folder.program)
+            return export_program(model, workspace.splits.example, folder.program)
         error = export_onnx(model, workspace.splits.example, folder.onnx)
     folder.add_results(onnx_max_relative_error=error)
     return folder.onnx

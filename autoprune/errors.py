@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 class ExportError(RuntimeError):
-    """The network has no ONNX form that computes the same; nothing was written."""
+    """The network can't be exported so that it computes the same; nothing was written."""
 
 
 def missing_package(flag: str, what: str, package: str) -> UserError:

@@ -43,9 +43,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path) -> float:
         ExportError: If the network can't be expressed, is too large, or differs by more than 1e-4. A file that was at
             `path` before stays there.
     """
-    # The exporter fixes the batch size of an example that holds a single image.
-    example = example.detach().float().contiguous().repeat(2, 1, 1, 1)
-    plain = copy.deepcopy(model).eval().float().to(memory_format=torch.contiguous_format)
+    plain, example = _plain(model), _two(example)
     size = sum(tensor.nbytes for tensor in plain.state_dict().values())
     if size > MAX_ONNX_BYTES:
         raise ExportError(f"weights of {size:,} bytes don't fit one ONNX file; the limit is {MAX_ONNX_BYTES:,}")
@@ -74,7 +72,7 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
                 external_data=False,
                 input_names=["images"],
                 output_names=_output_names(model, example),
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=_free_batch(),
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"ONNX can't express this network ({_root_cause(error)})") from error
@@ -84,21 +82,34 @@ def export_program(model: nn.Module, example: Tensor, path: Path) -> Path:
     """Writes `model` as a `torch.export` program with a free batch size, and returns the path.
 
     Args:
-        model: The network, contiguous, in evaluation mode.
+        model: The network; it is left as found.
         example: One input, float32 `(1, 3, height, width)`.
         path: The `.pt2` file to write.
 
     Raises:
         ExportError: If the network can't be expressed; a file that was at `path` before stays there.
     """
-    # A batch of 1 would be taken for a constant.
-    images, free = example.contiguous().repeat(2, 1, 1, 1), ({0: torch.export.Dim("batch")},)
     try:
-        program = torch.export.export(model, (images,), dynamic_shapes=free)
+        program = torch.export.export(_plain(model), (_two(example),), dynamic_shapes=_free_batch())
     except Exception as error:  # torch raises a dozen types for what its compiler can't follow
         raise ExportError(f"torch.export can't express this network ({_root_cause(error)})") from error
     write_atomically(path, lambda partial: torch.export.save(program, partial))
     return path
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, float32, contiguous."""
+    return copy.deepcopy(model).eval().float().to(memory_format=torch.contiguous_format)
+
+
+def _two(example: Tensor) -> Tensor:
+    """Two images: exporters take the batch size of an example that holds a single one for a constant."""
+    return example.detach().float().contiguous().repeat(2, 1, 1, 1)
+
+
+def _free_batch() -> tuple[dict]:
+    """The first axis of the one input may have any length."""
+    return ({0: torch.export.Dim("batch")},)
 
 
 @torch.no_grad()
