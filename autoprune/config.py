@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from autoprune.errors import UserError, check_share
 
 LARGEST_SEED = 2**32 - 2
-"""What every generator takes, and one more."""
+"""Of what generators take one less than the most: CMA-ES adds one."""
 
 
 def _check_range(config: object, low: float, high: float, *names: str, stage: str = "") -> None:

@@ -281,17 +281,20 @@ def _read_images(files: dict[str, list[Path]], side: int) -> Images:
 def _read_image(path: Path, side: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
+            if image.mode in ("I", "F"):
+                raise _unreadable(path, f"mode {image.mode}, whose range isn't known")
             fitted = ImageOps.fit(_eight_bits(image).convert("RGB"), (side, side), Image.Resampling.BILINEAR)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error) if type(error) is ValueError else type(error).__name__
-        raise UserError(f"--data: can't read image {str(path)!r} ({reason}); replace or remove it") from error
+        raise _unreadable(path, type(error).__name__) from error
     return np.asarray(fitted).transpose(2, 0, 1)
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(f"--data: can't read image {str(path)!r} ({reason}); replace or remove it")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16 bits scaled to 8, white stays white; Pillow's own conversion cuts all above 255 off."""
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode}, whose range isn't known")
     if not image.mode.startswith("I;16"):
         return image
     return Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))

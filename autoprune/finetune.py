@@ -187,10 +187,11 @@ def _resume(checkpoint: Path | None, epochs: int, model: nn.Module, optimizer, s
     try:
         state = torch.load(checkpoint, weights_only=True)
         epoch, planned = state["epoch_of"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.last_epoch = state["step"]
-        plug.load_state_dict(state["plug"])
+        if planned == epochs:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.last_epoch = state["step"]
+            plug.load_state_dict(state["plug"])
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"RUN: can't use checkpoint {str(checkpoint)!r} ({reason}); delete it to start over") from error

@@ -248,8 +248,9 @@ def n_of_m(granularity: str) -> tuple[int, int] | None:
 
 def check_mask_options(pattern: str, criterion: str, agent: str) -> None:
     """Raises a `UserError` unless masks of a granularity can be made so; N:M keeps the largest weights everywhere."""
-    scores = ("l1",) if n_of_m(pattern) else UNIT_SCORES
-    if not n_of_m(pattern):
+    scores = ("l1",)
+    if n_of_m(pattern) is None:
+        scores = UNIT_SCORES
         check_known("granularity", pattern, PATTERNS)
     for flag, value, known in (("criterion", criterion, scores), ("agent", agent, RANKINGS)):
         if value not in known:

@@ -93,7 +93,7 @@ def searches() -> Iterable[str]:
         for budget, rows in by_budget.items():
             lengths = sorted({row["asked"] for row in rows}, key=int)
             found = grouped(rows, "searcher")
-            best = sorted(found, key=lambda name: mean(longest(found[name], lengths), "selection_loss"))
+            best = sorted(found, key=lambda name: mean(ranking(found[name], lengths), "selection_loss"))
             lines = [[NAMES.get(name, name), *(scored(asked(found[name], n)) for n in lengths)] for name in best]
             yield heading(model, budget) + table(["searcher", *(f"{n} evaluations" for n in lengths)], lines)
 
@@ -104,7 +104,7 @@ def asked(rows: Rows, evaluations: str) -> Rows:
     return at_once or [row for row in rows if row["asked"] == evaluations]
 
 
-def longest(rows: Rows, lengths: Sequence[str]) -> Rows:
+def ranking(rows: Rows, lengths: Sequence[str]) -> Rows:
     """What a searcher is ranked by: 300 evaluations, or the most that it has."""
     return asked(rows, "300") or next(found for n in reversed(lengths) if (found := asked(rows, n)))
 
