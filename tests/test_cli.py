@@ -18,6 +18,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import network
 from torch import nn
 
 from autoprune import compress, models
@@ -395,6 +396,22 @@ def test_a_run_whose_network_has_no_onnx_form_is_reported_all_the_same(tmp_path,
 def test_a_network_in_half_precision_is_pruned_in_float32(tmp_path):
     arguments = "--model", "tests.tiny:halved", "--data", "digits", "--agent", "uniform"
     assert main(["search", *arguments, "--out", str(tmp_path / "run")]) == 0
+
+
+def test_replay_with_weights_of_its_own_leaves_what_the_run_made_of_others(tmp_path, capsys):
+    run, weights = tmp_path / "run", tmp_path / "w.safetensors"
+    sparse = ["--sparse.method", "l1", "--sparse.epochs", "1", "--baselines", "none"]
+    assert main(["search", *FAST, *sparse, "--out", str(run)]) == 0
+    save_file(network().state_dict(), weights)
+
+    def loss(policy: Path, *options: str) -> float:
+        capsys.readouterr()
+        assert main(["replay", str(policy), *options, "--json", "--out", str(tmp_path / "a.json")]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["proxy_loss_uniform"]
+
+    own, others = loss(run), loss(run, "--weights", str(weights))
+    elsewhere = loss(run / "policy", *TINY, "--weights", str(weights), "--proxy.images", "40")
+    assert others == elsewhere != own
 
 
 def test_an_allocation_for_another_network_is_refused(finished, tmp_path, capsys):

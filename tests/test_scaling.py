@@ -417,6 +417,14 @@ def test_a_sparsely_trained_network_can_be_cut_in_depth_and_size(method, tmp_pat
         ),
         (["--agent", "polynomial", "--budget", "macs=30%..50%"], "a range is for agents; dimensions takes one budget"),
         (["--agent", "polynomial", "--exclude", "depth"], "and depth is fixed (user asked (--exclude depth))"),
+        (
+            ["--agent", "polynomial", "--exclude", "[!dr]*"],
+            "--agent: polynomial weighs depth, width and image size, and no",
+        ),
+        (
+            ["--agent", "polynomial", "--dimensions.degree", "3"],
+            "--dimensions.degree: degree 3 needs 4 or more different",
+        ),
         (["--agent", "polynomial", "--dimensions.degree", "4"], "--dimensions.degree: must be from 1 to 3, got 4"),
         (["--agent", "polynomial", "--budget", "macs=0.1%"], "--budget: macs=0.1% is below the reachable floor"),
         (["--budget", "macs=0.1%"], "--budget: macs=0.1% is below the reachable floor"),
