@@ -50,11 +50,12 @@ def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
 
     Four times as many are scored on the whole proxy split before, since the best of hundreds of scores on few images
     owes much to luck. Where the agent has a model of the reward, its estimates decide who gets that far; else as many
-    come from each block of images.
+    come from each block of images, and no fewer because the search was long enough for more blocks.
     """
     env, n, episodes = recorder.env, recorder.config.finalists, recorder.episodes
-    candidates = _best(episodes, _promise(recorder, episodes, counts_of(episodes)), SURVEYED * n)
-    chosen = _best(candidates, _surveyed(candidates, env)[1], n)
+    n_blocks = len(np.unique(recorder.blocks)) if recorder.expected is None else 0
+    candidates = _best(episodes, _promise(recorder, episodes, counts_of(episodes)), n * max(SURVEYED, n_blocks))
+    chosen = _best(candidates, _surveyed(candidates, recorder)[1], n)
     if policy is not None:
         its = own(policy, env, env.budget)
         chosen = [its, *(episode for episode in chosen if episode.counts != its.counts)]
@@ -115,14 +116,15 @@ def _resized(episodes: list[Episode], recorder: Recorder, budget: Budget) -> Epi
         for episode, row in zip(episodes, counts, strict=True)
     ]
     candidates = _best(resized, _promise(recorder, episodes, counts), SURVEYED_WITHIN)
-    scores, rewards = _surveyed(candidates, env)
+    scores, rewards = _surveyed(candidates, recorder)
     best = int(np.argmax(rewards))
     return replace(candidates[best], evaluation=scores[best])
 
 
-def _surveyed(candidates: list[Episode], env: LayerPruningEnv) -> tuple[list[Evaluation], list[float]]:
-    """Scores on the whole proxy split, and the rewards for them."""
-    scores = env.proxy.survey_all([episode.allocation.kept for episode in candidates])
+def _surveyed(candidates: list[Episode], recorder: Recorder) -> tuple[list[Evaluation], list[float]]:
+    """Scores on all images that judged the search, and the rewards for them."""
+    env = recorder.env
+    scores = env.proxy.survey_all([episode.allocation.kept for episode in candidates], recorder.batches)
     return scores, [env.reward_of(score, episode.macs) for score, episode in zip(scores, candidates, strict=True)]
 
 

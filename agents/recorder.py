@@ -131,8 +131,13 @@ class Recorder:
 
     @property
     def blocks(self) -> np.ndarray:
-        """Which block of proxy images each episode was scored on, if it was the first with its allocation."""
-        return np.arange(len(self.episodes)) // LANES % self.env.proxy.n_blocks
+        """Which block of images each episode was scored on, if it was the first with its allocation."""
+        return np.array([self.env.proxy.block_of(place // LANES) for place in range(len(self.episodes))], int)
+
+    @property
+    def batches(self) -> int:
+        """How many there were so far, whole ones."""
+        return len(self.episodes) // LANES
 
     @property
     def remaining(self) -> int:
@@ -152,7 +157,7 @@ class Recorder:
 
     def score(self, walks: Walks, budgets: Sequence[Budget], live: int) -> np.ndarray:
         """Rewards `(n_lanes,)` of finished walks; the first `live` ones are recorded."""
-        rewards, infos = self.env.score(walks, budgets, block=len(self.episodes) // LANES)
+        rewards, infos = self.env.score(walks, budgets, block=self.env.proxy.block_of(self.batches))
         for reward, info in zip(rewards[:live].tolist(), infos[:live], strict=True):
             episode = Episode.of(len(self.episodes) + 1, reward, info)
             self.episodes.append(episode)

@@ -262,7 +262,9 @@ class ProxyConfig:
     """Images of the proxy split that are scored; more rank a little better and cost in proportion."""
     blocks: int = 4
     """Disjoint blocks of as many images, of equal difficulty, that the batches of a search take turns with; 1 scores
-    all candidates on the same images, to which a long search adapts. As many as the proxy split holds, at most."""
+    all candidates on the same images, to which a long search adapts. As many as the proxy split holds, at most. After
+    every 400 evaluations a search changes between these and blocks of calibration images, where no candidate is
+    measured or solved on those."""
     loss: str = "cross_entropy"
     """What answers are held against: cross_entropy (with the labels) or kl (with the dense network's outputs)."""
     statistics: str = "batch"

@@ -25,6 +25,7 @@ from autoprune.config import ProxyConfig
 from autoprune.criteria import Importance
 from autoprune.data import Images, Splits
 from autoprune.groups import Groups
+from autoprune.image_blocks import ImageBlocks
 from autoprune.pruning import Kept, Slicer, top_channels
 from autoprune.reconstruction import Reconstruction
 from autoprune.scoring import Evaluation, Questions, answer, in_eval_mode, on_batch_statistics, recalibrate
@@ -65,7 +66,7 @@ class ProxyAccuracy:
         reconstruction: Gives that of the network, where the config wants candidates reconstructed; None to measure one
             on the calibration images.
         reference: The network whose answers the loss "kl" is held against, in eval mode; None for `model`.
-        blocks: The blocks of proxy images; None to divide the split by this network's difficulties.
+        blocks: Which images judge; None to divide them by this network's difficulties.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ProxyAccuracy:
         config: ProxyConfig = ProxyConfig(),  # noqa: B008, frozen
         reconstruction: Callable[[], Reconstruction] | None = None,
         reference: nn.Module | None = None,
-        blocks: Sequence[Questions] | None = None,
+        blocks: ImageBlocks | None = None,
     ):
         self.groups = groups
         self.importance = importance
@@ -91,8 +92,8 @@ class ProxyAccuracy:
         self._measured = reconstruction or partial(Reconstruction, self._dense, groups, splits.calibration.inputs)
         self._reconstruction = self._measured() if config.reconstruct == "on" else None
         self._cache: dict[tuple[int, ...], Evaluation] = {}
-        if blocks is not None:
-            self.blocks = blocks
+        is_free = config.statistics == "batch" and not self.reconstructs
+        self.blocks = blocks or ImageBlocks(splits, config, is_free, self._questions, self._difficulty)
 
     def __call__(self, kept: Mapping[str, int]) -> Evaluation:
         """The proxy score of an allocation: the mean over its drawn sub-models."""
@@ -115,26 +116,25 @@ class ProxyAccuracy:
         if score.loss <= math.log(len(self._splits.classes)):
             return self
         own = (self._dense, self.groups, self.importance, self._splits, replace(self.config, reconstruct="on"))
-        return ProxyAccuracy(*own, self._measured, self._reference, self.blocks)
+        return ProxyAccuracy(*own, self._measured, self._reference)
 
     def score_all(self, allocations: Sequence[Mapping[str, int]], block: int = 0) -> list[Evaluation]:
         """The proxy scores of several allocations, which share the cores; equal to those of one after the other.
 
         Args:
             allocations: Group to kept channels.
-            block: Which of the blocks of proxy images is asked; it counts modulo their number. An allocation that was
-                scored before keeps its score.
+            block: Which block of images is asked, see `block_of`. An allocation that was scored before keeps its score.
         """
         keys = [self.key(kept) for kept in allocations]
         fresh = {key: kept for key, kept in zip(keys, allocations, strict=True) if key not in self._cache}
-        score = partial(self._proxy_score, self.blocks[block % len(self.blocks)]) if fresh else None
+        score = partial(self._proxy_score, self.blocks[block]) if fresh else None
         self._cache |= zip(fresh, self._side_by_side(score, list(fresh.values())), strict=True)
         self.evaluations += len(fresh)
         return [self._cache[key] for key in keys]
 
-    def survey_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
-        """Scores on the whole proxy split, in one pass, for those that may become finalists."""
-        return self._side_by_side(partial(self._proxy_score, self._whole), allocations)
+    def survey_all(self, allocations: Sequence[Mapping[str, int]], batches: int = 0) -> list[Evaluation]:
+        """Scores on all images that judge a search of so many batches, in one pass, for those that may be finalists."""
+        return self._side_by_side(partial(self._proxy_score, self.blocks.all(batches)), allocations)
 
     def select_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
         """Scores on the larger selection split, for the finalists; calibrated on the whole calibration split."""
@@ -145,10 +145,9 @@ class ProxyAccuracy:
         """Whether candidates get weights solved anew."""
         return self._reconstruction is not None
 
-    @property
-    def n_blocks(self) -> int:
-        """Blocks of proxy images: as many as asked for, fewer where the proxy split is too small."""
-        return max(1, min(self.config.blocks, len(self._splits.proxy) // self.config.images))
+    def block_of(self, batch: int) -> int:
+        """Which block of images judges a batch of a search."""
+        return self.blocks.judging(batch)
 
     @property
     def n_workers(self) -> int:
@@ -245,31 +244,12 @@ class ProxyAccuracy:
     def _calibration(self) -> Tensor:
         return self._splits.calibration.inputs[: self.config.recalibration_images]
 
-    @cached_property
-    def blocks(self) -> Sequence[Questions]:
-        """Disjoint parts of the proxy split, of equal difficulty.
-
-        Images are sorted by the loss of the network that keeps half of every group, and dealt out in turns, so that the
-        same network scores about the same in every block. A search that sees another block with every batch can't
-        adapt to the images of one.
-        """
-        images, n_blocks = self._splits.proxy[: self.config.images * self.n_blocks], self.n_blocks
-        if n_blocks == 1:
-            return [self._questions(images)]
-        halves = {group.name: half(group.channels) for group in self.groups}
-        order = self._difficulty(images, self.draw(halves)).argsort()
-        return [self._questions(images[order[block::n_blocks]]) for block in range(n_blocks)]
-
-    def _difficulty(self, images: Images, kept: Kept) -> Tensor:
-        """The cross-entropy of each image, `(n_images,)`."""
-        model = self._slicers[0].apply(kept)
+    def _difficulty(self, images: Images) -> Tensor:
+        """The cross-entropy of each image, `(n_images,)`, of the network that keeps half of every group."""
+        model = self._slicers[0].apply(self.draw({group.name: half(group.channels) for group in self.groups}))
         with torch.no_grad(), on_batch_statistics(model):
             logits = [model(part.inputs) for part, _ in Questions(images)]
         return F.cross_entropy(torch.cat(logits), images.labels, reduction="none")
-
-    @cached_property
-    def _whole(self) -> Questions:
-        return self._questions(self._splits.proxy)
 
     @cached_property
     def _selection(self) -> Questions:

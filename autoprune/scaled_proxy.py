@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from autoprune.data import Images
+from autoprune.image_blocks import ImageBlocks
 from autoprune.proxy import SENSITIVITY_IMAGES, ProxyAccuracy, half
 from autoprune.scaling import DEPTH, RESOLUTION, Scaling
 from autoprune.scoring import Evaluation, Questions, answer, on_batch_statistics
@@ -20,21 +21,21 @@ class ScaledProxy:
 
     Args:
         scaling: The network's depths and sizes.
-        proxy_of: From an allocation, of which depth and size count, and blocks of proxy images to the proxy of the
-            network that has them; blocks are None for the whole network, whose blocks all others share.
+        proxy_of: From an allocation, of which depth and size count, and blocks of images to the proxy of the network
+            that has them; blocks are None for the whole network, whose blocks all others share.
         images: What the damage of half the depth, and of half the size, is measured on.
     """
 
     def __init__(
         self,
         scaling: Scaling,
-        proxy_of: Callable[[Mapping[str, int], Sequence[Questions] | None], ProxyAccuracy],
+        proxy_of: Callable[[Mapping[str, int], ImageBlocks | None], ProxyAccuracy],
         images: Images,
     ):
         self.scaling, self.groups, self.example = scaling, scaling.groups, scaling.example
         self._images, self._cache, self._whole = images[:SENSITIVITY_IMAGES], {}, proxy_of({}, None)
         whole = self._whole
-        self.n_blocks, self.n_workers, self.config = whole.n_blocks, whole.n_workers, whole.config
+        self.block_of, self.n_workers, self.config = whole.block_of, whole.n_workers, whole.config
         self.reconstructs = whole.reconstructs
         added = {name: torch.ones(count) for name, count in self.groups.channels.items() if name in (DEPTH, RESOLUTION)}
         self.importance = added | dict(whole.importance)
@@ -65,9 +66,9 @@ class ScaledProxy:
         self.evaluations += len(fresh)
         return [self._cache[self.key(kept)] for kept in allocations]
 
-    def survey_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
+    def survey_all(self, allocations: Sequence[Mapping[str, int]], batches: int = 0) -> list[Evaluation]:
         """As in `ProxyAccuracy`."""
-        return self._each(allocations, lambda proxy, group: proxy.survey_all(group))
+        return self._each(allocations, lambda proxy, group: proxy.survey_all(group, batches))
 
     def select_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
         """As in `ProxyAccuracy`."""

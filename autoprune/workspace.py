@@ -1,7 +1,7 @@
 """What every stage of a run works on: network, images, trace, costs and importance, made when they are asked for."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,13 @@ from autoprune.data import Splits, load
 from autoprune.errors import UserError
 from autoprune.export import load_pruned
 from autoprune.groups import Groups
+from autoprune.image_blocks import ImageBlocks
 from autoprune.models import EMBEDDED_WEIGHTS, build, check_answers, load_weights
 from autoprune.proxy import ProxyAccuracy
 from autoprune.reconstruction import Reconstruction
 from autoprune.runs import RunFolder
 from autoprune.scaled_proxy import ScaledProxy
 from autoprune.scaling import RESOLUTION, ScaledCosts, Scaling
-from autoprune.scoring import Questions
 from autoprune.tracing import trace
 
 
@@ -173,7 +173,7 @@ class Workspace:
         pinned = [{"name": g.name, "channels": g.channels, "reason": g.pinned} for g in self.groups.pinned]
         return results | {"macs_ratio": results["macs"] / results["macs_dense"], "groups": groups, "pinned": pinned}
 
-    def proxy(self, blocks: Sequence[Questions] | None = None) -> ProxyAccuracy | ScaledProxy:
+    def proxy(self, blocks: ImageBlocks | None = None) -> ProxyAccuracy | ScaledProxy:
         """A fresh proxy with an empty cache; `blocks` as for `ProxyAccuracy`."""
         if self.scaling:
             return ScaledProxy(self.scaling, lambda kept, blocks: self.at(kept).proxy(blocks), self.splits.proxy)

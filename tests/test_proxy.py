@@ -190,14 +190,15 @@ def test_blocks_are_disjoint_of_equal_difficulty_and_asked_in_turn():
     model, groups, splits = digits()
     l1 = importance("l1", model, groups, splits.train)
     scorer = ProxyAccuracy(model, groups, l1, splits, replace(FLOAT32, images=30, blocks=3))
-    blocks = [block.images for block in scorer.blocks]
+    blocks = [scorer.blocks[block].images for block in range(3)]
     seen = torch.cat([block.pixels for block in blocks]).flatten(1)
     assert [len(block) for block in blocks] == [30] * 3 and len(seen.unique(dim=0)) == 90
     half = {group.name: group.channels // 2 for group in groups}
     pruned = prune(model, groups, top_channels(l1, half))
     with on_batch_statistics(pruned):
         expected = [answer(pruned, Questions(block), "off") for block in blocks]
-    first = [ProxyAccuracy(model, groups, l1, splits, scorer.config).score_all([half], block)[0] for block in range(4)]
+    asked = [scorer.block_of(batch) for batch in range(4)]
+    first = [ProxyAccuracy(model, groups, l1, splits, scorer.config).score_all([half], block)[0] for block in asked]
     for found, evaluation in zip(first, [*expected, expected[0]], strict=True):
         assert_close(found, evaluation)
     losses = [evaluation.loss for evaluation in expected]

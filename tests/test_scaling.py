@@ -206,7 +206,7 @@ def test_a_continued_search_counts_a_network_once_whatever_its_removed_blocks_wo
 def test_networks_of_every_depth_and_size_are_asked_the_same():
     proxy = workspace().proxy()
     own = [proxy._proxy_at(depth, size).blocks for depth, size in ((5, 16), (3, 16), (5, 12), (2, 8))]
-    assert len(own[0]) > 1 and all(blocks is own[0] for blocks in own)
+    assert own[0].n_blocks > 1 and all(blocks is own[0] for blocks in own)
 
 
 def test_answers_are_held_against_the_whole_network():

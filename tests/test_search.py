@@ -47,8 +47,8 @@ class Shifted(FakeProxy):
     def score_all(self, allocations, block=0):
         return [type(proxy)(1 - proxy.accuracy, 2 - proxy.loss) for proxy in super().score_all(allocations, block)]
 
-    def survey_all(self, allocations):
-        return [type(proxy)(1 - proxy.accuracy, 2 - proxy.loss) for proxy in super().survey_all(allocations)]
+    def survey_all(self, allocations, batches=0):
+        return [type(proxy)(1 - proxy.accuracy, 2 - proxy.loss) for proxy in super().survey_all(allocations, batches)]
 
 
 class Uneven(FakeProxy):
@@ -56,16 +56,15 @@ class Uneven(FakeProxy):
 
     surveyed: tuple[tuple[int, ...], ...] = ()
 
-    @property
-    def n_blocks(self) -> int:
-        return 2
+    def block_of(self, batch):
+        return batch % 2
 
     def score_all(self, allocations, block=0):
-        return [Evaluation(proxy.accuracy, proxy.loss + block % 2) for proxy in super().score_all(allocations, block)]
+        return [Evaluation(proxy.accuracy, proxy.loss + block) for proxy in super().score_all(allocations, block)]
 
-    def survey_all(self, allocations):
+    def survey_all(self, allocations, batches=0):
         self.surveyed = tuple(tuple(kept.values()) for kept in allocations)
-        return super().survey_all(allocations)
+        return super().survey_all(allocations, batches)
 
 
 def killable_search(agent: str, folder: Path):

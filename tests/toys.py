@@ -51,9 +51,8 @@ class FakeProxy:
     def __post_init__(self):
         self.importance = {group.name: torch.linspace(0.5, 1.5, group.channels) for group in self.groups}
 
-    @property
-    def n_blocks(self) -> int:
-        return 1
+    def block_of(self, batch: int) -> int:
+        return 0
 
     @property
     def sensitivity(self) -> np.ndarray:
@@ -75,7 +74,7 @@ class FakeProxy:
     def select_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
         return [self.evaluate(kept) for kept in allocations]
 
-    def survey_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
+    def survey_all(self, allocations: Sequence[Mapping[str, int]], batches: int = 0) -> list[Evaluation]:
         return self.select_all(allocations)
 
     def evaluate(self, kept: Mapping[str, int]) -> Evaluation:

@@ -1,0 +1,131 @@
+"""A long search moves on to images that it hasn't seen; whoever was measured on images is never judged by them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_proxy import FLOAT32, SPLITS, assert_close
+from toys import digits, fake_env
+
+from agents.finalists import finalists
+from agents.recorder import LANES, Recorder
+from autoprune.config import ProxyConfig, SearchConfig
+from autoprune.criteria import importance
+from autoprune.image_blocks import MOVES_ON, ImageBlocks
+from autoprune.proxy import ProxyAccuracy
+from autoprune.pruning import prune, top_channels
+from autoprune.scoring import Questions, answer, on_batch_statistics
+
+CONFIG = replace(FLOAT32, images=20, blocks=2)
+"""Two blocks of each split of SPLITS, whose calibration images are 40."""
+
+
+def blocks_of(config: ProxyConfig = CONFIG, is_free: bool = True, difficulty=lambda x: x.labels) -> ImageBlocks:
+    return ImageBlocks(SPLITS, config, is_free, Questions, difficulty)
+
+
+def rows(images) -> torch.Tensor:
+    return images.pixels.flatten(1)
+
+
+def is_among(images, split) -> bool:
+    return all((rows(split) == row).all(1).any() for row in rows(images))
+
+
+@given(batch=st.integers(0, 500))
+def test_every_other_forty_batches_are_judged_by_calibration_images_in_turns(batch):
+    blocks = blocks_of()
+    block = blocks.judging(batch)
+    assert block % 2 == batch % 2 and (block >= 2) == (batch // MOVES_ON % 2 == 1)
+    assert is_among(blocks[block].images, SPLITS.proxy if block < 2 else SPLITS.calibration)
+
+
+@given(images=st.integers(1, 70), n=st.integers(1, 6), is_free=st.booleans())
+def test_blocks_are_disjoint_equally_large_and_as_many_as_fit(images, n, is_free):
+    blocks = blocks_of(replace(CONFIG, images=images, blocks=n), is_free)
+    assert blocks.n_blocks == max(1, min(n, 60 // images)) and blocks.n_further == is_free * min(n, 40 // images)
+    all_of_them = [blocks[block].images for block in sorted({blocks.judging(batch) for batch in range(2 * MOVES_ON)})]
+    assert len(all_of_them) == blocks.n_blocks + blocks.n_further
+    assert {len(block) for block in all_of_them} == {min(images, 60)}
+    assert len(torch.cat([rows(block) for block in all_of_them]).unique(dim=0)) == sum(map(len, all_of_them))
+
+
+def test_of_images_that_are_next_to_each_other_in_difficulty_every_block_has_one():
+    def brightness(images):
+        return rows(images).float().mean(1)
+
+    blocks = blocks_of(replace(CONFIG, images=10, blocks=4), difficulty=brightness)
+    for split, first in ((SPLITS.proxy, 0), (SPLITS.calibration, 4)):
+        quartets = brightness(split[:40]).sort().values.view(10, 4)
+        for values in (brightness(blocks[first + number].images).sort().values for number in range(4)):
+            assert bool(((quartets == values[:, None]).sum(1) == 1).all())
+
+
+def test_a_survey_asks_all_images_that_judged_the_search():
+    blocks = blocks_of()
+    short, long = blocks.all(MOVES_ON).images, blocks.all(MOVES_ON + 1).images
+    assert torch.equal(short.pixels, SPLITS.proxy.pixels)
+    assert torch.equal(long.pixels, torch.cat([SPLITS.proxy.pixels, SPLITS.calibration.pixels]))
+    assert torch.equal(long.labels, torch.cat([SPLITS.proxy.labels, SPLITS.calibration.labels]))
+    assert blocks_of(is_free=False).all(10 * MOVES_ON).images is SPLITS.proxy
+
+
+def test_a_late_batch_scores_on_calibration_images_alone():
+    model, groups, splits = digits()
+    l1 = importance("l1", model, groups, splits.train)
+    proxy = ProxyAccuracy(model, groups, l1, splits, CONFIG)
+    half = {group.name: group.channels // 2 for group in groups}
+    pruned = prune(model, groups, top_channels(l1, half))
+    block = proxy.block_of(MOVES_ON)
+    images = proxy.blocks[block].images
+    assert is_among(images, splits.calibration)
+    with on_batch_statistics(pruned):
+        assert_close(proxy.score_all([half], block)[0], answer(pruned, Questions(images), "off"))
+
+
+@pytest.mark.parametrize("change", [{"statistics": "calibration"}, {"reconstruct": "on"}])
+def test_images_that_candidates_are_measured_or_solved_on_judge_nobody(change):
+    model, groups, splits = digits()
+    l1 = importance("l1", model, groups, splits.train)
+    proxy = ProxyAccuracy(model, groups, l1, splits, replace(CONFIG, **change))
+    assert {proxy.block_of(batch) for batch in range(3 * MOVES_ON)} == {0, 1}
+    free = ProxyAccuracy(model, groups, l1, splits, CONFIG)
+    assert {free.block_of(batch) for batch in range(3 * MOVES_ON)} == {0, 1, 2, 3}
+
+
+class Judged:
+    """Wraps a toy's proxy: which block was asked in each batch, and how many were surveyed after how many batches."""
+
+    def __init__(self, proxy):
+        self.proxy, self.asked, self.surveyed = proxy, [], []
+
+    def __getattr__(self, name):
+        return getattr(self.proxy, name)
+
+    def block_of(self, batch):
+        return blocks_of().judging(batch)
+
+    def score_all(self, allocations, block=0):
+        self.asked.append(block)
+        return self.proxy.score_all(allocations, block)
+
+    def survey_all(self, allocations, batches=0):
+        self.surveyed.append((len(allocations), batches))
+        return self.proxy.survey_all(allocations, batches)
+
+
+@pytest.mark.parametrize("n_batches", [3, MOVES_ON + 3])
+def test_a_search_asks_the_block_of_its_batch_and_no_block_sends_fewer_because_there_are_more(n_batches):
+    env = fake_env()
+    env.proxy = Judged(env.proxy)
+    recorder = Recorder(env, SearchConfig(episodes=n_batches * LANES, finalists=2))
+    generator = np.random.default_rng(0)
+    while recorder.remaining:
+        recorder.walk(lambda walks: generator.uniform(-1, 1, len(walks.state.kept)), LANES)
+    assert env.proxy.asked == [blocks_of().judging(batch) for batch in range(n_batches)]
+    assert recorder.blocks.tolist() == [block for block in env.proxy.asked for _ in range(LANES)]
+    finalists(recorder, None)
+    assert env.proxy.surveyed == [(8, n_batches)]
