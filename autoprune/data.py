@@ -58,7 +58,7 @@ class Splits:
 
     Attributes:
         train: Fine-tuning, and first-order importance.
-        calibration: Batch-norm statistics of sub-models.
+        calibration: Batch-norm statistics of sub-models; the reward of long searches too.
         proxy: The reward.
         selection: The choice among finalists.
         test: The report.
