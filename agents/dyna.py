@@ -98,7 +98,11 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
     Args:
         recorder: Environment, configuration, and where episodes go.
         log: Folder for TensorBoard events.
-        start: A trained policy to start from; PPO's will do.
+        start: A policy of any algorithm to start from: every other episode of the first batch is its. Dyna learns more
+            from what they earn than from the policy itself. A learner that went on from it was narrower: after 100
+            evaluations from a ResNet-20's policy the loss on ResNet-56 was 0.289 +- 0.011 for 0.264 +- 0.046 so and
+            0.273 +- 0.039 from nothing, on a VGG, whose groups it hardly knows, 0.536 +- 0.016 for 0.497 +- 0.001 and
+            0.499 +- 0.008.
 
     Returns:
         The policy after the last update.
@@ -107,18 +111,22 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
     imagination = Imagination(recorder.env, IMAGINED)
     if log is not None:
         shutil.rmtree(log / "dyna", ignore_errors=True)
-    learner = make_learner("dyna", imagination, n_steps, recorder.config.seed, log, start)
+    learner = make_learner("dyna", imagination, n_steps, recorder.config.seed, log)
     recorder.expected = imagination.expected
     while recorder.remaining:
         budgets = recorder.budgets(min(LANES, recorder.remaining))
-        walks = _promising(learner, imagination, budgets, recorder) if recorder.episodes else _first(learner, budgets)
+        walks = (
+            _promising(learner, imagination, budgets, recorder)
+            if recorder.episodes
+            else _first(learner, budgets, start)
+        )
         recorder.score(walks, budgets, len(budgets))
         imagination.learn_from(recorder)
         _practise(learner, UPDATES)
     if isinstance(recorder.env.budget, BudgetRange):
         _practise(learner, PRACTICE, _FadingRate())
     learner.logger.close()
-    return policy_of("dyna", learner, start)
+    return policy_of("dyna", learner)
 
 
 def _practise(learner: BaseAlgorithm, updates: int, *callbacks: BaseCallback) -> None:
@@ -155,10 +163,14 @@ class _FadingRate(BaseCallback):
         return True
 
 
-def _first(learner: BaseAlgorithm, budgets: list[Budget]) -> Walks:
-    """Before anything is known: samples of the policy, and what it thinks best for every budget or every other one."""
+def _first(learner: BaseAlgorithm, budgets: list[Budget], start: Policy | None) -> Walks:
+    """Before anything is known: samples of the policy, and what it thinks best for every budget or every other one.
+
+    Where there is a policy to start from, these and half of the samples are its.
+    """
     is_new = np.array([budget not in budgets[:lane] for lane, budget in enumerate(budgets)])
-    return _walked(learner, budgets, is_new & (np.arange(len(budgets)) % 2 == 0))
+    is_even = np.arange(len(budgets)) % 2 == 0
+    return _walked(learner, budgets, is_new & is_even, start, is_even)
 
 
 def _promising(learner: BaseAlgorithm, imagination: Imagination, budgets: list[Budget], recorder: Recorder) -> Walks:
@@ -210,13 +222,24 @@ def _variations(
     return walks.follow(along(space.shifted(sparsities, walks.state.targets) if walks.uses_up_budget else sparsities))
 
 
-def _walked(learner: BaseAlgorithm, budgets: list[Budget], is_best: np.ndarray) -> Walks:
-    """Episodes of the policy: sampled, or in marked lanes its deterministic one."""
-    env, marked = learner.get_env().env, torch.from_numpy(is_best)
+def _walked(
+    learner: BaseAlgorithm,
+    budgets: list[Budget],
+    is_best: np.ndarray,
+    other: Policy | None = None,
+    is_others: np.ndarray | None = None,
+) -> Walks:
+    """Episodes of the policy, or in some lanes of another one: sampled, or in marked lanes the deterministic one."""
+    env = learner.get_env().env
 
     def act(walks: Walks) -> np.ndarray:
+        observations = walks.observe()
         with torch.no_grad():
-            actions = learner.policy.get_distribution(torch.from_numpy(walks.observe()))
-            return torch.where(marked, actions.mode()[:, 0], actions.sample()[:, 0]).numpy()
+            actions = learner.policy.get_distribution(torch.from_numpy(observations))
+            best, tried = (values[:, 0].numpy() for values in (actions.mode(), actions.sample()))
+        if other is not None:
+            away = np.where(is_others, other.act(observations)[:, 0] - best, 0)
+            best, tried = best + away, tried + away
+        return np.where(is_best, best, tried)
 
     return env.walks(budgets).follow(act)

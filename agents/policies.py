@@ -10,6 +10,8 @@ SHIPPED = Path(__file__).parent / "policies"
 """A folder a policy, as `Policy.save` writes it."""
 SHARED = {"dyna": "ppo"}
 """Agents whose policies are those of another one."""
+STARTS_FROM_ANY = ("dyna",)
+"""Agents that let the policy act and learn from what it earns."""
 
 
 def shipped() -> dict[str, Path]:
@@ -73,7 +75,7 @@ def starting_policy(agent: str, text: str, copy: Path | None = None) -> Policy |
     if _is_there(copy):
         return Policy.load(copy, "--policy")
     policy = Policy.load(find_policy(text), "--policy")
-    fitting = [name for name in ALGORITHMS if _shared(name) == _shared(policy.algorithm)]
+    fitting = [name for name in ALGORITHMS if name in STARTS_FROM_ANY or _shared(name) == _shared(policy.algorithm)]
     if agent not in fitting:
         raise UserError(
             f"--policy: {text!r} was trained by {policy.algorithm} and can't start {agent}; "

@@ -230,7 +230,7 @@ def train(
     return policy_of(name, learner, start)
 
 
-def policy_of(name: str, learner: BaseAlgorithm, start: Policy | None) -> Policy:
-    """The policy of a learner that was made from `start`."""
+def policy_of(name: str, learner: BaseAlgorithm, start: Policy | None = None) -> Policy:
+    """The policy of a learner, maybe one that was made from `start`."""
     kwargs = start.policy_kwargs if start else hyperparameters(name)["policy_kwargs"]
     return Policy.of(name, learner, kwargs, learner.get_env().env.observer.kinds)
