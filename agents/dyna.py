@@ -115,11 +115,10 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
     recorder.expected = imagination.expected
     while recorder.remaining:
         budgets = recorder.budgets(min(LANES, recorder.remaining))
-        walks = (
-            _promising(learner, imagination, budgets, recorder)
-            if recorder.episodes
-            else _first(learner, budgets, start)
-        )
+        if recorder.episodes:
+            walks = _promising(learner, imagination, budgets, recorder)
+        else:
+            walks = _first(learner, budgets, start)
         recorder.score(walks, budgets, len(budgets))
         imagination.learn_from(recorder)
         _practise(learner, UPDATES)

@@ -124,7 +124,7 @@ def _resized(episodes: list[Episode], recorder: Recorder, budget: Budget) -> Epi
 def _surveyed(candidates: list[Episode], recorder: Recorder) -> tuple[list[Evaluation], list[float]]:
     """Scores on all images that judged the search, and the rewards for them."""
     env = recorder.env
-    scores = env.proxy.survey_all([episode.allocation.kept for episode in candidates], recorder.batches)
+    scores = env.proxy.survey_all([episode.allocation.kept for episode in candidates], recorder.n_batches)
     return scores, [env.reward_of(score, episode.macs) for score, episode in zip(scores, candidates, strict=True)]
 
 

@@ -135,9 +135,9 @@ class Recorder:
         return np.array([self.env.proxy.block_of(place // LANES) for place in range(len(self.episodes))], int)
 
     @property
-    def batches(self) -> int:
-        """How many there were so far, whole ones."""
-        return len(self.episodes) // LANES
+    def n_batches(self) -> int:
+        """Batches so far, the last one maybe a smaller one."""
+        return -(-len(self.episodes) // LANES)
 
     @property
     def remaining(self) -> int:
@@ -157,7 +157,7 @@ class Recorder:
 
     def score(self, walks: Walks, budgets: Sequence[Budget], live: int) -> np.ndarray:
         """Rewards `(n_lanes,)` of finished walks; the first `live` ones are recorded."""
-        rewards, infos = self.env.score(walks, budgets, block=self.env.proxy.block_of(self.batches))
+        rewards, infos = self.env.score(walks, budgets, block=self.env.proxy.block_of(len(self.episodes) // LANES))
         for reward, info in zip(rewards[:live].tolist(), infos[:live], strict=True):
             episode = Episode.of(len(self.episodes) + 1, reward, info)
             self.episodes.append(episode)

@@ -59,7 +59,6 @@ def search_stage(workspace: Workspace, folder: RunFolder, baselines: str | None)
     folder.add_results(reconstructed=env.proxy.reconstructs)
     if env.proxy.reconstructs and settings.proxy.reconstruct == "auto":
         say(f"{env.budget}: uniform pruning leaves less than a guess; candidates are judged with weights solved anew")
-    _warn_of_strangeness(env, settings.search, folder)
     # Under a range uniform pruning is the line that the front is drawn against; it needs no search.
     for name in check_baselines(baselines, agent) if not isinstance(env.budget, BudgetRange) else []:
         known = folder.known_results.get("baselines", {})
@@ -70,6 +69,7 @@ def search_stage(workspace: Workspace, folder: RunFolder, baselines: str | None)
             entry["reward"] = max(episode.reward for episode in result.episodes)
             folder.add_results(baselines=known | {name: entry})
     if not folder.allocation.exists():
+        _warn_of_strangeness(env, settings.search, folder)
         with timed(folder, "search"):
             result = _one_search(workspace, env, agent, folder)
             found = pareto(result.front, result.uniform, env) if result.front else None

@@ -18,8 +18,8 @@ class ImageBlocks:
     """Disjoint blocks of proxy images, and for long searches of calibration images.
 
     After 400 evaluations a search has adapted to all 1,000 proxy images: Dyna's 800 on ResNet-20 at half of the MACs
-    ended where its 300 did, with a loss of 1.166 +- 0.010 on the selection split. With calibration images in every
-    other forty batches they end at 1.128 +- 0.008 (three and five seeds).
+    ended where its 300 did, with a loss of 1.173 +- 0.017 on the selection split. With calibration images in every
+    other forty batches they end at 1.133 +- 0.016 (five seeds each).
 
     Args:
         splits: The images.

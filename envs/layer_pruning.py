@@ -208,7 +208,7 @@ class LayerPruningEnv(gymnasium.Env):
         Args:
             walks: Episodes that are over.
             budgets: What each was walked for.
-            block: The block of proxy images that scores them.
+            block: Which block of images scores them, see `ProxyAccuracy.block_of`.
         """
         counts = [self.counts(kept) for kept in walks.state.kept]
         rewards, infos = [], []

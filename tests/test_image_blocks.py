@@ -21,6 +21,8 @@ from autoprune.scoring import Questions, answer, on_batch_statistics
 
 CONFIG = replace(FLOAT32, images=20, blocks=2)
 """Two blocks of each split of SPLITS, whose calibration images are 40."""
+EIGHT = replace(CONFIG, images=10, blocks=4)
+"""Four blocks of each."""
 
 
 def blocks_of(config: ProxyConfig = CONFIG, is_free: bool = True, difficulty=lambda x: x.labels) -> ImageBlocks:
@@ -57,7 +59,7 @@ def test_of_images_that_are_next_to_each_other_in_difficulty_every_block_has_one
     def brightness(images):
         return rows(images).float().mean(1)
 
-    blocks = blocks_of(replace(CONFIG, images=10, blocks=4), difficulty=brightness)
+    blocks = blocks_of(EIGHT, difficulty=brightness)
     for split, first in ((SPLITS.proxy, 0), (SPLITS.calibration, 4)):
         quartets = brightness(split[:40]).sort().values.view(10, 4)
         for values in (brightness(blocks[first + number].images).sort().values for number in range(4)):
@@ -106,7 +108,7 @@ class Judged:
         return getattr(self.proxy, name)
 
     def block_of(self, batch):
-        return blocks_of().judging(batch)
+        return blocks_of(EIGHT).judging(batch)
 
     def score_all(self, allocations, block=0):
         self.asked.append(block)
@@ -117,15 +119,17 @@ class Judged:
         return self.proxy.survey_all(allocations, batches)
 
 
-@pytest.mark.parametrize("n_batches", [3, MOVES_ON + 3])
-def test_a_search_asks_the_block_of_its_batch_and_no_block_sends_fewer_because_there_are_more(n_batches):
-    env = fake_env()
+@pytest.mark.parametrize(("episodes", "n_surveyed"), [(20, 8), (400, 8), (401, 10), (480, 16)])
+def test_every_batch_asks_its_block_and_each_block_sends_as_many_however_many_there_are(episodes, n_surveyed):
+    env = fake_env("wide")
     env.proxy = Judged(env.proxy)
-    recorder = Recorder(env, SearchConfig(episodes=n_batches * LANES, finalists=2))
+    recorder = Recorder(env, SearchConfig(episodes=episodes, finalists=2))
     generator = np.random.default_rng(0)
     while recorder.remaining:
-        recorder.walk(lambda walks: generator.uniform(-1, 1, len(walks.state.kept)), LANES)
-    assert env.proxy.asked == [blocks_of().judging(batch) for batch in range(n_batches)]
-    assert recorder.blocks.tolist() == [block for block in env.proxy.asked for _ in range(LANES)]
+        n_lanes = min(LANES, recorder.remaining)
+        recorder.walk(lambda walks: generator.uniform(-1, 1, len(walks.state.kept)), n_lanes)
+    n_batches = -(-episodes // LANES)
+    assert env.proxy.asked == [blocks_of(EIGHT).judging(batch) for batch in range(n_batches)]
+    assert recorder.blocks.tolist() == [block for block in env.proxy.asked for _ in range(LANES)][:episodes]
     finalists(recorder, None)
-    assert env.proxy.surveyed == [(8, n_batches)]
+    assert env.proxy.surveyed == [(n_surveyed, n_batches)]
