@@ -131,6 +131,15 @@ def test_rollout_buffer_holds_the_executed_actions_and_the_first_ratio_is_one():
     assert torch.allclose((log_prob - batch.old_log_prob).exp(), torch.ones(40), atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_wishes_far_beyond_the_bounds_break_no_policy(seed):
+    learner = learner_on("ppo", lanes_of(target_env("wide")), seed)
+    learner.policy.log_std.data.fill_(-2.5)
+    learner.policy.action_net.bias.data.fill_(4.0)  # fifty standard deviations from what is executed
+    learner.learn(100 * learner.n_steps, ExecutedAction())
+    assert all(parameter.isfinite().all() for parameter in learner.policy.parameters())
+
+
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_first_deterministic_policy_is_nearly_uniform(name):
     for seed in range(3):
