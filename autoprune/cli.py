@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from autoprune import commands
 from autoprune.config import SearchConfig
 from autoprune.errors import ExportError, UserError
+from autoprune.memory import keep_freed_memory
 from autoprune.methods import method_named
 from autoprune.options import (
     Parser,
@@ -32,6 +33,7 @@ from autoprune.options import (
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns 0, or 1 if something failed, 2 for a user error, 130 after Ctrl-C."""
+    keep_freed_memory()
     try:
         options = _parse(arguments)
         COMMANDS[options.subcommand].run(options[options.subcommand])
