@@ -71,7 +71,7 @@ TRANSFERS = """
 The shipped policies, trained on the embedded ResNet-20, at half of the MACs: loss as in the first tables. Zero shot,
 nothing is learned; where groups are unlike those that a policy knows, it is mixed with a guide whose 15 to 30
 evaluations measure what a group is worth. `100 from it` is a search of 100 evaluations that starts from the policy,
-`from scratch` are the searches above (`transfer.py`). MobileNet-V2's is of a version that didn't count sensitivity.
+`from scratch` are the searches above (`transfer.py`).
 """
 
 
