@@ -1,6 +1,7 @@
 """What becomes of the memory of freed tensors: it makes room for those of the next batch."""
 
 import ctypes
+import os
 import platform
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -17,9 +18,10 @@ def keep_freed_memory() -> None:
     fit into the hole that one of its size left, and a process that makes and frees a single large one grew severalfold.
 
     It is a setting of the whole process, so a program decides about it and the library never does. Other allocators
-    aren't touched.
+    aren't touched, nor is what the user set by glibc's own variables.
     """
-    if platform.libc_ver()[0] == "glibc":
+    is_set = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if platform.libc_ver()[0] == "glibc" and not is_set:
         libc = ctypes.CDLL(None)
         libc.mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
         libc.mallopt(TRIM_THRESHOLD, MOST_KEPT)
