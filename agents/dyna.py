@@ -13,6 +13,7 @@ teaches about all of them.
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.lanes import Walkers
 from agents.recorder import LANES, Recorder, near
-from agents.replay import Policy
+from agents.replay import Policy, acting
 from agents.surrogate import Surrogate, Usual
 from agents.training import make_learner, policy_of
 from autoprune.budget import Budget, BudgetRange, spread_to_learn
@@ -113,12 +114,13 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
         shutil.rmtree(log / "dyna", ignore_errors=True)
     learner = make_learner("dyna", imagination, n_steps, recorder.config.seed, log)
     recorder.expected = imagination.expected
+    lead = _leading(start, recorder.env) if start is not None else None
     while recorder.remaining:
         budgets = recorder.budgets(min(LANES, recorder.remaining))
         if recorder.episodes:
             walks = _promising(learner, imagination, budgets, recorder)
         else:
-            walks = _first(learner, budgets, start)
+            walks = _first(learner, budgets, lead)
         recorder.score(walks, budgets, len(budgets))
         imagination.learn_from(recorder)
         _practise(learner, UPDATES)
@@ -162,14 +164,24 @@ class _FadingRate(BaseCallback):
         return True
 
 
-def _first(learner: BaseAlgorithm, budgets: list[Budget], start: Policy | None) -> Walks:
+def _leading(start: Policy, env: LayerPruningEnv) -> Callable[[Walks], np.ndarray]:
+    """What a policy to start from does in the first batch: a stranger's deeds are mixed with the guide's.
+
+    Not those of one that knows most groups, since the guide's measurements are missing later.
+    """
+    if start.is_stranger(env.observer):
+        return acting(start, env)
+    return lambda walks: start.act(walks.observe())[:, 0]
+
+
+def _first(learner: BaseAlgorithm, budgets: list[Budget], lead: Callable[[Walks], np.ndarray] | None) -> Walks:
     """Before anything is known: samples of the policy, and what it thinks best for every budget or every other one.
 
-    Where there is a policy to start from, these and half of the samples are its.
+    Where there is something that leads, these and half of the samples are its.
     """
     is_new = np.array([budget not in budgets[:lane] for lane, budget in enumerate(budgets)])
     is_even = np.arange(len(budgets)) % 2 == 0
-    return _walked(learner, budgets, is_new & is_even, start, is_even)
+    return _walked(learner, budgets, is_new & is_even, lead, is_even)
 
 
 def _promising(learner: BaseAlgorithm, imagination: Imagination, budgets: list[Budget], recorder: Recorder) -> Walks:
@@ -225,10 +237,10 @@ def _walked(
     learner: BaseAlgorithm,
     budgets: list[Budget],
     is_best: np.ndarray,
-    other: Policy | None = None,
-    is_others: np.ndarray | None = None,
+    lead: Callable[[Walks], np.ndarray] | None = None,
+    is_led: np.ndarray | None = None,
 ) -> Walks:
-    """Episodes of the policy, or in some lanes of another one: sampled, or in marked lanes the deterministic one."""
+    """Episodes of the policy, or in some lanes of what leads: sampled, or in marked lanes the deterministic one."""
     env = learner.get_env().env
 
     def act(walks: Walks) -> np.ndarray:
@@ -236,8 +248,8 @@ def _walked(
         with torch.no_grad():
             actions = learner.policy.get_distribution(torch.from_numpy(observations))
             best, tried = (values[:, 0].numpy() for values in (actions.mode(), actions.sample()))
-        if other is not None:
-            away = np.where(is_others, other.act(observations)[:, 0] - best, 0)
+        if lead is not None:
+            away = np.where(is_led, lead(walks) - best, 0)
             best, tried = best + away, tried + away
         return np.where(is_best, best, tried)
 

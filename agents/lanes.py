@@ -1,6 +1,6 @@
 """Lanes: episodes of one environment side by side, as Stable-Baselines3 wants them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -89,11 +89,14 @@ class Lanes(Walkers):
     Args:
         recorder: Where episodes go.
         n_lanes: How many walk at once.
+        lead: Wishes actions `(n_lanes,)` for the first batch of all. The first lane does as it says; in the others the
+            learner's wishes are added, which of a learner at uniform pruning are its noise. Learners store what was
+            executed, so they learn from it all the same.
     """
 
-    def __init__(self, recorder: Recorder, n_lanes: int = LANES):
+    def __init__(self, recorder: Recorder, n_lanes: int = LANES, lead: Callable[[Walks], np.ndarray] | None = None):
         super().__init__(recorder.env, n_lanes)
-        self.recorder = recorder
+        self.recorder, self._lead = recorder, lead
         self._shadows = np.arange(n_lanes)
 
     def draw(self) -> list[Budget]:
@@ -104,8 +107,10 @@ class Lanes(Walkers):
         return [budgets[lane] for lane in self._shadows]
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Takes one action a lane, `(n_lanes, 1)`; those of shadows don't count."""
+        """Takes one action a lane, `(n_lanes, 1)`; those of shadows don't count, those of the first batch are led."""
         super().step_async(np.asarray(actions)[self._shadows])
+        if self._lead is not None and not self.recorder.episodes:
+            self._actions = self._lead(self.walks) + np.where(self._shadows == 0, 0, self._actions)
 
     def judge(self) -> np.ndarray:
         """Scores the networks."""

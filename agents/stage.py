@@ -6,7 +6,7 @@ import shlex
 from agents.baselines import check_baselines
 from agents.finalists import front
 from agents.pareto import pareto
-from agents.policies import STARTS_FROM_ANY, starting_policy
+from agents.policies import starting_policy
 from agents.recorder import Episode, Recorder
 from agents.replay import Policy, replay
 from agents.search import SearchResult, search
@@ -37,12 +37,6 @@ def make_env(workspace: Workspace) -> LayerPruningEnv:
         costs=workspace.costs,
         **workspace.limits,
     )
-
-
-FAMILIAR_ENOUGH = 0.5
-"""Share of the groups that a policy should know for a learner to go on from it. On ResNet-56, of which the shipped ones
-know 73 %, three of five then ended ahead of a search from scratch and none far behind; on a VGG, 38 %, one, and four
-far behind."""
 
 
 def search_stage(workspace: Workspace, folder: RunFolder, baselines: str | None) -> None:
@@ -78,13 +72,11 @@ def search_stage(workspace: Workspace, folder: RunFolder, baselines: str | None)
 
 def _warn_of_strangeness(env: LayerPruningEnv, config: SearchConfig, folder: RunFolder) -> None:
     start = starting_policy(config.agent, config.policy, folder.start)
-    if start is None or config.agent in STARTS_FROM_ANY:
-        return
-    known = float(start.trust(env.observer).mean())
-    if known < FAMILIAR_ENOUGH:
+    if start is not None and start.is_stranger(env.observer):
         say(
-            f"--policy: {config.policy!r} was trained on groups unlike most of this network's (it knows {known:.0%} of "
-            f"them); without it, or with --agent dyna, the search may find more"
+            f"--policy: {config.policy!r} was trained on groups unlike most of this network's (it knows "
+            f"{start.familiarity(env.observer):.0%} of them); it leads the first episodes, together with a guide that "
+            f"measures what each group is worth, and the agent learns anew"
         )
 
 
@@ -170,7 +162,7 @@ def act(policy: Policy, workspace: Workspace, env: LayerPruningEnv) -> tuple[dic
     For one budget its allocation, with costs and scores beside those of uniform pruning; for a range the front of what
     it does at the budgets of it, uniform pruning in the places where that is better.
     """
-    familiar = round(float(policy.trust(env.observer).mean()), 3)
+    familiar = round(policy.familiarity(env.observer), 3)
     if familiar < 1:
         say(f"policy trusted to {familiar:.0%}: not all groups are like those it knows; a guide has its say")
     written, results, words = (_act_on_range if isinstance(env.budget, BudgetRange) else _act_once)(

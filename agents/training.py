@@ -23,7 +23,7 @@ from torch import nn
 from agents.checkpoint import restore_learner, save_learner
 from agents.lanes import Lanes
 from agents.recorder import LANES, START_STD, Recorder
-from agents.replay import ALGORITHMS, Policy
+from agents.replay import ALGORITHMS, Policy, acting
 
 
 def hyperparameters(name: str) -> dict:
@@ -205,7 +205,8 @@ def train(
         recorder: Environment, configuration, and where episodes go.
         checkpoint: File of the learner's state.
         log: Folder for TensorBoard events.
-        start: A trained policy to start from.
+        start: A trained policy to start from. A stranger to the network only leads the first batch, with the guide's
+            help: learners that went on from one ended far behind those that began anew.
 
     Returns:
         The policy after the last update.
@@ -214,7 +215,10 @@ def train(
         UserError: If the checkpoint is damaged.
     """
     config, n_steps = recorder.config, len(recorder.env.groups)
-    lanes = Lanes(recorder, min(LANES, max(2, config.episodes)))  # of a single step no advantage can be told
+    lead = None
+    if start is not None and start.is_stranger(recorder.env.observer):
+        lead, start = acting(start, recorder.env), None
+    lanes = Lanes(recorder, min(LANES, max(2, config.episodes)), lead)  # of a single step no advantage can be told
     learner = make_learner(name, lanes, n_steps, config.seed, log, start)
     done = restore_learner(learner, checkpoint) if checkpoint is not None and checkpoint.exists() else 0
     recorder.resume_at(done)

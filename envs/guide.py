@@ -1,7 +1,6 @@
 """A guide through a network that no policy knows: what a handful of measurements and one assumption suggest."""
 
 from collections.abc import Callable
-from functools import cached_property
 
 import numpy as np
 
@@ -28,23 +27,25 @@ class Guide:
     Args:
         space: The allocations, and what they cost.
         losses: Proxy losses `(n,)` of allocations `(n, n_groups)`; asked once, for one more than there are groups.
+
+    Attributes:
+        worth: How much lower the loss is where each group is whole and all others are halved, `(n_groups,)`, 0 or more.
+        path: Sparsities from dense to the least, `(n_points, n_groups)`, evenly spaced in cost.
     """
 
     def __init__(self, space: SearchSpace, losses: Callable[[np.ndarray], np.ndarray]):
-        self._space, self._losses = space, losses
+        self._space = space
+        self.worth = self._measured(losses)
+        self.path = self._greedy()
 
-    @cached_property
-    def worth(self) -> np.ndarray:
-        """How much lower the loss is where each group is whole and all others are halved, `(n_groups,)`, 0 or more."""
+    def _measured(self, losses: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         space, n = self._space, len(self._space.levels)
         halved = np.array([space.nearest(index, 0.5, (space.low[index], space.high[index])) for index in range(n)])
         restored = np.where(np.eye(n, dtype=bool), space.high, halved)
-        before, *after = self._losses(np.array([halved, *restored]))
+        before, *after = losses(np.array([halved, *restored]))
         return np.maximum(before - np.array(after), 0)
 
-    @cached_property
-    def path(self) -> np.ndarray:
-        """Sparsities from dense to the least, `(n_points, n_groups)`, evenly spaced in cost."""
+    def _greedy(self) -> np.ndarray:
         space, dense = self._space, self._space.costs.dense
         damages, step = self.worth + FLOOR * self.worth.mean() + 1e-12, np.maximum(dense / STEPS, 1)
         kept, walked = space.high.astype(float), []

@@ -146,7 +146,7 @@ class LayerPruningEnv(gymnasium.Env):
 
     @cached_property
     def guide(self) -> Guide:
-        """What helps a policy where it doesn't know the network; it measures once, when it is first asked."""
+        """What helps a policy where it doesn't know the network; it measures once, when it is first asked for."""
         return Guide(self.space, self._losses)
 
     def _losses(self, kept: np.ndarray) -> np.ndarray:

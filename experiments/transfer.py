@@ -3,9 +3,9 @@
     python experiments/transfer.py --policy FOLDER --model resnet56 --weights FILE --seeds 0 1 2
 
 Zero shot, the policy's one roll-out stands beside uniform pruning; where the network is unlike what the policy knows,
-the guide's measurements are among its evaluations. Then its agent searches on from it with 100 evaluations, the
-sensitivity's included, as in `search_agents.py`. One row each in `experiments/results/transfer.csv`, scored on the
-selection split (3,000 training images that no search sees) before fine-tuning. Resumable row by row.
+the guide's measurements are among its evaluations. Then its agent searches on from it with 100 evaluations, those of
+sensitivity and guide included, as in `search_agents.py`. One row each in `experiments/results/transfer.csv`, scored on
+the selection split (3,000 training images that no search sees) before fine-tuning. Resumable row by row.
 
 `--summary` sets every policy beside searches of its agent from scratch, which are rows of `search_agents.py`.
 """
@@ -74,9 +74,12 @@ def searched(workspace: Workspace, env: LayerPruningEnv, cell: dict, args: argpa
     stem = "-".join(str(cell[name]) for name in KEY).replace("=", "-").replace("%", "").replace(", ", "-")
     folder = RunFolder(args.runs / stem)
     folder.root.mkdir(parents=True, exist_ok=True)
-    agent = Policy.load(args.policy).algorithm
-    episodes = EVALUATIONS - sensitivity_cost(workspace) - 1  # the last one is the policy's own allocation
-    config = SearchConfig(args.budget, agent=agent, episodes=episodes, seed=cell["seed"], policy=str(args.policy))
+    policy = Policy.load(args.policy)
+    measured_first = sensitivity_cost(workspace) + (len(env.groups) + 1) * policy.is_stranger(env.observer)
+    episodes = EVALUATIONS - measured_first - 1  # the last one is the policy's own allocation
+    config = SearchConfig(
+        args.budget, agent=policy.algorithm, episodes=episodes, seed=cell["seed"], policy=str(args.policy)
+    )
     result = search(env, config, folder)
     return figures(result.best, env) | {"evaluations": result.evaluations, "seconds": round(result.seconds, 1)}
 

@@ -414,11 +414,14 @@ def test_replay_with_weights_of_its_own_leaves_what_the_run_made_of_others(tmp_p
     assert others == elsewhere != own
 
 
-def test_a_search_from_a_policy_that_knows_other_groups_says_so(tmp_path, capsys):
+@pytest.mark.parametrize("agent", ["dyna", "ppo"])
+def test_a_search_from_a_policy_that_knows_other_groups_says_so(agent, tmp_path, capsys):
     own, again = str(tmp_path / "own"), str(tmp_path / "again")
-    searching = ["search", *FAST, "--agent", "ppo", "--baselines", "none"]
+    searching = ["search", *FAST, "--agent", agent, "--baselines", "none"]
     assert main([*searching, "--policy", "resnet20-ppo", "--out", own]) == 0
-    assert "--policy: 'resnet20-ppo' was trained on groups unlike most of this network's" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--policy: 'resnet20-ppo' was trained on groups unlike most of this network's" in said
+    assert "it leads the first episodes, together with a guide" in said
     assert main([*searching, "--policy", own, "--out", again]) == 0
     assert "--policy" not in capsys.readouterr().err
 

@@ -3,11 +3,15 @@
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from toys import digits_env, fake_env, some_policy, target_env, traced
 
+from agents.recorder import Episode, counts_of
 from agents.replay import FAMILIAR, Policy, acting, replay
-from agents.search import search
+from agents.search import SearchResult, search
+from autoprune.budget import Budget
 from autoprune.config import SearchConfig
+from autoprune.runs import RunFolder
 from envs.guide import POWER
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import Walks, uniformly
@@ -87,6 +91,12 @@ def trained(env: LayerPruningEnv) -> Policy:
     return Policy(policy.algorithm, policy.network, policy.policy_kwargs, env.observer.kinds)
 
 
+def stranger(env: LayerPruningEnv, name: str = "ppo") -> Policy:
+    """A policy that knows nothing like the groups of an environment."""
+    policy = some_policy(name)
+    return Policy(policy.algorithm, policy.network, policy.policy_kwargs, env.observer.kinds + 5)
+
+
 def test_on_its_own_network_a_policy_acts_alone_and_nothing_is_measured():
     env = target_env("wide")
     policy = trained(env)
@@ -111,11 +121,9 @@ def test_trust_falls_with_the_distance_to_the_nearest_group_that_is_known():
 
 def test_far_from_what_it_knows_a_policy_does_what_the_guide_suggests():
     env = additive_env()
-    policy = some_policy()
-    stranger = Policy(policy.algorithm, policy.network, policy.policy_kwargs, env.observer.kinds + 5)
-    allocation, info = replay(stranger, env)
+    allocation, info = replay(stranger(env), env)
     assert list(allocation.kept.values()) == guided(env).state.kept[0].tolist()
-    alone = replay(policy, additive_env())[1]["loss"]
+    alone = replay(some_policy(), additive_env())[1]["loss"]
     assert info["loss"] < alone
 
 
@@ -141,3 +149,52 @@ def test_a_search_leaves_a_policy_that_knows_its_network(agent):
     env = target_env("wide")
     policy = search(env, SearchConfig(agent=agent, episodes=12, finalists=1)).policy
     assert np.array_equal(policy.kinds, env.observer.kinds)
+
+
+@pytest.mark.parametrize(
+    ("agent", "budget"), [("dyna", "macs=50%"), ("ppo", "macs=30%..80%"), ("sac", "macs=30%..80%"), ("td3", "macs=50%")]
+)
+def test_a_stranger_leads_the_first_batch_with_the_guide_and_is_then_forgotten(agent, budget, tmp_path):
+    def searched(policy: Policy | None, episodes: int = 20) -> SearchResult:
+        if policy is not None:
+            policy.save(tmp_path / "policy")
+        start = "" if policy is None else str(tmp_path / "policy")
+        return search(additive_env(budget=budget), SearchConfig(agent=agent, episodes=episodes, policy=start))
+
+    env, one = additive_env(budget=budget), stranger(additive_env(), agent)
+    led, fresh = searched(one), searched(None)
+    budgets = [Budget.parse(episode.allocation.budget) for episode in led.episodes[:10]]
+    ideal = guided(env, budgets).state.kept
+    assert led.episodes[0].counts == tuple(ideal[0])
+    far, near = (np.abs(counts_of(found.episodes[:10]) - ideal).sum() for found in (fresh, led))
+    assert 0 < near < 0.8 * far
+    another = stranger(env, agent)
+    with torch.no_grad():
+        for parameter in another.network.parameters():
+            parameter.mul_(-1)
+    assert np.array_equal(counts_of(searched(another).episodes), counts_of(led.episodes))
+
+
+def test_a_search_led_by_a_stranger_and_interrupted_ends_as_one_left_alone(tmp_path):
+    stranger(additive_env()).save(tmp_path / "policy")
+    config = SearchConfig(agent="ppo", episodes=40, policy=str(tmp_path / "policy"), checkpoint_every=10)
+
+    def searched(name: str, interrupt_at: int = 0) -> SearchResult:
+        def on_episode(episode: Episode) -> None:
+            if episode.number == interrupt_at:
+                raise InterruptedError
+
+        folder = RunFolder(tmp_path / name)
+        folder.root.mkdir(exist_ok=True)
+        return search(additive_env(), config, folder, on_episode)
+
+    alone = searched("alone")
+    for episode in (5, 25):
+        with pytest.raises(InterruptedError):
+            searched("interrupted", episode)
+    resumed = searched("interrupted")
+    assert np.array_equal(counts_of(resumed.episodes), counts_of(alone.episodes))
+    assert resumed.best == alone.best and resumed.evaluations == alone.evaluations
+    # Episodes and the policy's own allocation, each network once; before them the guide's measurements.
+    networks = {episode.counts for episode in alone.episodes} | {tuple(alone.best.allocation.kept.values())}
+    assert 0 <= alone.evaluations - len(networks) - len(HARMS) - 1 <= 1
