@@ -99,11 +99,10 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
     Args:
         recorder: Environment, configuration, and where episodes go.
         log: Folder for TensorBoard events.
-        start: A policy of any algorithm to start from: every other episode of the first batch is its. Dyna learns more
-            from what they earn than from the policy itself. A learner that went on from it was narrower: after 100
-            evaluations from a ResNet-20's policy the loss on ResNet-56 was 0.289 +- 0.011 for 0.259 +- 0.009 so and
-            0.273 +- 0.039 from nothing, on a VGG, whose groups it hardly knows, 0.536 +- 0.016 for 0.507 +- 0.015 and
-            0.499 +- 0.008.
+        start: A policy of any algorithm to start from: every other episode of the first batch is its, mixed with the
+            guide's if it is a stranger. Dyna learns more from what they earn than from the policy itself. A learner
+            that went on from it was narrower: after 100 evaluations from a ResNet-20's policy the loss on ResNet-56 was
+            0.289 +- 0.011 for 0.259 +- 0.009 so and 0.273 +- 0.039 from nothing.
 
     Returns:
         The policy after the last update.
