@@ -155,14 +155,14 @@ def test_a_search_leaves_a_policy_that_knows_its_network(agent):
     ("agent", "budget"), [("dyna", "macs=50%"), ("ppo", "macs=30%..80%"), ("sac", "macs=30%..80%"), ("td3", "macs=50%")]
 )
 def test_a_stranger_leads_the_first_batch_with_the_guide_and_is_then_forgotten(agent, budget, tmp_path):
-    def searched(policy: Policy | None, episodes: int = 20) -> SearchResult:
+    def searched(policy: Policy | None) -> SearchResult:
         if policy is not None:
             policy.save(tmp_path / "policy")
         start = "" if policy is None else str(tmp_path / "policy")
-        return search(additive_env(budget=budget), SearchConfig(agent=agent, episodes=episodes, policy=start))
+        return search(additive_env(budget=budget), SearchConfig(agent=agent, episodes=20, policy=start))
 
-    env, one = additive_env(budget=budget), stranger(additive_env(), agent)
-    led, fresh = searched(one), searched(None)
+    env = additive_env(budget=budget)
+    led, fresh = searched(stranger(env, agent)), searched(None)
     budgets = [Budget.parse(episode.allocation.budget) for episode in led.episodes[:10]]
     ideal = guided(env, budgets).state.kept
     assert led.episodes[0].counts == tuple(ideal[0])
