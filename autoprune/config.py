@@ -317,7 +317,8 @@ class SearchConfig(_Excluding):
     dimensions, polynomial (an accuracy model fitted to short trainings)."""
     policy: str = ""
     """Policy to start from, instead of from uniform pruning: a name that `autoprune policies` lists, a run, or a
-    policy's folder. On the command line it brings its agent along."""
+    policy's folder. On the command line it brings its agent along. One that knows less than half of the network only
+    leads the first ten episodes."""
     episodes: int = 300
     """Allocations to try; each is one evaluation."""
     seed: int = 0
