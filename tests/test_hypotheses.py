@@ -1,17 +1,20 @@
-"""The experiments on tickets and on training from scratch do what they say."""
+"""The experiments on tickets, on training from scratch and on what fine-tuning leaves do what they say."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from autoprune.config import DataConfig, FinetuneConfig
 from autoprune.data import load
+from autoprune.finetune import finetune
 from autoprune.granularity import Masks
 from autoprune.networks import CifarResNet
 from autoprune.pruning import prune
 from autoprune.tracing import trace
 from experiments import lottery_tickets
+from experiments.after_finetuning import Remembering
 from experiments.lottery_tickets import KEPT, Training, copied, lenet, smallest_masked, tickets, trained
 from experiments.rethinking import epochs_of, renewed
 
@@ -111,3 +114,19 @@ def test_a_network_from_scratch_has_the_shapes_of_the_pruned_one_and_values_for_
     weight = anew.layer3[0].conv2.weight
     assert weight.var().item() == pytest.approx(2 / (weight.shape[1] * 9), rel=0.25)
     assert all(torch.equal(a, b) for a, b in zip(anew.parameters(), renewed(pruned, 0).parameters(), strict=True))
+
+
+def test_a_teacher_is_asked_once_by_all_that_one_seed_trains_and_teaches_the_same(splits):
+    def trained(start: int, seed: int, teacher: torch.nn.Module) -> dict:
+        torch.manual_seed(start)
+        return finetune(CifarResNet(8), splits.train, config, seed, teacher).state_dict()
+
+    config, dense, asked = replace(CONFIG, distillation=0.5, flip=True, lr=0.01, epochs=2), CifarResNet(8), []
+    teacher, n_batches = Remembering(dense), config.epochs * config.steps_per_epoch(len(splits.train))
+    for start, seed, n_asked in ((0, 0, n_batches), (1, 0, n_batches), (0, 1, 2 * n_batches)):
+        handle = dense.register_forward_hook(lambda *_: asked.append(1))
+        remembered = trained(start, seed, teacher)
+        handle.remove()
+        assert len(asked) == n_asked
+        plain = trained(start, seed, dense)
+        assert all(torch.equal(plain[name], tensor) for name, tensor in remembered.items())
