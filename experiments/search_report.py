@@ -71,9 +71,8 @@ TRANSFERS = """
 The shipped policies, trained on the embedded ResNet-20, at half of the MACs: loss as in the first tables. Zero shot,
 nothing is learned; where groups are unlike those that a policy knows, it is mixed with a guide whose 15 to 30
 evaluations measure what a group is worth. `100 from it` is a search of 100 evaluations that starts from the policy,
-the guide's included; a policy that knows less than half of the network only leads the first batch there, together with
-the guide (the MobileNet; the VGG's searches are of the version before, where learners went on from it without guide).
-`from scratch` are the searches above (`transfer.py`).
+the guide's included; a policy that knows less than half of the network (the VGG, the MobileNet) only leads the first
+batch there, together with the guide. `from scratch` are the searches above (`transfer.py`).
 """
 
 
