@@ -15,7 +15,7 @@ measuring sensitivity is a part.
   the network that it would leave can't run.
 
 A row a network in `experiments/results/after_finetuning_MODEL.csv`. Rows that are there aren't measured again, and a
-killed script goes on after the last epoch. ResNet-20: about six minutes a network on one core, ResNet-56 fifteen.
+killed script goes on after the last epoch. ResNet-20: six to eight minutes a network on one core, ResNet-56 twenty.
 """
 
 import argparse
