@@ -78,7 +78,7 @@ def main() -> None:
 class Remembering(nn.Module):
     """A network that answers a batch once: all that is trained with one seed sees the same batches, and so its teacher.
 
-    That is a third of their training.
+    On ResNet-56 the teacher is 28 % of a training step.
     """
 
     def __init__(self, model: nn.Module):
@@ -87,7 +87,7 @@ class Remembering(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """What the network says, or said."""
-        key = hashlib.sha256(inputs.permute(0, 2, 3, 1).contiguous().numpy()).digest()
+        key = hashlib.sha256(inputs.contiguous().numpy()).digest()
         if key not in self._answers:
             self._answers[key] = self.model(inputs)
         return self._answers[key]
