@@ -41,6 +41,7 @@ from autoprune.scoring import accuracy, recalibrate
 from autoprune.workspace import Workspace
 from envs.layer_pruning import LayerPruningEnv
 from experiments.rival_proxies import cut_by_layer, macs_of
+from experiments.script import run
 from experiments.search_agents import sensitivity_cost
 from experiments.tables import fill, mean_and_spread, measured
 
@@ -176,4 +177,4 @@ def summarise(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -42,6 +42,7 @@ from autoprune.pruning import Slicer, top_channels
 from autoprune.workspace import Workspace
 from experiments import rival_proxies
 from experiments.rival_proxies import Contender, Draws, Ground, Kept, one_by_one
+from experiments.script import run
 from experiments.tables import add_rows
 
 DESCRIBED = ("images", "batch", "precision", "threads", "share_run")
@@ -226,4 +227,4 @@ def describe(rows: Sequence[Mapping], results: Mapping) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -30,6 +30,7 @@ from autoprune.finetune import finetune
 from autoprune.granularity import KeepMasks, Masks, ranked_masks
 from autoprune.scoring import accuracy
 from autoprune.tracing import trace
+from experiments.script import run
 from experiments.tables import add_rows, device, holds, mean_and_spread, measured
 
 TABLE = Path(__file__).parent / "results" / "lottery_tickets.csv"
@@ -170,4 +171,4 @@ def _conclude(table: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

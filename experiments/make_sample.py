@@ -19,6 +19,7 @@ from torch import Tensor
 
 from autoprune.config import DataConfig
 from autoprune.data import SAMPLE, Images, load
+from experiments.script import run
 
 SIZES = {"train": 2600, "calibration": 300, "proxy": 300, "selection": 500, "test": 1000}
 
@@ -62,4 +63,4 @@ def as_grid(pixels: Tensor, n_columns: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -23,6 +23,7 @@ from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfi
 from autoprune.runs import RunFolder
 from autoprune.workspace import Workspace
 from envs.layer_pruning import LayerPruningEnv
+from experiments.script import run
 from experiments.tables import add_rows, device, holds, mean_and_spread, measured
 
 RANGE, SHARES = "macs=30%..70%", (30, 40, 50, 60, 70)
@@ -113,4 +114,4 @@ def summarise(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

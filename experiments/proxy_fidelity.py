@@ -40,6 +40,7 @@ from autoprune.scoring import accuracy, recalibrate
 from autoprune.workspace import Workspace
 from experiments.agreement import agreement
 from experiments.proxies import N_SETS, PROXIES, SET_SIZE, Network, answer, score
+from experiments.script import run
 from experiments.tables import add_rows, holds, read_table, write_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -204,4 +205,4 @@ def scores(network: Network, kept: dict[str, int], names: list[str]) -> Iterator
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -36,6 +36,7 @@ from autoprune.networks import CifarResNet, kaiming
 from autoprune.pruning import prune, top_channels
 from autoprune.scoring import accuracy, recalibrate
 from autoprune.tracing import trace
+from experiments.script import run
 from experiments.tables import fill, mean_and_spread, measured
 
 TABLE = Path(__file__).parent / "results" / "rethinking.csv"
@@ -146,4 +147,4 @@ def _mean(scores: dict[str, float]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -27,6 +27,7 @@ from autoprune.proxy import SENSITIVITY_IMAGES
 from autoprune.runs import RunFolder, write_text
 from autoprune.workspace import Workspace
 from envs.layer_pruning import LayerPruningEnv
+from experiments.script import run
 from experiments.tables import fill, mean_and_spread, measured
 
 RESULTS = Path(__file__).parent / "results"
@@ -132,4 +133,4 @@ def summarise(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,6 +19,7 @@ from autoprune.data import load
 from autoprune.finetune import finetune
 from autoprune.models import build
 from autoprune.scoring import accuracy
+from experiments.script import run
 
 
 def main() -> None:
@@ -48,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

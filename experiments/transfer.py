@@ -22,6 +22,7 @@ from autoprune.runs import RunFolder
 from autoprune.workspace import Workspace
 from envs.layer_pruning import LayerPruningEnv
 from envs.walks import uniformly
+from experiments.script import run
 from experiments.search_agents import sensitivity_cost
 from experiments.tables import fill, mean_and_spread, measured, read_table
 
@@ -107,4 +108,4 @@ def summarise(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

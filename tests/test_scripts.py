@@ -1,0 +1,31 @@
+"""The experiments' scripts answer a user's mistake in one line, like the command line."""
+
+from importlib import import_module
+
+import pytest
+
+from experiments.script import run
+
+WITH_WEIGHTS = ["--model", "resnet32", "--weights", "x"]
+SCRIPTS = {
+    "after_finetuning": WITH_WEIGHTS,
+    "bench_search": WITH_WEIGHTS,
+    "make_sample": [],
+    "multi_budget": WITH_WEIGHTS,
+    "proxy_fidelity": WITH_WEIGHTS,
+    "search_agents": WITH_WEIGHTS,
+    "train_baseline": [],
+    "transfer": ["--policy", "x", *WITH_WEIGHTS],
+}
+"""Those that read CIFAR-10 first of all, and what they are asked: a network without rows in the tables."""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_its_images_a_script_says_in_one_line_how_to_fetch_them(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"experiments/{script}.py", *SCRIPTS[script]])
+    with pytest.raises(SystemExit) as stopped:
+        run(import_module(f"experiments.{script}").main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    assert line.startswith(f"{script}.py: error: --data: CIFAR-10")
+    assert "autoprune data cifar10" in line
