@@ -1,6 +1,6 @@
 """What is a learned policy worth on another network: without learning, and as a start?
 
-    python experiments/transfer.py --policy FOLDER --model resnet56 --weights FILE --seeds 0 1 2
+    python experiments/transfer.py --policy resnet20-dyna --model resnet56 --weights FILE --seeds 0 1 2
 
 Zero shot, the policy's one roll-out stands beside uniform pruning; where the network is unlike what the policy knows,
 the guide's measurements are among its evaluations. Then its agent searches on from it with 100 evaluations, those of
@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from agents.finalists import Finalist, judge, own, rolled_out
+from agents.policies import find_policy
 from agents.replay import Policy
 from agents.search import search
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
@@ -36,7 +37,7 @@ WARM = f"warm, {EVALUATIONS}"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", type=Path, help="folder of a saved policy")
+    parser.add_argument("--policy", help="a shipped policy, a run, or a policy's folder")
     parser.add_argument("--model", default="resnet56")
     parser.add_argument("--weights")
     parser.add_argument("--budget", default="macs=50%")
@@ -48,39 +49,38 @@ def main() -> None:
     if args.summary:
         return summarise(measured(TABLE, parser))
     if args.policy is None or args.weights is None:
-        parser.error("--policy, --weights: give the policy's folder and the trained weights of the network")
+        parser.error("--policy, --weights: give the policy and the trained weights of the network")
+    policy = Policy.load(find_policy(args.policy), "--policy")
     network, proxy = NetworkConfig(args.model, args.weights), ProxyConfig(workers=args.workers)
     workspace = Workspace(Settings(network, DataConfig("cifar10"), SearchConfig(), proxy))
     kinds = [("uniform", 0), ("zero shot", 0), *((WARM, seed) for seed in args.seeds)]
     cells = [
-        dict(zip(KEY, (args.policy.name, args.model, args.budget, kind, seed), strict=True)) for kind, seed in kinds
+        dict(zip(KEY, (Path(args.policy).name, args.model, args.budget, kind, seed), strict=True))
+        for kind, seed in kinds
     ]
-    fill(TABLE, cells, lambda cell: measure(workspace, cell, args), FIELDS)
+    fill(TABLE, cells, lambda cell: measure(workspace, policy, cell, args), FIELDS)
 
 
-def measure(workspace: Workspace, cell: dict, args: argparse.Namespace) -> dict:
+def measure(workspace: Workspace, policy: Policy, cell: dict, args: argparse.Namespace) -> dict:
     """One roll-out or search."""
     env = LayerPruningEnv(workspace.model, workspace.groups, workspace.proxy(), args.budget)
     if cell["kind"] == WARM:
-        return searched(workspace, env, cell, args)
+        return searched(workspace, policy, env, cell, args)
     if cell["kind"] == "uniform":
         (episode,) = rolled_out(uniformly, env, [env.budget], "uniform")
     else:
-        episode = own(Policy.load(args.policy), env, env.budget)
+        episode = own(policy, env, env.budget)
     return figures(judge([episode], env)[0], env) | {"evaluations": env.proxy.evaluations}
 
 
-def searched(workspace: Workspace, env: LayerPruningEnv, cell: dict, args: argparse.Namespace) -> dict:
+def searched(workspace: Workspace, policy: Policy, env: LayerPruningEnv, cell: dict, args: argparse.Namespace) -> dict:
     """One search from the policy, in a run folder of its own so that it can be resumed."""
     stem = "-".join(str(cell[name]) for name in KEY).replace("=", "-").replace("%", "").replace(", ", "-")
     folder = RunFolder(args.runs / stem)
     folder.root.mkdir(parents=True, exist_ok=True)
-    policy = Policy.load(args.policy)
     measured_first = sensitivity_cost(workspace) + (len(env.groups) + 1) * policy.is_stranger(env.observer)
     episodes = EVALUATIONS - measured_first - 1  # the last one is the policy's own allocation
-    config = SearchConfig(
-        args.budget, agent=policy.algorithm, episodes=episodes, seed=cell["seed"], policy=str(args.policy)
-    )
+    config = SearchConfig(args.budget, agent=policy.algorithm, episodes=episodes, seed=cell["seed"], policy=args.policy)
     result = search(env, config, folder)
     return figures(result.best, env) | {"evaluations": result.evaluations, "seconds": round(result.seconds, 1)}
 

@@ -15,7 +15,7 @@ SCRIPTS = {
     "proxy_fidelity": WITH_WEIGHTS,
     "search_agents": WITH_WEIGHTS,
     "train_baseline": [],
-    "transfer": ["--policy", "x", *WITH_WEIGHTS],
+    "transfer": ["--policy", "resnet20-dyna", *WITH_WEIGHTS],
 }
 """Those that read CIFAR-10 first of all, and what they are asked: a network without rows in the tables."""
 
