@@ -108,6 +108,7 @@ def _keep(
         seconds_search=round(result.seconds, 2),
         selection_accuracy=chosen.selection.accuracy,
         selection_loss=chosen.selection.loss,
+        selection_images=len(workspace.splits.selection),
     )
     if found is not None:
         _keep_front(result, found, workspace, folder, env)

@@ -139,16 +139,17 @@ def _stage_rows(results: dict) -> Rows:
 
     What is fine-tuned may have begun with weights solved anew though the search compared sliced networks.
     """
-    images = _count(results["test_images"]) if "test_images" in results else "all"
     is_trained, is_tuned = "removal_method" in results, results.get("finetune_epochs") != 0
     stages = [
-        ("Dense", "test", images, "accuracy_dense", True),
-        ("As the search saw it", "selection", "–", "selection_accuracy", not is_trained),
-        ("Pruned by training" if is_trained else "Pruned", "test", images, "accuracy_pruned", True),
-        ("Fine-tuned", "test", images, "accuracy", is_tuned),
+        ("Dense", "test", "accuracy_dense", True),
+        ("As the search saw it", "selection", "selection_accuracy", not is_trained),
+        ("Pruned by training" if is_trained else "Pruned", "test", "accuracy_pruned", True),
+        ("Fine-tuned", "test", "accuracy", is_tuned),
     ]
     return [
-        [name, split, n, _percent(results[key])] for name, split, n, key, holds in stages if holds and key in results
+        [name, split, _count_if_known(results, f"{split}_images"), _percent(results[key])]
+        for name, split, key, holds in stages
+        if holds and key in results
     ]
 
 
@@ -191,7 +192,7 @@ def _searcher_rows(results: dict, rewards: dict[int, float]) -> Rows:
     return [
         [
             name,
-            _count(entry["evaluations"]) if "evaluations" in entry else "–",
+            _count_if_known(entry, "evaluations"),
             "–" if entry.get("reward") is None else _score(entry["reward"]),
             *_scores(entry),
         ]
@@ -271,6 +272,10 @@ def _percent(value: float, digits: int = 2) -> str:
 
 def _count(value: int) -> str:
     return f"{value:,}"
+
+
+def _count_if_known(entry: dict, key: str) -> str:
+    return _count(entry[key]) if key in entry else "–"
 
 
 def _score(value: float) -> str:

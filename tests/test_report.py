@@ -27,10 +27,12 @@ SEARCHED = {
     "seconds_total": 7412.7,
 }
 SELECTED = {"selection_accuracy": 0.7531, "selection_loss": 0.9123}
+IMAGES = {"test_images": 8765, "selection_images": 3210}
 PROXY = {"proxy_accuracy": 0.7623, "proxy_loss": 0.8811}
 FINISHED = {
     **SEARCHED,
     **SELECTED,
+    **IMAGES,
     "macs": 20_382_912,
     "macs_dense": 40_813_184,
     "macs_ratio": 20_382_912 / 40_813_184,
@@ -41,7 +43,6 @@ FINISHED = {
     "accuracy_dense": 0.9161,
     "accuracy_pruned": 0.7412,
     "accuracy": 0.9024,
-    "test_images": 8765,
     "finalists": [
         {"source": "policy", **PROXY, **SELECTED, "macs": 20_382_912},
         {"source": "episode 17", **PROXY, "selection_accuracy": 0.7442, "selection_loss": 0.9307, "macs": 20_382_001},
@@ -123,7 +124,7 @@ def test_the_headline_says_the_result_in_words(finished):
     [
         *("macs=50%", "ppo", "300", "1,312", "1 min 23 s", "2 h 3 min"),
         *("20,382,912", "40,813,184", "49.9 %", "2.00 ×", "151,234", "269,722", "803,328", "1,210,368"),
-        *("91.61 %", "74.12 %", "90.24 %", "8,765", "75.31 %", "0.9123"),
+        *("91.61 %", "74.12 %", "90.24 %", "8,765", "75.31 %", "3,210", "0.9123"),
         *("policy, chosen", "episode 17", "76.23 %", "0.8811", "74.42 %", "0.9307", "20,382,001"),
         *("uniform", "−2.0312", "60.21 %", "2.1131", "sensitivity", "−1.4245", "82"),
         *("layer1.0.conv1", "10 / 16", "layer2.0.conv1", "9 / 32", "linear", "1,000", "feeds the output"),
@@ -140,12 +141,17 @@ def page_text(tmp_path_factory) -> str:
     return text_of(run_folder(tmp_path_factory.mktemp("run"), FINISHED, n_episodes=5, n_epochs=4))
 
 
-def test_every_stage_names_its_split(finished):
-    rows = re.findall(
-        r'<th scope="row">([^<]*)</th><td class="text">(test|selection)</td>', write_report(finished).read_text()
-    )
-    pruned = [("As the search saw it", "selection"), ("Pruned", "test")]
-    assert rows == [("Dense", "test"), *pruned, ("Fine-tuned", "test")]
+STAGE = r'<th scope="row">([^<]*)</th><td class="text">(test|selection)</td>'
+
+
+@pytest.mark.parametrize("counted", [IMAGES, {}], ids=["counted", "by an older version"])
+def test_every_stage_names_its_split_and_how_many_images_that_has(counted, tmp_path):
+    results = {key: value for key, value in FINISHED.items() if key not in IMAGES} | counted
+    html = write_report(run_folder(tmp_path, results, n_episodes=5)).read_text()
+    test, selection = ("8,765", "3,210") if counted else ("–", "–")
+    pruned = [("As the search saw it", "selection", selection), ("Pruned", "test", test)]
+    expected = [("Dense", "test", test), *pruned, ("Fine-tuned", "test", test)]
+    assert re.findall(STAGE + r"<td>([^<]*)</td>", html) == expected
 
 
 @pytest.mark.parametrize("is_reconstructed", [True, False])
@@ -198,8 +204,7 @@ def test_a_run_that_prunes_by_training_shows_that_training_and_no_accuracy_of_wh
     for epoch in (1, 2, 3):
         folder.append("removal epoch", epoch=epoch, loss=0.5 / epoch)
     html, text = write_report(folder).read_text(), text_of(folder)
-    rows = re.findall(r'<th scope="row">([^<]*)</th><td class="text">(test|selection)</td>', html)
-    assert rows == [("Dense", "test"), ("Pruned by training", "test")]
+    assert re.findall(STAGE, html) == [("Dense", "test"), ("Pruned by training", "test")]
     assert "Training loss over 3 epochs; 0.1667 after the last" in text
     assert "One episode, so there is no curve" in text
 
