@@ -23,7 +23,6 @@ import numpy as np
 from autoprune.cli import main as autoprune
 from autoprune.methods import METHODS
 from autoprune.runs import RunFolder, file_stem
-from experiments.script import run
 from experiments.tables import fill, mean_and_spread, measured
 
 RESULTS = Path(__file__).parent / "results"
@@ -214,4 +213,4 @@ def summarise(table: Table, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

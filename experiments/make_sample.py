@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    args.out.mkdir(parents=True, exist_ok=True)
     splits, index = load(DataConfig(data="cifar10")), {}
+    args.out.mkdir(parents=True, exist_ok=True)
     for part, size in SIZES.items():
         images = draw(getattr(splits, part), size, len(splits.classes), args.seed)
         # A method above 4 and a quality above 75 gain 1 % and take thirty times as long.

@@ -1,4 +1,4 @@
-"""How every script here is run from a shell."""
+"""How a script that takes images or networks is run from a shell."""
 
 import sys
 from collections.abc import Callable
