@@ -124,6 +124,7 @@ def train_dyna(recorder: Recorder, log: Path | None = None, start: Policy | None
         imagination.learn_from(recorder)
         _practise(learner, UPDATES)
     if isinstance(recorder.env.budget, BudgetRange):
+        recorder.on_pause("practising for all budgets")
         _practise(learner, PRACTICE, _FadingRate())
     learner.logger.close()
     return policy_of("dyna", learner)

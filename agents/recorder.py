@@ -85,6 +85,7 @@ class Recorder:
         config: How many episodes are asked for, and the seed.
         folder: Where `log.jsonl` is kept; None keeps episodes in memory only.
         on_episode: Called after each new episode.
+        on_pause: Called with what is done where no episode ends for a while.
     """
 
     def __init__(
@@ -93,8 +94,10 @@ class Recorder:
         config: SearchConfig,
         folder: RunFolder | None = None,
         on_episode: Callable[[Episode], None] = lambda episode: None,
+        on_pause: Callable[[str], None] = lambda what: None,
     ):
-        self.env, self.config, self.folder, self.on_episode = env, config, folder, on_episode
+        self.env, self.config, self.folder = env, config, folder
+        self.on_episode, self.on_pause = on_episode, on_pause
         self.episodes: list[Episode] = []
         self.expected: Callable[[np.ndarray], np.ndarray] | None = None
         """What an agent with a model of the reward expects of allocations `(n, n_groups)`: rewards `(n,)`."""

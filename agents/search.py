@@ -72,6 +72,7 @@ def search(
     config: SearchConfig,
     folder: RunFolder | None = None,
     on_episode: Callable[[Episode], None] = lambda episode: None,
+    on_pause: Callable[[str], None] = lambda what: None,
 ) -> SearchResult:
     """Runs one agent or baseline and chooses among its finalists on the selection split.
 
@@ -83,14 +84,16 @@ def search(
         config: Agent, episodes, seed, policy to start from, number of finalists.
         folder: Run folder for log, checkpoint and TensorBoard events.
         on_episode: Called after each episode, for progress.
+        on_pause: Called with what is done where no episode ends for a while.
 
     Raises:
         UserError: If the agent is unknown, a checkpoint is damaged, or the policy to start from can't be used.
     """
     check_agent(config.agent, env.budget)
-    started, recorder = time.perf_counter(), Recorder(env, config, folder, on_episode)
+    started, recorder = time.perf_counter(), Recorder(env, config, folder, on_episode, on_pause)
     evaluated = env.proxy.evaluations
     policy = _run_agent(recorder, config, folder)
+    recorder.on_pause("comparing the best")
     points, uniform = front(recorder, policy) if isinstance(env.budget, BudgetRange) else ([], [])
     compared = points or finalists(recorder, policy)
     best = knee(points) if points else compared[0]

@@ -92,7 +92,9 @@ def _one_search(workspace: Workspace, env: LayerPruningEnv, agent: str, folder: 
             best = max(best, episode.reward)
             advance(f"{episode.allocation.budget}: {episode.reward:.3f}" if is_range else f"best reward {best:.3f}")
 
-        return search(env, config, folder, on_episode)
+        result = search(env, config, folder, on_episode, lambda what: advance(what, 0))
+        advance(f"front of {len(result.front)} points" if is_range else f"best reward {best:.3f}", 0)
+        return result
 
 
 def _keep(

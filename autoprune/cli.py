@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 
 from autoprune import commands
 from autoprune.config import SearchConfig
-from autoprune.errors import ExportError, UserError
+from autoprune.errors import ExportError, UserError, unusable_file
 from autoprune.memory import keep_freed_memory
 from autoprune.methods import method_named
 from autoprune.options import (
@@ -42,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"autoprune: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        where = f" {error.filename!r}" if error.filename else ""
-        print(f"autoprune: error: can't read or write{where} ({error.strerror or error})", file=sys.stderr)
+        print(f"autoprune: error: {unusable_file(error)}", file=sys.stderr)
         return 2
     except ExportError as error:
         print(f"autoprune: error: {error}", file=sys.stderr)

@@ -16,8 +16,8 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar with the time left; the function given advances it by one and sets the text beside it.
+def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar with the time left; the function given sets the text beside it and advances it, by one if not told.
 
     Without a terminal the last text is printed once, at the end.
     """
@@ -27,10 +27,10 @@ def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console) as bar:
         task = bar.add_task(title, total=total, note="")
 
-        def advance(text: str) -> None:
+        def advance(text: str, steps: int = 1) -> None:
             nonlocal note
             note = text
-            bar.update(task, advance=1, note=text)
+            bar.update(task, advance=steps, note=text)
 
         yield advance
     if not console.is_terminal:

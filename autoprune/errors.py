@@ -15,6 +15,12 @@ class ExportError(RuntimeError):
     """The network can't be exported so that it computes the same; nothing was written."""
 
 
+def unusable_file(error: OSError) -> str:
+    """What to tell of a file or folder that can't be read or written."""
+    where = f" {error.filename!r}" if error.filename else ""
+    return f"can't read or write{where} ({error.strerror or error})"
+
+
 def missing_package(flag: str, what: str, package: str) -> UserError:
     """For something that needs a package which isn't installed."""
     return UserError(f"{flag}: {what} needs {package}; install it with: pip install {package}")

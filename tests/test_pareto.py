@@ -49,6 +49,18 @@ def found() -> tuple[dict, object]:
     return pareto(result.front, result.uniform, env), env
 
 
+@pytest.mark.parametrize(
+    ("budget", "pauses"),
+    [(RANGE, ["practising for all budgets", "comparing the best"]), ("macs=50%", ["comparing the best"])],
+)
+def test_a_search_says_what_it_does_where_no_episode_ends_for_a_while(budget, pauses):
+    told: list[str | int] = []
+    config = SearchConfig(agent="dyna", episodes=20)
+    env = fake_env("chain", lopsided, budget=budget)
+    search(env, config, on_episode=lambda episode: told.append(episode.number), on_pause=told.append)
+    assert told == [*range(1, 21), *pauses]
+
+
 def test_every_point_is_an_allocation_with_its_own_costs(found, tmp_path):
     data, env = found
     assert data["metric"] == "macs" and data["dense"] == env.space.cost(env.space.costs.dense)

@@ -29,3 +29,13 @@ def test_without_its_images_a_script_says_in_one_line_how_to_fetch_them(script, 
     assert stopped.value.code == 2
     assert line.startswith(f"{script}.py: error: --data: CIFAR-10")
     assert "autoprune data cifar10" in line
+
+
+def test_a_script_names_the_folder_that_it_cannot_use(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["experiments/transfer.py"])
+    with pytest.raises(SystemExit) as stopped:
+        run((tmp_path / "file" / "folder").mkdir)
+    assert stopped.value.code == 2
+    told = f"can't read or write '{tmp_path}/file/folder' (Not a directory)"
+    assert capsys.readouterr().err == f"transfer.py: error: {told}\n"
