@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 
 from autoprune import commands
 from autoprune.config import SearchConfig
-from autoprune.errors import ExportError, UserError, unusable_file
+from autoprune.errors import ExportError, UserError, in_one_line
 from autoprune.memory import keep_freed_memory
 from autoprune.methods import method_named
 from autoprune.options import (
@@ -38,11 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parse(arguments)
         COMMANDS[options.subcommand].run(options[options.subcommand])
         return 0
-    except UserError as error:
-        print(f"autoprune: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"autoprune: error: {unusable_file(error)}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"autoprune: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     except ExportError as error:
         print(f"autoprune: error: {error}", file=sys.stderr)

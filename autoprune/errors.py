@@ -15,8 +15,10 @@ class ExportError(RuntimeError):
     """The network can't be exported so that it computes the same; nothing was written."""
 
 
-def unusable_file(error: OSError) -> str:
-    """What to tell of a file or folder that can't be read or written."""
+def in_one_line(error: UserError | OSError) -> str:
+    """What to tell of something that the user can mend; of a file that can't be used its name and the reason."""
+    if isinstance(error, UserError):
+        return str(error)
     where = f" {error.filename!r}" if error.filename else ""
     return f"can't read or write{where} ({error.strerror or error})"
 
