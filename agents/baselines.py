@@ -9,12 +9,12 @@ from math import sqrt
 import gymnasium
 import numpy as np
 
-from agents.rankings import RANKINGS
-from agents.recorder import LANES, START_STD, Recorder
-from agents.replay import check_installed
+from autoprune.agents.rankings import RANKINGS
+from autoprune.agents.recorder import LANES, START_STD, Recorder
+from autoprune.agents.replay import check_installed
+from autoprune.envs.batch import Walks, along, uniformly
+from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import check_known
-from envs.layer_pruning import LayerPruningEnv
-from envs.walks import Walks, along, uniformly
 
 GRID = 200
 """Steps into which the dynamic program divides the budget."""

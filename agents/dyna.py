@@ -21,14 +21,14 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.lanes import Walkers
-from agents.recorder import LANES, Recorder, near
-from agents.replay import Policy, acting
-from agents.surrogate import Surrogate, Usual
-from agents.training import make_learner, policy_of
-from autoprune.budget import Budget, BudgetRange, spread_to_learn
-from envs.layer_pruning import LayerPruningEnv
-from envs.walks import Walks, along
+from autoprune.agents.recorder import LANES, Recorder, near
+from autoprune.agents.replay import Policy, acting
+from autoprune.agents.sb3_env import Walkers
+from autoprune.agents.surrogate import Surrogate, Usual
+from autoprune.agents.training import make_learner, policy_of
+from autoprune.costs.budget import Budget, BudgetRange, spread_to_learn
+from autoprune.envs.batch import Walks, along
+from autoprune.envs.layer_pruning import LayerPruningEnv
 
 IMAGINED = 64
 """Imagined episodes between two updates."""

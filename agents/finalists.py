@@ -6,13 +6,13 @@ from itertools import chain, islice
 
 import numpy as np
 
-from agents.recorder import Episode, Recorder, counts_of, near
-from agents.replay import Policy, acting
-from autoprune.allocation import Allocation
-from autoprune.budget import Budget, BudgetRange
-from autoprune.scoring import Evaluation
-from envs.layer_pruning import LayerPruningEnv
-from envs.walks import Walks, along, uniformly
+from autoprune.agents.recorder import Episode, Recorder, counts_of, near
+from autoprune.agents.replay import Policy, acting
+from autoprune.costs.allocation import Allocation
+from autoprune.costs.budget import Budget, BudgetRange
+from autoprune.envs.batch import Walks, along, uniformly
+from autoprune.envs.layer_pruning import LayerPruningEnv
+from autoprune.evaluation.evaluate import Evaluation
 
 FRONT_BUDGETS = 6
 """Budgets of a range that are compared for the Pareto front."""

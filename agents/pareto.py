@@ -1,7 +1,7 @@
 """A Pareto front as plain data, beside uniform pruning at the same budgets."""
 
-from agents.finalists import Finalist
-from envs.layer_pruning import LayerPruningEnv
+from autoprune.agents.finalists import Finalist
+from autoprune.envs.layer_pruning import LayerPruningEnv
 
 
 def pareto(points: list[Finalist], uniform: list[Finalist], env: LayerPruningEnv) -> dict:

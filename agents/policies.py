@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from agents.replay import ALGORITHMS, Policy, describe_policy
+from autoprune.agents.replay import ALGORITHMS, Policy, describe_policy
 from autoprune.errors import UserError, nearest_names
 from autoprune.runs import RunFolder
 

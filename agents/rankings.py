@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from agents.recorder import LANES, Recorder
-from autoprune.allocation import SearchSpace
-from envs.walks import along
+from autoprune.agents.recorder import LANES, Recorder
+from autoprune.costs.allocation import SearchSpace
+from autoprune.envs.batch import along
 
 SHARES = 10_000
 """Allocations that EagleEye's sampler draws at once."""

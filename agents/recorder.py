@@ -5,14 +5,14 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from agents.surrogate import Usual
-from autoprune.allocation import Allocation
-from autoprune.budget import Budget, BudgetRange, spread_to_learn
+from autoprune.agents.surrogate import Usual
 from autoprune.config import SearchConfig
+from autoprune.costs.allocation import Allocation
+from autoprune.costs.budget import Budget, BudgetRange, spread_to_learn
+from autoprune.envs.batch import Walks
+from autoprune.envs.layer_pruning import LayerPruningEnv
+from autoprune.evaluation.evaluate import Evaluation
 from autoprune.runs import RunFolder
-from autoprune.scoring import Evaluation
-from envs.layer_pruning import LayerPruningEnv
-from envs.walks import Walks
 
 LANES = 10
 """Episodes that end together; a multiple of the cores of small machines, and enough for a policy update."""

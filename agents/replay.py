@@ -14,13 +14,13 @@ from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
-from autoprune.allocation import Allocation
-from autoprune.budget import Budget
+from autoprune.costs.allocation import Allocation
+from autoprune.costs.budget import Budget
+from autoprune.envs.batch import Walks
+from autoprune.envs.layer_pruning import LayerPruningEnv
+from autoprune.envs.observation import FEATURES, OBSERVATION_SPACE, STATIC, Observer
 from autoprune.errors import UserError, missing_package
 from autoprune.runs import write_atomically, write_json
-from envs.layer_pruning import LayerPruningEnv
-from envs.observation import FEATURES, OBSERVATION_SPACE, STATIC, Observer
-from envs.walks import Walks
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"dyna": PPO, "ppo": PPO, "sac": SAC, "td3": TD3, "ddpg": DDPG}
 """Learners of Stable-Baselines3 by agent; "tqc" among them where sb3-contrib is installed."""

@@ -4,18 +4,18 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from agents.baselines import BASELINES
-from agents.dyna import train_dyna
-from agents.finalists import Finalist, finalists, front, knee
-from agents.policies import starting_policy
-from agents.recorder import Episode, Recorder
-from agents.replay import Policy, check_installed
-from agents.training import ALGORITHMS, train
-from autoprune.budget import Budget, BudgetRange
+from autoprune.agents.baselines import BASELINES
+from autoprune.agents.dyna import train_dyna
+from autoprune.agents.finalists import Finalist, finalists, front, knee
+from autoprune.agents.policies import starting_policy
+from autoprune.agents.recorder import Episode, Recorder
+from autoprune.agents.replay import Policy, check_installed
+from autoprune.agents.training import ALGORITHMS, train
 from autoprune.config import SearchConfig
+from autoprune.costs.budget import Budget, BudgetRange
+from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError, check_known
 from autoprune.runs import RunFolder
-from envs.layer_pruning import LayerPruningEnv
 
 AGENTS = (*ALGORITHMS, *BASELINES)
 FOR_RANGES = ("uniform", "random")

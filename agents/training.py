@@ -20,10 +20,10 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from agents.checkpoint import restore_learner, save_learner
-from agents.lanes import Lanes
-from agents.recorder import LANES, START_STD, Recorder
-from agents.replay import ALGORITHMS, Policy, acting
+from autoprune.agents.checkpoint import restore_learner, save_learner
+from autoprune.agents.recorder import LANES, START_STD, Recorder
+from autoprune.agents.replay import ALGORITHMS, Policy, acting
+from autoprune.agents.sb3_env import Lanes
 
 
 def hyperparameters(name: str) -> dict:

@@ -6,21 +6,21 @@ The names below are imported on first use, so that `import autoprune` stays ligh
 import importlib
 
 _HOMES = {
-    "Allocation": "allocation",
-    "Budget": "allocation",
-    "CostTable": "cost",
-    "Evaluation": "scoring",
-    "Groups": "groups",
-    "ProxyAccuracy": "proxy",
+    "Allocation": "costs.allocation",
+    "Budget": "costs.budget",
+    "CostTable": "costs.cost",
+    "Evaluation": "evaluation.evaluate",
+    "Groups": "structure.groups",
+    "ProxyAccuracy": "evaluation.proxy",
     "UserError": "errors",
-    "export_onnx": "export",
-    "importance": "criteria",
-    "load_pruned": "export",
-    "mask": "masking",
-    "prune": "pruning",
-    "save_pruned": "export",
-    "top_channels": "pruning",
-    "trace": "tracing",
+    "export_onnx": "deploy.export",
+    "importance": "evaluation.importance",
+    "load_pruned": "deploy.export",
+    "mask": "tracing.masking",
+    "prune": "structure.slicing",
+    "save_pruned": "deploy.export",
+    "top_channels": "structure.slicing",
+    "trace": "tracing.trace",
 }
 __all__ = sorted(_HOMES)
 

@@ -10,6 +10,6 @@ from gymnasium.envs.registration import register
 
 register(
     id="autoprune/LayerPruning-v0",
-    entry_point="envs.layer_pruning:LayerPruningEnv",
-    vector_entry_point="envs.vector:LayerPruningVectorEnv",
+    entry_point="autoprune.envs.layer_pruning:LayerPruningEnv",
+    vector_entry_point="autoprune.envs.vector:LayerPruningVectorEnv",
 )

@@ -10,18 +10,18 @@ import numpy as np
 from gymnasium import spaces
 from torch import nn
 
-from autoprune.allocation import Allocation, SearchSpace
-from autoprune.budget import Budget, BudgetRange, parse_budget
-from autoprune.cost import CostTable
+from autoprune.costs.allocation import Allocation, SearchSpace
+from autoprune.costs.budget import Budget, BudgetRange, parse_budget
+from autoprune.costs.cost import CostTable
+from autoprune.envs.batch import Walks
+from autoprune.envs.greedy_allocator import Guide
+from autoprune.envs.observation import OBSERVATION_SPACE, Observer
+from autoprune.envs.rewards import Outcome, reward_named
 from autoprune.errors import UserError
-from autoprune.groups import Groups, own_tensors
-from autoprune.proxy import ProxyAccuracy
-from autoprune.scoring import Evaluation
-from autoprune.tracing import trace
-from envs.guide import Guide
-from envs.observation import OBSERVATION_SPACE, Observer
-from envs.rewards import Outcome, reward_named
-from envs.walks import Walks
+from autoprune.evaluation.evaluate import Evaluation
+from autoprune.evaluation.proxy import ProxyAccuracy
+from autoprune.structure.groups import Groups, own_tensors
+from autoprune.tracing.trace import trace
 
 
 class LayerPruningEnv(gymnasium.Env):
@@ -39,11 +39,13 @@ class LayerPruningEnv(gymnasium.Env):
     What was executed stands in `info["executed_action"]`, as an action, for the learner to store.
 
     ## Observation Space
-    `Box(0, 1, (21,))`, the features of `envs.observation.FEATURES`; they describe the group that the *next* action is
-    for. `envs.observation.feature_table()` prints index, name, bounds and meaning; `docs/environment.md` holds it.
+    `Box(0, 1, (21,))`, the features of `autoprune.envs.observation.FEATURES`; they describe the group that the *next*
+    action is
+    for. `autoprune.envs.observation.feature_table()` prints index, name, bounds and meaning; `docs/environment.md`
+    holds it.
 
     ## Rewards
-    0 until the last step, then the chosen function of `envs.rewards.REWARDS` of proxy score and MACs saved.
+    0 until the last step, then the chosen function of `autoprune.envs.rewards.REWARDS` of proxy score and MACs saved.
 
     ## Starting State
     The first group, nothing pruned. `reset(options={"budget": "macs=40%"})` sets another target for the episode; it has
@@ -139,7 +141,7 @@ class LayerPruningEnv(gymnasium.Env):
         """The allocation so far, uint8 `(height, width, 3)`; undecided groups are drawn dense."""
         if self.render_mode is None:
             return None
-        from autoprune.figures import allocation_bars, render_rgb
+        from autoprune.reporting.figures import allocation_bars, render_rgb
 
         dense, kept = self.space.costs.dense.tolist(), self.walk.state.kept[0].tolist()
         return render_rgb(allocation_bars([group.name for group in self.groups], dense, kept))

@@ -12,9 +12,9 @@ import numpy as np
 from gymnasium import spaces
 from torch import Tensor
 
-from autoprune.allocation import SearchSpace
-from autoprune.groups import Group, Groups
-from autoprune.proxy import ProxyAccuracy, half
+from autoprune.costs.allocation import SearchSpace
+from autoprune.evaluation.proxy import ProxyAccuracy, half
+from autoprune.structure.groups import Group, Groups
 
 
 @dataclass(frozen=True)

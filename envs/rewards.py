@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autoprune.errors import check_known
-from autoprune.scoring import Evaluation
+from autoprune.evaluation.evaluate import Evaluation
 
 TIE_BREAK = 0.05
 """Weight of the saved MACs in `weighted_sum`: a whole network's worth counts as much as 0.05 nats."""

@@ -6,9 +6,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from autoprune.budget import Budget, parse_budget, spread
+from autoprune.costs.budget import Budget, parse_budget, spread
+from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError
-from envs.layer_pruning import LayerPruningEnv
 
 
 class LayerPruningVectorEnv(VectorEnv):

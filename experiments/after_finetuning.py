@@ -29,17 +29,17 @@ import numpy as np
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from agents.replay import ALGORITHMS
-from agents.search import search
-from autoprune.allocation import Allocation
-from autoprune.budget import Budget
+from autoprune.agents.replay import ALGORITHMS
+from autoprune.agents.search import search
 from autoprune.config import DataConfig, FinetuneConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
-from autoprune.finetune import finetune
-from autoprune.removal import sliced
+from autoprune.costs.allocation import Allocation
+from autoprune.costs.budget import Budget
+from autoprune.envs.layer_pruning import LayerPruningEnv
+from autoprune.evaluation.evaluate import accuracy, recalibrate
+from autoprune.pipeline.context import Workspace
+from autoprune.pipeline.methods.base import sliced
 from autoprune.runs import RunFolder, write_json
-from autoprune.scoring import accuracy, recalibrate
-from autoprune.workspace import Workspace
-from envs.layer_pruning import LayerPruningEnv
+from autoprune.training.loop import finetune
 from experiments.rival_proxies import cut_by_layer, macs_of
 from experiments.script import run
 from experiments.search_agents import sensitivity_cost

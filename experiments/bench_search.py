@@ -30,16 +30,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.allocation import SearchSpace
-from autoprune.budget import Budget
 from autoprune.config import DataConfig, NetworkConfig, Settings
-from autoprune.console import say
-from autoprune.cost import CostTable
-from autoprune.groups import Groups
-from autoprune.precision import autocast
-from autoprune.proxy import ProxyAccuracy, available_cores, one_thread_each
-from autoprune.pruning import Slicer, top_channels
-from autoprune.workspace import Workspace
+from autoprune.costs.allocation import SearchSpace
+from autoprune.costs.budget import Budget
+from autoprune.costs.cost import CostTable
+from autoprune.evaluation.precision import autocast
+from autoprune.evaluation.proxy import ProxyAccuracy, available_cores, one_thread_each
+from autoprune.pipeline.context import Workspace
+from autoprune.reporting.console import say
+from autoprune.structure.groups import Groups
+from autoprune.structure.slicing import Slicer, top_channels
 from experiments import rival_proxies
 from experiments.rival_proxies import Contender, Draws, Ground, Kept, one_by_one
 from experiments.script import run

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from autoprune.cli import main as autoprune
-from autoprune.methods import METHODS
+from autoprune.cli.main import main as autoprune
+from autoprune.cli.presets import METHODS
 from autoprune.runs import RunFolder, file_stem
 from experiments.tables import fill, mean_and_spread, measured
 

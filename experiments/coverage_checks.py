@@ -23,12 +23,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune.cost import CostTable
-from autoprune.export import MAX_ONNX_BYTES, WEIGHTS, export_onnx, save_pruned
-from autoprune.groups import Groups, positions, removed, tensors_in
-from autoprune.masking import mask
-from autoprune.pruning import fit_shapes, prune
-from autoprune.tracing import describe, trace
+from autoprune.costs.cost import CostTable
+from autoprune.deploy.export import MAX_ONNX_BYTES, WEIGHTS, export_onnx, save_pruned
+from autoprune.structure.groups import Groups, positions, removed, tensors_in
+from autoprune.structure.slicing import fit_shapes, prune
+from autoprune.tracing.masking import mask
+from autoprune.tracing.trace import describe, trace
 from experiments.coverage_networks import FirstTensor, Network, example, randomise
 
 SEEDS = (0, 1)

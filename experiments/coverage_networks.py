@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision import models as torchvision_models
 from torchvision.models.detection import backbone_utils
 
-from autoprune import models
+from autoprune.data import models
 
 SEGMENTATION = (
     "lraspp_mobilenet_v3_large",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from autoprune.console import progress, say
+from autoprune.reporting.console import progress, say
 from experiments.tables import read_table, write_table
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.config import DataConfig, FinetuneConfig
-from autoprune.cost import CostTable
-from autoprune.data import Splits, load
-from autoprune.finetune import finetune
-from autoprune.granularity import KeepMasks, Masks, ranked_masks
-from autoprune.scoring import accuracy
-from autoprune.tracing import trace
+from autoprune.costs.cost import CostTable
+from autoprune.data.datasets import Splits, load
+from autoprune.evaluation.evaluate import accuracy
+from autoprune.tracing.trace import trace
+from autoprune.training.loop import finetune
+from autoprune.training.masks import KeepMasks, Masks, ranked_masks
 from experiments.script import run
 from experiments.tables import add_rows, device, holds, mean_and_spread, measured
 

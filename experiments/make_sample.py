@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from autoprune.config import DataConfig
-from autoprune.data import SAMPLE, Images, load
+from autoprune.data.datasets import SAMPLE, Images, load
 from experiments.script import run
 
 SIZES = {"train": 2600, "calibration": 300, "proxy": 300, "selection": 500, "test": 1000}

@@ -6,7 +6,7 @@ python experiments/methods_report.py
 from collections.abc import Mapping
 from pathlib import Path
 
-from autoprune.methods import METHODS
+from autoprune.cli.presets import METHODS
 from autoprune.runs import write_text
 from experiments.tables import read_table
 

@@ -16,13 +16,13 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from agents.finalists import FRONT_BUDGETS, Finalist, judge, within
-from agents.search import search
-from autoprune.budget import Budget
+from autoprune.agents.finalists import FRONT_BUDGETS, Finalist, judge, within
+from autoprune.agents.search import search
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
+from autoprune.costs.budget import Budget
+from autoprune.envs.layer_pruning import LayerPruningEnv
+from autoprune.pipeline.context import Workspace
 from autoprune.runs import RunFolder
-from autoprune.workspace import Workspace
-from envs.layer_pruning import LayerPruningEnv
 from experiments.script import run
 from experiments.tables import add_rows, device, holds, mean_and_spread, measured
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.allocation import SearchSpace
-from autoprune.data import Images, batches
-from autoprune.precision import autocast
-from autoprune.pruning import Slicer, top_channels
-from autoprune.scoring import in_eval_mode, on_batch_statistics, recalibrate
-from autoprune.workspace import Workspace
+from autoprune.costs.allocation import SearchSpace
+from autoprune.data.datasets import Images, batches
+from autoprune.evaluation.evaluate import in_eval_mode, on_batch_statistics, recalibrate
+from autoprune.evaluation.precision import autocast
+from autoprune.pipeline.context import Workspace
+from autoprune.structure.slicing import Slicer, top_channels
 
 MEASURES = {"accuracy": 1, "cross_entropy": -1, "kl": -1}
 """What is read off a network's answers, and the sign that makes higher better."""

@@ -31,13 +31,13 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from autoprune.allocation import SearchSpace
-from autoprune.budget import Budget
 from autoprune.config import DataConfig, FinetuneConfig, NetworkConfig, SearchConfig, Settings
-from autoprune.finetune import finetune
-from autoprune.removal import recalibrated, sliced
-from autoprune.scoring import accuracy, recalibrate
-from autoprune.workspace import Workspace
+from autoprune.costs.allocation import SearchSpace
+from autoprune.costs.budget import Budget
+from autoprune.evaluation.evaluate import accuracy, recalibrate
+from autoprune.pipeline.context import Workspace
+from autoprune.pipeline.methods.base import recalibrated, sliced
+from autoprune.training.loop import finetune
 from experiments.agreement import agreement
 from experiments.proxies import N_SETS, PROXIES, SET_SIZE, Network, answer, score
 from experiments.script import run

@@ -25,17 +25,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.allocation import SearchSpace
-from autoprune.budget import Budget
 from autoprune.config import DataConfig, FinetuneConfig
-from autoprune.cost import CostTable
-from autoprune.criteria import importance
-from autoprune.data import Splits, load
-from autoprune.finetune import finetune
-from autoprune.networks import CifarResNet, kaiming
-from autoprune.pruning import prune, top_channels
-from autoprune.scoring import accuracy, recalibrate
-from autoprune.tracing import trace
+from autoprune.costs.allocation import SearchSpace
+from autoprune.costs.budget import Budget
+from autoprune.costs.cost import CostTable
+from autoprune.data.datasets import Splits, load
+from autoprune.data.networks import CifarResNet, kaiming
+from autoprune.evaluation.evaluate import accuracy, recalibrate
+from autoprune.evaluation.importance import importance
+from autoprune.structure.slicing import prune, top_channels
+from autoprune.tracing.trace import trace
+from autoprune.training.loop import finetune
 from experiments.script import run
 from experiments.tables import fill, mean_and_spread, measured
 

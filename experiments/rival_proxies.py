@@ -22,11 +22,11 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune.criteria import Importance
-from autoprune.data import normalize
-from autoprune.groups import Groups
-from autoprune.pruning import prune, top_channels
-from autoprune.workspace import Workspace
+from autoprune.data.datasets import normalize
+from autoprune.evaluation.importance import Importance
+from autoprune.pipeline.context import Workspace
+from autoprune.structure.groups import Groups
+from autoprune.structure.slicing import prune, top_channels
 
 AMC_IMAGES = 5_000
 EAGLEEYE_IMAGES, EAGLEEYE_CALIBRATION, EAGLEEYE_BATCH = 10_000, 12_800, 128

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from agents.baselines import AT_ONCE
-from agents.recorder import LANES
-from agents.replay import ALGORITHMS
-from agents.search import AGENTS, SearchResult, search
+from autoprune.agents.baselines import AT_ONCE
+from autoprune.agents.recorder import LANES
+from autoprune.agents.replay import ALGORITHMS
+from autoprune.agents.search import AGENTS, SearchResult, search
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
-from autoprune.proxy import SENSITIVITY_IMAGES
+from autoprune.envs.layer_pruning import LayerPruningEnv
+from autoprune.evaluation.proxy import SENSITIVITY_IMAGES
+from autoprune.pipeline.context import Workspace
 from autoprune.runs import RunFolder, write_text
-from autoprune.workspace import Workspace
-from envs.layer_pruning import LayerPruningEnv
 from experiments.script import run
 from experiments.tables import fill, mean_and_spread, measured
 

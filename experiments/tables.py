@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autoprune.precision import has_fast_bf16
-from autoprune.proxy import available_cores
+from autoprune.evaluation.precision import has_fast_bf16
+from autoprune.evaluation.proxy import available_cores
 from autoprune.runs import write_text
 
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from autoprune.config import DataConfig, FinetuneConfig
-from autoprune.data import load
-from autoprune.finetune import finetune
-from autoprune.models import build
-from autoprune.scoring import accuracy
+from autoprune.data.datasets import load
+from autoprune.data.models import build
+from autoprune.evaluation.evaluate import accuracy
+from autoprune.training.loop import finetune
 from experiments.script import run
 
 

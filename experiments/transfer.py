@@ -14,15 +14,15 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from agents.finalists import Finalist, judge, own, rolled_out
-from agents.policies import find_policy
-from agents.replay import Policy
-from agents.search import search
+from autoprune.agents.finalists import Finalist, judge, own, rolled_out
+from autoprune.agents.policies import find_policy
+from autoprune.agents.replay import Policy
+from autoprune.agents.search import search
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
+from autoprune.envs.batch import uniformly
+from autoprune.envs.layer_pruning import LayerPruningEnv
+from autoprune.pipeline.context import Workspace
 from autoprune.runs import RunFolder
-from autoprune.workspace import Workspace
-from envs.layer_pruning import LayerPruningEnv
-from envs.walks import uniformly
 from experiments.script import run
 from experiments.search_agents import sensitivity_cost
 from experiments.tables import fill, mean_and_spread, measured, read_table

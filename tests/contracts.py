@@ -9,11 +9,11 @@ from nets import SIZE, counted_macs, difference, images, outputs, random_kept
 from recipes import Recipe, build
 from torch import Tensor, nn
 
-from autoprune.cost import CostTable
-from autoprune.groups import Groups, positions, removed
-from autoprune.masking import mask
-from autoprune.pruning import prune
-from autoprune.tracing import trace
+from autoprune.costs.cost import CostTable
+from autoprune.structure.groups import Groups, positions, removed
+from autoprune.structure.slicing import prune
+from autoprune.tracing.masking import mask
+from autoprune.tracing.trace import trace
 from experiments.coverage_checks import zeroed
 
 TOLERANCE = 1e-9

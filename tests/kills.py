@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from autoprune.finetune import finetune
+from autoprune.training.loop import finetune
 
 
 class Killed(Exception):

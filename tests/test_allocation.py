@@ -8,13 +8,13 @@ import pytest
 import torch
 from nets import NETS, build, images
 
-from autoprune import models
-from autoprune.allocation import Allocation, SearchSpace
-from autoprune.budget import Budget, BudgetRange, parse_budget
-from autoprune.cost import CostTable
+from autoprune.costs.allocation import Allocation, SearchSpace
+from autoprune.costs.budget import Budget, BudgetRange, parse_budget
+from autoprune.costs.cost import CostTable
+from autoprune.data import models
 from autoprune.errors import UserError
-from autoprune.groups import Groups
-from autoprune.tracing import trace
+from autoprune.structure.groups import Groups
+from autoprune.tracing.trace import trace
 
 
 @functools.cache

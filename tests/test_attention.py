@@ -9,11 +9,11 @@ from torch import nn
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
-from autoprune.attention import open_attention
-from autoprune.cost import CostTable
-from autoprune.masking import mask
-from autoprune.pruning import ATTRIBUTE_SETTERS, fit_shapes, prune
-from autoprune.tracing import trace
+from autoprune.costs.cost import CostTable
+from autoprune.structure.attention import open_attention
+from autoprune.structure.slicing import ATTRIBUTE_SETTERS, fit_shapes, prune
+from autoprune.tracing.masking import mask
+from autoprune.tracing.trace import trace
 
 WIDTH, HEADS, TOKENS = 12, 3, 5
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from toys import digits_env, fake_env, target_env
 
-from agents.baselines import AT_ONCE, BASELINES, check_baselines, walk
-from agents.recorder import Recorder
-from agents.search import check_agent
-from autoprune.budget import Budget
+from autoprune.agents.baselines import AT_ONCE, BASELINES, check_baselines, walk
+from autoprune.agents.recorder import Recorder
+from autoprune.agents.search import check_agent
 from autoprune.config import SearchConfig
+from autoprune.costs.budget import Budget
 from autoprune.errors import UserError
 
 

@@ -10,8 +10,15 @@ from kills import Killed, kill_after
 from nets import NETS, build, images, outputs
 from torch import Tensor, nn
 
-from autoprune import centripetal
-from autoprune.centripetal import (
+from autoprune.config import DataConfig, FinetuneConfig
+from autoprune.data.datasets import Images, load
+from autoprune.data.networks import conv_bn
+from autoprune.errors import UserError
+from autoprune.evaluation.evaluate import recalibrate
+from autoprune.structure.groups import Groups
+from autoprune.tracing.trace import trace
+from autoprune.training import centripetal
+from autoprune.training.centripetal import (
     CLUSTERINGS,
     VECTORS,
     Centripetal,
@@ -21,14 +28,7 @@ from autoprune.centripetal import (
     merge,
     mergeable,
 )
-from autoprune.config import DataConfig, FinetuneConfig
-from autoprune.data import Images, load
-from autoprune.errors import UserError
-from autoprune.finetune import finetune
-from autoprune.groups import Groups
-from autoprune.networks import conv_bn
-from autoprune.scoring import recalibrate
-from autoprune.tracing import trace
+from autoprune.training.loop import finetune
 
 LR, DECAY, PULL = 0.1, 0.02, 0.3
 

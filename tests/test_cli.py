@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save_file
 from tiny import network
 from torch import nn
 
-from autoprune import compress, models
-from autoprune.cli import COMMANDS, main
-from autoprune.data import Images
+from autoprune.cli.main import COMMANDS, main
+from autoprune.data import models
+from autoprune.data.datasets import Images
+from autoprune.deploy.export import load_pruned
 from autoprune.errors import ExportError
-from autoprune.export import load_pruned
+from autoprune.evaluation.evaluate import accuracy
+from autoprune.pipeline import stages
 from autoprune.runs import RunFolder
-from autoprune.scoring import accuracy
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--model", "tests.tiny:network", "--data", "digits"]
@@ -161,7 +162,7 @@ def test_a_run_evaluated_again_measures_what_can_have_changed(finished, tmp_path
         measured.append(sum(p.numel() for p in model.parameters()))
         return accuracy(model, images)
 
-    monkeypatch.setattr(compress, "accuracy", counted)
+    monkeypatch.setattr(stages, "accuracy", counted)
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert measured == [before["params"]] * 2  # pruned and fine-tuned, not dense
     after = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -224,7 +225,7 @@ def test_every_command_has_help_that_names_its_purpose(capsys):
 
 
 def test_help_answers_without_importing_torch():
-    code = "import sys; from autoprune.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from autoprune.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 
@@ -384,7 +385,7 @@ def test_a_run_whose_network_has_no_onnx_form_is_reported_all_the_same(tmp_path,
     def refuse(*_):
         raise ExportError("ONNX can't express this network (an operation)")
 
-    monkeypatch.setattr(compress, "export_onnx", refuse)
+    monkeypatch.setattr(stages, "export_onnx", refuse)
     assert main(["run", *FAST, "--baselines", "none", "--json", "--out", str(tmp_path / "run")]) == 1
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1] == "autoprune: error: ONNX can't express this network (an operation)"

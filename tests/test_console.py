@@ -1,6 +1,6 @@
 """What `autoprune trace` prints: prunable groups, reasons once each, unknown operations, the shares of MACs."""
 
-from autoprune.console import print_trace
+from autoprune.reporting.console import print_trace
 
 SHARES = (
     "share of MACs: 87.5% in layers that can shrink, 80.0% in layers that can on both axes, 75.5% gone with one "

@@ -9,17 +9,17 @@ import torch
 from nets import NETS, build, images
 from toys import fake_env, traced
 
-from agents.baselines import walk
-from autoprune import models
-from autoprune.allocation import SearchSpace
-from autoprune.budget import Budget
+from autoprune.agents.baselines import walk
 from autoprune.config import SearchConfig
-from autoprune.constraints import per_group, pinned_by_user, search_limits
-from autoprune.cost import CostTable
+from autoprune.costs.allocation import SearchSpace
+from autoprune.costs.budget import Budget
+from autoprune.costs.constraints import per_group, pinned_by_user, search_limits
+from autoprune.costs.cost import CostTable
+from autoprune.data import models
 from autoprune.errors import UserError
-from autoprune.groups import Groups, own_tensors
-from autoprune.pruning import prune
-from autoprune.tracing import trace
+from autoprune.structure.groups import Groups, own_tensors
+from autoprune.structure.slicing import prune
+from autoprune.tracing.trace import trace
 
 NETWORKS = ["chain", "residual", "concat", "depthwise", "padded_shortcut", "conv_groups", "attention", "resnet20_b"]
 NETWORKS += ["mobilenet_v2_cifar"]

@@ -6,10 +6,10 @@ import torch
 from nets import AREA, CLASSES, NETS, RGB, K, build, images, tensors
 from torch import nn
 
-from autoprune import models
-from autoprune.cost import BYTES, CostTable
-from autoprune.pruning import prune
-from autoprune.tracing import trace
+from autoprune.costs.cost import BYTES, CostTable
+from autoprune.data import models
+from autoprune.structure.slicing import prune
+from autoprune.tracing.trace import trace
 
 
 def table(name: str, verify: bool = True) -> CostTable:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision.models import convnext, densenet, maxvit, regnet, resnet, swin_transformer, vision_transformer
 
-from autoprune import models
+from autoprune.data import models
 from experiments.coverage_checks import CHECKS, Case, make_case
 from experiments.coverage_networks import Network
 

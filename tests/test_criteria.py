@@ -8,11 +8,11 @@ from nets import NETS, Chain, build, images, outputs, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.criteria import CRITERIA, importance
-from autoprune.data import Images
+from autoprune.data.datasets import Images
 from autoprune.errors import UserError
-from autoprune.pruning import prune, top_channels
-from autoprune.tracing import trace
+from autoprune.evaluation.importance import CRITERIA, importance
+from autoprune.structure.slicing import prune, top_channels
+from autoprune.tracing.trace import trace
 
 GENERATOR = torch.Generator().manual_seed(0)
 DATA = Images(
@@ -117,7 +117,7 @@ def test_taylor_is_the_squared_sum_of_weight_times_gradient_averaged_over_batche
 
 
 def test_hessian_is_half_the_diagonal_times_the_squared_weight_summed_over_a_filter(monkeypatch):
-    monkeypatch.setattr("autoprune.criteria.PROBES", 1000)
+    monkeypatch.setattr("autoprune.evaluation.importance.PROBES", 1000)
     model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Sigmoid(), nn.Flatten(), nn.Linear(4, 5))
     model = randomise(model, seed=3).eval()
     groups, batch = trace(model, images(1, 8)), DATA[:10]
@@ -196,7 +196,7 @@ def test_activation_criteria_do_not_depend_on_the_size_of_a_batch(name, monkeypa
     model, groups = traced("flatten")
     some = data(NETS["flatten"].size)
     whole = importance(name, model, groups, some)
-    monkeypatch.setattr("autoprune.reading.BATCH", 7)
+    monkeypatch.setattr("autoprune.tracing.channel_statistics.BATCH", 7)
     for group, score in importance(name, model, groups, some).items():
         torch.testing.assert_close(score, whole[group])
 

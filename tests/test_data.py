@@ -18,9 +18,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from autoprune.config import DataConfig
-from autoprune.data import DATASETS, SAMPLE, Images, Splits, batches, carve, load, normalize
+from autoprune.data.datasets import DATASETS, SAMPLE, Images, Splits, batches, carve, load, normalize
+from autoprune.data.fetching import fetch
 from autoprune.errors import UserError
-from autoprune.fetching import fetch
 
 PARTS = ("train", "calibration", "proxy", "selection", "test")
 HELD_OUT = PARTS[1:4]

@@ -10,10 +10,10 @@ from nets import AREA, CLASSES, RGB, SIZE, K, conv, counted_macs, images, pooled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune import models
-from autoprune.data import Images
-from autoprune.depth import Block, block_importance, removable_blocks, remove_blocks, shallower
+from autoprune.data import models
+from autoprune.data.datasets import Images
 from autoprune.errors import UserError
+from autoprune.scaling.depth import Block, block_importance, removable_blocks, remove_blocks, shallower
 
 EXAMPLE = images(2, SIZE)
 PIXELS = torch.randint(0, 256, (12, RGB, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

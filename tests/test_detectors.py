@@ -11,11 +11,11 @@ from detectors import BINS, C2f, Detector, UNet
 from nets import images, outputs, random_kept, randomise, tensors
 from torch import nn
 
-from autoprune.cost import CostTable
-from autoprune.export import export_onnx
-from autoprune.groups import Groups, tensors_in
-from autoprune.pruning import fit_shapes, prune
-from autoprune.tracing import describe, trace
+from autoprune.costs.cost import CostTable
+from autoprune.deploy.export import export_onnx
+from autoprune.structure.groups import Groups, tensors_in
+from autoprune.structure.slicing import fit_shapes, prune
+from autoprune.tracing.trace import describe, trace
 
 WIDTH = 8
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoprune.dimensions import EXPONENTS, AccuracyModel, Point, Shares, along, measured_bounds, optimum
 from autoprune.errors import UserError
+from autoprune.scaling.accuracy_model import EXPONENTS, AccuracyModel, Point, Shares, along, measured_bounds, optimum
 
 WIDE = dict.fromkeys(EXPONENTS, (0.02, 1.0))
 POWERS = np.array(list(EXPONENTS.values()))

@@ -16,7 +16,7 @@ def test_the_readmes_example_runs_and_ends_within_its_budget():
 
 
 def test_the_readmes_links_and_commands_exist():
-    from autoprune.cli import COMMANDS
+    from autoprune.cli.main import COMMANDS
 
     root = Path(__file__).parent.parent
     targets = re.findall(r"\]\(([^)#]+)\)", README)
@@ -28,10 +28,11 @@ def test_the_tracing_guides_rules_free_what_it_says(monkeypatch):
     import torch
     from torch import nn
 
-    from autoprune import rules, trace
-    from autoprune.pruning import ATTRIBUTE_SETTERS
+    from autoprune import trace
+    from autoprune.structure.slicing import ATTRIBUTE_SETTERS
+    from autoprune.tracing.rules import table
 
-    monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
+    monkeypatch.setattr(table, "RULES", dict(table.RULES))
     names: dict = {"__name__": "guide"}
 
     class Network(nn.Module):

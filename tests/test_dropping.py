@@ -7,15 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.config import DataConfig, FinetuneConfig
-from autoprune.cost import CostTable
-from autoprune.data import Images, load
-from autoprune.dropping import DropConnect, DropOut, Dropping
+from autoprune.costs.cost import CostTable
+from autoprune.data.datasets import Images, load
 from autoprune.errors import UserError
-from autoprune.finetune import finetune
-from autoprune.granularity import ranked_masks
-from autoprune.groups import Groups
-from autoprune.masking import mask
-from autoprune.tracing import trace
+from autoprune.structure.groups import Groups
+from autoprune.tracing.masking import mask
+from autoprune.tracing.trace import trace
+from autoprune.training.dropping import DropConnect, DropOut, Dropping
+from autoprune.training.loop import finetune
+from autoprune.training.masks import ranked_masks
 
 KINDS = (DropConnect, DropOut)
 

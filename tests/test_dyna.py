@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from toys import fake_env, target_env
 
-from agents import dyna
-from agents.dyna import Imagination, train_dyna
-from agents.recorder import Recorder
-from agents.replay import Policy, replay
-from agents.search import search
-from autoprune.budget import Budget
+from autoprune.agents import dyna
+from autoprune.agents.dyna import Imagination, train_dyna
+from autoprune.agents.recorder import Recorder
+from autoprune.agents.replay import Policy, replay
+from autoprune.agents.search import search
 from autoprune.config import SearchConfig
-from envs.layer_pruning import LayerPruningEnv
+from autoprune.costs.budget import Budget
+from autoprune.envs.layer_pruning import LayerPruningEnv
 
 
 def trained(env, episodes: int, seed: int = 0) -> tuple[Policy, list]:

@@ -13,13 +13,12 @@ from gymnasium.utils.env_checker import check_env as check_gymnasium
 from stable_baselines3.common.env_checker import check_env as check_stable_baselines
 from toys import FakeProxy, chain, digits, digits_env, digits_proxy, fake_env, fake_proxy, traced
 
-import envs
-from agents.baselines import walk
-from autoprune.budget import Budget
+from autoprune.agents.baselines import walk
+from autoprune.costs.budget import Budget
+from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError
-from autoprune.pruning import prune
-from autoprune.tracing import trace
-from envs.layer_pruning import LayerPruningEnv
+from autoprune.structure.slicing import prune
+from autoprune.tracing.trace import trace
 
 NETWORKS = ("chain", "resnet20", "mobilenet_v2_cifar")
 BUDGETS = ("macs=30%", "macs=0.4", "macs=50%", "macs=65%", "macs=80%", "params=30%", "params=55%", "params=80%")
@@ -63,7 +62,7 @@ def made(**options) -> gymnasium.Env:
 
 
 def test_importing_envs_registers_the_environment():
-    assert envs and "autoprune/LayerPruning-v0" in gymnasium.registry
+    assert "autoprune/LayerPruning-v0" in gymnasium.registry
     env = made(budget="macs=40%")
     assert isinstance(env.unwrapped, LayerPruningEnv)
     assert env.unwrapped.budget == Budget.parse("macs=40%")

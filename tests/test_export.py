@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune import export, models
+from autoprune.data import models
+from autoprune.data.networks import conv_bn
+from autoprune.deploy import export
+from autoprune.deploy.export import ExportError, export_onnx, export_program, load_pruned, onnx_session, save_pruned
 from autoprune.errors import UserError
-from autoprune.export import ExportError, export_onnx, export_program, load_pruned, onnx_session, save_pruned
-from autoprune.networks import conv_bn
 
 EXAMPLE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCHES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))

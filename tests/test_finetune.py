@@ -8,10 +8,10 @@ from kills import Killed, kill_after
 from torch import nn
 
 from autoprune.config import DataConfig, FinetuneConfig
-from autoprune.data import Images, load
+from autoprune.data.datasets import Images, load
+from autoprune.data.networks import conv_bn
 from autoprune.errors import UserError
-from autoprune.finetune import finetune
-from autoprune.networks import conv_bn
+from autoprune.training.loop import finetune
 
 CONFIG = FinetuneConfig(epochs=4, batch_size=64, lr=0.1, distillation=0.0, bf16="off")
 

@@ -9,15 +9,15 @@ from nets import NETS, build, difference, images, outputs, random_kept, randomis
 from torch import nn
 
 from autoprune.config import FinetuneConfig
-from autoprune.cost import CostTable
-from autoprune.criteria import importance
-from autoprune.data import Images
-from autoprune.finetune import finetune
-from autoprune.gradual import SHAPES, Gradual, GradualChannels, GradualWeights, channel_masks
-from autoprune.granularity import Masks, ranked_masks
-from autoprune.groups import Groups
-from autoprune.pruning import prune
-from autoprune.tracing import trace
+from autoprune.costs.cost import CostTable
+from autoprune.data.datasets import Images
+from autoprune.evaluation.importance import importance
+from autoprune.structure.groups import Groups
+from autoprune.structure.slicing import prune
+from autoprune.tracing.trace import trace
+from autoprune.training.gradual import SHAPES, Gradual, GradualChannels, GradualWeights, channel_masks
+from autoprune.training.loop import finetune
+from autoprune.training.masks import Masks, ranked_masks
 
 CONFIG = FinetuneConfig(epochs=6, batch_size=16, flip=False)
 GOAL = {"conv1": 2, "conv2": 3}

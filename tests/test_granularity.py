@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.config import DataConfig, FinetuneConfig
-from autoprune.cost import CostTable
-from autoprune.data import Images, load
+from autoprune.costs.cost import CostTable
+from autoprune.data.datasets import Images, load
 from autoprune.errors import UserError
-from autoprune.finetune import finetune
-from autoprune.granularity import PATTERNS, KeepMasks, Masks, n_of_m, n_of_m_masks, ranked_masks
-from autoprune.groups import Groups
-from autoprune.pruning import prune
-from autoprune.tracing import trace
+from autoprune.structure.groups import Groups
+from autoprune.structure.slicing import prune
+from autoprune.tracing.trace import trace
+from autoprune.training.loop import finetune
+from autoprune.training.masks import PATTERNS, KeepMasks, Masks, n_of_m, n_of_m_masks, ranked_masks
 
 WEIGHTS = ("conv1", "conv2", "head")
 

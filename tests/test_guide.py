@@ -6,15 +6,15 @@ import pytest
 import torch
 from toys import digits_env, fake_env, some_policy, target_env, traced
 
-from agents.recorder import Episode, counts_of
-from agents.replay import FAMILIAR, Policy, acting, replay
-from agents.search import SearchResult, search
-from autoprune.budget import Budget
+from autoprune.agents.recorder import Episode, counts_of
+from autoprune.agents.replay import FAMILIAR, Policy, acting, replay
+from autoprune.agents.search import SearchResult, search
 from autoprune.config import SearchConfig
+from autoprune.costs.budget import Budget
+from autoprune.envs.batch import Walks, uniformly
+from autoprune.envs.greedy_allocator import POWER
+from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.runs import RunFolder
-from envs.guide import POWER
-from envs.layer_pruning import LayerPruningEnv
-from envs.walks import Walks, uniformly
 
 HARMS = np.array([0.1, 3.0, 0.02, 1.0, 0.3])
 

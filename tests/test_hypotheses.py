@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from autoprune.config import DataConfig, FinetuneConfig
-from autoprune.data import load
-from autoprune.finetune import finetune
-from autoprune.granularity import Masks
-from autoprune.networks import CifarResNet
-from autoprune.pruning import prune
-from autoprune.tracing import trace
+from autoprune.data.datasets import load
+from autoprune.data.networks import CifarResNet
+from autoprune.structure.slicing import prune
+from autoprune.tracing.trace import trace
+from autoprune.training.loop import finetune
+from autoprune.training.masks import Masks
 from experiments import lottery_tickets
 from experiments.after_finetuning import Remembering
 from experiments.lottery_tickets import KEPT, Training, copied, lenet, smallest_masked, tickets, trained

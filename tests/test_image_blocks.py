@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from test_proxy import FLOAT32, SPLITS, assert_close
 from toys import digits, fake_env
 
-from agents.finalists import finalists
-from agents.recorder import LANES, Recorder
+from autoprune.agents.finalists import finalists
+from autoprune.agents.recorder import LANES, Recorder
 from autoprune.config import ProxyConfig, SearchConfig
-from autoprune.criteria import importance
-from autoprune.image_blocks import MOVES_ON, ImageBlocks
-from autoprune.proxy import ProxyAccuracy
-from autoprune.pruning import prune, top_channels
-from autoprune.scoring import Questions, answer, on_batch_statistics
+from autoprune.evaluation.evaluate import Questions, answer, on_batch_statistics
+from autoprune.evaluation.image_blocks import MOVES_ON, ImageBlocks
+from autoprune.evaluation.importance import importance
+from autoprune.evaluation.proxy import ProxyAccuracy
+from autoprune.structure.slicing import prune, top_channels
 
 CONFIG = replace(FLOAT32, images=20, blocks=2)
 """Two blocks of each split of SPLITS, whose calibration images are 40."""

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from toys import fake_env
 
-from agents.baselines import walk
-from agents.dyna import train_dyna
-from agents.recorder import Recorder
-from agents.replay import Policy, replay
-from agents.search import SearchResult, search
+from autoprune.agents.baselines import walk
+from autoprune.agents.dyna import train_dyna
+from autoprune.agents.recorder import Recorder
+from autoprune.agents.replay import Policy, replay
+from autoprune.agents.search import SearchResult, search
 from autoprune.config import SearchConfig
-from envs.layer_pruning import LayerPruningEnv
+from autoprune.envs.layer_pruning import LayerPruningEnv
 
 SEEDS, N_EPISODES = range(5), 60
 FOUND, CLOSE, BLIND = 0.01, 0.15, 0.4

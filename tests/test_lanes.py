@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from toys import fake_env, target_env
 
-from agents.baselines import walk
-from agents.lanes import Lanes
-from agents.recorder import Recorder, near
-from agents.search import search
-from autoprune.budget import Budget
+from autoprune.agents.baselines import walk
+from autoprune.agents.recorder import Recorder, near
+from autoprune.agents.sb3_env import Lanes
+from autoprune.agents.search import search
 from autoprune.config import SearchConfig
+from autoprune.costs.budget import Budget
 from autoprune.runs import RunFolder
 
 RANGE = "macs=30%..80%"

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from autoprune.export import export_onnx
-from autoprune.latency import Latency, measure_latency
+from autoprune.deploy.export import export_onnx
+from autoprune.deploy.latency import Latency, measure_latency
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 

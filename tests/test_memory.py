@@ -46,8 +46,8 @@ def _pages_cleared(ask: str, **variables: str) -> int:
 @pytest.mark.parametrize(
     "ask",
     [
-        "from autoprune.memory import keep_freed_memory; keep_freed_memory()",
-        "from autoprune.cli import main; main(['trace', '--model', 'resnet20'])",
+        "from autoprune.cli.memory import keep_freed_memory; keep_freed_memory()",
+        "from autoprune.cli.main import main; main(['trace', '--model', 'resnet20'])",
     ],
     ids=["keep_freed_memory", "the command line"],
 )
@@ -56,7 +56,9 @@ def test_blocks_take_the_memory_of_freed_ones(ask):
 
 
 def test_the_library_alone_leaves_the_process_as_it_is():
-    assert _pages_cleared("import autoprune.cli, autoprune.finetune, autoprune.proxy") >= LARGE_PAGES
+    assert (
+        _pages_cleared("import autoprune.cli.main, autoprune.training.loop, autoprune.evaluation.proxy") >= LARGE_PAGES
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,5 +66,5 @@ def test_the_library_alone_leaves_the_process_as_it_is():
     [("MALLOC_TRIM_THRESHOLD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")],
 )
 def test_what_the_user_set_stays(name, value):
-    ask = "from autoprune.memory import keep_freed_memory; keep_freed_memory()"
+    ask = "from autoprune.cli.memory import keep_freed_memory; keep_freed_memory()"
     assert _pages_cleared(ask, **{name: value}) >= LARGE_PAGES

@@ -9,15 +9,16 @@ import yaml
 from kills import interrupted_finetune
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune import compress, removal
-from autoprune.allocation import Allocation
-from autoprune.cli import main
+from autoprune.cli.main import main
+from autoprune.cli.presets import METHODS, methods_table
 from autoprune.config import Settings
-from autoprune.export import load_pruned
-from autoprune.granularity import Masks
-from autoprune.merging import MERGINGS
-from autoprune.methods import METHODS, methods_table
-from autoprune.workspace import Workspace
+from autoprune.costs.allocation import Allocation
+from autoprune.deploy.export import load_pruned
+from autoprune.pipeline import stages
+from autoprune.pipeline.context import Workspace
+from autoprune.pipeline.methods import base
+from autoprune.pipeline.methods.trained import MERGINGS
+from autoprune.training.masks import Masks
 
 TINY = ["--model", "tests.tiny:network", "--data", "digits", "--baselines", "none", "--proxy.images", "40"]
 FAST = [*TINY, "--episodes", "6", "--epochs", "1", "--sparse.epochs", "1"]
@@ -82,7 +83,7 @@ def test_a_run_killed_in_its_sparse_training_ends_as_if_it_had_not_been(tmp_path
     assert main([*search, str(tmp_path / "whole")]) == 0
 
     with monkeypatch.context() as patched:
-        patched.setattr(compress, "finetune", interrupted_finetune)
+        patched.setattr(stages, "finetune", interrupted_finetune)
         assert main([*search, str(tmp_path / "killed")]) == 130
     assert main([*search, str(tmp_path / "killed"), "--resume"]) == 0
     whole, again = (load_pruned(tmp_path / name / "sparse").state_dict() for name in ("whole", "killed"))
@@ -146,7 +147,7 @@ def test_what_leaves_by_training_ends_within_the_budget_with_true_costs_whether_
     assert main(["prune", str(tmp_path / "whole")]) == 0
 
     with monkeypatch.context() as patched:
-        patched.setattr(removal, "finetune", interrupted_finetune)
+        patched.setattr(base, "finetune", interrupted_finetune)
         assert main(["prune", str(tmp_path / "killed")]) == 130
     assert main(["prune", str(tmp_path / "killed")]) == 0
     whole, again = (load_pruned(tmp_path / name / "pruned") for name in ("whole", "killed"))
@@ -179,7 +180,7 @@ def test_masks_that_grow_meet_the_budget_and_last_whether_killed_or_not(tmp_path
     assert main(["prune", str(tmp_path / "whole")]) == 0
 
     with monkeypatch.context() as patched:
-        patched.setattr(removal, "finetune", interrupted_finetune)
+        patched.setattr(base, "finetune", interrupted_finetune)
         assert main(["prune", str(tmp_path / "killed")]) == 130
     assert main(["prune", str(tmp_path / "killed")]) == 0
     files = [(tmp_path / name / "masks.safetensors").read_bytes() for name in ("whole", "killed")]

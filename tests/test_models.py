@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from autoprune.data.models import MODELS, build, load_weights, model_names, read_state_dict
 from autoprune.errors import UserError
-from autoprune.models import MODELS, build, load_weights, model_names, read_state_dict
 
 
 def macs(model: nn.Module) -> float:

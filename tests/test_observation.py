@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from toys import fake_env
 
-from autoprune.budget import Budget
-from envs.observation import FEATURES, OBSERVATION_SPACE, Observer, feature_table
+from autoprune.costs.budget import Budget
+from autoprune.envs.observation import FEATURES, OBSERVATION_SPACE, Observer, feature_table
 
 INDEX = {feature.name: index for index, feature in enumerate(FEATURES)}
 NETWORKS = ("chain", "wide", "resnet20", "mobilenet_v2_cifar")
@@ -168,4 +168,6 @@ def test_lanes_are_observed_as_each_would_be_alone():
 
 
 def test_documented_table_is_that_of_the_code():
-    assert feature_table() in DOCS.read_text(), "paste envs.observation.feature_table() into docs/environment.md"
+    assert feature_table() in DOCS.read_text(), (
+        "paste autoprune.envs.observation.feature_table() into docs/environment.md"
+    )

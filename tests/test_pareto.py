@@ -11,17 +11,17 @@ from test_cli import TINY, failure, failure_after_progress
 from test_report import FINISHED, Text, run_folder
 from toys import fake_env
 
-from agents import dyna, finalists
-from agents.finalists import FRONT_BUDGETS
-from agents.pareto import pareto
-from agents.recorder import counts_of, near
-from agents.search import search
-from autoprune.allocation import Allocation
-from autoprune.budget import Budget
-from autoprune.cli import main
+from autoprune.agents import dyna, finalists
+from autoprune.agents.finalists import FRONT_BUDGETS
+from autoprune.agents.pareto import pareto
+from autoprune.agents.recorder import counts_of, near
+from autoprune.agents.search import search
+from autoprune.cli.main import main
 from autoprune.config import SearchConfig
-from autoprune.figures import pareto_front, render_svg
-from autoprune.report import write_report
+from autoprune.costs.allocation import Allocation
+from autoprune.costs.budget import Budget
+from autoprune.reporting.figures import pareto_front, render_svg
+from autoprune.reporting.report import write_report
 from autoprune.runs import write_json
 
 RANGE = "macs=30%..80%"
@@ -175,10 +175,10 @@ def test_a_killed_search_of_a_range_ends_with_the_same_front(searched, tmp_path)
 
 
 def test_a_run_of_a_range_ends_with_a_network_of_the_knee(searched, tmp_path, monkeypatch):
-    from autoprune import compress
+    from autoprune.pipeline import stages
 
     for slow in ("evaluate_stage", "export_stage", "latency_stage"):
-        monkeypatch.setattr(compress, slow, lambda *arguments: None)
+        monkeypatch.setattr(stages, slow, lambda *arguments: None)
     monkeypatch.chdir(tmp_path)
     arguments = [
         *TINY,

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from test_cli import TINY, failure
 from toys import fake_env, learner_of, some_policy
 
-from agents import policies
-from agents.policies import agent_of, find_policy, shipped, shipped_table, starting_policy
-from agents.recorder import START_STD
-from agents.replay import ALGORITHMS, Policy, replay
-from agents.search import check_agent, search
-from autoprune.budget import Budget
-from autoprune.cli import main
+from autoprune.agents import policies
+from autoprune.agents.policies import agent_of, find_policy, shipped, shipped_table, starting_policy
+from autoprune.agents.recorder import START_STD
+from autoprune.agents.replay import ALGORITHMS, Policy, replay
+from autoprune.agents.search import check_agent, search
+from autoprune.cli.main import main
 from autoprune.config import SearchConfig
+from autoprune.costs.budget import Budget
+from autoprune.envs.observation import FEATURES
 from autoprune.errors import UserError
-from envs.observation import FEATURES
 
 FAST = [*TINY, "--episodes", "10", "--baselines", "none", "--proxy.images", "40", "--proxy.workers", "1"]
 

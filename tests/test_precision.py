@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from autoprune.precision import autocast, training_autocast
+from autoprune.evaluation.precision import autocast, training_autocast
 
 SLOW = {
     "stride": nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=6),

@@ -13,14 +13,14 @@ import torch
 from nets import NETS, build, counted_macs, difference, images, outputs, random_kept, randomise, tensors
 from torch import Tensor, nn
 
-from autoprune import models
-from autoprune.allocation import SearchSpace
-from autoprune.attention import open_attention
-from autoprune.cost import CostTable
-from autoprune.groups import Groups
-from autoprune.masking import mask
-from autoprune.pruning import fit_shapes, prune
-from autoprune.tracing import trace
+from autoprune.costs.allocation import SearchSpace
+from autoprune.costs.cost import CostTable
+from autoprune.data import models
+from autoprune.structure.attention import open_attention
+from autoprune.structure.groups import Groups
+from autoprune.structure.slicing import fit_shapes, prune
+from autoprune.tracing.masking import mask
+from autoprune.tracing.trace import trace
 
 TORCHVISION = ("resnet18", "resnet34", "resnet50")
 SLOW = ("resnet110", "resnet110_b", "vgg16_bn_cifar", *TORCHVISION)

@@ -14,12 +14,20 @@ from torch.nn import functional as F
 from toys import digits
 
 from autoprune.config import ProxyConfig
-from autoprune.criteria import importance
-from autoprune.data import Images, Splits
-from autoprune.proxy import SENSITIVITY_IMAGES, ProxyAccuracy
-from autoprune.pruning import prune, top_channels
-from autoprune.scoring import Evaluation, Questions, accuracy, answer, on_batch_statistics, recalibrate, score
-from autoprune.tracing import trace
+from autoprune.data.datasets import Images, Splits
+from autoprune.evaluation.evaluate import (
+    Evaluation,
+    Questions,
+    accuracy,
+    answer,
+    on_batch_statistics,
+    recalibrate,
+    score,
+)
+from autoprune.evaluation.importance import importance
+from autoprune.evaluation.proxy import SENSITIVITY_IMAGES, ProxyAccuracy
+from autoprune.structure.slicing import prune, top_channels
+from autoprune.tracing.trace import trace
 
 FLOAT32 = ProxyConfig(images=40, recalibration_images=30, bf16="off")
 CALIBRATED = replace(FLOAT32, statistics="calibration")

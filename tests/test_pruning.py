@@ -7,9 +7,9 @@ import torch
 from nets import NETS, SIZE, build, images, outputs, random_kept, tensors
 from torch import Tensor, nn
 
-from autoprune.masking import mask
-from autoprune.pruning import Slicer, fit_shapes, prune
-from autoprune.tracing import trace
+from autoprune.structure.slicing import Slicer, fit_shapes, prune
+from autoprune.tracing.masking import mask
+from autoprune.tracing.trace import trace
 
 
 def traced(name: str):

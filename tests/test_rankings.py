@@ -5,9 +5,9 @@ import pytest
 import torch
 from toys import fake_env
 
-from agents.baselines import BASELINES
-from agents.rankings import TOLERANCE, _kept, _sampled, _widest
-from agents.recorder import Recorder
+from autoprune.agents.baselines import BASELINES
+from autoprune.agents.rankings import TOLERANCE, _kept, _sampled, _widest
+from autoprune.agents.recorder import Recorder
 from autoprune.config import SearchConfig
 
 BUDGETS = ["macs=35%", "macs=60%", "params=50%"]

@@ -15,20 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import digits, digits_proxy
 
-from autoprune import reconstruction, removal
-from autoprune.allocation import Allocation
-from autoprune.attention import open_attention
-from autoprune.cli import main
+from autoprune.cli.main import main
 from autoprune.config import ProxyConfig, Settings
-from autoprune.criteria import importance
+from autoprune.costs.allocation import Allocation
+from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError
-from autoprune.proxy import ProxyAccuracy
-from autoprune.pruning import Slicer, prune, top_channels
-from autoprune.reconstruction import Reconstruction
-from autoprune.scoring import Evaluation, recalibrate, score
-from autoprune.tracing import trace
-from autoprune.workspace import Workspace
-from envs.layer_pruning import LayerPruningEnv
+from autoprune.evaluation import reconstruction
+from autoprune.evaluation.evaluate import Evaluation, recalibrate, score
+from autoprune.evaluation.importance import importance
+from autoprune.evaluation.proxy import ProxyAccuracy
+from autoprune.evaluation.reconstruction import Reconstruction
+from autoprune.pipeline.context import Workspace
+from autoprune.pipeline.methods import base
+from autoprune.structure.attention import open_attention
+from autoprune.structure.slicing import Slicer, prune, top_channels
+from autoprune.tracing.trace import trace
 
 ALL = 10_000
 """More patches than any layer here reads."""
@@ -373,8 +374,8 @@ def test_the_pruned_network_starts_from_solved_weights_only_where_they_help(help
     workspace.importance = importance("l1", model, groups, splits.train)
     workspace.reconstruction = Reconstruction(model, groups, splits.calibration.inputs)
     if not helps:
-        monkeypatch.setattr(removal, "score", lambda network, images: Evaluation(0.5, -score(network, images).loss))
-    channels = removal.Channels(workspace, folder=None)
+        monkeypatch.setattr(base, "score", lambda network, images: Evaluation(0.5, -score(network, images).loss))
+    channels = base.Channels(workspace, folder=None)
     channels.decision = Allocation(halves(), groups.fingerprint)
     pruned = channels.network()
     assert score(solved, splits.proxy).loss < score(sliced, splits.proxy).loss

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import fake_env, some_policy, target_env
 
-from agents.replay import Policy, describe_policy, replay
-from agents.training import ALGORITHMS
+from autoprune.agents.replay import Policy, describe_policy, replay
+from autoprune.agents.training import ALGORITHMS
+from autoprune.envs.observation import FEATURES
 from autoprune.errors import UserError
-from envs.observation import FEATURES
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import yaml
 
 from autoprune.config import Settings
 from autoprune.errors import UserError
-from autoprune.figures import allocation_bars, loss_curve, render_rgb, render_svg, reward_curve
-from autoprune.report import write_report
+from autoprune.reporting.figures import allocation_bars, loss_curve, render_rgb, render_svg, reward_curve
+from autoprune.reporting.report import write_report
 from autoprune.runs import RunFolder, write_json, write_text
 
 SEARCHED = {

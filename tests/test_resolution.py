@@ -6,10 +6,10 @@ from nets import build, counted_macs, images, tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autoprune.deploy.export import export_onnx, onnx_session
 from autoprune.errors import UserError
-from autoprune.export import export_onnx, onnx_session
-from autoprune.resolution import Resize, at_resolution
-from autoprune.tracing import trace
+from autoprune.scaling.resolution import Resize, at_resolution
+from autoprune.tracing.trace import trace
 
 SIZE = 8
 

@@ -9,18 +9,18 @@ from kills import Killed, kill_after
 from nets import NETS, build, images, outputs
 from torch import Tensor, nn
 
-from autoprune.compactors import eligible, fold, insert_compactors, standardise
 from autoprune.config import DataConfig, FinetuneConfig
-from autoprune.cost import CostTable
-from autoprune.data import Images, load
+from autoprune.costs.cost import CostTable
+from autoprune.data.datasets import Images, load
+from autoprune.data.networks import conv_bn
 from autoprune.errors import UserError
-from autoprune.finetune import Plug, finetune
-from autoprune.groups import Groups
-from autoprune.networks import conv_bn
-from autoprune.pruning import prune
-from autoprune.resrep import Compaction, Goal
-from autoprune.scoring import recalibrate
-from autoprune.tracing import trace
+from autoprune.evaluation.evaluate import recalibrate
+from autoprune.structure.groups import Groups
+from autoprune.structure.slicing import prune
+from autoprune.tracing.trace import trace
+from autoprune.training.compactors import eligible, fold, insert_compactors, standardise
+from autoprune.training.loop import Plug, finetune
+from autoprune.training.resrep import Compaction, Goal
 
 
 def traced(name: str = "chain") -> tuple[nn.Module, Groups, Tensor]:

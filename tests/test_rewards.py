@@ -4,9 +4,9 @@ from math import log
 
 import pytest
 
+from autoprune.envs.rewards import REWARDS, TIE_BREAK, Outcome, accuracy_guaranteed, amc, reward_named, weighted_sum
 from autoprune.errors import UserError
-from autoprune.scoring import Evaluation
-from envs.rewards import REWARDS, TIE_BREAK, Outcome, accuracy_guaranteed, amc, reward_named, weighted_sum
+from autoprune.evaluation.evaluate import Evaluation
 
 DENSE = 1_000_000
 

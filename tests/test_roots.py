@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from autoprune.roots import least_roots
+from autoprune.costs.root_finding import least_roots
 
 TOLERANCE = 2**-20
 N = 40

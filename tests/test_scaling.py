@@ -13,29 +13,29 @@ from nets import build, counted_macs, images
 from tiny import network, residual
 from torch import nn
 
-from agents.recorder import Recorder
-from autoprune import compound
-from autoprune.allocation import Allocation
-from autoprune.cli import main
-from autoprune.compound import Compound
+from autoprune.agents.recorder import Recorder
+from autoprune.cli.main import main
 from autoprune.config import DataConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
-from autoprune.cost import CostTable
-from autoprune.data import Images
-from autoprune.depth import remove_blocks
-from autoprune.dimensions import EXPONENTS, AccuracyModel, Point
+from autoprune.costs.allocation import Allocation
+from autoprune.costs.cost import CostTable
+from autoprune.data.datasets import Images
+from autoprune.deploy.export import load_pruned
+from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError
-from autoprune.export import load_pruned
-from autoprune.finetune import finetune
-from autoprune.granularities import removal
-from autoprune.proxy import ProxyAccuracy
-from autoprune.pruning import prune, top_channels
-from autoprune.resolution import at_resolution
+from autoprune.evaluation.evaluate import Evaluation, Questions, answer, on_batch_statistics, score
+from autoprune.evaluation.proxy import ProxyAccuracy
+from autoprune.pipeline.context import Workspace
+from autoprune.pipeline.methods import dimensions
+from autoprune.pipeline.methods.dimensions import Compound
+from autoprune.pipeline.methods.registry import removal
 from autoprune.runs import RunFolder
-from autoprune.scaling import DEPTH, RESOLUTION, ScaledCosts, Scaling, scaled
-from autoprune.scoring import Evaluation, Questions, answer, on_batch_statistics, score
-from autoprune.tracing import trace
-from autoprune.workspace import Workspace
-from envs.layer_pruning import LayerPruningEnv
+from autoprune.scaling.accuracy_model import EXPONENTS, AccuracyModel, Point
+from autoprune.scaling.depth import remove_blocks
+from autoprune.scaling.resolution import at_resolution
+from autoprune.scaling.scaling import DEPTH, RESOLUTION, ScaledCosts, Scaling, scaled
+from autoprune.structure.slicing import prune, top_channels
+from autoprune.tracing.trace import trace
+from autoprune.training.loop import finetune
 
 SIDE = 16
 PIXELS = torch.randint(0, 256, (12, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -350,7 +350,7 @@ def test_a_fit_killed_between_its_networks_measures_none_of_them_again(tmp_path,
         dies = kill_after(1, KeyboardInterrupt) if len(trained) == 5 else lambda epoch, loss: None
         return finetune(model, images, config, seed, teacher, checkpoint, dies)
 
-    monkeypatch.setattr(compound, "finetune", counting)
+    monkeypatch.setattr(dimensions, "finetune", counting)
     assert main([*fitted, str(tmp_path / "killed")]) == 130
     assert main([*fitted, str(tmp_path / "killed"), "--resume"]) == 0
     whole, again = (results_of(tmp_path / name)["dimensions"] for name in ("whole", "killed"))
@@ -388,7 +388,7 @@ def test_a_policys_allocation_for_another_budget_can_be_pruned_to(tmp_path, monk
     run, file, again = tmp_path / "run", tmp_path / "other.json", tmp_path / "again"
     assert main(["search", *FAST, "--agent", "ppo", "--budget", "macs=60%", "--out", str(run)]) == 0
     with monkeypatch.context() as patched:
-        patched.delattr("autoprune.scaling.shallower")  # the run knows the order in which its blocks go
+        patched.delattr("autoprune.scaling.scaling.shallower")  # the run knows the order in which its blocks go
         assert main(["replay", str(run), "--budget", "macs=40%", "--out", str(file)]) == 0
     assert main(["prune", *FAST, "--allocation", str(file), "--out", str(again)]) == 0
     results = results_of(again)

@@ -12,16 +12,16 @@ import pytest
 import torch
 from toys import FakeProxy, digits_env, digits_proxy, fake_env, target_env, traced
 
-from agents import finalists, training
-from agents.baselines import BASELINES
-from agents.search import AGENTS, search
+from autoprune.agents import finalists, training
+from autoprune.agents.baselines import BASELINES
+from autoprune.agents.search import AGENTS, search
 from autoprune.config import ProxyConfig, SearchConfig
-from autoprune.criteria import importance
-from autoprune.data import Images, Splits
-from autoprune.proxy import ProxyAccuracy
+from autoprune.data.datasets import Images, Splits
+from autoprune.envs.layer_pruning import LayerPruningEnv
+from autoprune.evaluation.evaluate import Evaluation
+from autoprune.evaluation.importance import importance
+from autoprune.evaluation.proxy import ProxyAccuracy
 from autoprune.runs import RunFolder
-from autoprune.scoring import Evaluation
-from envs.layer_pruning import LayerPruningEnv
 
 N_KILLED = 40
 N_EPISODES = {"uniform": 1, "sensitivity": 2, "global": 1, "cost_aware": 1}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from autoprune.labels import Constraint, LabelBook
-from autoprune.settling import factors_of, settle
+from autoprune.structure.labels import Constraint, LabelBook
+from autoprune.tracing.constraint_solver import factors_of, settle
 
 
 def classes(roots: np.ndarray, labels: torch.Tensor) -> list[list[int]]:

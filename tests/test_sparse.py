@@ -10,12 +10,13 @@ from nets import NETS, build, images
 from torch import Tensor, nn
 
 from autoprune.config import DataConfig, FinetuneConfig
-from autoprune.data import Images, load
+from autoprune.data.datasets import Images, load
+from autoprune.data.networks import conv_bn
 from autoprune.errors import UserError
-from autoprune.finetune import Plug, finetune
-from autoprune.groups import Groups
-from autoprune.networks import conv_bn
-from autoprune.sparse import (
+from autoprune.structure.groups import Groups
+from autoprune.tracing.trace import trace
+from autoprune.training.loop import Plug, finetune
+from autoprune.training.sparse import (
     L1,
     L2,
     SPARSE,
@@ -26,7 +27,6 @@ from autoprune.sparse import (
     Slimming,
     check_sparse,
 )
-from autoprune.tracing import trace
 
 LR = 0.1
 

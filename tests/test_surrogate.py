@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from agents import surrogate
-from agents.surrogate import MAX_POINTS, WINSOR, Surrogate, Usual
+from autoprune.agents import surrogate
+from autoprune.agents.surrogate import MAX_POINTS, WINSOR, Surrogate, Usual
 
 DENSE, LOW = np.array([16, 40, 24]), np.array([2, 4, 4])
 LIKENESS = np.array([[0.1, 0.9], [0.2, 0.8], [1.0, 0.0]])

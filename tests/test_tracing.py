@@ -10,12 +10,13 @@ from nets import CLASSES, NETS, RGB, Chain, build, conv, images, outputs, pooled
 from torch import nn
 from torch.nn import functional as F
 
-from autoprune import models, rules
+from autoprune.data import models
 from autoprune.errors import UserError
-from autoprune.labels import CONSTANT, LabelBook
-from autoprune.pruning import prune
-from autoprune.tracer import LABELS, VIEW
-from autoprune.tracing import trace
+from autoprune.structure.labels import CONSTANT, LabelBook
+from autoprune.structure.slicing import prune
+from autoprune.tracing.rules import table
+from autoprune.tracing.trace import trace
+from autoprune.tracing.tracer import LABELS, VIEW
 
 aten = torch.ops.aten
 
@@ -110,7 +111,7 @@ def forget_second_operand(call) -> None:
 
 
 def test_wrong_labels_are_caught_and_pinned_with_the_difference(monkeypatch):
-    monkeypatch.setitem(rules.RULES, aten.cat, mislabel_cat)
+    monkeypatch.setitem(table.RULES, aten.cat, mislabel_cat)
     believed = trace(SameWidths().eval(), images(1, 8), verify=False)
     assert set(believed.channels) == {"left", "right", "body"}
     proven = trace(SameWidths().eval(), images(1, 8))
@@ -130,7 +131,7 @@ class SameWidths(nn.Module):
 
 
 def test_forgotten_coupling_is_caught_and_pinned(monkeypatch):
-    monkeypatch.setitem(rules.RULES, aten.add, forget_second_operand)
+    monkeypatch.setitem(table.RULES, aten.add, forget_second_operand)
     proven = trace(build("residual"), images(1, 8))
     assert set(proven.channels) == {"inner"}
     reasons = {group.name: group.pinned for group in proven.pinned}
@@ -154,7 +155,7 @@ def test_forward_that_casts_to_float32_is_proven_in_float32(monkeypatch):
             return super().forward(x.float())
 
     assert trace(Casting().eval(), images(1, 8)).channels == {"left": 6, "right": 6, "body": 8}
-    monkeypatch.setitem(rules.RULES, aten.cat, mislabel_cat)
+    monkeypatch.setitem(table.RULES, aten.cat, mislabel_cat)
     assert set(trace(Casting().eval(), images(1, 8)).channels) == {"body"}
 
 
@@ -219,7 +220,7 @@ def test_users_rule_teaches_an_operation(monkeypatch):
     def along_space(call) -> None:
         call.tracer.label(call.out[0], call.tracer.labels(call.args[0]))
 
-    monkeypatch.setitem(rules.RULES, aten.cummax, along_space)
+    monkeypatch.setitem(table.RULES, aten.cummax, along_space)
     taught = trace(model, images(1, 8))
     assert taught.channels == {"conv1": 6, "conv2": 8}
     assert not taught.unsupported

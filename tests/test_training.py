@@ -12,17 +12,17 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from toys import fake_env, target_env
 
-from agents.baselines import walk
-from agents.dyna import train_dyna
-from agents.lanes import Lanes
-from agents.recorder import Recorder
-from agents.replay import Policy, replay
-from agents.search import search
-from agents.training import ALGORITHMS, ExecutedAction, hyperparameters, make_learner, train
+from autoprune.agents.baselines import walk
+from autoprune.agents.dyna import train_dyna
+from autoprune.agents.recorder import Recorder
+from autoprune.agents.replay import Policy, replay
+from autoprune.agents.sb3_env import Lanes
+from autoprune.agents.search import search
+from autoprune.agents.training import ALGORITHMS, ExecutedAction, hyperparameters, make_learner, train
 from autoprune.config import SearchConfig
+from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError
 from autoprune.runs import RunFolder
-from envs.layer_pruning import LayerPruningEnv
 
 OFF_POLICY = ("sac", "td3", "ddpg", "tqc")
 

@@ -5,14 +5,12 @@ import numpy as np
 import pytest
 from toys import fake_env, fake_proxy, traced
 
-import envs
+from autoprune.envs.vector import LayerPruningVectorEnv
 from autoprune.errors import UserError
-from envs.vector import LayerPruningVectorEnv
 
 
 def made(n: int, name: str = "wide", **options) -> LayerPruningVectorEnv:
     model, groups, _ = traced(name)
-    assert envs
     options |= {"model": model, "groups": groups, "proxy": fake_proxy(name)}
     return gymnasium.make_vec(
         "autoprune/LayerPruning-v0", num_envs=n, vectorization_mode="vector_entry_point", **options

@@ -8,8 +8,9 @@ from test_tracing import SameWidths, mislabel_cat
 from torch import nn
 from torch.nn import functional as F
 
-from autoprune import rules, verify
-from autoprune.tracing import trace
+from autoprune.tracing import verify
+from autoprune.tracing.rules import table
+from autoprune.tracing.trace import trace
 
 WIDTHS = (6, 7, 8, 9, 10, 6)
 
@@ -69,7 +70,7 @@ def test_large_networks_are_proven_in_float32(monkeypatch):
     monkeypatch.setattr(verify, "_drawn", lambda *args, drawn=verify._drawn: seen.append(args[-1]) or drawn(*args))
     assert set(trace(SameWidths().eval(), images(1, 8)).channels) == {"left", "right", "body"}
     assert set(seen) == {torch.float32}
-    monkeypatch.setitem(rules.RULES, torch.ops.aten.cat, mislabel_cat)
+    monkeypatch.setitem(table.RULES, torch.ops.aten.cat, mislabel_cat)
     assert set(trace(SameWidths().eval(), images(1, 8)).channels) == {"body"}
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from toys import fake_env, traced
 
-from autoprune.allocation import SearchSpace
-from autoprune.cost import CostTable
-from envs.layer_pruning import LayerPruningEnv
-from envs.walks import along
+from autoprune.costs.allocation import SearchSpace
+from autoprune.costs.cost import CostTable
+from autoprune.envs.batch import along
+from autoprune.envs.layer_pruning import LayerPruningEnv
 
 NETWORKS = ("one", "chain", "wide", "resnet20", "mobilenet_v2_cifar")
 BUDGETS = ("macs=30%", "macs=50%", "macs=77%", "macs=100%")

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from autoprune.networks import conv_bn
+from autoprune.data.networks import conv_bn
 
 
 def network(n_classes: int = 10) -> nn.Module:

@@ -9,23 +9,23 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor, nn
 
-from agents.dyna import Imagination
-from agents.lanes import Lanes
-from agents.recorder import Recorder
-from agents.replay import Policy
-from agents.training import hyperparameters, make_learner
-from autoprune.budget import Budget
+from autoprune.agents.dyna import Imagination
+from autoprune.agents.recorder import Recorder
+from autoprune.agents.replay import Policy
+from autoprune.agents.sb3_env import Lanes
+from autoprune.agents.training import hyperparameters, make_learner
 from autoprune.config import DataConfig, FinetuneConfig, ProxyConfig, SearchConfig
-from autoprune.criteria import importance
-from autoprune.data import Splits, load
-from autoprune.finetune import finetune
-from autoprune.groups import Groups
-from autoprune.models import build
-from autoprune.networks import conv_bn
-from autoprune.proxy import ProxyAccuracy
-from autoprune.scoring import Evaluation
-from autoprune.tracing import trace
-from envs.layer_pruning import LayerPruningEnv
+from autoprune.costs.budget import Budget
+from autoprune.data.datasets import Splits, load
+from autoprune.data.models import build
+from autoprune.data.networks import conv_bn
+from autoprune.envs.layer_pruning import LayerPruningEnv
+from autoprune.evaluation.evaluate import Evaluation
+from autoprune.evaluation.importance import importance
+from autoprune.evaluation.proxy import ProxyAccuracy
+from autoprune.structure.groups import Groups
+from autoprune.tracing.trace import trace
+from autoprune.training.loop import finetune
 
 Loss = Callable[[np.ndarray], float]
 
@@ -98,7 +98,8 @@ def chain(*widths: int, seed: int = 0, n_classes: int = 10) -> nn.Module:
 
 @functools.cache
 def traced(name: str) -> tuple[nn.Module, Groups, Tensor]:
-    """A network with its trace and an example: "chain", "wide", "three", "one", or a name of `autoprune.models`."""
+    """A network with its trace and an example: "chain", "wide", "three", "one", or a name of
+    `autoprune.data.models`."""
     own = {"chain": (8, 16, 12, 16), "wide": (16, 40, 24, 48, 32), "one": (16,), "three": (24, 32, 16)}
     torch.manual_seed(0)
     model = chain(*own[name]) if name in own else build(name)

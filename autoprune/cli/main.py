@@ -1,0 +1,115 @@
+"""The `autoprune` command: its parser, the table of its commands, its exit codes.
+
+With commands.py and steps.py it is the composition root, where core, environment and agents meet. Heavy imports happen
+inside the functions of all three, so that `--help` answers at once.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from jsonargparse import Namespace
+
+from autoprune.cli import commands
+from autoprune.cli.memory import keep_freed_memory
+from autoprune.cli.options import (
+    Parser,
+    data_options,
+    export_options,
+    finetune_options,
+    list_options,
+    prune_options,
+    replay_options,
+    run_options,
+    search_options,
+    trace_options,
+)
+from autoprune.cli.presets import method_named
+from autoprune.config import SearchConfig
+from autoprune.errors import ExportError, UserError, in_one_line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns 0, or 1 if something failed, 2 for a user error, 130 after Ctrl-C."""
+    keep_freed_memory()
+    try:
+        options = _parse(arguments)
+        COMMANDS[options.subcommand].run(options[options.subcommand])
+        return 0
+    except (UserError, OSError) as error:
+        print(f"autoprune: error: {in_one_line(error)}", file=sys.stderr)
+        return 2
+    except ExportError as error:
+        print(f"autoprune: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("autoprune: interrupted; go on with --resume", file=sys.stderr)
+        return 130
+
+
+def _parse(arguments: list[str] | None) -> Namespace:
+    """The options; with a `--method` or a `--policy` read once more, with the defaults that follow from it."""
+    options = build_parser().parse_args(arguments)
+    defaults = _implied(options[options.subcommand])
+    return build_parser(defaults).parse_args(arguments) if defaults else options
+
+
+def _implied(options: Namespace) -> dict[str, object]:
+    """Defaults that follow from what is given: those of a method; else a policy is gone on with by its own agent."""
+    if options.get("method"):
+        return method_named(options.method).defaults
+    if options.get("policy") and options.get("agent") == SearchConfig.agent:
+        from autoprune.agents.policies import agent_of
+        from autoprune.runs import RunFolder
+
+        is_resumed = options.resume and options.out
+        return {"agent": agent_of(options.policy, RunFolder(Path(options.out)).start if is_resumed else None)}
+    return {}
+
+
+def build_parser(defaults: Mapping[str, object] = MappingProxyType({})) -> Parser:
+    """The parser of all commands; `defaults` follow from a method or a policy, for the commands that take one."""
+    parser = Parser(
+        prog="autoprune", description="Prune a trained PyTorch vision network: an agent finds how much where."
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    subcommands = parser.add_subcommands(required=True, dest="subcommand")
+    for name, command in COMMANDS.items():
+        sub = Parser(description=command.run.__doc__.splitlines()[0])
+        command.options(sub)
+        if command.options in (search_options, prune_options):
+            sub.set_defaults(dict(defaults))
+        subcommands.add_subcommand(name, sub, help=command.run.__doc__.splitlines()[0])
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"autoprune {version('autoprune')}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A verb of the command line: what it runs and which options it takes."""
+
+    run: Callable[[Namespace], None]
+    options: Callable[[Parser], None]
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command(commands.run, search_options),
+    "search": Command(commands.search, search_options),
+    "replay": Command(commands.replay, replay_options),
+    "prune": Command(commands.prune, prune_options),
+    "finetune": Command(commands.finetune, finetune_options),
+    "evaluate": Command(commands.evaluate, run_options),
+    "export": Command(commands.export, export_options),
+    "report": Command(commands.report, run_options),
+    "trace": Command(commands.trace, trace_options),
+    "data": Command(commands.data, data_options),
+    "policies": Command(commands.policies, list_options),
+    "methods": Command(commands.methods, list_options),
+}

@@ -1,0 +1,1 @@
+"""Pruned networks outside of a run: files, ONNX, latency."""

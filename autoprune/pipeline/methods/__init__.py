@@ -1,0 +1,1 @@
+"""What a run removes, and how."""

@@ -1,0 +1,1 @@
+"""From a forward pass to groups of coupled channels, each proven numerically."""

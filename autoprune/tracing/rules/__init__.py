@@ -1,0 +1,1 @@
+"""How each operation of PyTorch moves channel labels."""

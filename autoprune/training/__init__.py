@@ -1,0 +1,1 @@
+"""The training loop, and the methods that take part in it."""
