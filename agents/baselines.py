@@ -1,6 +1,8 @@
-"""What an agent has to beat, through the same door: the same environment, the same evaluations, the same finalists.
+"""What an agent has to beat, through the same door: the same environment, the same
+evaluations, the same finalists.
 
-Each baseline walks episodes of a `Recorder` and stops after the evaluations that it asks for at the latest.
+Each baseline walks episodes of a `Recorder` and stops after the evaluations that it
+asks for at the latest.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,22 +33,28 @@ def random(recorder: Recorder) -> None:
 
     def act(walks: Walks) -> np.ndarray:
         lowest, highest = walks.state.bounds
-        return walks.actions_of(generator.uniform(lowest, highest), np.zeros(len(lowest)))
+        return walks.actions_of(
+            generator.uniform(lowest, highest), np.zeros(len(lowest))
+        )
 
     while recorder.remaining:
         recorder.walk(act, min(LANES, recorder.remaining))
 
 
 def sensitivity(recorder: Recorder) -> None:
-    """Prunes each group alone at several sparsities, then solves for the best sum of damages under the budget.
+    """Prunes each group alone at several sparsities, then solves for the best sum of
+    damages under the budget.
 
-    The damage of a network is taken as the sum over groups of its growth in loss, or of the growth's root; a dynamic
-    program finds the cheapest sum for either. Costs multiply between neighbouring groups, so the program's additive
-    budget is searched until the real cost meets the target. With too few evaluations to prune each group once, it
-    knows nothing and is uniform.
+    The damage of a network is taken as the sum over groups of its growth in loss, or of
+    the growth's root; a dynamic program finds the cheapest sum for either. Costs
+    multiply between neighbouring groups, so the program's additive budget is searched
+    until the real cost meets the target. With too few evaluations to prune each group
+    once, it knows nothing and is uniform.
     """
     core = recorder.env
-    n_levels = min(9, (recorder.remaining - 3) // len(core.groups))  # besides: the dense network and two solutions
+    n_levels = min(
+        9, (recorder.remaining - 3) // len(core.groups)
+    )  # besides: the dense network and two solutions
     if n_levels < 1:
         return uniform(recorder)
     levels = [_pick(levels, n_levels) for levels in core.space.levels]
@@ -58,7 +66,8 @@ def sensitivity(recorder: Recorder) -> None:
 
 
 def evolution(recorder: Recorder) -> None:
-    """CMA-ES (Hansen 2016, arXiv 1604.00772) over the actions of a whole episode, starting at uniform.
+    """CMA-ES (Hansen 2016, arXiv 1604.00772) over the actions of a whole episode,
+    starting at uniform.
 
     Raises:
         UserError: If the package cma isn't installed.
@@ -67,19 +76,27 @@ def evolution(recorder: Recorder) -> None:
     import cma
 
     n_groups = len(recorder.env.groups)
-    options = {"bounds": [-1, 1], "popsize": LANES, "seed": recorder.config.seed + 1, "verbose": -9}
+    options = {
+        "bounds": [-1, 1],
+        "popsize": LANES,
+        "seed": recorder.config.seed + 1,
+        "verbose": -9,
+    }
     # The package can't search a line.
     strategy = cma.CMAEvolutionStrategy(np.zeros(max(2, n_groups)), START_STD, options)
     while recorder.remaining:
         population = strategy.ask()
         wishes = np.array(population)[: recorder.remaining]
-        rewards = recorder.walk(lambda walks, wishes=wishes: wishes[:, walks.state.index], len(wishes))
+        rewards = recorder.walk(
+            lambda walks, wishes=wishes: wishes[:, walks.state.index], len(wishes)
+        )
         if len(rewards) == len(population):
             strategy.tell(population, (-rewards).tolist())
 
 
 def tpe(recorder: Recorder) -> None:
-    """The tree-structured Parzen estimator (Bergstra et al. 2011) of Optuna over the actions of a whole episode.
+    """The tree-structured Parzen estimator (Bergstra et al. 2011) of Optuna over the
+    actions of a whole episode.
 
     Raises:
         UserError: If the package optuna isn't installed.
@@ -88,16 +105,22 @@ def tpe(recorder: Recorder) -> None:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=recorder.config.seed)
+    sampler = optuna.samplers.TPESampler(
+        multivariate=True, constant_liar=True, seed=recorder.config.seed
+    )
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.enqueue_trial({str(index): 0.0 for index in range(len(recorder.env.groups))})
     while recorder.remaining:
         trials = [study.ask() for _ in range(min(LANES, recorder.remaining))]
 
         def act(walks: Walks, trials: list = trials) -> np.ndarray:
-            return np.array([trial.suggest_float(str(walks.state.index), -1, 1) for trial in trials])
+            return np.array(
+                [trial.suggest_float(str(walks.state.index), -1, 1) for trial in trials]
+            )
 
-        for trial, reward in zip(trials, recorder.walk(act, len(trials)).tolist(), strict=True):
+        for trial, reward in zip(
+            trials, recorder.walk(act, len(trials)).tolist(), strict=True
+        ):
             study.tell(trial, reward)
 
 
@@ -117,15 +140,17 @@ USUAL = ("uniform", "random", "sensitivity")
 
 
 def check_baselines(text: str | None, agent: str) -> list[str]:
-    """The baselines in "uniform,random" or "none"; where nothing is said, those that an agent's search is held against.
+    """The baselines in "uniform,random" or "none"; where nothing is said, those that an
+    agent's search is held against.
 
     Args:
-        text: Names with commas between them, "none", or None for the usual ones, which an allocator that decides at
-            once doesn't need.
+        text: Names with commas between them, "none", or None for the usual ones, which
+            an allocator that decides at once doesn't need.
         agent: What they are for.
 
     Raises:
-        UserError: If a name is unknown, with the nearest known ones, or what it needs isn't installed.
+        UserError: If a name is unknown, with the nearest known ones, or what it needs
+            isn't installed.
     """
     if text is None:
         return [] if agent in AT_ONCE else list(USUAL)
@@ -149,24 +174,40 @@ def walk(env: gymnasium.Env, action: Callable[[int], float]) -> dict:
 def _pick(levels: np.ndarray, n_levels: int) -> np.ndarray:
     """Up to `n_levels` allowed counts below dense, evenly spread, and dense."""
     pruned = levels[:-1]
-    chosen = np.unique(np.linspace(0, len(pruned) - 1, min(n_levels, len(pruned))).round().astype(int))
+    chosen = np.unique(
+        np.linspace(0, len(pruned) - 1, min(n_levels, len(pruned))).round().astype(int)
+    )
     return np.append(pruned[chosen], levels[-1]) if len(pruned) else levels
 
 
 def _damages(core: LayerPruningEnv, levels: list[np.ndarray]) -> list[list[float]]:
-    """Per group and level the loss above the dense network's when only that group is pruned."""
+    """Per group and level the loss above the dense network's when only that group is
+    pruned.
+    """
     dense = core.space.costs.dense
-    alone = [core.counts(_with(dense, index, count)) for index, row in enumerate(levels) for count in row]
-    base, *losses = [evaluation.loss for evaluation in core.proxy.score_all([core.counts(dense), *alone])]
+    alone = [
+        core.counts(_with(dense, index, count))
+        for index, row in enumerate(levels)
+        for count in row
+    ]
+    base, *losses = [
+        evaluation.loss
+        for evaluation in core.proxy.score_all([core.counts(dense), *alone])
+    ]
     damages = iter(loss - base for loss in losses)
     return [[next(damages) for _ in row] for row in levels]
 
 
-def _allocate(core: LayerPruningEnv, levels: list[np.ndarray], damages: list[list[float]]) -> np.ndarray:
+def _allocate(
+    core: LayerPruningEnv, levels: list[np.ndarray], damages: list[list[float]]
+) -> np.ndarray:
     """The counts with the smallest sum of damages whose real cost meets the target."""
     cost, dense = core.space.cost, core.space.costs.dense
     target = core.target_of(core.budget.at(0.5))
-    alone = [np.array([cost(_with(dense, index, n)) for n in row]) for index, row in enumerate(levels)]
+    alone = [
+        np.array([cost(_with(dense, index, n)) for n in row])
+        for index, row in enumerate(levels)
+    ]
     savings = [cost(dense) - row for row in alone]
     best = np.array([row[0] for row in levels])
     for needed in _needs(cost(dense) - target, sum(row.max() for row in savings)):
@@ -178,7 +219,9 @@ def _allocate(core: LayerPruningEnv, levels: list[np.ndarray], damages: list[lis
 
 
 def _needs(least: int, most: int) -> Iterator[float]:
-    """Savings to ask of the additive program, growing until the real cost, with its products, meets the budget."""
+    """Savings to ask of the additive program, growing until the real cost, with its
+    products, meets the budget.
+    """
     yield from np.linspace(0.5 * least, most, 60)
 
 
@@ -189,18 +232,28 @@ def _with(dense: np.ndarray, index: int, count: int) -> np.ndarray:
 
 
 def _knapsack(levels, damages, savings, needed: float) -> np.ndarray:
-    """Smallest sum of damages with savings of at least `needed`, on a grid of `GRID` units."""
+    """Smallest sum of damages with savings of at least `needed`, on a grid of `GRID`
+    units.
+    """
     unit = max(needed, 1) / GRID
     best = np.full(GRID + 1, np.inf)
     best[0] = 0.0
     choices = []
     for row, saved in zip(damages, savings, strict=True):
-        following, choice = np.full(GRID + 1, np.inf), np.zeros((GRID + 1, 2), dtype=int)
-        for level, (damage, units) in enumerate(zip(row, (saved / unit).astype(int), strict=True)):
+        following, choice = (
+            np.full(GRID + 1, np.inf),
+            np.zeros((GRID + 1, 2), dtype=int),
+        )
+        for level, (damage, units) in enumerate(
+            zip(row, (saved / unit).astype(int), strict=True)
+        ):
             for before in np.flatnonzero(np.isfinite(best)):
                 after = min(GRID, before + units)
                 if best[before] + damage < following[after]:
-                    following[after], choice[after] = best[before] + damage, (level, before)
+                    following[after], choice[after] = (
+                        best[before] + damage,
+                        (level, before),
+                    )
         best = following
         choices.append(choice)
     at = int(np.flatnonzero(np.isfinite(best))[-1])

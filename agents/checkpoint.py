@@ -1,4 +1,6 @@
-"""A learner's whole state in one file that loads without executing code: weights, optimisers, replay, random states."""
+"""A learner's whole state in one file that loads without executing code: weights,
+optimisers, replay, random states.
+"""
 
 import random
 from pathlib import Path
@@ -11,12 +13,26 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from autoprune.errors import UserError
 from autoprune.runs import write_state
 
-COUNTERS = ("num_timesteps", "_episode_num", "_n_updates", "_current_progress_remaining")
-REPLAY = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+COUNTERS = (
+    "num_timesteps",
+    "_episode_num",
+    "_n_updates",
+    "_current_progress_remaining",
+)
+REPLAY = (
+    "observations",
+    "next_observations",
+    "actions",
+    "rewards",
+    "dones",
+    "timeouts",
+)
 
 
 def save_learner(learner: BaseAlgorithm, episodes: int, path: Path) -> None:
-    """Writes the state after `episodes` episodes, atomically; call it between an update and the next roll-out."""
+    """Writes the state after `episodes` episodes, atomically; call it between an update
+    and the next roll-out.
+    """
     _, variables = learner._get_torch_save_params()
     state = {
         "episodes": episodes,
@@ -30,7 +46,8 @@ def save_learner(learner: BaseAlgorithm, episodes: int, path: Path) -> None:
 
 
 def restore_learner(learner: BaseAlgorithm, path: Path) -> int:
-    """Puts a saved state into a learner made with the same settings; returns its number of episodes.
+    """Puts a saved state into a learner made with the same settings; returns its number
+    of episodes.
 
     Raises:
         UserError: If the file is damaged or belongs to other settings.
@@ -47,31 +64,52 @@ def restore_learner(learner: BaseAlgorithm, path: Path) -> int:
         return state["episodes"]
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"RUN: checkpoint {str(path)!r} can't be used ({reason}); delete it to search anew") from error
+        raise UserError(
+            f"RUN: checkpoint {str(path)!r} can't be used ({reason}); delete it to "
+            f"search anew"
+        ) from error
 
 
 def _random_state() -> dict:
-    # Stable-Baselines3 draws from the global generators: torch for actions, NumPy for noise and replay.
+    # Stable-Baselines3 draws from the global generators: torch for actions, NumPy for
+    # noise and replay.
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "python": [list(part) if isinstance(part, tuple) else part for part in random.getstate()],
+        "numpy": [
+            name,
+            torch.from_numpy(keys.astype(np.int64)),
+            position,
+            has_gauss,
+            gauss,
+        ],
+        "python": [
+            list(part) if isinstance(part, tuple) else part
+            for part in random.getstate()
+        ],
     }
 
 
 def _restore_random(state: dict) -> None:
     name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    np.random.set_state(
+        (name, keys.numpy().astype(np.uint32), position, has_gauss, gauss)
+    )
     torch.set_rng_state(state["torch"])
-    random.setstate(tuple(tuple(part) if isinstance(part, list) else part for part in state["python"]))
+    random.setstate(
+        tuple(
+            tuple(part) if isinstance(part, list) else part for part in state["python"]
+        )
+    )
 
 
 def _replay_state(buffer: ReplayBuffer | None) -> dict | None:
     if buffer is None:
         return None
     used = buffer.buffer_size if buffer.full else buffer.pos
-    arrays = {name: torch.from_numpy(getattr(buffer, name)[:used].copy()) for name in REPLAY}
+    arrays = {
+        name: torch.from_numpy(getattr(buffer, name)[:used].copy()) for name in REPLAY
+    }
     return {"pos": buffer.pos, "full": buffer.full, "arrays": arrays}
 
 

@@ -1,4 +1,6 @@
-"""From many scored allocations to the ones that count: compared once more, on images that no search has seen."""
+"""From many scored allocations to the ones that count: compared once more, on images
+that no search has seen.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +20,9 @@ FRONT_BUDGETS = 6
 """Budgets of a range that are compared for the Pareto front."""
 
 SURVEYED = 4
-"""Candidates that are scored on the whole proxy split for each one that reaches the selection split."""
+"""Candidates that are scored on the whole proxy split for each one that reaches the
+selection split.
+"""
 
 SURVEYED_WITHIN = 8
 """The same for the one best episode within a budget of a range."""
@@ -26,7 +30,9 @@ SURVEYED_WITHIN = 8
 
 @dataclass(frozen=True)
 class Finalist:
-    """A candidate of the final choice: its proxy score, and the score on the selection split that decides."""
+    """A candidate of the final choice: its proxy score, and the score on the selection
+    split that decides.
+    """
 
     allocation: Allocation
     proxy: Evaluation
@@ -42,19 +48,30 @@ class Finalist:
             for split in ("proxy", "selection")
             for name, value in asdict(getattr(self, split)).items()
         }
-        return {"source": self.allocation.source, **scores, "reward": self.reward, "macs": self.macs}
+        return {
+            "source": self.allocation.source,
+            **scores,
+            "reward": self.reward,
+            "macs": self.macs,
+        }
 
 
 def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
-    """The best allocations by proxy reward and the policy's own, each once, best on the selection split first.
+    """The best allocations by proxy reward and the policy's own, each once, best on the
+    selection split first.
 
-    Four times as many are scored on the whole proxy split before, since the best of hundreds of scores on few images
-    owes much to luck. Where the agent has a model of the reward, its estimates decide who gets that far; else as many
-    come from each block of images, and no fewer because the search was long enough for more blocks.
+    Four times as many are scored on the whole proxy split before, since the best of
+    hundreds of scores on few images owes much to luck. Where the agent has a model of
+    the reward, its estimates decide who gets that far; else as many come from each
+    block of images, and no fewer because the search was long enough for more blocks.
     """
     env, n, episodes = recorder.env, recorder.config.finalists, recorder.episodes
     n_blocks = len(np.unique(recorder.blocks)) if recorder.expected is None else 0
-    candidates = _best(episodes, _promise(recorder, episodes, counts_of(episodes)), n * max(SURVEYED, n_blocks))
+    candidates = _best(
+        episodes,
+        _promise(recorder, episodes, counts_of(episodes)),
+        n * max(SURVEYED, n_blocks),
+    )
     chosen = _best(candidates, _surveyed(candidates, recorder)[1], n)
     if policy is not None:
         its = own(policy, env, env.budget)
@@ -62,11 +79,15 @@ def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
     return judge(chosen, env)
 
 
-def front(recorder: Recorder, policy: Policy | None) -> tuple[list[Finalist], list[Finalist]]:
-    """For a range of budgets the allocations that no other one beats at its cost or below, cheapest first.
+def front(
+    recorder: Recorder, policy: Policy | None
+) -> tuple[list[Finalist], list[Finalist]]:
+    """For a range of budgets the allocations that no other one beats at its cost or
+    below, cheapest first.
 
-    At each of a few budgets the policy's own allocation competes with the best episode, resized to it, and with
-    uniform pruning; the winners make the front, as far as they aren't beaten by that of a smaller budget.
+    At each of a few budgets the policy's own allocation competes with the best episode,
+    resized to it, and with uniform pruning; the winners make the front, as far as they
+    aren't beaten by that of a smaller budget.
 
     Returns:
         The front, and uniform pruning at these budgets, to hold it against.
@@ -74,16 +95,23 @@ def front(recorder: Recorder, policy: Policy | None) -> tuple[list[Finalist], li
     env = recorder.env
     budgets = [env.budget.at(position) for position in np.linspace(0, 1, FRONT_BUDGETS)]
     uniform = rolled_out(uniformly, env, budgets, "uniform")
-    rivals = [[even, *within(recorder, policy, budget)] for budget, even in zip(budgets, uniform, strict=True)]
+    rivals = [
+        [even, *within(recorder, policy, budget)]
+        for budget, even in zip(budgets, uniform, strict=True)
+    ]
     points = iter(_judged(chain.from_iterable(rivals), env))
     judged = [list(islice(points, len(group))) for group in rivals]
-    winners = [min(group, key=lambda finalist: finalist.selection.loss) for group in judged]
+    winners = [
+        min(group, key=lambda finalist: finalist.selection.loss) for group in judged
+    ]
     return _undominated(winners), [group[0] for group in judged]
 
 
 def _undominated(points: list[Finalist]) -> list[Finalist]:
     best, found = np.inf, []
-    for point in sorted(points, key=lambda finalist: (finalist.cost, finalist.selection.loss)):
+    for point in sorted(
+        points, key=lambda finalist: (finalist.cost, finalist.selection.loss)
+    ):
         if point.selection.loss < best:
             best = point.selection.loss
             found.append(point)
@@ -93,23 +121,29 @@ def _undominated(points: list[Finalist]) -> list[Finalist]:
 def within(recorder: Recorder, policy: Policy | None, budget: Budget) -> list[Episode]:
     """The best of the episodes within a budget, and the policy's own allocation for it.
 
-    An episode counts whichever budget near this one it was walked for, and is resized until this one is used up: a
-    percent of the cost is worth more than what tells good allocations apart. The most promising are scored on the whole
-    proxy split.
+    An episode counts whichever budget near this one it was walked for, and is resized
+    until this one is used up: a percent of the cost is worth more than what tells good
+    allocations apart. The most promising are scored on the whole proxy split.
     """
     env = recorder.env
-    is_near = near(env, np.array([_cost(episode, env) for episode in recorder.episodes]), budget)
+    is_near = near(
+        env, np.array([_cost(episode, env) for episode in recorder.episodes]), budget
+    )
     close = [recorder.episodes[place] for place in np.flatnonzero(is_near)]
     best = [_resized(close, recorder, budget)] if close else []
     return best + ([own(policy, env, budget)] if policy is not None else [])
 
 
 def _resized(episodes: list[Episode], recorder: Recorder, budget: Budget) -> Episode:
-    """The best of some episodes after all sparsities of each were shifted alike until the budget is used up."""
+    """The best of some episodes after all sparsities of each were shifted alike until
+    the budget is used up.
+    """
     env, counts = recorder.env, counts_of(episodes)
     walks = env.walks([budget] * len(episodes))
     if walks.uses_up_budget:
-        sparsities = env.space.shifted(1 - counts / env.space.costs.dense, walks.state.targets)
+        sparsities = env.space.shifted(
+            1 - counts / env.space.costs.dense, walks.state.targets
+        )
         counts = walks.follow(along(sparsities)).state.kept
     resized = [
         episode if tuple(row) == episode.counts else _changed(episode, row, env, budget)
@@ -121,16 +155,27 @@ def _resized(episodes: list[Episode], recorder: Recorder, budget: Budget) -> Epi
     return replace(candidates[best], evaluation=scores[best])
 
 
-def _surveyed(candidates: list[Episode], recorder: Recorder) -> tuple[list[Evaluation], list[float]]:
+def _surveyed(
+    candidates: list[Episode], recorder: Recorder
+) -> tuple[list[Evaluation], list[float]]:
     """Scores on all images that judged the search, and the rewards for them."""
     env = recorder.env
-    scores = env.proxy.survey_all([episode.allocation.kept for episode in candidates], recorder.n_batches)
-    return scores, [env.reward_of(score, episode.macs) for score, episode in zip(scores, candidates, strict=True)]
+    scores = env.proxy.survey_all(
+        [episode.allocation.kept for episode in candidates], recorder.n_batches
+    )
+    return scores, [
+        env.reward_of(score, episode.macs)
+        for score, episode in zip(scores, candidates, strict=True)
+    ]
 
 
-def _changed(episode: Episode, counts: np.ndarray, env: LayerPruningEnv, budget: Budget) -> Episode:
+def _changed(
+    episode: Episode, counts: np.ndarray, env: LayerPruningEnv, budget: Budget
+) -> Episode:
     source = f"episode {episode.number}, resized"
-    allocation = Allocation(env.counts(counts), env.groups.fingerprint, str(budget), source)
+    allocation = Allocation(
+        env.counts(counts), env.groups.fingerprint, str(budget), source
+    )
     return replace(episode, allocation=allocation, macs=env.space.costs.macs(counts))
 
 
@@ -145,18 +190,37 @@ def own(policy: Policy, env: LayerPruningEnv, budget: Budget | BudgetRange) -> E
 
 
 def rolled_out(
-    act: Callable[[Walks], np.ndarray], env: LayerPruningEnv, budgets: list[Budget], source: str
+    act: Callable[[Walks], np.ndarray],
+    env: LayerPruningEnv,
+    budgets: list[Budget],
+    source: str,
 ) -> list[Episode]:
-    """Where `act` goes under each budget: roll-outs that nobody learned from, as episodes 0."""
+    """Where `act` goes under each budget: roll-outs that nobody learned from, as
+    episodes 0.
+    """
     rewards, infos = env.score(env.walks(budgets).follow(act), budgets)
-    named = [info | {"allocation": replace(info["allocation"], source=source)} for info in infos]
-    return [Episode.of(0, reward, info) for reward, info in zip(rewards.tolist(), named, strict=True)]
+    named = [
+        info | {"allocation": replace(info["allocation"], source=source)}
+        for info in infos
+    ]
+    return [
+        Episode.of(0, reward, info)
+        for reward, info in zip(rewards.tolist(), named, strict=True)
+    ]
 
 
 def knee(points: list[Finalist]) -> Finalist:
-    """Where the front bends most: the point farthest from the line between its ends, both axes scaled to [0, 1]."""
-    costs, losses = (np.array([of(p) for p in points], float) for of in (lambda p: p.cost, lambda p: p.selection.loss))
-    scaled = [(values - values.min()) / max(np.ptp(values), 1e-12) for values in (costs, losses)]
+    """Where the front bends most: the point farthest from the line between its ends,
+    both axes scaled to [0, 1].
+    """
+    costs, losses = (
+        np.array([of(p) for p in points], float)
+        for of in (lambda p: p.cost, lambda p: p.selection.loss)
+    )
+    scaled = [
+        (values - values.min()) / max(np.ptp(values), 1e-12)
+        for values in (costs, losses)
+    ]
     return points[int((scaled[0] + scaled[1]).argmin())]
 
 
@@ -169,16 +233,24 @@ def _best(episodes: list[Episode], rewards: Sequence[float], n: int) -> list[Epi
     return list(best.values())[:n]
 
 
-def _promise(recorder: Recorder, episodes: list[Episode], counts: np.ndarray) -> np.ndarray:
-    """How good allocations `(n, n_groups)` that came from some episodes are: what the agent expects if it has a model.
+def _promise(
+    recorder: Recorder, episodes: list[Episode], counts: np.ndarray
+) -> np.ndarray:
+    """How good allocations `(n, n_groups)` that came from some episodes are: what the
+    agent expects if it has a model.
 
-    Else minus the place of the episode's reward among those of its block, -inf where it repeats another one. Blocks
-    differ by more than good allocations do, so by reward alone one block would send nearly all of the best. Under a
-    range of budgets that are used up the dearest would win alike; there rewards are relative to the usual at a cost.
+    Else minus the place of the episode's reward among those of its block, -inf where it
+    repeats another one. Blocks differ by more than good allocations do, so by reward
+    alone one block would send nearly all of the best. Under a range of budgets that are
+    used up the dearest would win alike; there rewards are relative to the usual at a
+    cost.
     """
     if recorder.expected is not None:
         return recorder.expected(counts)
-    rewards, promise = np.array([episode.reward for episode in episodes]), np.full(len(episodes), -np.inf)
+    rewards, promise = (
+        np.array([episode.reward for episode in episodes]),
+        np.full(len(episodes), -np.inf),
+    )
     usual = recorder.usual
     if usual is not None:
         rewards = usual.relative(rewards, recorder.env.space.cost(counts_of(episodes)))
@@ -194,14 +266,31 @@ def _judged(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalis
     """The candidates with their scores on the selection split."""
     episodes = list(candidates)
     selections = env.proxy.select_all([episode.allocation.kept for episode in episodes])
-    return [_finalist(episode, selection, env) for episode, selection in zip(episodes, selections, strict=True)]
+    return [
+        _finalist(episode, selection, env)
+        for episode, selection in zip(episodes, selections, strict=True)
+    ]
 
 
-def _finalist(episode: Episode, selection: Evaluation, env: LayerPruningEnv) -> Finalist:
+def _finalist(
+    episode: Episode, selection: Evaluation, env: LayerPruningEnv
+) -> Finalist:
     source = episode.allocation.source or f"episode {episode.number}"
-    allocation, reward = replace(episode.allocation, source=source), env.reward_of(selection, episode.macs)
-    return Finalist(allocation, episode.evaluation, selection, reward, episode.macs, _cost(episode, env))
+    allocation, reward = (
+        replace(episode.allocation, source=source),
+        env.reward_of(selection, episode.macs),
+    )
+    return Finalist(
+        allocation,
+        episode.evaluation,
+        selection,
+        reward,
+        episode.macs,
+        _cost(episode, env),
+    )
 
 
 def _cost(episode: Episode, env: LayerPruningEnv) -> int:
-    return env.space.cost(np.array([episode.allocation.kept[name] for name in env.space.costs.names]))
+    return env.space.cost(
+        np.array([episode.allocation.kept[name] for name in env.space.costs.names])
+    )

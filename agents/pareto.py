@@ -4,7 +4,9 @@ from autoprune.agents.finalists import Finalist
 from autoprune.envs.layer_pruning import LayerPruningEnv
 
 
-def pareto(points: list[Finalist], uniform: list[Finalist], env: LayerPruningEnv) -> dict:
+def pareto(
+    points: list[Finalist], uniform: list[Finalist], env: LayerPruningEnv
+) -> dict:
     """The front of a range of budgets, for `pareto.json`.
 
     Args:
@@ -13,19 +15,25 @@ def pareto(points: list[Finalist], uniform: list[Finalist], env: LayerPruningEnv
         env: Their environment.
 
     Returns:
-        `metric` and `dense`, the budgeted cost and its value for the dense network; `front` and `uniform`, a list of
-        points each: an allocation, as its own file would hold it, with its costs and scores.
+        `metric` and `dense`, the budgeted cost and its value for the dense network;
+        `front` and `uniform`, a list of points each: an allocation, as its own file
+        would hold it, with its costs and scores.
     """
     dense = env.space.cost(env.space.costs.dense)
     lines = {"front": points, "uniform": uniform}
     return {"metric": env.space.metric, "dense": int(dense)} | {
-        name: [_point(finalist, env) for finalist in line] for name, line in lines.items()
+        name: [_point(finalist, env) for finalist in line]
+        for name, line in lines.items()
     }
 
 
 def _point(finalist: Finalist, env: LayerPruningEnv) -> dict:
     costs, allocation = env.space.costs, finalist.allocation.to_json()
-    scores = {key: value for key, value in finalist.to_json().items() if key.startswith(("proxy_", "selection_"))}
+    scores = {
+        key: value
+        for key, value in finalist.to_json().items()
+        if key.startswith(("proxy_", "selection_"))
+    }
     return {
         "budget": allocation.pop("budget"),
         "source": allocation.pop("source"),

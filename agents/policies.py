@@ -16,15 +16,17 @@ STARTS_FROM_ANY = ("dyna",)
 
 def shipped() -> dict[str, Path]:
     """The policies that come with autoprune: name to folder."""
-    return {path.parent.name: path.parent for path in sorted(SHIPPED.glob("*/policy.json"))}
+    return {
+        path.parent.name: path.parent for path in sorted(SHIPPED.glob("*/policy.json"))
+    }
 
 
 def find_policy(text: str, flag: str = "--policy") -> Path:
     """The folder of a policy.
 
     Args:
-        text: The name of a shipped policy, a run, or a policy's own folder. A name counts before a folder that is
-            called the same.
+        text: The name of a shipped policy, a run, or a policy's own folder. A name
+            counts before a folder that is called the same.
         flag: What the message of an error starts with.
 
     Raises:
@@ -40,20 +42,28 @@ def find_policy(text: str, flag: str = "--policy") -> Path:
     if path.is_dir():
         missing = "no config.yaml, no policy.json"
         raise UserError(
-            f"{flag}: {text!r} is neither a run nor a policy's folder ({missing}); give one that `autoprune run` wrote"
+            f"{flag}: {text!r} is neither a run nor a policy's folder ({missing}); "
+            f"give one that `autoprune run` wrote"
         )
     runs = [str(folder.parent) for folder in sorted(Path("runs").glob("*/policy"))]
     near = " or ".join(map(repr, nearest_names(text, [*known, *runs], 3)))
-    hint = f"did you mean {near}?" if near else f"shipped are: {', '.join(known) or 'none'};"
+    hint = (
+        f"did you mean {near}?"
+        if near
+        else f"shipped are: {', '.join(known) or 'none'};"
+    )
     raise UserError(
-        f"{flag}: no shipped policy and no folder is called {text!r}; {hint} give a name that `autoprune policies` "
+        f"{flag}: no shipped policy and no folder is called {text!r}; {hint} give a "
+        f"name that `autoprune policies` "
         f"lists, or a folder that `autoprune run` wrote"
     )
 
 
 def agent_of(text: str, copy: Path | None = None) -> str:
     """The agent that trained a policy; arguments and errors as for `starting_policy`."""
-    return describe_policy(copy if _is_there(copy) else find_policy(text), "--policy")["algorithm"]
+    return describe_policy(copy if _is_there(copy) else find_policy(text), "--policy")[
+        "algorithm"
+    ]
 
 
 def starting_policy(agent: str, text: str, copy: Path | None = None) -> Policy | None:
@@ -62,23 +72,32 @@ def starting_policy(agent: str, text: str, copy: Path | None = None) -> Policy |
     Args:
         agent: Who learns on.
         text: As for `find_policy`.
-        copy: Folder for a copy, which counts once it is there: a resumed search starts where it started, whatever has
-            become of the original.
+        copy: Folder for a copy, which counts once it is there: a resumed search starts
+            where it started, whatever has become of the original.
 
     Raises:
-        UserError: If the policy is missing, damaged, or of an algorithm that the agent can't go on from.
+        UserError: If the policy is missing, damaged, or of an algorithm that the agent
+            can't go on from.
     """
     if not text:
         return None
     if agent not in ALGORITHMS:
-        raise UserError(f"--policy: {agent} learns no policy to start from one; use --agent {', '.join(ALGORITHMS)}")
+        raise UserError(
+            f"--policy: {agent} learns no policy to start from one; use --agent "
+            f"{', '.join(ALGORITHMS)}"
+        )
     if _is_there(copy):
         return Policy.load(copy, "--policy")
     policy = Policy.load(find_policy(text), "--policy")
-    fitting = [name for name in ALGORITHMS if name in STARTS_FROM_ANY or _shared(name) == _shared(policy.algorithm)]
+    fitting = [
+        name
+        for name in ALGORITHMS
+        if name in STARTS_FROM_ANY or _shared(name) == _shared(policy.algorithm)
+    ]
     if agent not in fitting:
         raise UserError(
-            f"--policy: {text!r} was trained by {policy.algorithm} and can't start {agent}; "
+            f"--policy: {text!r} was trained by {policy.algorithm} and can't start "
+            f"{agent}; "
             f"use --agent {' or '.join(fitting)}"
         )
     if copy is not None:
@@ -95,13 +114,19 @@ def _shared(algorithm: str) -> str:
 
 
 def shipped_table() -> list[dict]:
-    """What each shipped policy is: name, algorithm, what it was trained on, budgets, and whether it is usable here."""
+    """What each shipped policy is: name, algorithm, what it was trained on, budgets,
+    and whether it is usable here.
+    """
     rows = []
     for name, folder in shipped().items():
         try:
             about, problem = describe_policy(folder, name), ""
         except UserError as error:
             about, problem = {}, str(error)
-        told = {key: about.get(key, "") for key in ("algorithm", "trained_on", "budget")}
-        rows.append({"name": name, **told, "features_ok": not problem, "problem": problem})
+        told = {
+            key: about.get(key, "") for key in ("algorithm", "trained_on", "budget")
+        }
+        rows.append(
+            {"name": name, **told, "features_ok": not problem, "problem": problem}
+        )
     return rows

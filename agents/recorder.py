@@ -1,4 +1,6 @@
-"""Episodes: walked in step, scored together, recorded one by one, and found again by a resumed search."""
+"""Episodes: walked in step, scored together, recorded one by one, and found again by a
+resumed search.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,11 +17,17 @@ from autoprune.evaluation.evaluate import Evaluation
 from autoprune.runs import RunFolder
 
 LANES = 10
-"""Episodes that end together; a multiple of the cores of small machines, and enough for a policy update."""
+"""Episodes that end together; a multiple of the cores of small machines, and enough for
+a policy update.
+"""
 NEAR = 0.9
-"""Least cost that counts as close to a budget, as a share of it; above the budget, the other way round."""
+"""Least cost that counts as close to a budget, as a share of it; above the budget, the
+other way round.
+"""
 START_STD = 0.4
-"""Spread of the first actions, as a share of the feasible interval's half: about 0.2 in sparsity."""
+"""Spread of the first actions, as a share of the feasible interval's half: about 0.2 in
+sparsity.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,12 +59,20 @@ class Episode:
     @classmethod
     def of(cls, number: int, reward: float, info: dict) -> "Episode":
         """From what an environment tells about a finished episode."""
-        return cls(number, info["allocation"], reward, Evaluation(info["accuracy"], info["loss"]), info["macs"])
+        return cls(
+            number,
+            info["allocation"],
+            reward,
+            Evaluation(info["accuracy"], info["loss"]),
+            info["macs"],
+        )
 
     @classmethod
     def from_json(cls, entry: dict, network: str) -> "Episode":
         """From a line of the log of a network with that fingerprint."""
-        info = entry | {"allocation": Allocation(entry["kept"], network, entry["budget"])}
+        info = entry | {
+            "allocation": Allocation(entry["kept"], network, entry["budget"])
+        }
         return cls.of(entry["episode"], entry["reward"], info)
 
 
@@ -66,7 +82,8 @@ def counts_of(episodes: Sequence[Episode]) -> np.ndarray:
 
 
 def near(env: LayerPruningEnv, costs: np.ndarray, budget: Budget) -> np.ndarray:
-    """Which costs `(n,)` lie close to a budget, so that what is good there is good here; if none does, the closest.
+    """Which costs `(n,)` lie close to a budget, so that what is good there is good
+    here; if none does, the closest.
 
     Where a budget is a ceiling and cost is searched too, all within it.
     """
@@ -78,7 +95,8 @@ def near(env: LayerPruningEnv, costs: np.ndarray, budget: Budget) -> np.ndarray:
 
 
 class Recorder:
-    """Keeps every finished episode, logs it, and feeds a resumed search with the scores that it paid for before.
+    """Keeps every finished episode, logs it, and feeds a resumed search with the scores
+    that it paid for before.
 
     Args:
         env: The pruning environment.
@@ -100,17 +118,25 @@ class Recorder:
         self.on_episode, self.on_pause = on_episode, on_pause
         self.episodes: list[Episode] = []
         self.expected: Callable[[np.ndarray], np.ndarray] | None = None
-        """What an agent with a model of the reward expects of allocations `(n, n_groups)`: rewards `(n,)`."""
+        """What an agent with a model of the reward expects of allocations `(n,
+        n_groups)`: rewards `(n,)`.
+        """
         entries = folder.events("episode") if folder else []
-        self._logged = [Episode.from_json(entry, env.groups.fingerprint) for entry in entries]
+        self._logged = [
+            Episode.from_json(entry, env.groups.fingerprint) for entry in entries
+        ]
         for episode in self._logged:
             env.proxy.restore(episode.allocation.kept, episode.evaluation)
-        self.n_restored = len({env.proxy.key(episode.allocation.kept) for episode in self._logged})
+        self.n_restored = len(
+            {env.proxy.key(episode.allocation.kept) for episode in self._logged}
+        )
         """Evaluations that an earlier, interrupted search paid for."""
 
     @property
     def is_first(self) -> np.ndarray:
-        """Whether each episode was the first with its network; others have its score and tell nothing new."""
+        """Whether each episode was the first with its network; others have its score
+        and tell nothing new.
+        """
         first: dict[tuple, int] = {}
         for place, episode in enumerate(self.episodes):
             first.setdefault(self.env.proxy.key(episode.allocation.kept), place)
@@ -120,22 +146,44 @@ class Recorder:
 
     @property
     def evaluated(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Kept channels `(n, n_groups)`, rewards `(n,)` and blocks `(n,)` of the different allocations, in order."""
-        is_first, rewards = self.is_first, np.array([episode.reward for episode in self.episodes])
-        return counts_of(self.episodes)[is_first], rewards[is_first], self.blocks[is_first]
+        """Kept channels `(n, n_groups)`, rewards `(n,)` and blocks `(n,)` of the
+        different allocations, in order.
+        """
+        is_first, rewards = (
+            self.is_first,
+            np.array([episode.reward for episode in self.episodes]),
+        )
+        return (
+            counts_of(self.episodes)[is_first],
+            rewards[is_first],
+            self.blocks[is_first],
+        )
 
     @property
     def usual(self) -> Usual | None:
-        """What reward is usual at a cost; None without a range of budgets, or where the reward weighs the cost too."""
-        if not isinstance(self.env.budget, BudgetRange) or not self.env.reward.uses_up_budget:
+        """What reward is usual at a cost; None without a range of budgets, or where the
+        reward weighs the cost too.
+        """
+        if (
+            not isinstance(self.env.budget, BudgetRange)
+            or not self.env.reward.uses_up_budget
+        ):
             return None
         kept, rewards, _ = self.evaluated
         return Usual(self.env.space.cost(kept), rewards)
 
     @property
     def blocks(self) -> np.ndarray:
-        """Which block of images each episode was scored on, if it was the first with its allocation."""
-        return np.array([self.env.proxy.block_of(place // LANES) for place in range(len(self.episodes))], int)
+        """Which block of images each episode was scored on, if it was the first with
+        its allocation.
+        """
+        return np.array(
+            [
+                self.env.proxy.block_of(place // LANES)
+                for place in range(len(self.episodes))
+            ],
+            int,
+        )
 
     @property
     def n_batches(self) -> int:
@@ -154,13 +202,17 @@ class Recorder:
             self.on_episode(known)
 
     def budgets(self, n: int) -> list[Budget]:
-        """One budget a lane, spread over the range if there is one; the same for the same seed and episode."""
+        """One budget a lane, spread over the range if there is one; the same for the
+        same seed and episode.
+        """
         offset = np.random.default_rng([self.config.seed, len(self.episodes)]).random()
         return spread_to_learn(self.env.budget, n, offset)
 
     def score(self, walks: Walks, budgets: Sequence[Budget], live: int) -> np.ndarray:
         """Rewards `(n_lanes,)` of finished walks; the first `live` ones are recorded."""
-        rewards, infos = self.env.score(walks, budgets, block=self.env.proxy.block_of(len(self.episodes) // LANES))
+        rewards, infos = self.env.score(
+            walks, budgets, block=self.env.proxy.block_of(len(self.episodes) // LANES)
+        )
         for reward, info in zip(rewards[:live].tolist(), infos[:live], strict=True):
             episode = Episode.of(len(self.episodes) + 1, reward, info)
             self.episodes.append(episode)
@@ -170,6 +222,8 @@ class Recorder:
         return rewards
 
     def walk(self, act: Callable[[Walks], np.ndarray], n_lanes: int) -> np.ndarray:
-        """Walks and records an episode a lane; `act` wishes actions `(n_lanes,)`. Returns their rewards."""
+        """Walks and records an episode a lane; `act` wishes actions `(n_lanes,)`.
+        Returns their rewards.
+        """
         budgets = self.budgets(n_lanes)
         return self.score(self.env.walks(budgets).follow(act), budgets, n_lanes)

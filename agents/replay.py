@@ -1,4 +1,6 @@
-"""Policies as files, and policies at work: safetensors + JSON in, an allocation out; no code is executed by loading."""
+"""Policies as files, and policies at work: safetensors + JSON in, an allocation out; no
+code is executed by loading.
+"""
 
 import json
 from collections.abc import Callable
@@ -22,23 +24,43 @@ from autoprune.envs.observation import FEATURES, OBSERVATION_SPACE, STATIC, Obse
 from autoprune.errors import UserError, missing_package
 from autoprune.runs import write_atomically, write_json
 
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"dyna": PPO, "ppo": PPO, "sac": SAC, "td3": TD3, "ddpg": DDPG}
-"""Learners of Stable-Baselines3 by agent; "tqc" among them where sb3-contrib is installed."""
-OPTIONAL = {"tqc": ("sb3_contrib", "sb3-contrib"), "evolution": ("cma", "cma"), "tpe": ("optuna", "optuna")}
-"""Agents and baselines that need a package of their own: the module, and what to install."""
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
+    "dyna": PPO,
+    "ppo": PPO,
+    "sac": SAC,
+    "td3": TD3,
+    "ddpg": DDPG,
+}
+"""Learners of Stable-Baselines3 by agent; "tqc" among them where sb3-contrib is
+installed.
+"""
+OPTIONAL = {
+    "tqc": ("sb3_contrib", "sb3-contrib"),
+    "evolution": ("cma", "cma"),
+    "tpe": ("optuna", "optuna"),
+}
+"""Agents and baselines that need a package of their own: the module, and what to
+install.
+"""
 with suppress(ImportError):
     from sb3_contrib import TQC
 
     ALGORITHMS["tqc"] = TQC
 
 FAMILIAR = 0.3
-"""Distance between two groups' kinds at which a policy's word for one still counts 0.6 for the other."""
+"""Distance between two groups' kinds at which a policy's word for one still counts 0.6
+for the other.
+"""
 THE_SAME = 0.05
-"""Distance up to which they count as one: two machines don't measure the same to the last bit."""
+"""Distance up to which they count as one: two machines don't measure the same to the
+last bit.
+"""
 FAMILIAR_ENOUGH = 0.5
-"""Share of a network's groups that a policy should know for a learner to go on from it. On ResNet-56, of which the
-shipped ones know 73 %, three of five then ended ahead of a search from scratch and none far behind; on a VGG, 38 %,
-one, and four far behind; on a MobileNet, 4 %, SAC's at 0.729 for 0.574 where it only led the first batch."""
+"""Share of a network's groups that a policy should know for a learner to go on from it.
+On ResNet-56, of which the shipped ones know 73 %, three of five then ended ahead of a
+search from scratch and none far behind; on a VGG, 38 %, one, and four far behind; on a
+MobileNet, 4 %, SAC's at 0.729 for 0.574 where it only led the first batch.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +71,8 @@ class Policy:
         algorithm: The algorithm whose policy class it is.
         network: The policy itself.
         policy_kwargs: How to build it again.
-        kinds: Of the groups that it was trained on (`Observer.kinds`), `(n_groups, n_static)`; None if nobody knows.
+        kinds: Of the groups that it was trained on (`Observer.kinds`), `(n_groups,
+            n_static)`; None if nobody knows.
     """
 
     algorithm: str
@@ -59,7 +82,11 @@ class Policy:
 
     @classmethod
     def of(
-        cls, algorithm: str, learner: BaseAlgorithm, policy_kwargs: dict, kinds: np.ndarray | None = None
+        cls,
+        algorithm: str,
+        learner: BaseAlgorithm,
+        policy_kwargs: dict,
+        kinds: np.ndarray | None = None,
     ) -> "Policy":
         """The policy of a learner."""
         return cls(algorithm, learner.policy, policy_kwargs, kinds)
@@ -69,15 +96,19 @@ class Policy:
         return self.network.predict(observation, deterministic=True)[0]
 
     def trust(self, observer: Observer) -> np.ndarray:
-        """How far the policy's word counts for each group of a network, `(n_groups,)` within [0, 1].
+        """How far the policy's word counts for each group of a network, `(n_groups,)`
+        within [0, 1].
 
-        1 for a group like one that it was trained on, less the less it is like any. Networks extrapolate wildly: the
-        policies of a ResNet-20, whose blocks may be cut to an eighth, leave a MobileNet at chance.
+        1 for a group like one that it was trained on, less the less it is like any.
+        Networks extrapolate wildly: the policies of a ResNet-20, whose blocks may be
+        cut to an eighth, leave a MobileNet at chance.
         """
         if self.kinds is None:
             return np.ones(len(observer.groups))
         nearest = np.linalg.norm(observer.kinds[:, None] - self.kinds, axis=-1).min(1)
-        return np.where(nearest <= THE_SAME, 1.0, np.exp(-0.5 * (nearest / FAMILIAR) ** 2))
+        return np.where(
+            nearest <= THE_SAME, 1.0, np.exp(-0.5 * (nearest / FAMILIAR) ** 2)
+        )
 
     def familiarity(self, observer: Observer) -> float:
         """How much of a network the policy knows: the mean of its `trust`."""
@@ -89,9 +120,18 @@ class Policy:
 
     def save(self, folder: Path, **about: object) -> None:
         """Writes `policy.safetensors` and `policy.json`; `about` is stored beside."""
-        weights = {name: tensor.contiguous().clone() for name, tensor in self.network.state_dict().items()}
-        write_atomically(folder / "policy.safetensors", lambda path: save_file(weights, path))
-        description = {"algorithm": self.algorithm, "policy_kwargs": self.policy_kwargs, "features": _feature_names()}
+        weights = {
+            name: tensor.contiguous().clone()
+            for name, tensor in self.network.state_dict().items()
+        }
+        write_atomically(
+            folder / "policy.safetensors", lambda path: save_file(weights, path)
+        )
+        description = {
+            "algorithm": self.algorithm,
+            "policy_kwargs": self.policy_kwargs,
+            "features": _feature_names(),
+        }
         if self.kinds is not None:
             description["kinds"] = dict(zip(STATIC, self.kinds.T.tolist(), strict=True))
         write_json(folder / "policy.json", description | about)
@@ -112,12 +152,17 @@ class Policy:
             algorithm, kwargs = description["algorithm"], description["policy_kwargs"]
             action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
             policy_class = ALGORITHMS[algorithm].policy_aliases["MlpPolicy"]
-            network = policy_class(OBSERVATION_SPACE, action_space, lambda _: 0.0, **kwargs)
+            network = policy_class(
+                OBSERVATION_SPACE, action_space, lambda _: 0.0, **kwargs
+            )
             network.load_state_dict(load_file(folder / "policy.safetensors"))
             kinds = _kinds(description["kinds"]) if "kinds" in description else None
         except Exception as error:  # a damaged file can fail in any of these steps
             reason = (str(error).splitlines() or [""])[0]
-            raise UserError(f"{flag}: the policy in {str(folder)!r} is damaged ({reason}); search anew") from error
+            raise UserError(
+                f"{flag}: the policy in {str(folder)!r} is damaged ({reason}); search "
+                f"anew"
+            ) from error
         return cls(algorithm, network, kwargs, kinds)
 
 
@@ -128,24 +173,34 @@ def _kinds(columns: dict[str, list[float]]) -> np.ndarray:
 
 
 def describe_policy(folder: Path, flag: str = "RUN") -> dict:
-    """The JSON beside a saved policy; raises a `UserError` if there is none, or none that can be used here."""
+    """The JSON beside a saved policy; raises a `UserError` if there is none, or none
+    that can be used here.
+    """
     path = folder / "policy.json"
     if not path.is_file():
         learners = " or ".join(ALGORITHMS)
-        raise UserError(f"{flag}: no policy in {str(folder)!r}; baselines learn none, search with --agent {learners}")
+        raise UserError(
+            f"{flag}: no policy in {str(folder)!r}; baselines learn none, search with "
+            f"--agent {learners}"
+        )
     try:
         description = json.loads(path.read_text())
         features, algorithm = description["features"], description["algorithm"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{flag}: {str(path)!r} is damaged ({error!r}); search anew") from error
+        raise UserError(
+            f"{flag}: {str(path)!r} is damaged ({error!r}); search anew"
+        ) from error
     if features != _feature_names():
         raise UserError(
-            f"{flag}: the policy in {str(folder)!r} was trained on other observations; train it with this version"
+            f"{flag}: the policy in {str(folder)!r} was trained on other observations; "
+            f"train it with this version"
         )
     check_installed(algorithm, flag)
     if algorithm not in ALGORITHMS:
         reason = f"no agent is called {algorithm!r}"
-        raise UserError(f"{flag}: the policy in {str(folder)!r} is damaged ({reason}); search anew")
+        raise UserError(
+            f"{flag}: the policy in {str(folder)!r} is damaged ({reason}); search anew"
+        )
     return description
 
 
@@ -161,13 +216,17 @@ def _feature_names() -> list[str]:
 
 
 def acting(policy: Policy, env: LayerPruningEnv) -> Callable[[Walks], np.ndarray]:
-    """What a policy does in an environment without learning or chance, as something to `follow`.
+    """What a policy does in an environment without learning or chance, as something to
+    `follow`.
 
-    Where groups are unlike those that it was trained on, its actions are mixed with those of a `Guide`, as far as it
-    can't be trusted there. The guide's measurements are evaluations of the environment's proxy.
+    Where groups are unlike those that it was trained on, its actions are mixed with
+    those of a `Guide`, as far as it can't be trusted there. The guide's measurements
+    are evaluations of the environment's proxy.
     """
     trust = policy.trust(env.observer)
-    guide = env.guide if (trust < 1).any() else None  # measures already here, so that a resumed search does it too
+    guide = (
+        env.guide if (trust < 1).any() else None
+    )  # measures already here, so that a resumed search does it too
 
     def act(walks: Walks) -> np.ndarray:
         learned, share = policy.act(walks.observe())[:, 0], trust[walks.state.index]
@@ -179,13 +238,18 @@ def acting(policy: Policy, env: LayerPruningEnv) -> Callable[[Walks], np.ndarray
     return act
 
 
-def replay(policy: Policy, env: gymnasium.Env, budget: str | Budget | None = None) -> tuple[Allocation, dict]:
-    """Lets a policy act once, without learning or chance; on groups unlike those that it knows, with a guide.
+def replay(
+    policy: Policy, env: gymnasium.Env, budget: str | Budget | None = None
+) -> tuple[Allocation, dict]:
+    """Lets a policy act once, without learning or chance; on groups unlike those that
+    it knows, with a guide.
 
     Args:
-        policy: A trained policy; the network and the budget may differ from those that it was trained on.
+        policy: A trained policy; the network and the budget may differ from those that
+            it was trained on.
         env: A `LayerPruningEnv`, wrapped or not.
-        budget: Another budget for this episode; None keeps the environment's, of a range the middle.
+        budget: Another budget for this episode; None keeps the environment's, of a
+            range the middle.
 
     Returns:
         The allocation, and the last step's info with its costs and proxy score.

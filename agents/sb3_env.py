@@ -13,7 +13,8 @@ from autoprune.envs.layer_pruning import LayerPruningEnv
 
 
 class Walkers(VecEnv):
-    """Lanes of one environment that end together, as Stable-Baselines3 wants them. How they are judged is left open.
+    """Lanes of one environment that end together, as Stable-Baselines3 wants them. How
+    they are judged is left open.
 
     Args:
         env: The environment.
@@ -46,15 +47,24 @@ class Walkers(VecEnv):
         self._actions = np.asarray(actions, np.float64)[:, 0]
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
-        """Decides a group in every lane; after the last one all are judged and start anew."""
+        """Decides a group in every lane; after the last one all are judged and start
+        anew.
+        """
         executed, _ = self.walks.step(self._actions)
-        infos: list[dict] = [{"executed_action": action} for action in executed.tolist()]
+        infos: list[dict] = [
+            {"executed_action": action} for action in executed.tolist()
+        ]
         observations, n = self.walks.observe(), self.num_envs
         if not self.walks.is_over:
             return observations, np.zeros(n, np.float32), np.zeros(n, bool), infos
         rewards = self.judge()
-        for info, observation, reward in zip(infos, observations, rewards.tolist(), strict=True):
-            info |= {"terminal_observation": observation, "episode": {"r": reward, "l": len(self.env.groups), "t": 0.0}}
+        for info, observation, reward in zip(
+            infos, observations, rewards.tolist(), strict=True
+        ):
+            info |= {
+                "terminal_observation": observation,
+                "episode": {"r": reward, "l": len(self.env.groups), "t": 0.0},
+            }
         return self.reset(), rewards.astype(np.float32), np.ones(n, bool), infos
 
     def close(self) -> None:
@@ -66,7 +76,9 @@ class Walkers(VecEnv):
 
     def set_attr(self, attr_name: str, value, indices=None) -> None:
         """Not possible: the lanes share one environment."""
-        raise NotImplementedError(f"{attr_name}: lanes share one environment; make another one")
+        raise NotImplementedError(
+            f"{attr_name}: lanes share one environment; make another one"
+        )
 
     def env_method(self, method_name: str, *args, indices=None, **kwargs) -> list:
         """Calls the environment's method, once."""
@@ -80,21 +92,28 @@ class Walkers(VecEnv):
 class Lanes(Walkers):
     """Lanes whose networks are really scored, side by side, and recorded.
 
-    Where fewer episodes are asked for than there are lanes, the surplus lanes shadow the first ones: same budget, same
-    actions, nothing recorded, nothing evaluated twice.
+    Where fewer episodes are asked for than there are lanes, the surplus lanes shadow
+    the first ones: same budget, same actions, nothing recorded, nothing evaluated
+    twice.
 
-    Under a range of budgets the learner sees how much better than uniform pruning at the same budget a network is, so
-    that a tight budget isn't taken for a bad policy.
+    Under a range of budgets the learner sees how much better than uniform pruning at
+    the same budget a network is, so that a tight budget isn't taken for a bad policy.
 
     Args:
         recorder: Where episodes go.
         n_lanes: How many walk at once.
-        lead: Wishes actions `(n_lanes,)` for the first batch of all. The first lane does as it says; in the others the
-            learner's wishes are added, which of a learner at uniform pruning are its noise. Learners store what was
-            executed, so they learn from it all the same.
+        lead: Wishes actions `(n_lanes,)` for the first batch of all. The first lane
+            does as it says; in the others the learner's wishes are added, which of a
+            learner at uniform pruning are its noise. Learners store what was executed,
+            so they learn from it all the same.
     """
 
-    def __init__(self, recorder: Recorder, n_lanes: int = LANES, lead: Callable[[Walks], np.ndarray] | None = None):
+    def __init__(
+        self,
+        recorder: Recorder,
+        n_lanes: int = LANES,
+        lead: Callable[[Walks], np.ndarray] | None = None,
+    ):
         super().__init__(recorder.env, n_lanes)
         self.recorder, self._lead = recorder, lead
         self._shadows = np.arange(n_lanes)
@@ -107,16 +126,30 @@ class Lanes(Walkers):
         return [budgets[lane] for lane in self._shadows]
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Takes one action a lane, `(n_lanes, 1)`; those of shadows don't count, those of the first batch are led."""
+        """Takes one action a lane, `(n_lanes, 1)`; those of shadows don't count, those
+        of the first batch are led.
+        """
         super().step_async(np.asarray(actions)[self._shadows])
         if self._lead is not None and not self.recorder.episodes:
-            self._actions = self._lead(self.walks) + np.where(self._shadows == 0, 0, self._actions)
+            self._actions = self._lead(self.walks) + np.where(
+                self._shadows == 0, 0, self._actions
+            )
 
     def judge(self) -> np.ndarray:
         """Scores the networks."""
-        # Par first: a resumed search then sees it scored before its episodes too, on the same block of images.
-        expected = self._par.at(self.budgets, self._par_rewards) if isinstance(self.env.budget, BudgetRange) else 0.0
-        return self.recorder.score(self.walks, self.budgets, min(self.num_envs, self.recorder.remaining)) - expected
+        # Par first: a resumed search then sees it scored before its episodes too, on
+        # the same block of images.
+        expected = (
+            self._par.at(self.budgets, self._par_rewards)
+            if isinstance(self.env.budget, BudgetRange)
+            else 0.0
+        )
+        return (
+            self.recorder.score(
+                self.walks, self.budgets, min(self.num_envs, self.recorder.remaining)
+            )
+            - expected
+        )
 
     @cached_property
     def _par(self) -> "Par":
@@ -131,7 +164,8 @@ PAR_POINTS = 6
 
 
 class Par:
-    """What a budget of an environment's range is worth to uniform pruning, which is judged at a few of them.
+    """What a budget of an environment's range is worth to uniform pruning, which is
+    judged at a few of them.
 
     Args:
         env: An environment with a range of budgets.
@@ -142,10 +176,16 @@ class Par:
     """
 
     def __init__(self, env: LayerPruningEnv):
-        self.budgets = [env.budget.at(position) for position in np.linspace(0, 1, PAR_POINTS)]
+        self.budgets = [
+            env.budget.at(position) for position in np.linspace(0, 1, PAR_POINTS)
+        ]
         self.walks = env.walks(self.budgets).follow(uniformly)
 
     def at(self, budgets: Sequence[Budget], rewards: np.ndarray) -> np.ndarray:
-        """What uniform pruning earns under `budgets`, linear between its `rewards` in the walks."""
-        shares, asked = ([budget.share for budget in some] for some in (self.budgets, budgets))
+        """What uniform pruning earns under `budgets`, linear between its `rewards` in
+        the walks.
+        """
+        shares, asked = (
+            [budget.share for budget in some] for some in (self.budgets, budgets)
+        )
         return np.interp(asked, shares, rewards)

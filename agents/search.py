@@ -1,4 +1,6 @@
-"""One search: an agent or a baseline walks episodes, the best allocations are compared again, one is chosen."""
+"""One search: an agent or a baseline walks episodes, the best allocations are compared
+again, one is chosen.
+"""
 
 import time
 from collections.abc import Callable, Iterable
@@ -27,14 +29,17 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        best: The finalist with the highest reward on the selection split; under a range of budgets the front's knee.
+        best: The finalist with the highest reward on the selection split; under a range
+            of budgets the front's knee.
         finalists: All of them, best first; under a range of budgets the front.
         front: Under a range of budgets the Pareto front, cheapest first; else empty.
-        uniform: Under a range of budgets uniform pruning at those that were compared; else empty.
+        uniform: Under a range of budgets uniform pruning at those that were compared;
+            else empty.
         recorder: Every finished episode.
         policy: The trained policy; None for baselines.
         evaluations: Sub-models scored on the proxy split.
-        seconds: Wall time of the search, choice among the finalists included; a resumed run counts its last part.
+        seconds: Wall time of the search, choice among the finalists included; a resumed
+            run counts its last part.
     """
 
     best: Finalist
@@ -52,8 +57,11 @@ class SearchResult:
         return self.recorder.episodes
 
 
-def check_agent(agent: str, budget: Budget | BudgetRange, others: Iterable[str] = ()) -> None:
-    """Raises a `UserError` unless there is such an agent, for such a budget, and what it needs is installed.
+def check_agent(
+    agent: str, budget: Budget | BudgetRange, others: Iterable[str] = ()
+) -> None:
+    """Raises a `UserError` unless there is such an agent, for such a budget, and what
+    it needs is installed.
 
     Args:
         agent: Its name; those of `others` are known too.
@@ -62,9 +70,16 @@ def check_agent(agent: str, budget: Budget | BudgetRange, others: Iterable[str] 
     """
     check_installed(agent, "--agent")
     check_known("agent", agent, (*AGENTS, *others))
-    if isinstance(budget, BudgetRange) and agent in BASELINES and agent not in FOR_RANGES:
+    if (
+        isinstance(budget, BudgetRange)
+        and agent in BASELINES
+        and agent not in FOR_RANGES
+    ):
         known = ", ".join((*ALGORITHMS, *FOR_RANGES))
-        raise UserError(f"--agent: {agent} is for one budget, got the range {budget}; for a range take {known}")
+        raise UserError(
+            f"--agent: {agent} is for one budget, got the range {budget}; for a range "
+            f"take {known}"
+        )
 
 
 def search(
@@ -74,10 +89,11 @@ def search(
     on_episode: Callable[[Episode], None] = lambda episode: None,
     on_pause: Callable[[str], None] = lambda what: None,
 ) -> SearchResult:
-    """Runs one agent or baseline and chooses among its finalists on the selection split.
+    """Runs one agent or baseline and chooses among its finalists on the selection
+    split.
 
-    With a folder every episode is logged and the learner is checkpointed; called again after a kill, the search goes on
-    and ends with the same allocation.
+    With a folder every episode is logged and the learner is checkpointed; called again
+    after a kill, the search goes on and ends with the same allocation.
 
     Args:
         env: The environment, fresh.
@@ -87,22 +103,32 @@ def search(
         on_pause: Called with what is done where no episode ends for a while.
 
     Raises:
-        UserError: If the agent is unknown, a checkpoint is damaged, or the policy to start from can't be used.
+        UserError: If the agent is unknown, a checkpoint is damaged, or the policy to
+            start from can't be used.
     """
     check_agent(config.agent, env.budget)
-    started, recorder = time.perf_counter(), Recorder(env, config, folder, on_episode, on_pause)
+    started, recorder = (
+        time.perf_counter(),
+        Recorder(env, config, folder, on_episode, on_pause),
+    )
     evaluated = env.proxy.evaluations
     policy = _run_agent(recorder, config, folder)
     recorder.on_pause("comparing the best")
-    points, uniform = front(recorder, policy) if isinstance(env.budget, BudgetRange) else ([], [])
+    points, uniform = (
+        front(recorder, policy) if isinstance(env.budget, BudgetRange) else ([], [])
+    )
     compared = points or finalists(recorder, policy)
     best = knee(points) if points else compared[0]
     evaluations = env.proxy.evaluations - evaluated + recorder.n_restored
     seconds = time.perf_counter() - started
-    return SearchResult(best, compared, points, uniform, recorder, policy, evaluations, seconds)
+    return SearchResult(
+        best, compared, points, uniform, recorder, policy, evaluations, seconds
+    )
 
 
-def _run_agent(recorder: Recorder, config: SearchConfig, folder: RunFolder | None) -> Policy | None:
+def _run_agent(
+    recorder: Recorder, config: SearchConfig, folder: RunFolder | None
+) -> Policy | None:
     if config.agent in BASELINES:
         BASELINES[config.agent](recorder)
         return None

@@ -1,6 +1,8 @@
-"""One frozen dataclass per stage; the command line is generated from them, so flags and defaults can't drift apart.
+"""One frozen dataclass per stage; the command line is generated from them, so flags and
+defaults can't drift apart.
 
-This module imports neither torch nor anything that does: `autoprune --help` has to answer at once.
+This module imports neither torch nor anything that does: `autoprune --help` has to
+answer at once.
 """
 
 import dataclasses
@@ -12,14 +14,24 @@ LARGEST_SEED = 2**32 - 2
 """Of what generators take one less than the most: CMA-ES adds one."""
 
 
-def _check_range(config: object, low: float, high: float, *names: str, stage: str = "") -> None:
-    """Raises a `UserError` for the first named field outside [low, high]; `stage` is the prefix of its flag."""
+def _check_range(
+    config: object, low: float, high: float, *names: str, stage: str = ""
+) -> None:
+    """Raises a `UserError` for the first named field outside [low, high]; `stage` is
+    the prefix of its flag.
+    """
     for name in names:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
-            allowed = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:.10g}"
+            allowed = (
+                f"at least {low:g}"
+                if high == float("inf")
+                else f"from {low:g} to {high:.10g}"
+            )
             got = value if isinstance(value, int) else f"{value:g}"
-            raise UserError(f"--{stage and f'{stage}.'}{name}: must be {allowed}, got {got}")
+            raise UserError(
+                f"--{stage and f'{stage}.'}{name}: must be {allowed}, got {got}"
+            )
 
 
 def _items(text: str) -> list[str]:
@@ -28,12 +40,17 @@ def _items(text: str) -> list[str]:
 
 
 def _numbers(flag: str, text: str) -> dict[str, int]:
-    """From "PATTERN=N,PATTERN=N"; raises a `UserError` unless every N is a count of at least 1."""
+    """From "PATTERN=N,PATTERN=N"; raises a `UserError` unless every N is a count of at
+    least 1.
+    """
     numbers = {}
     for item in _items(text):
         pattern, _, number = item.rpartition("=")
         if not pattern or not number.isdecimal() or int(number) < 1:
-            raise UserError(f"--{flag}: expected PATTERN=N,PATTERN=N with N at least 1, e.g. layer1.*=8; got {item!r}")
+            raise UserError(
+                f"--{flag}: expected PATTERN=N,PATTERN=N with N at least 1, e.g. "
+                f"layer1.*=8; got {item!r}"
+            )
         numbers[pattern] = int(number)
     return numbers
 
@@ -43,11 +60,13 @@ class NetworkConfig:
     """The network to prune."""
 
     model: str = "resnet20"
-    """A CIFAR network (resnet20, vgg16_bn_cifar, ...), any torchvision classifier, timm/NAME, or
-    package.module:factory."""
+    """A CIFAR network (resnet20, vgg16_bn_cifar, ...), any torchvision classifier,
+    timm/NAME, or package.module:factory.
+    """
     weights: str = "auto"
-    """Trained weights: a safetensors or torch.save file; "auto" takes the embedded ones for resnet20 on CIFAR-10, or
-    those that a package.module:factory brings along."""
+    """Trained weights: a safetensors or torch.save file; "auto" takes the embedded ones
+    for resnet20 on CIFAR-10, or those that a package.module:factory brings along.
+    """
 
 
 class _Excluding:
@@ -89,9 +108,12 @@ class OutputConfig:
     resume: bool = False
     """Go on with the run in --out where it was interrupted."""
     baselines: str | None = None
-    """Searched beside the agent at the same number of evaluations and drawn in the report, as in uniform,evolution;
-    "none" for none (None: uniform, random and sensitivity, but none beside an allocator that decides at once). With a
-    range of budgets none is searched: uniform pruning is the line that the front is drawn against."""
+    """Searched beside the agent at the same number of evaluations and drawn in the
+    report, as in uniform,evolution; "none" for none (None: uniform, random and
+    sensitivity, but none beside an allocator that decides at once). With a range of
+    budgets none is searched: uniform pruning is the line that the front is drawn
+    against.
+    """
     latency_batch: int = 64
     """Batch size at which latency is measured, beside batch 1."""
     json: bool = False
@@ -108,20 +130,25 @@ class DataConfig:
     """Where the images come from and how they are split."""
 
     data: str = "sample"
-    """"sample" (embedded CIFAR-10 images), "cifar10", "digits", or a folder with train/ and test/, a folder a class."""
+    """"sample" (embedded CIFAR-10 images), "cifar10", "digits", or a folder with train/
+    and test/, a folder a class.
+    """
     image_size: int = 224
     """Side in pixels to which the images of a folder are resized and cropped."""
     calibration_images: int | None = None
-    """Training images held out for batch-norm statistics of sub-models (None: all stored ones of the sample, else 1,000
-    or a fifteenth of a small dataset)."""
+    """Training images held out for batch-norm statistics of sub-models (None: all
+    stored ones of the sample, else 1,000 or a fifteenth of a small dataset).
+    """
     proxy_images: int | None = None
     """Training images held out for the reward (None: as for calibration_images)."""
     selection_images: int | None = None
-    """Training images held out for choosing among the finalists (None: all stored ones of the sample, else 3,000 or a
-    fifth of a small dataset)."""
+    """Training images held out for choosing among the finalists (None: all stored ones
+    of the sample, else 3,000 or a fifth of a small dataset).
+    """
     split_seed: int = 0
-    """Seed of the splits; apart from --seed, so that runs with several seeds see the same held-out images. The parts of
-    "sample" are stored and don't depend on it."""
+    """Seed of the splits; apart from --seed, so that runs with several seeds see the
+    same held-out images. The parts of "sample" are stored and don't depend on it.
+    """
     max_train_images: int | None = None
     """Train on only this many of the images that are left for training (None: all)."""
     max_test_images: int | None = None
@@ -129,21 +156,35 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         held_out = "calibration_images", "proxy_images", "selection_images"
-        _check_range(self, 1, float("inf"), "image_size", *held_out, "max_train_images", "max_test_images")
+        _check_range(
+            self,
+            1,
+            float("inf"),
+            "image_size",
+            *held_out,
+            "max_train_images",
+            "max_test_images",
+        )
         _check_range(self, 0, LARGEST_SEED, "split_seed")
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Training after pruning: SGD with Nesterov momentum, linear warm-up, then annealed to zero inside the epochs."""
+    """Training after pruning: SGD with Nesterov momentum, linear warm-up, then annealed
+    to zero inside the epochs.
+    """
 
     epochs: int | None = None
-    """Passes over the training split (None: 10, or on a small dataset as many as make 600 steps, at most 30)."""
+    """Passes over the training split (None: 10, or on a small dataset as many as make
+    600 steps, at most 30).
+    """
     batch_size: int = 128
     """Images a step."""
     lr: float | None = None
-    """Highest learning rate, reached at the end of the warm-up (None: 0.05; in fewer than 1,500 steps less, with the
-    root of their number, since a short training can't repair what a high rate breaks)."""
+    """Highest learning rate, reached at the end of the warm-up (None: 0.05; in fewer
+    than 1,500 steps less, with the root of their number, since a short training can't
+    repair what a high rate breaks).
+    """
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = 5e-4
@@ -151,18 +192,26 @@ class FinetuneConfig:
     momentum: float = 0.9
     """Nesterov momentum."""
     distillation: float = 0.5
-    """Weight in [0, 1] of matching the dense network's outputs (Hinton et al. 2015); 0 trains on the labels alone."""
+    """Weight in [0, 1] of matching the dense network's outputs (Hinton et al. 2015); 0
+    trains on the labels alone.
+    """
     temperature: float = 4.0
     """Softening of both outputs in the distillation term."""
     flip: bool = True
-    """Mirror images from epoch to epoch; turn it off where left and right matter (digits, text, road signs)."""
+    """Mirror images from epoch to epoch; turn it off where left and right matter
+    (digits, text, road signs).
+    """
     bf16: str = "auto"
-    """"auto" uses bfloat16 autocast where the CPU has the instructions, "on" and "off" force it."""
+    """"auto" uses bfloat16 autocast where the CPU has the instructions, "on" and "off"
+    force it.
+    """
 
     def __post_init__(self) -> None:
         _check_range(self, 0, float("inf"), "epochs")
         _check_range(self, 0, float("inf"), "lr", "weight_decay", stage="finetune")
-        _check_range(self, 1, float("inf"), "batch_size", "temperature", stage="finetune")
+        _check_range(
+            self, 1, float("inf"), "batch_size", "temperature", stage="finetune"
+        )
         _check_range(self, 0, 1, "warmup", "distillation", "momentum", stage="finetune")
         _check_choice(self, "bf16", "auto", "on", "off", stage="finetune")
 
@@ -182,23 +231,35 @@ class FinetuneConfig:
 
 
 def _check_choice(config: object, name: str, *choices: str, stage: str) -> None:
-    """Raises a `UserError` unless the field is one of the choices; `stage` is the prefix of its flag."""
+    """Raises a `UserError` unless the field is one of the choices; `stage` is the
+    prefix of its flag.
+    """
     value = getattr(config, name)
     if value not in choices:
-        raise UserError(f"--{stage}.{name}: must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
+        raise UserError(
+            f"--{stage}.{name}: must be {', '.join(choices[:-1])} or {choices[-1]}, "
+            f"got {value!r}"
+        )
 
 
 @dataclass(frozen=True)
 class SparseConfig:
-    """Sparse training before the search, which makes some weights or channels dispensable."""
+    """Sparse training before the search, which makes some weights or channels
+    dispensable.
+    """
 
     method: str = "none"
-    """none, l1, l2, group_lasso, slimming, group_decay, gsm, drop_out or drop_connect."""
+    """none, l1, l2, group_lasso, slimming, group_decay, gsm, drop_out or drop_connect.
+    """
     strength: float | None = None
-    """Factor of the penalty; of gsm the weight decay, of dropping its probability (None: the method's usual one)."""
+    """Factor of the penalty; of gsm the weight decay, of dropping its probability
+    (None: the method's usual one).
+    """
     share: float | None = None
-    """Of gsm the share of the weights that is trained in a step (None: the budget's); of dropping the share of a layer,
-    the least of it, that may be dropped (None: half; 1 is plain, untargeted dropping)."""
+    """Of gsm the share of the weights that is trained in a step (None: the budget's);
+    of dropping the share of a layer, the least of it, that may be dropped (None: half;
+    1 is plain, untargeted dropping).
+    """
     epochs: int | None = None
     """Passes over the training split (None: as many as by default in fine-tuning)."""
     lr: float = 0.05
@@ -215,9 +276,11 @@ class RemovalConfig:
     """How channels leave the network once it is decided how many."""
 
     method: str = "slice"
-    """slice; or, by training first: gradual (a little at a time, ranked anew each time; masks as well), centripetal
-    (channels grow together and merge), compactors (ResRep, as many as the allocation says) or resrep (ResRep, which
-    also chooses where, under the budget)."""
+    """slice; or, by training first: gradual (a little at a time, ranked anew each time;
+    masks as well), centripetal (channels grow together and merge), compactors (ResRep,
+    as many as the allocation says) or resrep (ResRep, which also chooses where, under
+    the budget).
+    """
     strength: float | None = None
     """Pull of that training (None: what lets channels merge, or vanish, in time)."""
     clusters: str = "kmeans"
@@ -225,7 +288,9 @@ class RemovalConfig:
     prunings: int = 10
     """In how many steps gradual prunes, over the first two thirds of its training."""
     schedule: str = "cubic"
-    """How much goes in each step of gradual: cubic (AGP: the first steps take the most) or linear."""
+    """How much goes in each step of gradual: cubic (AGP: the first steps take the most)
+    or linear.
+    """
     epochs: int | None = None
     """Passes over the training split (None: as many as by default in fine-tuning)."""
     lr: float = 0.05
@@ -259,38 +324,63 @@ class ProxyConfig:
     """How a sub-model is scored during the search."""
 
     images: int = 224
-    """Images of the proxy split that are scored; more rank a little better and cost in proportion."""
+    """Images of the proxy split that are scored; more rank a little better and cost in
+    proportion.
+    """
     blocks: int = 4
-    """Disjoint blocks of as many images, of equal difficulty, that the batches of a search take turns with; 1 scores
-    all candidates on the same images, to which a long search adapts. As many as the proxy split holds, at most. After
-    every 400 evaluations a search changes between these and blocks of calibration images, where no candidate is
-    measured or solved on those."""
+    """Disjoint blocks of as many images, of equal difficulty, that the batches of a
+    search take turns with; 1 scores all candidates on the same images, to which a long
+    search adapts. As many as the proxy split holds, at most. After every 400
+    evaluations a search changes between these and blocks of calibration images, where
+    no candidate is measured or solved on those.
+    """
     loss: str = "cross_entropy"
-    """What answers are held against: cross_entropy (with the labels) or kl (with the dense network's outputs)."""
+    """What answers are held against: cross_entropy (with the labels) or kl (with the
+    dense network's outputs).
+    """
     statistics: str = "batch"
-    """Where batch norm takes its statistics from: batch (the images being scored, one pass) or calibration (other
-    images, in a pass of their own)."""
+    """Where batch norm takes its statistics from: batch (the images being scored, one
+    pass) or calibration (other images, in a pass of their own).
+    """
     recalibration_images: int = 250
     """Images of the calibration split for --proxy.statistics calibration."""
     reconstruct: str = "auto"
-    """Whether weights of pruned layers are solved anew, so that they reproduce the dense network's outputs as well as
-    the kept channels can: "off"; "on": for every candidate, and the pruned network starts fine-tuning from them if
-    that makes it better; "auto": the latter, and for candidates where uniform pruning to the budget leaves a network
-    worse than a guess, since there the losses of networks that are only sliced rank nothing."""
+    """Whether weights of pruned layers are solved anew, so that they reproduce the
+    dense network's outputs as well as the kept channels can: "off"; "on": for every
+    candidate, and the pruned network starts fine-tuning from them if that makes it
+    better; "auto": the latter, and for candidates where uniform pruning to the budget
+    leaves a network worse than a guess, since there the losses of networks that are
+    only sliced rank nothing.
+    """
     temperature: float = 0.0
-    """0 keeps the most important channels; above 0 they are sampled, the more evenly the higher."""
+    """0 keeps the most important channels; above 0 they are sampled, the more evenly
+    the higher.
+    """
     sub_models: int = 1
-    """Sub-models drawn and averaged per allocation, where a temperature makes them differ."""
+    """Sub-models drawn and averaged per allocation, where a temperature makes them
+    differ.
+    """
     seed: int = 0
     """Seed of the sampled channels."""
     bf16: str = "auto"
-    """"auto" uses bfloat16 autocast where the CPU has the instructions, "on" and "off" force it."""
+    """"auto" uses bfloat16 autocast where the CPU has the instructions, "on" and "off"
+    force it.
+    """
     workers: int | None = None
-    """Candidates scored at once, each on a core of its own (None: one for each core)."""
+    """Candidates scored at once, each on a core of its own (None: one for each core).
+    """
 
     def __post_init__(self) -> None:
         _check_range(
-            self, 1, float("inf"), "images", "blocks", "recalibration_images", "sub_models", "workers", stage="proxy"
+            self,
+            1,
+            float("inf"),
+            "images",
+            "blocks",
+            "recalibration_images",
+            "sub_models",
+            "workers",
+            stage="proxy",
         )
         _check_choice(self, "loss", "cross_entropy", "kl", stage="proxy")
         _check_choice(self, "statistics", "batch", "calibration", stage="proxy")
@@ -304,27 +394,38 @@ class SearchConfig(_Excluding):
     """What is searched, by whom and for how long."""
 
     budget: str = "macs=50%"
-    """Cost not to exceed: macs or params, a share (50%, 0.5) or an absolute number (20M). A range of shares, as in
-    macs=30%..80%, is searched as a whole: one policy, and the Pareto front."""
+    """Cost not to exceed: macs or params, a share (50%, 0.5) or an absolute number
+    (20M). A range of shares, as in macs=30%..80%, is searched as a whole: one policy,
+    and the Pareto front.
+    """
     _: KW_ONLY
     granularity: str = "channel"
-    """What is removed: channel; dimensions: channels, residual blocks and pixels of the image's side together; layer,
-    with the agent global: residual blocks; or, as masks that leave the shapes as they are, ranked by l1, l2, lamp or
-    random with the agent global or uniform: weight, row, column, kernel, filter, or N:M as in 2:4 (by l1 alone)."""
+    """What is removed: channel; dimensions: channels, residual blocks and pixels of the
+    image's side together; layer, with the agent global: residual blocks; or, as masks
+    that leave the shapes as they are, ranked by l1, l2, lamp or random with the agent
+    global or uniform: weight, row, column, kernel, filter, or N:M as in 2:4 (by l1
+    alone).
+    """
     agent: str = "dyna"
-    """dyna, ppo, sac, td3, ddpg, tqc, or a baseline: uniform, random, sensitivity, evolution, tpe, global (one
-    threshold for the importance of all channels), cost_aware (for importance per cost saved), eagleeye; or, for
-    dimensions, polynomial (an accuracy model fitted to short trainings)."""
+    """dyna, ppo, sac, td3, ddpg, tqc, or a baseline: uniform, random, sensitivity,
+    evolution, tpe, global (one threshold for the importance of all channels),
+    cost_aware (for importance per cost saved), eagleeye; or, for dimensions, polynomial
+    (an accuracy model fitted to short trainings).
+    """
     policy: str = ""
-    """Policy to start from, instead of from uniform pruning: a name that `autoprune policies` lists, a run, or a
-    policy's folder. On the command line it brings its agent along. One that knows less than half of the network only
-    leads the first ten episodes."""
+    """Policy to start from, instead of from uniform pruning: a name that `autoprune
+    policies` lists, a run, or a policy's folder. On the command line it brings its
+    agent along. One that knows less than half of the network only leads the first ten
+    episodes.
+    """
     episodes: int = 300
     """Allocations to try; each is one evaluation."""
     seed: int = 0
     """Seed of the search and of fine-tuning."""
     criterion: str = "l1"
-    """Which channels survive: l1, l2, bn_scale, fpgm, activation, apoz, taylor, hessian, lamp or random."""
+    """Which channels survive: l1, l2, bn_scale, fpgm, activation, apoz, taylor,
+    hessian, lamp or random.
+    """
     reward: str = "weighted_sum"
     """weighted_sum, amc or accuracy_guaranteed."""
     accuracy_floor: float = 0.8
@@ -334,22 +435,36 @@ class SearchConfig(_Excluding):
     max_sparsity: float = 0.9
     """Largest share of a group's channels that may go, in (0, 1)."""
     exclude: str = ""
-    """Groups or layers that stay whole, as comma-separated patterns: layer1.*,conv1. A layer's name means all channels
-    that it reads or produces; `autoprune trace` lists the names."""
+    """Groups or layers that stay whole, as comma-separated patterns: layer1.*,conv1. A
+    layer's name means all channels that it reads or produces; `autoprune trace` lists
+    the names.
+    """
     min_width: str = ""
-    """Least channels by pattern, PATTERN=N,PATTERN=N: the groups meant keep at least N (all, if they have fewer). Of
-    several patterns that mean a group the last counts."""
+    """Least channels by pattern, PATTERN=N,PATTERN=N: the groups meant keep at least N
+    (all, if they have fewer). Of several patterns that mean a group the last counts.
+    """
     round_to_for: str = ""
     """--round_to by pattern, PATTERN=N,PATTERN=N; the others keep to --round_to."""
     finalists: int = 5
-    """Best allocations that are compared once more on the selection split, chosen among four times as many on the whole
-    proxy split; a range of budgets compares six points of its front instead."""
+    """Best allocations that are compared once more on the selection split, chosen among
+    four times as many on the whole proxy split; a range of budgets compares six points
+    of its front instead.
+    """
     checkpoint_every: int = 10
-    """Episodes between two checkpoints of sac, td3, ddpg, tqc or ppo, at the next end of a batch of ten; dyna practises
-    again from the log, and baselines learn nothing."""
+    """Episodes between two checkpoints of sac, td3, ddpg, tqc or ppo, at the next end
+    of a batch of ten; dyna practises again from the log, and baselines learn nothing.
+    """
 
     def __post_init__(self) -> None:
-        _check_range(self, 1, float("inf"), "episodes", "round_to", "finalists", "checkpoint_every")
+        _check_range(
+            self,
+            1,
+            float("inf"),
+            "episodes",
+            "round_to",
+            "finalists",
+            "checkpoint_every",
+        )
         _check_range(self, 0, LARGEST_SEED, "seed")
         _check_range(self, 0, 1, "accuracy_floor")
         _check_range(self, 0, 0.99, "max_sparsity")
@@ -383,12 +498,16 @@ class Settings:
     @property
     def sparse_training(self) -> FinetuneConfig:
         """How sparse training goes, as far as it is training."""
-        return dataclasses.replace(self.finetune, epochs=self.sparse.epochs, lr=self.sparse.lr)
+        return dataclasses.replace(
+            self.finetune, epochs=self.sparse.epochs, lr=self.sparse.lr
+        )
 
     @property
     def removal_training(self) -> FinetuneConfig:
         """How the training of a removal goes, as far as it is training."""
-        return dataclasses.replace(self.finetune, epochs=self.removal.epochs, lr=self.removal.lr)
+        return dataclasses.replace(
+            self.finetune, epochs=self.removal.epochs, lr=self.removal.lr
+        )
 
     def to_dict(self) -> dict:
         """Plain nested data."""
@@ -396,14 +515,21 @@ class Settings:
 
     @classmethod
     def from_dict(cls, stages: dict) -> "Settings":
-        """The settings stored in a run's config; keys that are no stage (provenance) are ignored.
+        """The settings stored in a run's config; keys that are no stage (provenance)
+        are ignored.
 
         Raises:
             UserError: If a stage or one of its fields isn't known to this version.
         """
         try:
-            return cls(**{f.name: f.default_factory(**stages[f.name]) for f in dataclasses.fields(cls)})
+            return cls(
+                **{
+                    f.name: f.default_factory(**stages[f.name])
+                    for f in dataclasses.fields(cls)
+                }
+            )
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"RUN: its config.yaml is damaged or of another version ({error}); start the run anew"
+                f"RUN: its config.yaml is damaged or of another version ({error}); "
+                f"start the run anew"
             ) from error

@@ -1,4 +1,6 @@
-"""The run folder: every artefact's name, atomic writes, provenance. Nothing half-written stays behind."""
+"""The run folder: every artefact's name, atomic writes, provenance. Nothing
+half-written stays behind.
+"""
 
 import io
 import json
@@ -17,14 +19,23 @@ import yaml
 from autoprune.config import Settings
 from autoprune.errors import UserError
 
-PACKAGES = ("torch", "torchvision", "numpy", "gymnasium", "stable-baselines3", "onnx", "onnxruntime")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "gymnasium",
+    "stable-baselines3",
+    "onnx",
+    "onnxruntime",
+)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with a temporary neighbour of `path`, then renames it into place.
 
     Raises:
-        UserError: If the disk is full or the folder can't be written; the temporary file is removed.
+        UserError: If the disk is full or the folder can't be written; the temporary
+            file is removed.
     """
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     try:
@@ -33,7 +44,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(partial, path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"can't write {str(path)!r} ({reason}); choose another folder or free some space") from error
+        raise UserError(
+            f"can't write {str(path)!r} ({reason}); choose another folder or free some "
+            f"space"
+        ) from error
     finally:
         if partial.exists():
             partial.unlink()
@@ -43,7 +57,8 @@ def write_state(path: Path, state: dict) -> None:
     """Writes a checkpoint that `torch.load(weights_only=True)` reads, atomically."""
     import torch
 
-    # In memory first: on a full disk torch.save itself raises a RuntimeError that names neither file nor reason.
+    # In memory first: on a full disk torch.save itself raises a RuntimeError that names
+    # neither file nor reason.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(path, lambda partial: partial.write_bytes(buffer.getvalue()))
@@ -97,10 +112,14 @@ class RunFolder:
         """
         folder = cls(Path(root))
         if not folder.root.is_dir():
-            raise UserError(f"RUN: no folder {str(root)!r}; give the folder that `autoprune run` printed")
+            raise UserError(
+                f"RUN: no folder {str(root)!r}; give the folder that `autoprune run` "
+                f"printed"
+            )
         if not folder.config.is_file():
             raise UserError(
-                f"RUN: {str(root)!r} is not a run folder (no config.yaml); give one that `autoprune run` wrote"
+                f"RUN: {str(root)!r} is not a run folder (no config.yaml); give one "
+                f"that `autoprune run` wrote"
             )
         folder.read_config()
         return folder
@@ -111,9 +130,13 @@ class RunFolder:
             config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             reason = type(error).__name__
-            raise UserError(f"RUN: {str(self.config)!r} is damaged ({reason}); start the run anew") from error
+            raise UserError(
+                f"RUN: {str(self.config)!r} is damaged ({reason}); start the run anew"
+            ) from error
         if not isinstance(config, dict):
-            raise UserError(f"RUN: {str(self.config)!r} is damaged (no mapping); start the run anew")
+            raise UserError(
+                f"RUN: {str(self.config)!r} is damaged (no mapping); start the run anew"
+            )
         return config
 
     def read_json(self, path: Path) -> dict:
@@ -125,12 +148,15 @@ class RunFolder:
         if not path.is_file():
             missing = path.relative_to(self.root)
             raise UserError(
-                f"RUN: {str(self.root)!r} has no {missing} yet; go on with: autoprune run --resume --out RUN"
+                f"RUN: {str(self.root)!r} has no {missing} yet; go on with: autoprune "
+                f"run --resume --out RUN"
             )
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise UserError(f"RUN: {str(path)!r} is damaged ({error}); start the run anew") from error
+            raise UserError(
+                f"RUN: {str(path)!r} is damaged ({error}); start the run anew"
+            ) from error
 
     @property
     def known_results(self) -> dict:
@@ -147,18 +173,27 @@ class RunFolder:
         """Takes fields out of results.json, those that are there."""
         known = self.known_results
         if any(name in known for name in names):
-            write_json(self.results, {name: value for name, value in known.items() if name not in names})
+            write_json(
+                self.results,
+                {name: value for name, value in known.items() if name not in names},
+            )
 
     def append(self, event: str, **fields: object) -> None:
         """Adds one line to the log, flushed, so that a killed run keeps it."""
         line = json.dumps({"event": event, **fields}).encode() + b"\n"
         with self.log.open("ab+") as log:
             if log.tell() and not _ends_line(log):
-                line = b"\n" + line  # a kill cut the last line short; it must not swallow this one
+                line = (
+                    b"\n" + line
+                )  # a kill cut the last line short; it must not swallow this one
             log.write(line)
 
-    def logging(self, event: str, on_epoch: Callable[[int, float], None]) -> Callable[[int, float], None]:
-        """What to call after each epoch of a training: it is logged as `event`, then `on_epoch` is told."""
+    def logging(
+        self, event: str, on_epoch: Callable[[int, float], None]
+    ) -> Callable[[int, float], None]:
+        """What to call after each epoch of a training: it is logged as `event`, then
+        `on_epoch` is told.
+        """
 
         def finished(epoch: int, loss: float) -> None:
             self.append(event, epoch=epoch, loss=loss)
@@ -167,7 +202,9 @@ class RunFolder:
         return finished
 
     def events(self, event: str) -> Iterator[dict]:
-        """The log's lines of one kind, oldest first; a last line cut short by a kill is left out."""
+        """The log's lines of one kind, oldest first; a last line cut short by a kill is
+        left out.
+        """
         if not self.log.exists():
             return
         for line in self.log.read_text(encoding="utf-8").splitlines():
@@ -185,23 +222,34 @@ def _ends_line(file: BinaryIO) -> bool:
 
 
 def start_run(settings: Settings, out: str | None, resume: bool) -> RunFolder:
-    """A new run folder with its config, or, to resume, an existing one that was started with the same settings.
+    """A new run folder with its config, or, to resume, an existing one that was started
+    with the same settings.
 
     Raises:
-        UserError: If the folder holds a run already, can't be written, or was started with other settings.
+        UserError: If the folder holds a run already, can't be written, or was started
+            with other settings.
     """
     if resume:
         folder = RunFolder.open(out)
-        changed = _differences(Settings.from_dict(folder.read_config()).to_dict(), settings.to_dict())
+        changed = _differences(
+            Settings.from_dict(folder.read_config()).to_dict(), settings.to_dict()
+        )
         if changed:
-            raise UserError(f"--resume: {out!r} was started with other settings ({changed}); repeat its command")
+            raise UserError(
+                f"--resume: {out!r} was started with other settings ({changed}); "
+                f"repeat its command"
+            )
         return folder
     folder = RunFolder(Path(out) if out else _next_folder(settings))
     if folder.config.exists():
         raise UserError(
-            f"--out: {str(folder.root)!r} holds a run already; add --resume to go on, or choose another folder"
+            f"--out: {str(folder.root)!r} holds a run already; add --resume to go on, "
+            f"or choose another folder"
         )
-    write_text(folder.config, yaml.safe_dump(settings.to_dict() | provenance(), sort_keys=False))
+    write_text(
+        folder.config,
+        yaml.safe_dump(settings.to_dict() | provenance(), sort_keys=False),
+    )
     return folder
 
 
@@ -215,12 +263,19 @@ def _next_folder(settings: Settings) -> Path:
 
 
 def file_stem(*parts: str) -> str:
-    """Words as the name of a file, joined by dashes: networks and budgets hold signs that no name should."""
+    """Words as the name of a file, joined by dashes: networks and budgets hold signs
+    that no name should.
+    """
     return re.sub("[:=/]", "-", "-".join(parts)).replace("%", "")
 
 
 def _differences(old: dict, new: dict) -> str:
-    changed = [f"{k}: {old[s][k]} -> {new[s][k]}" for s in new for k in new[s] if old[s][k] != new[s][k]]
+    changed = [
+        f"{k}: {old[s][k]} -> {new[s][k]}"
+        for s in new
+        for k in new[s]
+        if old[s][k] != new[s][k]
+    ]
     return ", ".join(changed)
 
 
@@ -228,6 +283,13 @@ def provenance() -> dict:
     """Command, versions and hardware, for the config of a run."""
     return {
         "command": " ".join(sys.argv),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "system": platform.platform()},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
+        "hardware": {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "system": platform.platform(),
+        },
     }

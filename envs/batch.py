@@ -1,4 +1,6 @@
-"""Episodes side by side, in step: what an action does to an allocation. Knows nothing of scores or learners."""
+"""Episodes side by side, in step: what an action does to an allocation. Knows nothing
+of scores or learners.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,14 +15,17 @@ FLAT = 1e-6
 
 
 class Walks:
-    """Lanes that decide the same group at the same time, each under a budget of its own.
+    """Lanes that decide the same group at the same time, each under a budget of its
+    own.
 
-    All arithmetic is on arrays with a row a lane, so that ten or a hundred lanes cost little more than one.
+    All arithmetic is on arrays with a row a lane, so that ten or a hundred lanes cost
+    little more than one.
 
     Args:
         space: The search space.
         observer: Makes observations.
-        uses_up_budget: Whether an episode ends at its budget; otherwise that is a ceiling.
+        uses_up_budget: Whether an episode ends at its budget; otherwise that is a
+            ceiling.
     """
 
     def __init__(self, space: SearchSpace, observer: Observer, uses_up_budget: bool):
@@ -33,7 +38,9 @@ class Walks:
         self._look(0, kept, np.asarray(targets), np.zeros(len(targets)))
 
     def follow(self, act: Callable[["Walks"], np.ndarray]) -> "Walks":
-        """Goes to the end; `act` wishes actions `(n_lanes,)` at every step. Returns itself."""
+        """Goes to the end; `act` wishes actions `(n_lanes,)` at every step. Returns
+        itself.
+        """
         while not self.is_over:
             self.step(act(self))
         return self
@@ -44,9 +51,13 @@ class Walks:
         return self.state.index == len(self.space.levels)
 
     def observe(self) -> np.ndarray:
-        """The observations `(n_lanes, n_features)`; after the end still about the last group, and what was decided."""
+        """The observations `(n_lanes, n_features)`; after the end still about the last
+        group, and what was decided.
+        """
         last = len(self.space.levels) - 1
-        return self.observer.observe(replace(self.state, index=min(self.state.index, last)))
+        return self.observer.observe(
+            replace(self.state, index=min(self.state.index, last))
+        )
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Decides the current group.
@@ -68,15 +79,19 @@ class Walks:
         else:
             if self.uses_up_budget:
                 kept = self.space.fill(kept, state.targets)
-            self.state = replace(state, index=state.index + 1, kept=kept, previous=sparsities)
+            self.state = replace(
+                state, index=state.index + 1, kept=kept, previous=sparsities
+            )
         return executed, sparsities
 
     def actions_of(self, sparsities: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
-        """The actions that stand for sparsities of the current group, as far as those are feasible.
+        """The actions that stand for sparsities of the current group, as far as those
+        are feasible.
 
         Args:
             sparsities: Shares of channels to remove, `(n_lanes,)`.
-            otherwise: What to return where a whole side of the interval is one point, so that any action would do.
+            otherwise: What to return where a whole side of the interval is one point,
+                so that any action would do.
         """
         lowest, centre, highest = self._interval()
         upwards = (sparsities > centre) | ((sparsities == centre) & (otherwise > 0))
@@ -86,14 +101,20 @@ class Walks:
 
     def _sparsities(self, actions: np.ndarray) -> np.ndarray:
         lowest, centre, highest = self._interval()
-        return centre + actions * np.where(actions > 0, highest - centre, centre - lowest)
+        return centre + actions * np.where(
+            actions > 0, highest - centre, centre - lowest
+        )
 
     def _interval(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lowest, uniform-to-go and highest sparsity; rounding can put the middle one just outside."""
+        """Lowest, uniform-to-go and highest sparsity; rounding can put the middle one
+        just outside.
+        """
         lowest, highest = self.state.bounds
         return lowest, np.clip(self.state.uniform_to_go, lowest, highest), highest
 
-    def _look(self, index: int, kept: np.ndarray, targets: np.ndarray, previous: np.ndarray) -> None:
+    def _look(
+        self, index: int, kept: np.ndarray, targets: np.ndarray, previous: np.ndarray
+    ) -> None:
         """The state before deciding group `index`."""
         dense = self.space.costs.dense[index]
         lowest, highest = self.space.feasible(kept, index, targets)
@@ -101,7 +122,14 @@ class Walks:
             lowest = np.full_like(lowest, self.space.low[index])
         self._counts = lowest, highest
         uniform = self.space.uniform_to_go(kept, index, targets)
-        self.state = State(index, kept, targets, (1 - highest / dense, 1 - lowest / dense), uniform, previous)
+        self.state = State(
+            index,
+            kept,
+            targets,
+            (1 - highest / dense, 1 - lowest / dense),
+            uniform,
+            previous,
+        )
 
 
 def uniformly(walks: Walks) -> np.ndarray:
@@ -110,6 +138,8 @@ def uniformly(walks: Walks) -> np.ndarray:
 
 
 def along(sparsities: np.ndarray) -> Callable[[Walks], np.ndarray]:
-    """Given sparsities `(n_lanes, n_groups)`, as far as they are feasible, as something to `follow`."""
+    """Given sparsities `(n_lanes, n_groups)`, as far as they are feasible, as something
+    to `follow`.
+    """
     nothing = np.zeros(len(sparsities))
     return lambda walks: walks.actions_of(sparsities[:, walks.state.index], nothing)

@@ -1,4 +1,6 @@
-"""Rewards by name; each joins the cost saved with the proxy score of the finished network. Higher is better."""
+"""Rewards by name; each joins the cost saved with the proxy score of the finished
+network. Higher is better.
+"""
 
 import math
 from collections.abc import Callable
@@ -8,7 +10,9 @@ from autoprune.errors import check_known
 from autoprune.evaluation.evaluate import Evaluation
 
 TIE_BREAK = 0.05
-"""Weight of the saved MACs in `weighted_sum`: a whole network's worth counts as much as 0.05 nats."""
+"""Weight of the saved MACs in `weighted_sum`: a whole network's worth counts as much as
+0.05 nats.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Reward:
 
     Attributes:
         function: Outcome to reward.
-        uses_up_budget: Whether episodes end at the budget; otherwise the budget is a ceiling and cost is searched too.
+        uses_up_budget: Whether episodes end at the budget; otherwise the budget is a
+            ceiling and cost is searched too.
     """
 
     function: Callable[[Outcome], float]
@@ -47,7 +52,8 @@ class Reward:
 
 
 def weighted_sum(outcome: Outcome) -> float:
-    """Negative cross-entropy plus a little for the MACs saved, which under a hard budget only breaks ties.
+    """Negative cross-entropy plus a little for the MACs saved, which under a hard
+    budget only breaks ties.
 
     Cross-entropy ranks sub-models on a few hundred images where accuracy still ties.
     """
@@ -55,15 +61,18 @@ def weighted_sum(outcome: Outcome) -> float:
 
 
 def amc(outcome: Outcome) -> float:
-    """AMC's error x log MACs (He et al. 2018, section 3.4), negated so that higher is better."""
+    """AMC's error x log MACs (He et al. 2018, section 3.4), negated so that higher is
+    better.
+    """
     return -(1 - outcome.evaluation.accuracy) * math.log(outcome.macs)
 
 
 def accuracy_guaranteed(outcome: Outcome) -> float:
     """The cheapest network whose proxy accuracy stays above a floor.
 
-    At or above the floor: 1 + MACs saved, so at least 1. Below: minus the missing accuracy, so at most 0. Unlike AMC's
-    reward of that purpose no network below the floor can ever beat one above it.
+    At or above the floor: 1 + MACs saved, so at least 1. Below: minus the missing
+    accuracy, so at most 0. Unlike AMC's reward of that purpose no network below the
+    floor can ever beat one above it.
     """
     missing = outcome.accuracy_floor - outcome.evaluation.accuracy
     return 1 + outcome.macs_saved if missing <= 0 else -missing

@@ -1,21 +1,25 @@
-"""What is a search worth once its network is fine-tuned? The agent's allocation against every simple answer.
+"""What is a search worth once its network is fine-tuned? The agent's allocation against
+every simple answer.
 
     python experiments/after_finetuning.py --model resnet20 --weights FILE --budgets macs=50% macs=30% --seeds 0 1 2
     python experiments/after_finetuning.py --model resnet20 --summary
 
-Every network is pruned as `autoprune prune` does it (L1, reconstructed weights where they help; Torch-Pruning by its
-own criterion, its weights as they are), recalibrated and fine-tuned alike: annealed epochs over all 45,000 training
-images with distillation, the last epoch counts, the test split is read once, after it. A seed
-stands for the search and for the order of fine-tuning. The agent has as many evaluations as random search, of which
-measuring sensitivity is a part.
+Every network is pruned as `autoprune prune` does it (L1, reconstructed weights where
+they help; Torch-Pruning by its own criterion, its weights as they are), recalibrated
+and fine-tuned alike: annealed epochs over all 45,000 training images with distillation,
+the last epoch counts, the test split is read once, after it. A seed stands for the
+search and for the order of fine-tuning. The agent has as many evaluations as random
+search, of which measuring sensitivity is a part.
 
 - `dyna`, `random`, `sensitivity`, `uniform`: see `autoprune run --agent`.
-- `torch_pruning_l2`: Torch-Pruning's global pruning by group L2 norm, its ratio bisected until the MACs are the most
-  that the budget allows. It is kept from layers that share their channels with others: with shortcuts padded by zeros
-  the network that it would leave can't run.
+- `torch_pruning_l2`: Torch-Pruning's global pruning by group L2 norm, its ratio
+  bisected until the MACs are the most that the budget allows. It is kept from layers
+  that share their channels with others: with shortcuts padded by zeros the network that
+  it would leave can't run.
 
-A row a network in `experiments/results/after_finetuning_MODEL.csv`. Rows that are there aren't measured again, and a
-killed script goes on after the last epoch. ResNet-20: six to eight minutes a network on one core, ResNet-56 twenty.
+A row a network in `experiments/results/after_finetuning_MODEL.csv`. Rows that are there
+aren't measured again, and a killed script goes on after the last epoch. ResNet-20: six
+to eight minutes a network on one core, ResNet-56 twenty.
 """
 
 import argparse
@@ -31,7 +35,14 @@ from torch import Tensor, nn
 
 from autoprune.agents.replay import ALGORITHMS
 from autoprune.agents.search import search
-from autoprune.config import DataConfig, FinetuneConfig, NetworkConfig, ProxyConfig, SearchConfig, Settings
+from autoprune.config import (
+    DataConfig,
+    FinetuneConfig,
+    NetworkConfig,
+    ProxyConfig,
+    SearchConfig,
+    Settings,
+)
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget
 from autoprune.envs.layer_pruning import LayerPruningEnv
@@ -47,17 +58,30 @@ from experiments.tables import fill, mean_and_spread, measured
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("model", "budget", "method", "seed")
-FIELDS = (*KEY, "evaluations", "epochs", "macs_ratio", "selection_pruned", "test_dense", "test", "seconds")
+FIELDS = (
+    *KEY,
+    "evaluations",
+    "epochs",
+    "macs_ratio",
+    "selection_pruned",
+    "test_dense",
+    "test",
+    "seconds",
+)
 TORCH_PRUNING = "torch_pruning_l2"
 METHODS = ("dyna", "random", "sensitivity", "uniform", TORCH_PRUNING)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--weights")
     parser.add_argument("--budgets", nargs="+", default=["macs=50%"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=300)
     parser.add_argument("--epochs", type=int, default=5)
@@ -71,13 +95,18 @@ def main() -> None:
         parser.error("--weights: give the trained weights of the network")
 
     network = NetworkConfig(args.model, args.weights)
-    workspace = Workspace(Settings(network, DataConfig("cifar10"), SearchConfig(), ProxyConfig()))
+    workspace = Workspace(
+        Settings(network, DataConfig("cifar10"), SearchConfig(), ProxyConfig())
+    )
     teacher = Remembering(workspace.model)
-    fill(table, cells(args), lambda cell: measure(workspace, teacher, cell, args), FIELDS)
+    fill(
+        table, cells(args), lambda cell: measure(workspace, teacher, cell, args), FIELDS
+    )
 
 
 class Remembering(nn.Module):
-    """A network that answers a batch once: all that is trained with one seed sees the same batches, and so its teacher.
+    """A network that answers a batch once: all that is trained with one seed sees the
+    same batches, and so its teacher.
 
     On ResNet-56 the teacher is 28 % of a training step.
     """
@@ -104,10 +133,16 @@ def cells(args: argparse.Namespace) -> list[dict]:
     ]
 
 
-def measure(workspace: Workspace, teacher: nn.Module, cell: dict, args: argparse.Namespace) -> dict:
+def measure(
+    workspace: Workspace, teacher: nn.Module, cell: dict, args: argparse.Namespace
+) -> dict:
     """One network from the dense one to its test accuracy."""
     stem = "-".join(str(cell[name]) for name in KEY).replace("=", "-").replace("%", "")
-    folder, started, splits = RunFolder(args.runs / stem), time.perf_counter(), workspace.splits
+    folder, started, splits = (
+        RunFolder(args.runs / stem),
+        time.perf_counter(),
+        workspace.splits,
+    )
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     if cell["method"] == TORCH_PRUNING:
         pruned = pruned_globally(workspace, Budget.parse(cell["budget"]))
@@ -129,13 +164,24 @@ def measure(workspace: Workspace, teacher: nn.Module, cell: dict, args: argparse
     }
 
 
-def allocated(workspace: Workspace, cell: dict, evaluations: int, folder: RunFolder) -> Allocation:
+def allocated(
+    workspace: Workspace, cell: dict, evaluations: int, folder: RunFolder
+) -> Allocation:
     """What a search finds, or found before the script was killed."""
     if not folder.allocation.exists():
         spent = sensitivity_cost(workspace) if cell["method"] in ALGORITHMS else 0
-        config = SearchConfig(cell["budget"], agent=cell["method"], episodes=evaluations - spent, seed=cell["seed"])
-        env = LayerPruningEnv(workspace.model, workspace.groups, workspace.proxy(), cell["budget"])
-        write_json(folder.allocation, search(env, config, folder).best.allocation.to_json())
+        config = SearchConfig(
+            cell["budget"],
+            agent=cell["method"],
+            episodes=evaluations - spent,
+            seed=cell["seed"],
+        )
+        env = LayerPruningEnv(
+            workspace.model, workspace.groups, workspace.proxy(), cell["budget"]
+        )
+        write_json(
+            folder.allocation, search(env, config, folder).best.allocation.to_json()
+        )
     return Allocation.read(folder.allocation, workspace.groups)
 
 
@@ -151,8 +197,17 @@ def pruned_globally(workspace: Workspace, budget: Budget) -> nn.Module:
 
 def _by_ratio(workspace: Workspace, ratio: float) -> nn.Module:
     model, prunable = copy.deepcopy(workspace.model), cut_by_layer(workspace.groups)
-    own = {m.tensor.removesuffix(".weight") for group in prunable for m in group.members if m.role == "produce"}
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    own = {
+        m.tensor.removesuffix(".weight")
+        for group in prunable
+        for m in group.members
+        if m.role == "produce"
+    }
+    layers = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear | nn.Conv2d)
+    }
     options = {
         "pruning_ratio": ratio,
         "max_pruning_ratio": workspace.settings.search.max_sparsity,
@@ -160,12 +215,16 @@ def _by_ratio(workspace: Workspace, ratio: float) -> nn.Module:
         "ignored_layers": [layer for name, layer in layers.items() if name not in own],
     }
     example = workspace.splits.example
-    tp.pruner.BasePruner(model, example, tp.importance.GroupMagnitudeImportance(p=2), **options).step()
+    tp.pruner.BasePruner(
+        model, example, tp.importance.GroupMagnitudeImportance(p=2), **options
+    ).step()
     return model
 
 
 def summarise(rows: list[dict]) -> None:
-    """Test accuracy, mean ± standard deviation over the seeds, best first within a budget."""
+    """Test accuracy, mean ± standard deviation over the seeds, best first within a
+    budget.
+    """
     by_cell: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
         by_cell[row["budget"], row["method"]].append(100 * float(row["test"]))

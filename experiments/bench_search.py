@@ -1,21 +1,28 @@
-"""How many candidates a second does the proxy score, beside other people's evaluations and the bare forward pass?
+"""How many candidates a second does the proxy score, beside other people's evaluations
+and the bare forward pass?
 
     python experiments/bench_search.py --model resnet56 --weights FILE --budget macs=50% --json
 
-The contenders take turns on the same network, images and machine. Each repetition has allocations of its own, random
-walks close around uniform that meet the budget:
+The contenders take turns on the same network, images and machine. Each repetition has
+allocations of its own, random walks close around uniform that meet the budget:
 
-- `autoprune`: `ProxyAccuracy` with its default configuration, handed batches of 10 different allocations;
-- `floor`: nothing but the forward passes of the networks that `autoprune` has just scored, pruned beforehand, each run
-  once before; in eval mode, on the same images, in the same precision, as many at once, one thread each;
-- `slicing`: nothing but laying these sub-models into a reused copy, on one thread: a part of ours, no evaluation;
-- `torch_pruning`, `amc_style`, `eagleeye_style`: see `experiments/rival_proxies.py`. Torch-Pruning has allocations of
-  its own, at the same budget, that leave whole what it can't prune.
+- `autoprune`: `ProxyAccuracy` with its default configuration, handed batches of 10
+  different allocations;
+- `floor`: nothing but the forward passes of the networks that `autoprune` has just
+  scored, pruned beforehand, each run once before; in eval mode, on the same images, in
+  the same precision, as many at once, one thread each;
+- `slicing`: nothing but laying these sub-models into a reused copy, on one thread: a
+  part of ours, no evaluation;
+- `torch_pruning`, `amc_style`, `eagleeye_style`: see `experiments/rival_proxies.py`.
+  Torch-Pruning has allocations of its own, at the same budget, that leave whole what it
+  can't prune.
 
-One row a contender is added to `experiments/results/bench_search.csv`: `images` pass through the network for one
-candidate, `threads` is candidates at once x threads of each, seconds are per candidate, and `ratio` is the proxy's
-candidates a second over the contender's, in the median of the repetitions. `--quick` runs a tenth of AMC's and
-EagleEye's batches and scales the seconds up (`share_run`). ResNet-56: a few minutes on 2 idle cores.
+One row a contender is added to `experiments/results/bench_search.csv`: `images` pass
+through the network for one candidate, `threads` is candidates at once x threads of
+each, seconds are per candidate, and `ratio` is the proxy's candidates a second over the
+contender's, in the median of the repetitions. `--quick` runs a tenth of AMC's and
+EagleEye's batches and scales the seconds up (`share_run`). ResNet-56: a few minutes on
+2 idle cores.
 """
 
 import argparse
@@ -65,28 +72,45 @@ slicing: {slicing_ms} ms a candidate, {slicing_share:.1%} of what a core spends 
 amc_style, eagleeye_style: scored in batches of {amc_style_batch}, the fastest
 torch_pruning: its networks have {torch_pruning_macs_ratio:.1%} of the MACs, ours {macs_ratio:.1%}; it leaves whole
   {torch_pruning_leaves_whole} (made by several layers; where padded shortcuts add to them, what it prunes can't run)"""
-QUICK_NOTE = f"amc_style, eagleeye_style: extrapolated from {QUICK:.0%} of their batches"
+QUICK_NOTE = (
+    f"amc_style, eagleeye_style: extrapolated from {QUICK:.0%} of their batches"
+)
 
 
 def main() -> None:
-    args, images = arguments(), DataConfig("cifar10", proxy_images=rival_proxies.EAGLEEYE_IMAGES)
+    args, images = (
+        arguments(),
+        DataConfig("cifar10", proxy_images=rival_proxies.EAGLEEYE_IMAGES),
+    )
     workspace = Workspace(Settings(NetworkConfig(args.model, args.weights), images))
-    ground, proxy = Ground.of(workspace, QUICK if args.quick else 1.0), workspace.proxy()
+    ground, proxy = (
+        Ground.of(workspace, QUICK if args.quick else 1.0),
+        workspace.proxy(),
+    )
     restricted = rival_proxies.cut_by_layer(ground.groups)
     *drawn, spare = draw(ground.groups, args, args.candidates)
     *by_layer, spare_by_layer = draw(restricted, args, min(FEW, args.candidates))
 
-    networks = ground.sliced(spare[0]), rival_proxies.pruned_by_torch_pruning(ground, spare_by_layer[0])
+    networks = (
+        ground.sliced(spare[0]),
+        rival_proxies.pruned_by_torch_pruning(ground, spare_by_layer[0]),
+    )
     proxy(spare[0])  # so that what is done once for all candidates is done
-    contenders = ours(ground, proxy, drawn) | rival_proxies.rivals(ground, proxy.config.images, drawn, by_layer)
+    contenders = ours(ground, proxy, drawn) | rival_proxies.rivals(
+        ground, proxy.config.images, drawn, by_layer
+    )
     seconds = measure(contenders, args.repeats)
-    rows = [row(args, name, contender, seconds) for name, contender in contenders.items()]
+    rows = [
+        row(args, name, contender, seconds) for name, contender in contenders.items()
+    ]
     add_rows(args.out, rows, FIELDS)
     results = summary(args, seconds) | {
         "amc_style_batch": contenders["amc_style"].batch,
         "macs_ratio": ground.macs_ratio(networks[0]),
         "torch_pruning_macs_ratio": ground.macs_ratio(networks[1]),
-        "torch_pruning_leaves_whole": sorted(ground.groups.channels.keys() - restricted.channels.keys()),
+        "torch_pruning_leaves_whole": sorted(
+            ground.groups.channels.keys() - restricted.channels.keys()
+        ),
     }
     describe(rows, results)
     if args.json:
@@ -94,27 +118,48 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="resnet56")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--budget", type=Budget.parse, default="macs=50%")
-    parser.add_argument("--candidates", type=int, default=2 * BATCH, help="that the proxy scores in a repetition")
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=2 * BATCH,
+        help="that the proxy scores in a repetition",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="extrapolate AMC and EagleEye from a tenth")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "bench_search.csv")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument(
+        "--quick", action="store_true", help="extrapolate AMC and EagleEye from a tenth"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results" / "bench_search.csv",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
     return parser.parse_args()
 
 
-def draw(groups: Groups, args: argparse.Namespace, candidates: int) -> list[Sequence[Kept]]:
-    """Different allocations at the budget, close around uniform: for each repetition, and once more to warm up."""
+def draw(
+    groups: Groups, args: argparse.Namespace, candidates: int
+) -> list[Sequence[Kept]]:
+    """Different allocations at the budget, close around uniform: for each repetition,
+    and once more to warm up.
+    """
     space = SearchSpace(CostTable(groups), args.budget.metric)
     target, rng = args.budget.target(space.costs), np.random.default_rng(args.seed)
     space.check(target, args.budget)
     different: dict[tuple[int, ...], Kept] = {}
     while len(different) < candidates * (args.repeats + 1):
-        kept = space.walk(target, lambda _, uniform: uniform + rng.normal(0, SPREAD)).tolist()
+        kept = space.walk(
+            target, lambda _, uniform: uniform + rng.normal(0, SPREAD)
+        ).tolist()
         different[tuple(kept)] = dict(zip(space.costs.names, kept, strict=True))
     return in_parts(list(different.values()), candidates)
 
@@ -124,18 +169,31 @@ def in_parts(items: Sequence, size: int) -> list[Sequence]:
 
 
 def ours(ground: Ground, proxy: ProxyAccuracy, drawn: Draws) -> dict[str, Contender]:
-    """The proxy, first in every repetition so that none has warmed up its networks, and what it can't do without."""
-    images, slicer = proxy.config.images, Slicer(ground.model, ground.groups, borrow=True)
+    """The proxy, first in every repetition so that none has warmed up its networks, and
+    what it can't do without.
+    """
+    images, slicer = (
+        proxy.config.images,
+        Slicer(ground.model, ground.groups, borrow=True),
+    )
     common = images, images, precision(proxy), f"{proxy.n_workers}x1", drawn
     return {
-        "autoprune": Contender(*common, lambda allocations: 1 / candidates_per_second(proxy, allocations)),
-        "floor": Contender(*common, lambda allocations: floor(ground, proxy, allocations)),
-        "slicing": Contender(0, 0, "float32", "1x1", drawn, one_by_one(slicing, slicer, ground)),
+        "autoprune": Contender(
+            *common, lambda allocations: 1 / candidates_per_second(proxy, allocations)
+        ),
+        "floor": Contender(
+            *common, lambda allocations: floor(ground, proxy, allocations)
+        ),
+        "slicing": Contender(
+            0, 0, "float32", "1x1", drawn, one_by_one(slicing, slicer, ground)
+        ),
     }
 
 
 def candidates_per_second(proxy: ProxyAccuracy, allocations: Sequence[Kept]) -> float:
-    """How fast the proxy scores allocations, handed to it in batches; what it finds in its cache doesn't count."""
+    """How fast the proxy scores allocations, handed to it in batches; what it finds in
+    its cache doesn't count.
+    """
     before, started = proxy.evaluations, time.perf_counter()
     for batch in in_parts(allocations, BATCH):
         proxy.score_all(batch)
@@ -143,8 +201,13 @@ def candidates_per_second(proxy: ProxyAccuracy, allocations: Sequence[Kept]) -> 
 
 
 def floor(ground: Ground, proxy: ProxyAccuracy, allocations: Sequence[Kept]) -> float:
-    """Seconds per candidate of the bare forward passes of networks that are pruned already."""
-    networks, inputs = [ground.sliced(kept) for kept in allocations], ground.inputs[: proxy.config.images]
+    """Seconds per candidate of the bare forward passes of networks that are pruned
+    already.
+    """
+    networks, inputs = (
+        [ground.sliced(kept) for kept in allocations],
+        ground.inputs[: proxy.config.images],
+    )
 
     @torch.inference_mode()
     def forward(network: nn.Module) -> None:
@@ -172,27 +235,50 @@ def precision(proxy: ProxyAccuracy) -> str:
         return "bf16" if torch.is_autocast_enabled("cpu") else "float32"
 
 
-def measure(contenders: Mapping[str, Contender], repeats: int) -> dict[str, list[float]]:
+def measure(
+    contenders: Mapping[str, Contender], repeats: int
+) -> dict[str, list[float]]:
     """Seconds per candidate of each contender at each repetition, all in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repetition in range(repeats):
         for name, contender in contenders.items():
             seconds[name].append(contender.seconds(contender.drawn[repetition]))
         latest = ", ".join(f"{name} {times[-1]:.4f}" for name, times in seconds.items())
-        say(f"repetition {repetition + 1} of {repeats}, seconds per candidate: {latest}")
+        say(
+            f"repetition {repetition + 1} of {repeats}, seconds per candidate: {latest}"
+        )
     return seconds
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str) -> float:
-    """The proxy's candidates a second over those of a contender: the median of the repetitions."""
-    return round(median(theirs / ours for ours, theirs in zip(seconds["autoprune"], seconds[name], strict=True)), 4)
+    """The proxy's candidates a second over those of a contender: the median of the
+    repetitions.
+    """
+    return round(
+        median(
+            theirs / ours
+            for ours, theirs in zip(seconds["autoprune"], seconds[name], strict=True)
+        ),
+        4,
+    )
 
 
-def row(args: argparse.Namespace, name: str, contender: Contender, seconds: Mapping[str, list[float]]) -> dict:
+def row(
+    args: argparse.Namespace,
+    name: str,
+    contender: Contender,
+    seconds: Mapping[str, list[float]],
+) -> dict:
     """A contender's line in the table."""
     times, run = seconds[name], datetime.now().isoformat(timespec="minutes")
     return {
-        **{"run": run, "model": args.model, "budget": args.budget, "contender": name, "repeats": args.repeats},
+        **{
+            "run": run,
+            "model": args.model,
+            "budget": args.budget,
+            "contender": name,
+            "repeats": args.repeats,
+        },
         **{field: getattr(contender, field) for field in DESCRIBED},
         **{f"seconds_{of.__name__}": round(of(times), 6) for of in (median, min, max)},
         "candidates_per_second": round(1 / median(times), 3),
@@ -211,18 +297,28 @@ def summary(args: argparse.Namespace, seconds: Mapping[str, list[float]]) -> dic
         "slicing_ms": round(median(seconds["slicing"]) * 1000, 3),
         "slicing_share": round(ratio(seconds, "slicing") / available_cores(), 4),
         "extrapolated": args.quick,
-        "machine": {"cpus": available_cores(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": {
+            "cpus": available_cores(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
     }
 
 
 def describe(rows: Sequence[Mapping], results: Mapping) -> None:
     """The rows as a table on stdout, and what to know about them."""
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-    print(f"{results['model']} at {results['budget']}; {machine}; seconds per candidate: median (min to max)")
+    print(
+        f"{results['model']} at {results['budget']}; {machine}; seconds per candidate: "
+        f"median (min to max)"
+    )
     for row in rows:
         kind = f"{row['contender']:15}{row['images']:6} images  {row['precision']:8}{row['threads']:>4}"
         times = f"{row['seconds_median']:9.4f} ({row['seconds_min']:.4f} to {row['seconds_max']:.4f})"
-        print(f"{kind}{times:30}{row['candidates_per_second']:9.2f} a second, ratio {row['ratio']:.3f}")
+        print(
+            f"{kind}{times:30}{row['candidates_per_second']:9.2f} a second, ratio "
+            f"{row['ratio']:.3f}"
+        )
     print(NOTES.format(**results), *[QUICK_NOTE] * results["extrapolated"], sep="\n")
 
 

@@ -1,14 +1,17 @@
-"""Methods beside each other, through the command line that everybody has: one question a table.
+"""Methods beside each other, through the command line that everybody has: one question
+a table.
 
     python experiments/compare_methods.py criteria --weights FILE
     python experiments/compare_methods.py criteria --summary
 
-Every row is `autoprune search`, `prune`, `finetune` and `evaluate` of the public ResNet-20 with the options of its
-name, beside those that all rows of the table share: the same budget, training images, epochs in all, distillation. The
-last epoch counts; the test split is read once, after it. A seed stands for the order of training and for the search.
+Every row is `autoprune search`, `prune`, `finetune` and `evaluate` of the public
+ResNet-20 with the options of its name, beside those that all rows of the table share:
+the same budget, training images, epochs in all, distillation. The last epoch counts;
+the test split is read once, after it. A seed stands for the order of training and for
+the search.
 
-A row a network in `experiments/results/methods_TABLE.csv`. Rows that are there aren't measured again, and a killed
-script goes on after the last epoch.
+A row a network in `experiments/results/methods_TABLE.csv`. Rows that are there aren't
+measured again, and a killed script goes on after the last epoch.
 """
 
 import argparse
@@ -27,9 +30,25 @@ from experiments.tables import fill, mean_and_spread, measured
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("row", "seed")
-FIELDS = (*KEY, "options", "macs_ratio", "sparsity", "test_dense", "test_pruned", "test", "seconds")
-FEW_IMAGES = {"max_train_images": 10_000, "finetune.lr": 0.02, "sparse.lr": 0.02, "removal.lr": 0.02}
-"""A short training; its learning rate is lower than the default, which is for ten epochs of all images."""
+FIELDS = (
+    *KEY,
+    "options",
+    "macs_ratio",
+    "sparsity",
+    "test_dense",
+    "test_pruned",
+    "test",
+    "seconds",
+)
+FEW_IMAGES = {
+    "max_train_images": 10_000,
+    "finetune.lr": 0.02,
+    "sparse.lr": 0.02,
+    "removal.lr": 0.02,
+}
+"""A short training; its learning rate is lower than the default, which is for ten
+epochs of all images.
+"""
 SLICED = {"proxy.reconstruct": "off"}
 """Weights as published methods leave them, in all rows but AMC's."""
 Options = Mapping[str, object]
@@ -55,13 +74,30 @@ def _trained(epochs: int, **options: object) -> Options:
     return {"removal.epochs": epochs, "epochs": 0} | options
 
 
-ONE_SIZE = {"granularity": "dimensions", "agent": "uniform", "round_to_for": "resolution=1"}
-CRITERIA = ("l1", "l2", "fpgm", "bn_scale", "activation", "apoz", "taylor", "hessian", "lamp", "random")
+ONE_SIZE = {
+    "granularity": "dimensions",
+    "agent": "uniform",
+    "round_to_for": "resolution=1",
+}
+CRITERIA = (
+    "l1",
+    "l2",
+    "fpgm",
+    "bn_scale",
+    "activation",
+    "apoz",
+    "taylor",
+    "hessian",
+    "lamp",
+    "random",
+)
 MASKS = ("weight", "row", "column", "kernel", "filter")
 
 
 def _method(name: str) -> Options:
-    """A method with two epochs in all, whatever it trains; its own budget where it can't meet half of the MACs."""
+    """A method with two epochs in all, whatever it trains; its own budget where it
+    can't meet half of the MACs.
+    """
     sets = SLICED | METHODS[name].defaults
     epochs = {"epochs": 2}
     if "sparse.method" in sets:
@@ -70,7 +106,12 @@ def _method(name: str) -> Options:
         epochs = {"removal.epochs": 2}
     budget = {} if "budget" in sets else {"budget": "macs=50%"}
     search = {"episodes": 100, "proxy.reconstruct": sets["proxy.reconstruct"]}
-    return {"method": name} | budget | epochs | (search if METHODS[name].kind == "search" else {})
+    return (
+        {"method": name}
+        | budget
+        | epochs
+        | (search if METHODS[name].kind == "search" else {})
+    )
 
 
 TABLES = {
@@ -85,7 +126,8 @@ TABLES = {
         {name: {"criterion": name} for name in CRITERIA},
     ),
     "trainings": Table(
-        "At four epochs in all: cut and fine-tune, or train so that channels can leave?",
+        "At four epochs in all: cut and fine-tune, or train so that channels can "
+        "leave?",
         FEW_IMAGES | SLICED | {"budget": "macs=50%"},
         {
             "l1": {"method": "l1", "epochs": 4},
@@ -93,14 +135,19 @@ TABLES = {
             "group_lasso": {"method": "group_lasso", "sparse.epochs": 2, "epochs": 2},
             "iterative": _trained(4, method="iterative"),
             "centripetal": _trained(4, method="centripetal"),
-            "compactors": _trained(4, agent="uniform", **{"removal.method": "compactors"}),
+            "compactors": _trained(
+                4, agent="uniform", **{"removal.method": "compactors"}
+            ),
             "resrep": _trained(4, method="resrep"),
         },
     ),
     "granularities": Table(
         "What does the grain of what goes cost, at equal non-zero MACs?",
         FEW_IMAGES | {"budget": "macs=40%", "epochs": 1},
-        {name: {"method": name if name != "weight" else "weight_magnitude"} for name in MASKS}
+        {
+            name: {"method": name if name != "weight" else "weight_magnitude"}
+            for name in MASKS
+        }
         | {"channel": {"method": "l1"}, "layer": {"method": "layer"}},
     ),
     "dimensions": Table(
@@ -125,7 +172,8 @@ TABLES = {
         },
     ),
     "allocations": Table(
-        "What does the agent's allocation add to a criterion, or to a sparsely trained network?",
+        "What does the agent's allocation add to a criterion, or to a sparsely trained "
+        "network?",
         FEW_IMAGES | SLICED | {"budget": "macs=50%", "episodes": 100},
         {
             f"{name} {agent}": {"criterion": name, "agent": agent, "epochs": 2}
@@ -133,7 +181,12 @@ TABLES = {
             for agent in ("uniform", "dyna")
         }
         | {
-            f"slimming {agent}": {"method": "slimming", "agent": agent, "sparse.epochs": 1, "epochs": 1}
+            f"slimming {agent}": {
+                "method": "slimming",
+                "agent": agent,
+                "sparse.epochs": 1,
+                "epochs": 1,
+            }
             for agent in ("global", "dyna")
         },
     ),
@@ -141,7 +194,9 @@ TABLES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--weights")
     parser.add_argument("--rows", nargs="+", metavar="NAME")
@@ -160,15 +215,35 @@ def main() -> None:
             parser.error(f"--rows: no row {name!r}; known: {', '.join(table.rows)}")
     dense: dict[str, float] = {}
     cells = [{"row": name, "seed": seed} for seed in args.seeds for name in rows]
-    fill(path, cells, lambda cell: measure(table, cell, args.weights, args.runs / args.table, dense), FIELDS)
+    fill(
+        path,
+        cells,
+        lambda cell: measure(table, cell, args.weights, args.runs / args.table, dense),
+        FIELDS,
+    )
 
 
-def measure(table: Table, cell: dict, weights: str, runs: Path, dense: dict[str, float]) -> dict:
-    """One network from the dense one to its test accuracy; `dense` is told what the first row has measured of that."""
-    run = runs / file_stem(cell["row"].replace(", ", "-").replace(" ", "-"), str(cell["seed"]))
+def measure(
+    table: Table, cell: dict, weights: str, runs: Path, dense: dict[str, float]
+) -> dict:
+    """One network from the dense one to its test accuracy; `dense` is told what the
+    first row has measured of that.
+    """
+    run = runs / file_stem(
+        cell["row"].replace(", ", "-").replace(" ", "-"), str(cell["seed"])
+    )
     own = flags(table.shared | table.rows[cell["row"]])
     resume = ["--resume"] if (run / "config.yaml").exists() else []
-    base = ["--model", "resnet20", "--weights", weights, "--data", "cifar10", "--baselines", "none"]
+    base = [
+        "--model",
+        "resnet20",
+        "--weights",
+        weights,
+        "--data",
+        "cifar10",
+        "--baselines",
+        "none",
+    ]
     _do("search", *base, *own, "--seed", str(cell["seed"]), "--out", str(run), *resume)
     if not (run / "pruned" / "plan.json").exists():
         _do("prune", str(run))
@@ -192,7 +267,9 @@ def measure(table: Table, cell: dict, weights: str, runs: Path, dense: dict[str,
 
 def flags(options: Options) -> list[str]:
     """As they are typed."""
-    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [
+        part for name, value in options.items() for part in (f"--{name}", str(value))
+    ]
 
 
 def _do(*arguments: str) -> None:
@@ -202,14 +279,23 @@ def _do(*arguments: str) -> None:
 
 
 def summarise(table: Table, rows: list[dict]) -> None:
-    """Test accuracy before and after fine-tuning, mean ± standard deviation over the seeds, best first."""
+    """Test accuracy before and after fine-tuning, mean ± standard deviation over the
+    seeds, best first.
+    """
     by_row: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
-        by_row[row["row"]].append((100 * float(row["test_pruned"]), 100 * float(row["test"])))
+        by_row[row["row"]].append(
+            (100 * float(row["test_pruned"]), 100 * float(row["test"]))
+        )
     print(table.question)
-    for name, scores in sorted(by_row.items(), key=lambda item: -np.mean([after for _, after in item[1]])):
+    for name, scores in sorted(
+        by_row.items(), key=lambda item: -np.mean([after for _, after in item[1]])
+    ):
         before, after = np.array(scores).T
-        print(f"{name:18s} {before.mean():6.2f} -> {mean_and_spread(after)}  seeds {len(after)}")
+        print(
+            f"{name:18s} {before.mean():6.2f} -> {mean_and_spread(after)}  seeds "
+            f"{len(after)}"
+        )
 
 
 if __name__ == "__main__":

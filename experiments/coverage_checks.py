@@ -1,6 +1,8 @@
-"""What has to hold for every network: a table of checks, each a small function from a case to columns of the table.
+"""What has to hold for every network: a table of checks, each a small function from a
+case to columns of the table.
 
-A check raises where something is wrong; `measure` catches that, so that one failure doesn't hide the others.
+A check raises where something is wrong; `measure` catches that, so that one failure
+doesn't hide the others.
 """
 
 import copy
@@ -34,14 +36,33 @@ from experiments.coverage_networks import FirstTensor, Network, example, randomi
 SEEDS = (0, 1)
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 SMALLEST_CHANGE = 1e-3
-# Dense, masked and pruned copies of larger networks don't fit the memory of a small machine in float64.
+# Dense, masked and pruned copies of larger networks don't fit the memory of a small
+# machine in float64.
 MAX_DOUBLE_PARAMS = 320_000_000
 LIMIT_S = 1800
-# Operations that read channels without weights of their own: zeros in the weights before them don't hide a channel.
+# Operations that read channels without weights of their own: zeros in the weights
+# before them don't hide a channel.
 NOT_ZEROED = {
-    *("native_layer_norm", "native_group_norm", "_softmax", "linalg_vector_norm", "bmm", "baddbmm", "var", "std"),
-    *("var_mean", "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "_fused_rms_norm"),
-    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math"),
+    *(
+        "native_layer_norm",
+        "native_group_norm",
+        "_softmax",
+        "linalg_vector_norm",
+        "bmm",
+        "baddbmm",
+        "var",
+        "std",
+    ),
+    *(
+        "var_mean",
+        "_native_multi_head_attention",
+        "_transformer_encoder_layer_fwd",
+        "_fused_rms_norm",
+    ),
+    *(
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_attention_math",
+    ),
 }
 STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -52,7 +73,9 @@ class CheckError(Exception):
 
 @dataclass
 class Case:
-    """One network with random values, ready to be checked. `groups` is set by the first check."""
+    """One network with random values, ready to be checked. `groups` is set by the first
+    check.
+    """
 
     network: Network
     model: nn.Module
@@ -84,7 +107,9 @@ def make_case(network: Network) -> Case:
 
 
 def measure(case: Case, limit_s: int = LIMIT_S) -> Iterator[dict]:
-    """Runs all checks one by one. Yields the columns that each fills; `failures` where it fails."""
+    """Runs all checks one by one. Yields the columns that each fills; `failures` where
+    it fails.
+    """
     dtype = str(case.dtype).removeprefix("torch.")
     yield {"size": case.size, "params": n_params(case.model), "dtype": dtype}
     for name, check in CHECKS.items():
@@ -92,7 +117,9 @@ def measure(case: Case, limit_s: int = LIMIT_S) -> Iterator[dict]:
             with time_limit(limit_s), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield check(case)
-        except Exception as error:  # whatever the network, the tracer or the exporter raises
+        except (
+            Exception
+        ) as error:  # whatever the network, the tracer or the exporter raises
             yield {"failures": f"{name}: {describe_error(error)}"}
             if case.groups is None:
                 break
@@ -104,15 +131,25 @@ def check_trace(case: Case) -> dict:
     with Usage() as usage:
         case.groups = trace(case.model, case.images(1), verify=False)
     draw_allocations(case)
-    return {"trace_seconds": usage.seconds, "trace_mib": usage.mib, **summary(case.groups)}
+    return {
+        "trace_seconds": usage.seconds,
+        "trace_mib": usage.mib,
+        **summary(case.groups),
+    }
 
 
 def check_proof(case: Case) -> dict:
-    """Groups after their numerical proof: those that users get, and that the other checks are about."""
+    """Groups after their numerical proof: those that users get, and that the other
+    checks are about.
+    """
     with Usage() as usage:
         case.groups = trace(case.model, case.images(1))
     draw_allocations(case)
-    return {"proof_seconds": usage.seconds, "proof_mib": usage.mib, **summary(case.groups)}
+    return {
+        "proof_seconds": usage.seconds,
+        "proof_mib": usage.mib,
+        **summary(case.groups),
+    }
 
 
 def check_equivalence(case: Case) -> dict:
@@ -123,37 +160,72 @@ def check_equivalence(case: Case) -> dict:
         masked = outputs(mask(case.model, case.groups, case.kept[seed]), x)
         errors.append(difference(outputs(case.pruned(seed), x), masked))
         changes.append(difference(dense, masked))
-    require(min(changes) > SMALLEST_CHANGE, f"masking changes the output by {min(changes):.1e} only")
-    require(max(errors) < TOLERANCE[case.dtype], f"pruned and masked differ by {max(errors):.1e}")
+    require(
+        min(changes) > SMALLEST_CHANGE,
+        f"masking changes the output by {min(changes):.1e} only",
+    )
+    require(
+        max(errors) < TOLERANCE[case.dtype],
+        f"pruned and masked differ by {max(errors):.1e}",
+    )
     return {"error": f"{max(errors):.1e}", "change": f"{min(changes):.1e}"}
 
 
 def check_zeroed(case: Case) -> dict:
-    """Pruned equals a dense copy with zeros in the weights that read removed channels, which owes nothing to labels.
+    """Pruned equals a dense copy with zeros in the weights that read removed channels,
+    which owes nothing to labels.
 
-    Only where every reader has such weights; keeping all channels has to be the identity everywhere.
+    Only where every reader has such weights; keeping all channels has to be the
+    identity everywhere.
     """
-    x, everything = case.images(2), {group.name: torch.arange(group.channels) for group in case.groups}
-    same = difference(outputs(prune(case.model, case.groups, everything), x), outputs(case.model, x))
-    require(same < TOLERANCE[case.dtype], f"keeping every channel changes the output by {same:.1e}")
+    x, everything = (
+        case.images(2),
+        {group.name: torch.arange(group.channels) for group in case.groups},
+    )
+    same = difference(
+        outputs(prune(case.model, case.groups, everything), x), outputs(case.model, x)
+    )
+    require(
+        same < TOLERANCE[case.dtype],
+        f"keeping every channel changes the output by {same:.1e}",
+    )
     if operations(case.model, x) & NOT_ZEROED:
         return {"zeroed_error": "not comparable"}
     errors = [
-        difference(outputs(case.pruned(s), x), outputs(zeroed(case.model, case.groups, case.kept[s]), x)) for s in SEEDS
+        difference(
+            outputs(case.pruned(s), x),
+            outputs(zeroed(case.model, case.groups, case.kept[s]), x),
+        )
+        for s in SEEDS
     ]
-    require(max(errors) < TOLERANCE[case.dtype], f"pruned and zeroed weights differ by {max(errors):.1e}")
+    require(
+        max(errors) < TOLERANCE[case.dtype],
+        f"pruned and zeroed weights differ by {max(errors):.1e}",
+    )
     return {"zeroed_error": f"{max(errors):.1e}"}
 
 
 def check_costs(case: Case) -> dict:
-    """Predicted MACs and parameters are those of the pruned network, dense network included."""
+    """Predicted MACs and parameters are those of the pruned network, dense network
+    included.
+    """
     costs, device = CostTable(case.groups), ""
     for seed in (None, *SEEDS):
         model = case.model if seed is None else case.pruned(seed)
-        counts = {} if seed is None else {name: len(channels) for name, channels in case.kept[seed].items()}
+        counts = (
+            {}
+            if seed is None
+            else {name: len(channels) for name, channels in case.kept[seed].items()}
+        )
         device, macs = counted_macs(model, case.images(1).shape)
-        require(costs.params(counts) == n_params(model), f"{costs.params(counts)} params, counted {n_params(model)}")
-        require(costs.macs(counts) == macs, f"{costs.macs(counts)} MACs predicted, {macs} counted on {device}")
+        require(
+            costs.params(counts) == n_params(model),
+            f"{costs.params(counts)} params, counted {n_params(model)}",
+        )
+        require(
+            costs.macs(counts) == macs,
+            f"{costs.macs(counts)} MACs predicted, {macs} counted on {device}",
+        )
     return {"costs": "exact", "counted_on": device}
 
 
@@ -165,20 +237,31 @@ def check_reload(case: Case) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         save_pruned(pruned, Path(folder), {"model": case.network.name})
         fit_shapes(fresh, load_file(Path(folder) / WEIGHTS))
-    require(torch.equal(outputs(fresh, x), outputs(pruned, x)), "the reloaded network's outputs differ")
+    require(
+        torch.equal(outputs(fresh, x), outputs(pruned, x)),
+        "the reloaded network's outputs differ",
+    )
     return {"reload": "identical"}
 
 
 def check_step(case: Case) -> dict:
-    """The pruned network trains: finite gradients of the right shape wherever the dense network has any."""
+    """The pruned network trains: finite gradients of the right shape wherever the dense
+    network has any.
+    """
     pruned = case.pruned(0)
     lacking = without_gradient(pruned, case.images(2))
     if lacking:
         lacking -= without_gradient(copy.deepcopy(case.model), case.images(2))
-    require(not lacking, f"{len(lacking)} parameters without a finite gradient, first: {min(lacking, default='')}")
+    require(
+        not lacking,
+        f"{len(lacking)} parameters without a finite gradient, first: "
+        f"{min(lacking, default='')}",
+    )
     before = [parameter.detach().clone() for parameter in pruned.parameters()]
     torch.optim.SGD(pruned.parameters(), lr=1e-3).step()
-    changed = any(not torch.equal(a, b) for a, b in zip(before, pruned.parameters(), strict=True))
+    changed = any(
+        not torch.equal(a, b) for a, b in zip(before, pruned.parameters(), strict=True)
+    )
     require(changed, "a step of SGD changes nothing")
     outputs(pruned.eval(), case.images(2))
     return {"step": "ok"}
@@ -195,7 +278,9 @@ def check_onnx(case: Case) -> dict:
     if not isinstance(output, Tensor):
         pruned = FirstTensor(pruned).eval()
     with tempfile.TemporaryDirectory() as folder:
-        return {"onnx_error": f"{export_onnx(pruned, x, Path(folder) / 'model.onnx'):.1e}"}
+        return {
+            "onnx_error": f"{export_onnx(pruned, x, Path(folder) / 'model.onnx'):.1e}"
+        }
 
 
 CHECKS: dict[str, Callable[[Case], dict]] = {
@@ -211,16 +296,24 @@ CHECKS: dict[str, Callable[[Case], dict]] = {
 
 
 def summary(groups: Groups) -> dict:
-    """Number of groups, why some are pinned, and the shares of MACs that pruning reaches."""
+    """Number of groups, why some are pinned, and the shares of MACs that pruning
+    reaches.
+    """
     # Reasons may end with a module; those that differ only there are counted together.
-    reasons = Counter(re.sub(r" in [\w.]+$", "", group.pinned) for group in groups.pinned)
+    reasons = Counter(
+        re.sub(r" in [\w.]+$", "", group.pinned) for group in groups.pinned
+    )
     found = describe(groups)
-    shares = {name: value for name, value in found.items() if name.endswith("_macs_share")}
+    shares = {
+        name: value for name, value in found.items() if name.endswith("_macs_share")
+    }
     return {
         "macs": found["macs"],
         "groups": len(groups),
         "pinned": len(groups.pinned),
-        "reasons": "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common()),
+        "reasons": "; ".join(
+            f"{count} x {reason}" for reason, count in reasons.most_common()
+        ),
         **{name: round(value, 4) for name, value in shares.items()},
     }
 
@@ -230,13 +323,17 @@ def draw_allocations(case: Case) -> None:
     case.kept = {seed: random_kept(case.groups, seed) for seed in SEEDS}
 
 
-def random_kept(groups: Groups, seed: int, low: float = 0.3, high: float = 1.0) -> dict[str, Tensor]:
+def random_kept(
+    groups: Groups, seed: int, low: float = 0.3, high: float = 1.0
+) -> dict[str, Tensor]:
     """Of every group a random share between `low` and `high`, at least one channel."""
     generator, kept = torch.Generator().manual_seed(seed), {}
     for group in groups:
         share = low + (high - low) * torch.rand((), generator=generator).item()
         count = max(1, round(share * group.channels))
-        kept[group.name] = torch.randperm(group.channels, generator=generator)[:count].sort().values
+        kept[group.name] = (
+            torch.randperm(group.channels, generator=generator)[:count].sort().values
+        )
     return kept
 
 
@@ -247,8 +344,13 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value of `b`; infinite where values aren't finite."""
-    require(a.shape == b.shape, f"the output's shape {tuple(a.shape)} isn't {tuple(b.shape)}")
+    """Largest difference relative to the largest value of `b`; infinite where values
+    aren't finite.
+    """
+    require(
+        a.shape == b.shape,
+        f"the output's shape {tuple(a.shape)} isn't {tuple(b.shape)}",
+    )
     error = ((a - b).abs().max() / b.abs().max()).item()
     return error if error == error else float("inf")
 
@@ -259,7 +361,9 @@ def zeroed(model: nn.Module, groups: Groups, kept: dict[str, Tensor]) -> nn.Modu
     tensors = twin.state_dict()
     for group in groups:
         for member in group.consumers:
-            tensors[member.tensor].index_fill_(member.axis, positions(member, removed(group, kept)), 0)
+            tensors[member.tensor].index_fill_(
+                member.axis, positions(member, removed(group, kept)), 0
+            )
     return twin
 
 
@@ -285,22 +389,35 @@ def n_params(model: nn.Module) -> int:
 
 
 def counted_macs(model: nn.Module, shape: torch.Size) -> tuple[str, int]:
-    """What PyTorch counts for one sample: without computing it if the forward pass reads no values. And where."""
+    """What PyTorch counts for one sample: without computing it if the forward pass
+    reads no values. And where.
+    """
     for device in ("meta", "cpu"):
-        plain = copy.deepcopy(model).float().requires_grad_(False)  # else the counter hooks into backward passes
+        plain = (
+            copy.deepcopy(model).float().requires_grad_(False)
+        )  # else the counter hooks into backward passes
         try:
             x = torch.zeros(shape, device=device)
-            with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_attention():
+            with (
+                FlopCounterMode(display=False) as counter,
+                torch.no_grad(),
+                plain_attention(),
+            ):
                 plain.to(device)(x)
             return device, counter.get_total_flops() // 2
-        except (RuntimeError, NotImplementedError):  # index tensors and plain attributes can't be read on meta
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ):  # index tensors and plain attributes can't be read on meta
             continue
     raise CheckError("the network can't be counted")
 
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Attention as the matrix products that it consists of: the fused kernels aren't counted."""
+    """Attention as the matrix products that it consists of: the fused kernels aren't
+    counted.
+    """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -311,16 +428,28 @@ def plain_attention() -> Iterator[None]:
 
 
 def without_gradient(model: nn.Module, x: Tensor) -> set[str]:
-    """Names of the parameters that a backward pass in training mode leaves without a finite gradient."""
+    """Names of the parameters that a backward pass in training mode leaves without a
+    finite gradient.
+    """
     model.train().requires_grad_(True)
     torch.manual_seed(0)
-    torch.stack([tensor.square().mean() for tensor in tensors_in(model(x))]).sum().backward()
-    return {name for name, parameter in model.named_parameters() if not _has_gradient(parameter)}
+    torch.stack(
+        [tensor.square().mean() for tensor in tensors_in(model(x))]
+    ).sum().backward()
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if not _has_gradient(parameter)
+    }
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:
     grad = parameter.grad
-    return grad is not None and grad.shape == parameter.shape and bool(torch.isfinite(grad).all())
+    return (
+        grad is not None
+        and grad.shape == parameter.shape
+        and bool(torch.isfinite(grad).all())
+    )
 
 
 def require(condition: bool, message: str) -> None:
@@ -335,7 +464,9 @@ def describe_error(error: Exception) -> str:
 
 
 class Usage:
-    """CPU seconds of what runs inside (other programs on the machine don't count), and its peak of memory in MiB."""
+    """CPU seconds of what runs inside (other programs on the machine don't count), and
+    its peak of memory in MiB.
+    """
 
     def __enter__(self) -> "Usage":
         if STATUS.exists():
@@ -351,7 +482,11 @@ class Usage:
     def _resident(field_name: str) -> float:
         if not STATUS.exists():  # no Linux: the peak of the whole process so far
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field_name))
+        line = next(
+            line
+            for line in STATUS.read_text().splitlines()
+            if line.startswith(field_name)
+        )
         return int(line.split()[1]) / 2**10
 
 

@@ -1,4 +1,6 @@
-"""The networks that coverage is measured on: builders without weights, and values under which nothing hides."""
+"""The networks that coverage is measured on: builders without weights, and values under
+which nothing hides.
+"""
 
 import re
 from collections.abc import Callable
@@ -23,7 +25,9 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "mobilenet_v3_large_fpn": lambda: backbone_utils.mobilenet_backbone(
         backbone_name="mobilenet_v3_large", fpn=True, weights=None
     ),
-    "resnet50_fpn": lambda: backbone_utils.resnet_fpn_backbone(backbone_name="resnet50", weights=None),
+    "resnet50_fpn": lambda: backbone_utils.resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None
+    ),
 }
 # Small variants, one or two of each family, small ones first.
 TIMM = (
@@ -151,7 +155,14 @@ class Network:
         """Height and width of the smallest input that the network takes."""
         if self.family == "timm":
             return _timm_size(model)
-        return next((size for prefix, size in TORCHVISION_SIZES.items() if self.name.startswith(prefix)), 64)
+        return next(
+            (
+                size
+                for prefix, size in TORCHVISION_SIZES.items()
+                if self.name.startswith(prefix)
+            ),
+            64,
+        )
 
 
 class FirstTensor(nn.Module):
@@ -169,36 +180,59 @@ class FirstTensor(nn.Module):
 
 
 def networks(family: str | None = None, pattern: str = "") -> list[Network]:
-    """The networks of one family, or of all, whose name contains the regular expression; small ones first."""
-    chosen = [Network(f, name) for f in FAMILIES if family in (None, f) for name in NAMES[f]()]
+    """The networks of one family, or of all, whose name contains the regular
+    expression; small ones first.
+    """
+    chosen = [
+        Network(f, name) for f in FAMILIES if family in (None, f) for name in NAMES[f]()
+    ]
     return [network for network in chosen if re.search(pattern, network.name)]
 
 
-def example(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+def example(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Tensor:
     """Random images."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=dtype
+    )
 
 
 @torch.no_grad()
 def randomise(model: nn.Module, size: int, seed: int = 0) -> nn.Module:
-    """Draws every parameter and all statistics of batch norm in place, and scales layers to outputs of unit size.
+    """Draws every parameter and all statistics of batch norm in place, and scales
+    layers to outputs of unit size.
 
-    Fresh networks hold zeros and ones (biases, shifts, layer scales, means) under which wrong surgery looks right; and
-    purely random ones explode or fade with depth, which drowns or magnifies rounding.
+    Fresh networks hold zeros and ones (biases, shifts, layer scales, means) under which
+    wrong surgery looks right; and purely random ones explode or fade with depth, which
+    drowns or magnifies rounding.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        for name, tensor in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ):
             _draw(name, tensor, isinstance(tensor, nn.Parameter), generator)
-    hooks = [module.register_forward_hook(_settler(module, generator)) for module in model.modules()]
+    hooks = [
+        module.register_forward_hook(_settler(module, generator))
+        for module in model.modules()
+    ]
     model(example((32 if size < 100 else 4, 3, size, size), seed=seed))
     for hook in hooks:
         hook.remove()
     return model
 
 
-def _draw(name: str, tensor: Tensor, is_parameter: bool, generator: torch.Generator) -> None:
-    is_norm = name in ("weight", "bias", "running_mean", "running_var")  # of frozen batch norms these are buffers
+def _draw(
+    name: str, tensor: Tensor, is_parameter: bool, generator: torch.Generator
+) -> None:
+    is_norm = name in (
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+    )  # of frozen batch norms these are buffers
     if not tensor.is_floating_point() or not (is_parameter or is_norm):
         return
     if name.endswith("weight") and tensor.ndim > 1:
@@ -211,7 +245,9 @@ def _draw(name: str, tensor: Tensor, is_parameter: bool, generator: torch.Genera
 
 def _settler(module: nn.Module, generator: torch.Generator) -> Callable:
     """A forward hook that settles one layer when it first runs, and runs it again."""
-    settle = next((f for kinds, f in SETTLERS.items() if isinstance(module, kinds)), None)
+    settle = next(
+        (f for kinds, f in SETTLERS.items() if isinstance(module, kinds)), None
+    )
     pending = [settle] if settle else []
 
     def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
@@ -223,16 +259,22 @@ def _settler(module: nn.Module, generator: torch.Generator) -> Callable:
     return hook
 
 
-def _to_unit_size(module: nn.Module, _: Tensor, output: Tensor, generator: torch.Generator) -> None:
+def _to_unit_size(
+    module: nn.Module, _: Tensor, output: Tensor, generator: torch.Generator
+) -> None:
     module.weight /= output.std().clamp_min(1e-3)
 
 
-def _near_the_statistics(module: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator) -> None:
+def _near_the_statistics(
+    module: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator
+) -> None:
     if module.running_var is None:
         return
     axes = [axis for axis in range(x.ndim) if axis != 1]
     var, mean = torch.var_mean(x, axes, correction=0)
-    var = var.clamp_min(var.mean().item() + 1e-3)  # a few images say little: other images mustn't explode
+    var = var.clamp_min(
+        var.mean().item() + 1e-3
+    )  # a few images say little: other images mustn't explode
     module.running_mean.normal_(0, 0.2, generator=generator).mul_(var.sqrt()).add_(mean)
     module.running_var.uniform_(0.5, 1.5, generator=generator).mul_(var)
 
@@ -247,12 +289,17 @@ def _torchvision_names() -> list[str]:
     def n_params(name: str) -> int:
         return torchvision_models.get_model_weights(name).DEFAULT.meta["num_params"]
 
-    return sorted(torchvision_models.list_models(module=torchvision_models), key=n_params)
+    return sorted(
+        torchvision_models.list_models(module=torchvision_models), key=n_params
+    )
 
 
 def _timm_size(model: nn.Module) -> int:
     config = model.default_cfg
-    usual, smallest = config["input_size"][-1], config.get("min_input_size", (0, 0, 0))[-1]
+    usual, smallest = (
+        config["input_size"][-1],
+        config.get("min_input_size", (0, 0, 0))[-1],
+    )
     if config.get("fixed_input_size"):
         return usual
     for size in (64, smallest, usual):
@@ -260,7 +307,11 @@ def _timm_size(model: nn.Module) -> int:
             with torch.no_grad():
                 model(torch.zeros(1, 3, size, size))
             return size
-        except (RuntimeError, AssertionError, ValueError):  # too small, or no multiple of what the network needs
+        except (
+            RuntimeError,
+            AssertionError,
+            ValueError,
+        ):  # too small, or no multiple of what the network needs
             continue
     return usual
 
@@ -273,7 +324,9 @@ NAMES: dict[str, Callable[[], list[str]]] = {
 }
 BUILDERS: dict[str, Callable[[str], nn.Module]] = {
     "torchvision": lambda name: models.build(name, n_classes=1000),
-    "segmentation": lambda name: torchvision_models.get_model(name, weights=None, weights_backbone=None),
+    "segmentation": lambda name: torchvision_models.get_model(
+        name, weights=None, weights_backbone=None
+    ),
     "detection": lambda name: BACKBONES[name](),
     "timm": lambda name: models.build(f"timm/{name}", n_classes=1000),
 }

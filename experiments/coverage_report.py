@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 from experiments.coverage_networks import FAMILIES
 
-# The share of MACs whose layers should be able to shrink on both axes, by name; the first pattern that is found counts.
-# A fifth to two thirds of these small networks' MACs lie in layers that the architecture ties on one axis.
+# The share of MACs whose layers should be able to shrink on both axes, by name; the
+# first pattern that is found counts. A fifth to two thirds of these small networks'
+# MACs lie in layers that the architecture ties on one axis.
 TARGETS = (
     ("shufflenet", 0.34),
     ("squeezenet", 0.65),
@@ -56,10 +57,16 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "groups": lambda row: row["groups"],
     "pinned": lambda row: row["pinned"],
     "touched": lambda row: percent(row["prunable_macs_share"]),
-    "both axes": lambda row: percent(row["both_axes_macs_share"]) + (" **<**" if is_short(row) else ""),
+    "both axes": lambda row: (
+        percent(row["both_axes_macs_share"]) + (" **<**" if is_short(row) else "")
+    ),
     "removable": lambda row: percent(row["removable_macs_share"]),
     "error": lambda row: row["error"] or "**no**",
-    "zeroed": lambda row: "-" if row["zeroed_error"] == "not comparable" else row["zeroed_error"] or "**no**",
+    "zeroed": lambda row: (
+        "-"
+        if row["zeroed_error"] == "not comparable"
+        else row["zeroed_error"] or "**no**"
+    ),
     "in": lambda row: row["dtype"].replace("float", "f"),
     "costs, reload, step, ONNX": lambda row: missed(row) or "yes",
     "trace s": lambda row: row["trace_seconds"],
@@ -85,10 +92,19 @@ PASSES: dict[str, Callable[[dict], bool]] = {
 
 def report(rows: list[dict]) -> str:
     """The page: what was checked, how many networks pass, and a table for each family."""
-    families = {family: [row for row in rows if row["family"] == family] for family in FAMILIES}
+    families = {
+        family: [row for row in rows if row["family"] == family] for family in FAMILIES
+    }
     families = {family: chosen for family, chosen in families.items() if chosen}
-    totals = [[family, str(len(chosen)), *counts(chosen)] for family, chosen in families.items()]
-    parts = [INTRODUCTION, "## Networks that pass\n", table(["family", "networks", *PASSES], totals)]
+    totals = [
+        [family, str(len(chosen)), *counts(chosen)]
+        for family, chosen in families.items()
+    ]
+    parts = [
+        INTRODUCTION,
+        "## Networks that pass\n",
+        table(["family", "networks", *PASSES], totals),
+    ]
     for family, chosen in families.items():
         cells = [[column(row) for column in COLUMNS.values()] for row in chosen]
         parts += [f"## {family}\n", table(list(COLUMNS), cells), *remarks(chosen)]
@@ -103,17 +119,24 @@ def counts(rows: list[dict]) -> list[str]:
 def table(header: list[str], lines: list[list[str]]) -> str:
     """In Markdown."""
     rule = ["---"] * len(header)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines)) + "\n"
+    return (
+        "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines)) + "\n"
+    )
 
 
 def remarks(rows: list[dict]) -> list[str]:
-    """What failed, and why groups are pinned where the share is short of what was wanted."""
+    """What failed, and why groups are pinned where the share is short of what was
+    wanted.
+    """
     lines = []
     for row in rows:
         if row["failures"]:
             lines.append(f"- {row['builder']} fails: {row['failures']}")
         if is_short(row):
-            lines.append(f"- {row['builder']} is short of {percent(target(row))}; pinned: {row['reasons']}")
+            lines.append(
+                f"- {row['builder']} is short of {percent(target(row))}; pinned: "
+                f"{row['reasons']}"
+            )
         if row["tp_failure"]:
             lines.append(f"- {row['builder']} with Torch-Pruning: {row['tp_failure']}")
     return ["\n".join(lines) + "\n"] if lines else []
@@ -121,16 +144,22 @@ def remarks(rows: list[dict]) -> list[str]:
 
 def missed(row: dict) -> str:
     """The checks after the first that the network doesn't pass."""
-    missing = [name for name in ("costs", "reload", "step", "ONNX") if not PASSES[name](row)]
+    missing = [
+        name for name in ("costs", "reload", "step", "ONNX") if not PASSES[name](row)
+    ]
     return f"**not {', '.join(missing)}**" if missing else ""
 
 
 def target(row: dict) -> float:
-    return next(share for pattern, share in TARGETS if re.search(pattern, row["builder"]))
+    return next(
+        share for pattern, share in TARGETS if re.search(pattern, row["builder"])
+    )
 
 
 def is_short(row: dict) -> bool:
-    return row["both_axes_macs_share"] == "" or float(row["both_axes_macs_share"]) < target(row)
+    return row["both_axes_macs_share"] == "" or float(
+        row["both_axes_macs_share"]
+    ) < target(row)
 
 
 def percent(share: str | float) -> str:

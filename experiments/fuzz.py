@@ -1,10 +1,12 @@
-"""Do the contracts hold for networks that nobody wrote? Composed at random, traced, pruned, counted.
+"""Do the contracts hold for networks that nobody wrote? Composed at random, traced,
+pruned, counted.
 
     python experiments/fuzz.py --networks 500 --seed 0
 
-One row a network in `experiments/results/fuzz.csv`: its recipe, its groups, the largest difference between pruned and
-masked in float64, and what failed. Rows that are there aren't checked again. A failure prints the recipe and the
-smallest one that still fails, for the list in `tests/test_fuzz.py`; the exit code is 1 then. About a second a network
+One row a network in `experiments/results/fuzz.csv`: its recipe, its groups, the largest
+difference between pruned and masked in float64, and what failed. Rows that are there
+aren't checked again. A failure prints the recipe and the smallest one that still fails,
+for the list in `tests/test_fuzz.py`; the exit code is 1 then. About a second a network
 on one core.
 """
 
@@ -28,10 +30,16 @@ BETWEEN = " | "
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--networks", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0, help="of the first network; the others follow")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fuzz.csv")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first network; the others follow"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "fuzz.csv"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -53,18 +61,33 @@ def measured(seed: int) -> dict[str, str]:
     found = check(made)
     if found.failures:
         smallest = shrunk(made, lambda smaller: bool(check(smaller).failures))
-        say(f"recipe({seed}) = {made}\n  smallest: {smallest}\n  " + "\n  ".join(found.failures))
-    values = seed, found.prunable, BETWEEN.join(found.pinned), found.error, BETWEEN.join(found.failures), made
+        say(
+            f"recipe({seed}) = {made}\n  smallest: {smallest}\n  "
+            + "\n  ".join(found.failures)
+        )
+    values = (
+        seed,
+        found.prunable,
+        BETWEEN.join(found.pinned),
+        found.error,
+        BETWEEN.join(found.failures),
+        made,
+    )
     return {field: str(value) for field, value in zip(FIELDS, values, strict=True)}
 
 
 def summarise(rows: list[dict[str, str]]) -> None:
     """Networks, groups, failures, and what is pinned why, on stdout."""
     prunable = [int(row["prunable"]) for row in rows]
-    worst, failed = max(float(row["error"]) for row in rows), [row["seed"] for row in rows if row["failures"]]
+    worst, failed = (
+        max(float(row["error"]) for row in rows),
+        [row["seed"] for row in rows if row["failures"]],
+    )
     print(
-        f"{len(rows)} networks, {sum(prunable)} prunable groups, {sum(n > 0 for n in prunable) / len(rows):.1%} of "
-        f"networks with at least one; worst error {worst:.1e}; {len(failed)} failures {' '.join(failed)}"
+        f"{len(rows)} networks, {sum(prunable)} prunable groups, "
+        f"{sum(n > 0 for n in prunable) / len(rows):.1%} of "
+        f"networks with at least one; worst error {worst:.1e}; {len(failed)} failures "
+        f"{' '.join(failed)}"
     )
     for reason, count in reasons(rows).most_common():
         print(f"{count:6d} pinned: {reason}")
@@ -72,8 +95,13 @@ def summarise(rows: list[dict[str, str]]) -> None:
 
 def reasons(rows: list[dict[str, str]]) -> Counter[str]:
     """How often each reason was given, names and numbers aside."""
-    given = [reason for row in rows for reason in row["pinned"].split(BETWEEN) if reason]
-    return Counter(re.sub(r"\[.*?\]|\d[\d.e+-]*", "#", re.sub(r" in \S+|: Given groups.*", "", r)) for r in given)
+    given = [
+        reason for row in rows for reason in row["pinned"].split(BETWEEN) if reason
+    ]
+    return Counter(
+        re.sub(r"\[.*?\]|\d[\d.e+-]*", "#", re.sub(r" in \S+|: Given groups.*", "", r))
+        for r in given
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""docs/methods.md from `METHODS`, the table below and the rows of experiments/results/methods_all.csv.
+"""docs/methods.md from `METHODS`, the table below and the rows of
+experiments/results/methods_all.csv.
 
 python experiments/methods_report.py
 """
@@ -15,10 +16,17 @@ TABLE = Path(__file__).parent / "results" / "methods_all.csv"
 
 RANKING, DATA = "one look at the weights", "a pass over 500 images"
 SEARCH = "as many evaluations as `--episodes`"
-SPARSE, MERGED = "a training of the whole network before", "a training of the whole network, and none after"
+SPARSE, MERGED = (
+    "a training of the whole network before",
+    "a training of the whole network, and none after",
+)
 ABOUT: dict[str, tuple[str, str]] = {
     "l1": (RANKING, "R56 93.78 → 93.51 at 49.7 %, 120 epochs (run by TPP's authors)"),
-    "l2": (RANKING, "R56 93.53 → 93.46 at 52.6 %, 100 epochs (global, by groups; DepGraph's authors)"),
+    "l2": (
+        RANKING,
+        "R56 93.53 → 93.46 at 52.6 %, 100 epochs (global, by groups; DepGraph's "
+        "authors)",
+    ),
     "fpgm": (RANKING, "R56 93.59 → 93.26 at 52.6 %, 200 epochs (quoted)"),
     "activation": (DATA, ""),
     "apoz": (DATA, "R56 92.85 → 92.59 at 46.1 %, 70 epochs, gradual (Distiller)"),
@@ -26,12 +34,18 @@ ABOUT: dict[str, tuple[str, str]] = {
     "taylor": ("gradients on 500 images", ""),
     "hessian": ("Hessian-vector products on 500 images", ""),
     "lamp": (RANKING, ""),
-    "random": ("nothing", "0.35 points below L2 at half of the MACs, in a comparison of twelve criteria"),
+    "random": (
+        "nothing",
+        "0.35 points below L2 at half of the MACs, in a comparison of twelve criteria",
+    ),
     "cost_aware": (RANKING, ""),
     "l1_training": (SPARSE, ""),
     "l2_training": (SPARSE, ""),
     "group_lasso": (SPARSE, ""),
-    "slimming": (SPARSE, "VGG-19 93.77 → 93.78 with 88.8 % fewer parameters, 160 + 160 epochs"),
+    "slimming": (
+        SPARSE,
+        "VGG-19 93.77 → 93.78 with 88.8 % fewer parameters, 160 + 160 epochs",
+    ),
     "depgraph": (SPARSE, "R56 93.53 → 93.77 at 52.9 %, 100 + 100 epochs"),
     "centripetal": (MERGED, "R56 93.39 → 93.44 at 60.9 %, 3 x 600 epochs"),
     "resrep": (MERGED, "R56 93.71 → 93.71 ± .02 at 52.9 %, 480 epochs"),
@@ -47,14 +61,30 @@ ABOUT: dict[str, tuple[str, str]] = {
     "2:4": (RANKING, ""),
     "gsm": (SPARSE, "R56 94.05 → 94.10 with 6.6 times fewer weights, 600 epochs"),
     "drop_connect": (SPARSE, ""),
-    "sensitivity": ("9 evaluations a group", "R56 93.04 → 93.06 at 27.6 %, 40 epochs (levels set by hand)"),
+    "sensitivity": (
+        "9 evaluations a group",
+        "R56 93.04 → 93.06 at 27.6 %, 40 epochs (levels set by hand)",
+    ),
     "iterative": (MERGED, ""),
-    "agp": (MERGED, "R20 91.78 → 91.43 at 24.9 %, 180 epochs (Distiller, filters and weights)"),
-    "three_dimensions": ("up to 14 short trainings", "R56 93.69 → 93.76 at 50.0 % (quoted)"),
+    "agp": (
+        MERGED,
+        "R20 91.78 → 91.43 at 24.9 %, 180 epochs (Distiller, filters and weights)",
+    ),
+    "three_dimensions": (
+        "up to 14 short trainings",
+        "R56 93.69 → 93.76 at 50.0 % (quoted)",
+    ),
     "eagleeye": (SEARCH, "ImageNet R50 77.2 → 76.4 at 2 G MACs"),
-    "amc": (SEARCH, "R56 92.80 → 91.90 at 50 % (quoted); R20 91.78 → 91.26, 60 epochs (Distiller)"),
+    "amc": (
+        SEARCH,
+        "R56 92.80 → 91.90 at 50 % (quoted); R20 91.78 → 91.26, 60 epochs (Distiller)",
+    ),
     "dyna": (SEARCH, ""),
-    "ppo": (SEARCH, "R56 93.39 → 93.49 at 50 %, 200 epochs, best on test (GNN-RL: PPO on a graph of the network)"),
+    "ppo": (
+        SEARCH,
+        "R56 93.39 → 93.49 at 50 %, 200 epochs, best on test (GNN-RL: PPO on a graph "
+        "of the network)",
+    ),
     "sac": (SEARCH, ""),
     "td3": (SEARCH, ""),
     "ddpg": (SEARCH, ""),
@@ -62,7 +92,9 @@ ABOUT: dict[str, tuple[str, str]] = {
     "evolution": (SEARCH, ""),
     "tpe": (SEARCH, ""),
 }
-"""Method to what it costs beside fine-tuning, and the published result nearest to ours, if one is comparable."""
+"""Method to what it costs beside fine-tuning, and the published result nearest to ours,
+if one is comparable.
+"""
 
 INTRODUCTION = """\
 # Methods
@@ -101,8 +133,20 @@ def page(rows: list[dict]) -> str:
 def line(name: str, row: Mapping[str, str]) -> str:
     """One method's row."""
     method, (costs, published) = METHODS[name], ABOUT[name]
-    ours = f"{percent(row['macs_ratio'])}: {percent(row['test_pruned'])} → {percent(row['test'])}" if row else "-"
-    cells = f"`autoprune run --method {name}`", method.paper, method.granularity, costs, ours, published or "-"
+    ours = (
+        f"{percent(row['macs_ratio'])}: {percent(row['test_pruned'])} → "
+        f"{percent(row['test'])}"
+        if row
+        else "-"
+    )
+    cells = (
+        f"`autoprune run --method {name}`",
+        method.paper,
+        method.granularity,
+        costs,
+        ours,
+        published or "-",
+    )
     return f"| {' | '.join(cells)} |"
 
 

@@ -1,7 +1,8 @@
-"""Proxies on offer: ways to score a pruned network before fine-tuning, for `proxy_fidelity.py` to judge.
+"""Proxies on offer: ways to score a pruned network before fine-tuning, for
+`proxy_fidelity.py` to judge.
 
-Each slices the network of an allocation, solves its weights anew if it says so, takes batch-norm statistics from
-somewhere, and reads `MEASURES` off its answers.
+Each slices the network of an allocation, solves its weights anew if it says so, takes
+batch-norm statistics from somewhere, and reads `MEASURES` off its answers.
 """
 
 import time
@@ -46,11 +47,18 @@ class Exam:
         return Exam(self.inputs[part], self.labels[part], self.dense[part])
 
     def measure(self, answers: Tensor) -> dict[str, float]:
-        """`MEASURES` of logits; `kl` is KL(dense || answers), as both losses the mean over images, in nats."""
+        """`MEASURES` of logits; `kl` is KL(dense || answers), as both losses the mean
+        over images, in nats.
+        """
         return {
             "accuracy": (answers.argmax(1) == self.labels).float().mean().item(),
             "cross_entropy": F.cross_entropy(answers, self.labels).item(),
-            "kl": F.kl_div(answers.log_softmax(1), self.dense, log_target=True, reduction="batchmean").item(),
+            "kl": F.kl_div(
+                answers.log_softmax(1),
+                self.dense,
+                log_target=True,
+                reduction="batchmean",
+            ).item(),
         }
 
 
@@ -103,7 +111,12 @@ class Network:
     @cached_property
     def train_batches(self) -> list[Tensor]:
         """EagleEye's calibration: 100 augmented batches of training images."""
-        return [inputs for inputs, _ in islice(batches(self.workspace.splits.train, 128, seed=0, epoch=0), 100)]
+        return [
+            inputs
+            for inputs, _ in islice(
+                batches(self.workspace.splits.train, 128, seed=0, epoch=0), 100
+            )
+        ]
 
     @cached_property
     def calibration(self) -> Tensor:
@@ -112,10 +125,16 @@ class Network:
 
     def exam(self, images: Images) -> Exam:
         """Images to be scored."""
-        return Exam(images.inputs, images.labels, answer(self.workspace.model, images.inputs).log_softmax(1))
+        return Exam(
+            images.inputs,
+            images.labels,
+            answer(self.workspace.model, images.inputs).log_softmax(1),
+        )
 
     def lay(self, counts: dict[str, int], reconstructed: bool = False) -> nn.Module:
-        """The sub-model of an allocation with the dense network's statistics, valid until the next; in eval mode."""
+        """The sub-model of an allocation with the dense network's statistics, valid
+        until the next; in eval mode.
+        """
         kept = top_channels(self.workspace.importance, counts)
         model = self.slicer.apply(kept).eval()
         if reconstructed:
@@ -128,8 +147,9 @@ class Proxy:
     """A way to score a network before fine-tuning.
 
     Attributes:
-        prepare: `(network, model, part)` settles where batch norm takes its statistics from, and gives the context in
-            which `model` is to be scored; `part` is the set at hand.
+        prepare: `(network, model, part)` settles where batch norm takes its statistics
+            from, and gives the context in which `model` is to be scored; `part` is the
+            set at hand.
         images: Images that are scored.
         passes: Over images, that of `prepare` included.
         reconstructed: Whether weights are solved anew.
@@ -150,29 +170,42 @@ class Proxy:
     def sets(self) -> list[slice]:
         """The disjoint sets of images that are scored apart."""
         n_sets = N_SETS if self.images <= SET_SIZE else 1
-        return [slice(at, at + self.images) for at in range(0, n_sets * self.images, self.images)]
+        return [
+            slice(at, at + self.images)
+            for at in range(0, n_sets * self.images, self.images)
+        ]
 
 
-def as_pruned(network: Network, model: nn.Module, part: slice) -> AbstractContextManager:
+def as_pruned(
+    network: Network, model: nn.Module, part: slice
+) -> AbstractContextManager:
     """The dense network's statistics."""
     return in_eval_mode(model)
 
 
-def moving_average(network: Network, model: nn.Module, part: slice) -> AbstractContextManager:
-    """The dense network's statistics, moved by PyTorch's usual momentum over training batches."""
+def moving_average(
+    network: Network, model: nn.Module, part: slice
+) -> AbstractContextManager:
+    """The dense network's statistics, moved by PyTorch's usual momentum over training
+    batches.
+    """
     model.train()
     for inputs in network.train_batches:
         answer(model, inputs)
     return in_eval_mode(model)
 
 
-def recalibrated(network: Network, model: nn.Module, part: slice) -> AbstractContextManager:
+def recalibrated(
+    network: Network, model: nn.Module, part: slice
+) -> AbstractContextManager:
     """Statistics measured anew, on as many other images as are scored."""
     recalibrate(model, network.calibration[part], bf16="auto")
     return in_eval_mode(model)
 
 
-def batch_statistics(network: Network, model: nn.Module, part: slice) -> AbstractContextManager:
+def batch_statistics(
+    network: Network, model: nn.Module, part: slice
+) -> AbstractContextManager:
     """The statistics of the very images that are scored."""
     return on_batch_statistics(model)
 
@@ -193,7 +226,9 @@ PROXIES = {
 }
 
 
-def score(network: Network, kept: dict[str, int], proxy: Proxy, part: slice, exam: Exam) -> tuple[dict, float]:
+def score(
+    network: Network, kept: dict[str, int], proxy: Proxy, part: slice, exam: Exam
+) -> tuple[dict, float]:
     """`MEASURES` of a sub-model, and the processor seconds from allocation to score."""
     started = time.process_time()
     model = network.lay(kept, proxy.reconstructed)

@@ -1,18 +1,24 @@
-"""Is it the weights or the widths? Pruned networks fine-tuned, and trained from scratch (Liu et al. 2019, ICLR).
+"""Is it the weights or the widths? Pruned networks fine-tuned, and trained from scratch
+(Liu et al. 2019, ICLR).
 
     python experiments/rethinking.py --seeds 0 1 2
     python experiments/rethinking.py --summary
 
-A ResNet-8 is trained on 5,000 CIFAR-10 images, pruned to half of its MACs (the same share of every group, by L1), and
-the small network then is
+A ResNet-8 is trained on 5,000 CIFAR-10 images, pruned to half of its MACs (the same
+share of every group, by L1), and the small network then is
 
-- `fine_tuned`: trained on from its weights, for a quarter of the dense network's epochs, as the paper did;
-- `fine_tuned_long`: the same for as many epochs as the dense network had (Wang et al. 2023 ask for that);
-- `scratch_e`: trained from new values, drawn for the small widths, for as many epochs as the dense network had;
-- `scratch_b`: the same for as many MACs as the dense network's training took, at most twice the epochs;
+- `fine_tuned`: trained on from its weights, for a quarter of the dense network's
+  epochs, as the paper did;
+- `fine_tuned_long`: the same for as many epochs as the dense network had (Wang et al.
+  2023 ask for that);
+- `scratch_e`: trained from new values, drawn for the small widths, for as many epochs
+  as the dense network had;
+- `scratch_b`: the same for as many MACs as the dense network's training took, at most
+  twice the epochs;
 
-each with a small and a large learning rate, annealed to zero. A row a network in `experiments/results/rethinking.csv`;
-the test images are read once, after the last epoch. Rows that are there aren't measured again.
+each with a small and a large learning rate, annealed to zero. A row a network in
+`experiments/results/rethinking.csv`; the test images are read once, after the last
+epoch. Rows that are there aren't measured again.
 """
 
 import argparse
@@ -47,7 +53,9 @@ BUDGET, DENSE_LR = "macs=50%", 0.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lrs", nargs="+", type=float, default=[0.01, 0.1])
     parser.add_argument("--epochs", type=int, default=12)
@@ -59,15 +67,29 @@ def main() -> None:
     splits = load(DataConfig("cifar10", max_train_images=5000))
     args.runs.mkdir(parents=True, exist_ok=True)
     dense = cache(lambda seed: dense_network(splits, args.epochs, seed, args.runs))
-    cells = [dict(zip(KEY, (arm, lr, seed), strict=True)) for seed in args.seeds for arm in ARMS for lr in args.lrs]
-    fill(TABLE, cells, lambda cell: measure(dense(cell["seed"]), splits, cell, args), FIELDS)
+    cells = [
+        dict(zip(KEY, (arm, lr, seed), strict=True))
+        for seed in args.seeds
+        for arm in ARMS
+        for lr in args.lrs
+    ]
+    fill(
+        TABLE,
+        cells,
+        lambda cell: measure(dense(cell["seed"]), splits, cell, args),
+        FIELDS,
+    )
 
 
 def dense_network(splits: Splits, epochs: int, seed: int, runs: Path) -> nn.Module:
     """The network that is to be pruned, trained."""
     torch.manual_seed(seed)
     return finetune(
-        CifarResNet(8), splits.train, training(epochs, DENSE_LR), seed, checkpoint=runs / f"dense-{seed}.pt"
+        CifarResNet(8),
+        splits.train,
+        training(epochs, DENSE_LR),
+        seed,
+        checkpoint=runs / f"dense-{seed}.pt",
     )
 
 
@@ -76,15 +98,26 @@ def training(epochs: int, lr: float) -> FinetuneConfig:
     return FinetuneConfig(epochs, 64, lr, distillation=0.0)
 
 
-def measure(dense: nn.Module, splits: Splits, cell: dict, args: argparse.Namespace) -> dict:
+def measure(
+    dense: nn.Module, splits: Splits, cell: dict, args: argparse.Namespace
+) -> dict:
     """One small network to its test accuracy."""
     pruned, share = halved(dense, splits)
     epochs = epochs_of(cell["arm"], args.epochs, share)
     if cell["arm"].startswith("scratch"):
         pruned = renewed(pruned, cell["seed"])
     checkpoint = args.runs / f"{cell['arm']}-{cell['lr']}-{cell['seed']}.pt"
-    finetune(pruned, splits.train, training(epochs, cell["lr"]), cell["seed"], checkpoint=checkpoint)
-    scores = {"test_dense": round(accuracy(dense, splits.test), 4), "test": round(accuracy(pruned, splits.test), 4)}
+    finetune(
+        pruned,
+        splits.train,
+        training(epochs, cell["lr"]),
+        cell["seed"],
+        checkpoint=checkpoint,
+    )
+    scores = {
+        "test_dense": round(accuracy(dense, splits.test), 4),
+        "test": round(accuracy(pruned, splits.test), 4),
+    }
     return {"epochs": epochs, "macs_ratio": round(share, 5)} | scores
 
 
@@ -94,16 +127,19 @@ def halved(dense: nn.Module, splits: Splits) -> tuple[nn.Module, float]:
     costs = CostTable(groups)
     counts = SearchSpace(costs).uniform(Budget.parse(BUDGET).target(costs))
     kept = dict(zip(costs.names, counts.tolist(), strict=True))
-    pruned = prune(dense, groups, top_channels(importance("l1", dense, groups, splits.train), kept))
+    pruned = prune(
+        dense, groups, top_channels(importance("l1", dense, groups, splits.train), kept)
+    )
     recalibrate(pruned, splits.calibration.inputs)
     return pruned, costs.macs(counts) / costs.macs(costs.dense)
 
 
 def epochs_of(arm: str, dense: int, share: float) -> int:
-    """Epochs of an arm when the dense network had `dense` and the small one has that share of its MACs.
+    """Epochs of an arm when the dense network had `dense` and the small one has that
+    share of its MACs.
 
-    Scratch-B: as many multiply-accumulates as the dense training took, so the epochs grow by 1 / share; the paper stops
-    at twice as many.
+    Scratch-B: as many multiply-accumulates as the dense training took, so the epochs
+    grow by 1 / share; the paper stops at twice as many.
     """
     return {
         "fine_tuned": max(1, round(dense / 4)),
@@ -114,7 +150,9 @@ def epochs_of(arm: str, dense: int, share: float) -> int:
 
 
 def renewed(model: nn.Module, seed: int) -> nn.Module:
-    """A copy with new values, drawn for its own widths as the dense network's were for its, and fresh statistics."""
+    """A copy with new values, drawn for its own widths as the dense network's were for
+    its, and fresh statistics.
+    """
     anew = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1000)
@@ -132,14 +170,27 @@ def summarise(rows: list[dict]) -> None:
     dense = {row["seed"]: 100 * float(row["test_dense"]) for row in rows}
     print(f"dense {mean_and_spread(list(dense.values()))}")
     for (arm, lr), scores in sorted(tests.items(), key=lambda item: -_mean(item[1])):
-        print(f"{arm:16s} lr {lr:5s} {mean_and_spread(list(scores.values()))}  seeds {len(scores)}")
+        print(
+            f"{arm:16s} lr {lr:5s} {mean_and_spread(list(scores.values()))}  seeds "
+            f"{len(scores)}"
+        )
     best = {
-        arm: max((tests[key] for key in tests if key[0] == arm), key=lambda s: np.mean(list(s.values())))
+        arm: max(
+            (tests[key] for key in tests if key[0] == arm),
+            key=lambda s: np.mean(list(s.values())),
+        )
         for arm in ARMS
     }
-    for arm, rival in (("fine_tuned", "scratch_e"), ("fine_tuned", "scratch_b"), ("fine_tuned_long", "scratch_b")):
+    for arm, rival in (
+        ("fine_tuned", "scratch_e"),
+        ("fine_tuned", "scratch_b"),
+        ("fine_tuned_long", "scratch_b"),
+    ):
         gains = np.array([best[arm][seed] - best[rival][seed] for seed in best[arm]])
-        print(f"{arm} - {rival}, each at its better learning rate: {mean_and_spread(list(gains))} points")
+        print(
+            f"{arm} - {rival}, each at its better learning rate: "
+            f"{mean_and_spread(list(gains))} points"
+        )
 
 
 def _mean(scores: dict[str, float]) -> float:

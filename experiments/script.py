@@ -8,7 +8,9 @@ from autoprune.errors import UserError, in_one_line
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; what a user can mend is one line and exit code 2, like the usage errors of argparse."""
+    """Runs a script's `main`; what a user can mend is one line and exit code 2, like
+    the usage errors of argparse.
+    """
     try:
         main()
     except (UserError, OSError) as error:

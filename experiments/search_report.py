@@ -1,8 +1,10 @@
-"""docs/results.md: what searches find, what is left of it after fine-tuning, and what a policy is worth elsewhere.
+"""docs/results.md: what searches find, what is left of it after fine-tuning, and what a
+policy is worth elsewhere.
 
 python experiments/search_report.py
 
-Written from the tables of `search_agents.py`, `after_finetuning.py`, `multi_budget.py` and `transfer.py`.
+Written from the tables of `search_agents.py`, `after_finetuning.py`, `multi_budget.py`
+and `transfer.py`.
 """
 
 from collections import defaultdict
@@ -83,7 +85,17 @@ def main() -> None:
 
 def page() -> str:
     """The whole page."""
-    parts = (INTRODUCTION, SEARCHES, *searches(), FINETUNED, *finetuned(), RANGES, ranges(), TRANSFERS, *transfers())
+    parts = (
+        INTRODUCTION,
+        SEARCHES,
+        *searches(),
+        FINETUNED,
+        *finetuned(),
+        RANGES,
+        ranges(),
+        TRANSFERS,
+        *transfers(),
+    )
     return "".join(parts)
 
 
@@ -94,42 +106,68 @@ def searches() -> Iterable[str]:
         for budget, rows in by_budget.items():
             lengths = sorted({row["asked"] for row in rows}, key=int)
             found = grouped(rows, "searcher")
-            best = sorted(found, key=lambda name: mean(ranking(found[name], lengths), "selection_loss"))
-            lines = [[NAMES.get(name, name), *(scored(asked(found[name], n)) for n in lengths)] for name in best]
-            yield heading(model, budget) + table(["searcher", *(f"{n} evaluations" for n in lengths)], lines)
+            best = sorted(
+                found,
+                key=lambda name: mean(ranking(found[name], lengths), "selection_loss"),
+            )
+            lines = [
+                [
+                    NAMES.get(name, name),
+                    *(scored(asked(found[name], n)) for n in lengths),
+                ]
+                for name in best
+            ]
+            yield heading(model, budget) + table(
+                ["searcher", *(f"{n} evaluations" for n in lengths)], lines
+            )
 
 
 def asked(rows: Rows, evaluations: str) -> Rows:
-    """One searcher's rows of so many evaluations; what decides at once has the same whatever is asked for."""
+    """One searcher's rows of so many evaluations; what decides at once has the same
+    whatever is asked for.
+    """
     at_once = [row for row in rows if row["evaluations"] == "1"][:1]
     return at_once or [row for row in rows if row["asked"] == evaluations]
 
 
 def ranking(rows: Rows, lengths: Sequence[str]) -> Rows:
     """What a searcher is ranked by: 300 evaluations, or the most that it has."""
-    return asked(rows, "300") or next(found for n in reversed(lengths) if (found := asked(rows, n)))
+    return asked(rows, "300") or next(
+        found for n in reversed(lengths) if (found := asked(rows, n))
+    )
 
 
 def scored(rows: Rows) -> str:
     """Loss and accuracy."""
     if not rows:
         return "-"
-    accuracy = shown([100 * float(row["selection_accuracy"]) for row in rows], 1, counted=False)
+    accuracy = shown(
+        [100 * float(row["selection_accuracy"]) for row in rows], 1, counted=False
+    )
     return f"{shown(column(rows, 'selection_loss'), 3)}, {accuracy} %"
 
 
 def finetuned() -> Iterable[str]:
-    """A table a network and budget: allocations by what is left of the dense network's accuracy."""
+    """A table a network and budget: allocations by what is left of the dense network's
+    accuracy.
+    """
     for model in NETWORKS:
-        for budget, rows in grouped(read_table(RESULTS / f"after_finetuning_{model}.csv"), "budget").items():
+        for budget, rows in grouped(
+            read_table(RESULTS / f"after_finetuning_{model}.csv"), "budget"
+        ).items():
             found = grouped(rows, "method")
             best = sorted(found, key=lambda name: -mean(found[name], "test"))
             lines = [
-                [NAMES.get(name, name), *(percent(found[name], of) for of in ("selection_pruned", "test"))]
+                [
+                    NAMES.get(name, name),
+                    *(percent(found[name], of) for of in ("selection_pruned", "test")),
+                ]
                 for name in best
             ]
             dense = percent(rows[:1], "test_dense")
-            yield heading(model, budget) + table(["allocation", "pruned, %", f"fine-tuned, % (dense {dense})"], lines)
+            yield heading(model, budget) + table(
+                ["allocation", "pruned, %", f"fine-tuned, % (dense {dense})"], lines
+            )
 
 
 def ranges() -> str:
@@ -140,30 +178,68 @@ def ranges() -> str:
         cells = [percentage_of(budget)]
         for of in ("selection_accuracy", "policy_selection_accuracy"):
             alone, ranged = (
-                {row["seed"]: 100 * float(row[of]) for row in found if row["kind"] == kind}
+                {
+                    row["seed"]: 100 * float(row[of])
+                    for row in found
+                    if row["kind"] == kind
+                }
                 for kind in ("alone", "range")
             )
             both = sorted(alone.keys() & ranged.keys())
             cells += [shown([alone[seed] for seed in both], 1)]
             cells += [signed([ranged[seed] - alone[seed] for seed in both])]
         lines.append(cells)
-    return "\n" + table(["MACs", "chosen, alone", "range minus alone", "policy, alone", "range minus alone"], lines)
+    return "\n" + table(
+        [
+            "MACs",
+            "chosen, alone",
+            "range minus alone",
+            "policy, alone",
+            "range minus alone",
+        ],
+        lines,
+    )
 
 
 def transfers() -> Iterable[str]:
     """A table a network: policies by zero shot, warm start and from scratch."""
     for model, rows in grouped(read_table(RESULTS / "transfer.csv"), "model").items():
-        scratch = grouped(read_table(RESULTS / f"search_{model}.csv"), "budget").get(rows[0]["budget"], [])
+        scratch = grouped(read_table(RESULTS / f"search_{model}.csv"), "budget").get(
+            rows[0]["budget"], []
+        )
         lines = []
         for policy, found in grouped(rows, "policy").items():
             name = policy.rsplit("-", 1)[1]
             own = [row for row in scratch if row["searcher"] == name]
-            starts = [[row for row in found if row["kind"] == kind] for kind in ("zero shot", "warm, 100")]
+            starts = [
+                [row for row in found if row["kind"] == kind]
+                for kind in ("zero shot", "warm, 100")
+            ]
             parts = (*starts, asked(own, "100"), asked(own, "300"))
-            lines.append([NAMES.get(name, name), *(shown(column(part, "selection_loss"), 3) for part in parts)])
-        uniform = shown(column([row for row in rows if row["kind"] == "uniform"][:1], "selection_loss"), 3)
-        head = ["policy of", "zero shot", "100 from it", "100 from scratch", "300 from scratch"]
-        yield heading(model, rows[0]["budget"]) + f"Uniform pruning: {uniform}.\n\n" + table(head, lines)
+            lines.append(
+                [
+                    NAMES.get(name, name),
+                    *(shown(column(part, "selection_loss"), 3) for part in parts),
+                ]
+            )
+        uniform = shown(
+            column(
+                [row for row in rows if row["kind"] == "uniform"][:1], "selection_loss"
+            ),
+            3,
+        )
+        head = [
+            "policy of",
+            "zero shot",
+            "100 from it",
+            "100 from scratch",
+            "300 from scratch",
+        ]
+        yield (
+            heading(model, rows[0]["budget"])
+            + f"Uniform pruning: {uniform}.\n\n"
+            + table(head, lines)
+        )
 
 
 def grouped(rows: Rows, key: str) -> dict[str, Rows]:
@@ -206,7 +282,9 @@ def heading(model: str, budget: str) -> str:
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *lines))
+    return "".join(
+        f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *lines)
+    )
 
 
 if __name__ == "__main__":

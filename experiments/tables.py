@@ -23,13 +23,20 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def measured(path: Path, parser: ArgumentParser) -> list[dict[str, str]]:
-    """The rows of a table that is to be summed up; a usage error where there are none yet."""
-    return read_table(path) or parser.error(f"--summary: {path} holds no row yet; measure some first")
+    """The rows of a table that is to be summed up; a usage error where there are none
+    yet.
+    """
+    return read_table(path) or parser.error(
+        f"--summary: {path} holds no row yet; measure some first"
+    )
 
 
 def holds(path: Path, cell: dict) -> bool:
     """Whether a table has a row with these values."""
-    return any(all(row[name] == str(value) for name, value in cell.items()) for row in read_table(path))
+    return any(
+        all(row[name] == str(value) for name, value in cell.items())
+        for row in read_table(path)
+    )
 
 
 def add_rows(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
@@ -37,8 +44,14 @@ def add_rows(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
     write_table(path, [*read_table(path), *rows], columns)
 
 
-def fill(path: Path, cells: Iterable[dict], measure: Callable[[dict], dict], columns: Sequence[str]) -> None:
-    """Measures the cells that a table lacks, and adds and prints a row after each, so that a killed script goes on.
+def fill(
+    path: Path,
+    cells: Iterable[dict],
+    measure: Callable[[dict], dict],
+    columns: Sequence[str],
+) -> None:
+    """Measures the cells that a table lacks, and adds and prints a row after each, so
+    that a killed script goes on.
 
     A last column tells on what device.
     """
@@ -56,13 +69,16 @@ def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def device() -> str:
-    """What this process computes on: the instructions decide about times, the precision about scores' last digits."""
+    """What this process computes on: the instructions decide about times, the precision
+    about scores' last digits.
+    """
     precision = "bf16" if has_fast_bf16() else "float32"
     return f"{available_cores()} x CPU {torch.backends.cpu.get_cpu_capability()} {precision}"
 
 
 def write_table(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
-    """Writes a table at once, so that a killed script leaves the old one or the new one.
+    """Writes a table at once, so that a killed script leaves the old one or the new
+    one.
 
     Args:
         path: The CSV file.
@@ -70,7 +86,9 @@ def write_table(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> Non
         columns: In their order.
     """
     text = io.StringIO()
-    table = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    table = csv.DictWriter(
+        text, columns, restval="", extrasaction="ignore", lineterminator="\n"
+    )
     table.writeheader()
     table.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,11 @@
-"""Which network does the project start from? Trains one on CIFAR-10; the test split is read once, after the last epoch.
+"""Which network does the project start from? Trains one on CIFAR-10; the test split is
+read once, after the last epoch.
 
     python experiments/train_baseline.py --model resnet20 --epochs 70
 
-45,000 training images; the 5,000 that later serve as calibration, proxy and selection splits are never trained on.
-Resumable: a second call goes on after the last finished epoch. ResNet-20, 70 epochs: about 95 minutes on 1 core.
+45,000 training images; the 5,000 that later serve as calibration, proxy and selection
+splits are never trained on. Resumable: a second call goes on after the last finished
+epoch. ResNet-20, 70 epochs: about 95 minutes on 1 core.
 """
 
 import argparse
@@ -23,7 +25,9 @@ from experiments.script import run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--epochs", type=int, default=70)
     parser.add_argument("--lr", type=float, default=0.2)
@@ -33,19 +37,38 @@ def main() -> None:
     args = parser.parse_args()
 
     splits = load(DataConfig(data="cifar10"))
-    config = FinetuneConfig(args.epochs, args.batch_size, args.lr, weight_decay=5e-4, distillation=0.0)
+    config = FinetuneConfig(
+        args.epochs, args.batch_size, args.lr, weight_decay=5e-4, distillation=0.0
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     model, started = build(args.model), time.time()
 
     def report(epoch: int, loss: float) -> None:
-        print(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {time.time() - started:.0f} s", flush=True)
+        print(
+            f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  "
+            f"{time.time() - started:.0f} s",
+            flush=True,
+        )
 
-    finetune(model, splits.train, config, args.seed, checkpoint=args.out / f"{args.model}.ckpt", on_epoch=report)
-    scores = {part: accuracy(model, getattr(splits, part)) for part in ("selection", "test")}
+    finetune(
+        model,
+        splits.train,
+        config,
+        args.seed,
+        checkpoint=args.out / f"{args.model}.ckpt",
+        on_epoch=report,
+    )
+    scores = {
+        part: accuracy(model, getattr(splits, part)) for part in ("selection", "test")
+    }
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
     save_file(weights, args.out / f"{args.model}.safetensors")
-    print(json.dumps({"model": args.model, "epochs": args.epochs, "seed": args.seed, **scores}))
+    print(
+        json.dumps(
+            {"model": args.model, "epochs": args.epochs, "seed": args.seed, **scores}
+        )
+    )
 
 
 if __name__ == "__main__":

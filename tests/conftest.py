@@ -1,4 +1,6 @@
-"""What holds for every test: one thread (the same sums on any machine), no network, no dataset of the user's."""
+"""What holds for every test: one thread (the same sums on any machine), no network, no
+dataset of the user's.
+"""
 
 import socket
 
@@ -19,4 +21,6 @@ def _isolated(monkeypatch, tmp_path_factory):
         raise AssertionError(f"tests run without network, tried to reach {address}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setenv("AUTOPRUNE_CACHE", str(tmp_path_factory.getbasetemp() / "no_datasets"))
+    monkeypatch.setenv(
+        "AUTOPRUNE_CACHE", str(tmp_path_factory.getbasetemp() / "no_datasets")
+    )

@@ -1,4 +1,6 @@
-"""A detector and a segmentation network as people write them: YOLOv8's graph at small widths, and a U-Net."""
+"""A detector and a segmentation network as people write them: YOLOv8's graph at small
+widths, and a U-Net.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +36,21 @@ class Bottleneck(nn.Module):
 
 
 class C2f(nn.Module):
-    """Half of the channels pass through bottlenecks; every stage's output goes into one concatenation.
+    """Half of the channels pass through bottlenecks; every stage's output goes into one
+    concatenation.
 
-    The halves come from `chunk`, from `split` at a size that is written in the code (ultralytics has both), or
-    from two convolutions (as in YOLOv5's C3).
+    The halves come from `chunk`, from `split` at a size that is written in the code
+    (ultralytics has both), or from two convolutions (as in YOLOv5's C3).
     """
 
-    def __init__(self, n_in: int, n_out: int, n: int = 1, shortcut: bool = False, halve: str = "chunk"):
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        n: int = 1,
+        shortcut: bool = False,
+        halve: str = "chunk",
+    ):
         super().__init__()
         self.c, self.halve = n_out // 2, halve
         if halve == "two_convs":
@@ -54,7 +64,11 @@ class C2f(nn.Module):
         if self.halve == "two_convs":
             y = [self.cv0(x), self.cv1(x)]
         else:
-            y = list(self.cv1(x).chunk(2, 1) if self.halve == "chunk" else self.cv1(x).split((self.c, self.c), 1))
+            y = list(
+                self.cv1(x).chunk(2, 1)
+                if self.halve == "chunk"
+                else self.cv1(x).split((self.c, self.c), 1)
+            )
         y.extend(m(y[-1]) for m in self.m)
         return self.cv2(torch.cat(y, 1))
 
@@ -64,7 +78,10 @@ class SPPF(nn.Module):
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
-        self.cv1, self.cv2 = ConvNormAct(n_in, n_in // 2), ConvNormAct(4 * (n_in // 2), n_out)
+        self.cv1, self.cv2 = (
+            ConvNormAct(n_in, n_in // 2),
+            ConvNormAct(4 * (n_in // 2), n_out),
+        )
         self.m = nn.MaxPool2d(5, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,9 +92,11 @@ class SPPF(nn.Module):
 
 
 class Detect(nn.Module):
-    """Boxes and classes at three scales by branches of their own; one map a scale, or all decoded to boxes too.
+    """Boxes and classes at three scales by branches of their own; one map a scale, or
+    all decoded to boxes too.
 
-    A distance is the mean of its bins' numbers, weighted by a softmax: a convolution that isn't trained.
+    A distance is the mean of its bins' numbers, weighted by a softmax: a convolution
+    that isn't trained.
     """
 
     def __init__(self, widths: tuple[int, ...], decoded: bool):
@@ -91,13 +110,19 @@ class Detect(nn.Module):
 
     @staticmethod
     def _branch(n_in: int, n: int, n_out: int) -> nn.Sequential:
-        return nn.Sequential(ConvNormAct(n_in, n, 3), ConvNormAct(n, n, 3), nn.Conv2d(n, n_out, 1))
+        return nn.Sequential(
+            ConvNormAct(n_in, n, 3), ConvNormAct(n, n, 3), nn.Conv2d(n, n_out, 1)
+        )
 
     def forward(self, x: list[Tensor]) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        maps = [torch.cat((self.cv2[i](x[i]), self.cv3[i](x[i])), 1) for i in range(len(x))]
+        maps = [
+            torch.cat((self.cv2[i](x[i]), self.cv3[i](x[i])), 1) for i in range(len(x))
+        ]
         if not self.decoded:
             return maps
-        box, scores = torch.cat([m.view(m.shape[0], self.no, -1) for m in maps], 2).split((4 * BINS, N_CLASSES), 1)
+        box, scores = torch.cat(
+            [m.view(m.shape[0], self.no, -1) for m in maps], 2
+        ).split((4 * BINS, N_CLASSES), 1)
         bins = box.view(box.shape[0], 4, BINS, -1).transpose(1, 2).softmax(1)
         distances = self.dfl(bins).view(box.shape[0], 4, -1)
         return torch.cat((distances, scores.sigmoid()), 1), maps
@@ -110,14 +135,32 @@ class Detector(nn.Module):
         super().__init__()
         w, c2f = width, lambda *args, **kwargs: C2f(*args, halve=halve, **kwargs)
         self.stem, self.down2 = ConvNormAct(3, w, 3, 2), ConvNormAct(w, 2 * w, 3, 2)
-        self.stage2, self.down3 = c2f(2 * w, 2 * w, shortcut=True), ConvNormAct(2 * w, 4 * w, 3, 2)
-        self.stage3, self.down4 = c2f(4 * w, 4 * w, n=2, shortcut=True), ConvNormAct(4 * w, 8 * w, 3, 2)
-        self.stage4, self.down5 = c2f(8 * w, 8 * w, n=2, shortcut=True), ConvNormAct(8 * w, 16 * w, 3, 2)
-        self.stage5, self.sppf = c2f(16 * w, 16 * w, shortcut=True), SPPF(16 * w, 16 * w)
+        self.stage2, self.down3 = (
+            c2f(2 * w, 2 * w, shortcut=True),
+            ConvNormAct(2 * w, 4 * w, 3, 2),
+        )
+        self.stage3, self.down4 = (
+            c2f(4 * w, 4 * w, n=2, shortcut=True),
+            ConvNormAct(4 * w, 8 * w, 3, 2),
+        )
+        self.stage4, self.down5 = (
+            c2f(8 * w, 8 * w, n=2, shortcut=True),
+            ConvNormAct(8 * w, 16 * w, 3, 2),
+        )
+        self.stage5, self.sppf = (
+            c2f(16 * w, 16 * w, shortcut=True),
+            SPPF(16 * w, 16 * w),
+        )
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.top4, self.top3 = c2f((16 + 8) * w, 8 * w), c2f((8 + 4) * w, 4 * w)
-        self.down_a, self.bottom4 = ConvNormAct(4 * w, 4 * w, 3, 2), c2f((4 + 8) * w, 8 * w)
-        self.down_b, self.bottom5 = ConvNormAct(8 * w, 8 * w, 3, 2), c2f((8 + 16) * w, 16 * w)
+        self.down_a, self.bottom4 = (
+            ConvNormAct(4 * w, 4 * w, 3, 2),
+            c2f((4 + 8) * w, 8 * w),
+        )
+        self.down_b, self.bottom5 = (
+            ConvNormAct(8 * w, 8 * w, 3, 2),
+            c2f((8 + 16) * w, 16 * w),
+        )
         self.detect = Detect((4 * w, 8 * w, 16 * w), decoded)
 
     def forward(self, x: Tensor):
@@ -137,7 +180,11 @@ class DoubleConv(nn.Sequential):
     def __init__(self, n_in: int, n_out: int):
         layers = []
         for n in (n_in, n_out):
-            layers += [nn.Conv2d(n, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)]
+            layers += [
+                nn.Conv2d(n, n_out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(n_out),
+                nn.ReLU(inplace=True),
+            ]
         super().__init__(*layers)
 
 
@@ -149,7 +196,8 @@ class Up(nn.Module):
         self.up = nn.ConvTranspose2d(n_in, n_in // 2, 2, 2)
         if bilinear:
             self.up = nn.Sequential(
-                nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), nn.Conv2d(n_in, n_in // 2, 1)
+                nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+                nn.Conv2d(n_in, n_in // 2, 1),
             )
         self.conv = DoubleConv(n_in, n_out)
 
@@ -161,13 +209,17 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """Ronneberger et al. 2015 as it is written today: same-size convolutions, batch norm."""
+    """Ronneberger et al. 2015 as it is written today: same-size convolutions, batch
+    norm.
+    """
 
     def __init__(self, width: int = 16, bilinear: bool = False, levels: int = 4):
         super().__init__()
         widths = [width * 2**i for i in range(levels + 1)]
         self.inc = DoubleConv(3, width)
-        self.downs = nn.ModuleList(nn.Sequential(nn.MaxPool2d(2), DoubleConv(n, 2 * n)) for n in widths[:-1])
+        self.downs = nn.ModuleList(
+            nn.Sequential(nn.MaxPool2d(2), DoubleConv(n, 2 * n)) for n in widths[:-1]
+        )
         self.ups = nn.ModuleList(Up(n, n // 2, bilinear) for n in reversed(widths[1:]))
         self.outc = nn.Conv2d(width, N_CLASSES, 1)
 

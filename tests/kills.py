@@ -9,7 +9,9 @@ class Killed(Exception):
     """What `kill_after` raises."""
 
 
-def kill_after(epoch: int, error: type[BaseException] = Killed) -> Callable[[int, float], None]:
+def kill_after(
+    epoch: int, error: type[BaseException] = Killed
+) -> Callable[[int, float], None]:
     """An `on_epoch` that dies."""
 
     def kill(finished: int, loss: float) -> None:

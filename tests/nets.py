@@ -1,6 +1,8 @@
-"""Tiny networks that carry what is known about them: their groups, what is pinned and why, and their MACs.
+"""Tiny networks that carry what is known about them: their groups, what is pinned and
+why, and their MACs.
 
-Every expectation is written down by hand, in named dimensions, so that nothing here comes from the code under test.
+Every expectation is written down by hand, in named dimensions, so that nothing here
+comes from the code under test.
 """
 
 import copy
@@ -34,7 +36,10 @@ class Chain(nn.Module):
     def __init__(self, widths: tuple[int, int] = (6, 8)):
         super().__init__()
         self.conv1, self.bn1 = conv(RGB, widths[0]), nn.BatchNorm2d(widths[0])
-        self.conv2, self.bn2 = conv(widths[0], widths[1], stride=2), nn.BatchNorm2d(widths[1])
+        self.conv2, self.bn2 = (
+            conv(widths[0], widths[1], stride=2),
+            nn.BatchNorm2d(widths[1]),
+        )
         self.head = nn.Linear(widths[1], CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +109,11 @@ class Grouped(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.grouped, self.head = conv(RGB, 8), conv(8, 12, groups=2), nn.Linear(12, CLASSES)
+        self.stem, self.grouped, self.head = (
+            conv(RGB, 8),
+            conv(8, 12, groups=2),
+            nn.Linear(12, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(pooled(F.relu(self.grouped(F.relu(self.stem(x))))))
@@ -115,7 +124,11 @@ class ConvGroups(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.grouped, self.head = conv(RGB, 8), conv(8, 16, groups=4), nn.Linear(16, CLASSES)
+        self.stem, self.grouped, self.head = (
+            conv(RGB, 8),
+            conv(8, 16, groups=4),
+            nn.Linear(16, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(pooled(F.relu(self.grouped(F.relu(self.stem(x))))))
@@ -126,7 +139,11 @@ class Shared(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.shared, self.head = conv(RGB, 6), conv(6, 6), nn.Linear(6, CLASSES)
+        self.stem, self.shared, self.head = (
+            conv(RGB, 6),
+            conv(6, 6),
+            nn.Linear(6, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
@@ -138,7 +155,11 @@ class TwoNames(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.shared, self.head = conv(RGB, 6), conv(6, 6), nn.Linear(6, CLASSES)
+        self.stem, self.shared, self.head = (
+            conv(RGB, 6),
+            conv(6, 6),
+            nn.Linear(6, CLASSES),
+        )
         self.again = self.shared
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,7 +172,11 @@ class Flatten(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        self.stem, self.hidden, self.head = conv(RGB, 4), nn.Linear(4 * size**2, 6), nn.Linear(6, CLASSES)
+        self.stem, self.hidden, self.head = (
+            conv(RGB, 4),
+            nn.Linear(4 * size**2, 6),
+            nn.Linear(6, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.relu(self.hidden(F.relu(self.stem(x)).flatten(1))))
@@ -162,7 +187,11 @@ class PaddedShortcut(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.inner, self.outer = conv(RGB, 4), conv(4, 6, stride=2), conv(6, 8)
+        self.stem, self.inner, self.outer = (
+            conv(RGB, 4),
+            conv(4, 6, stride=2),
+            conv(6, 8),
+        )
         self.head = nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,7 +205,11 @@ class OneChannel(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.narrow, self.wide, self.head = conv(RGB, 1), conv(1, 6), nn.Linear(6, CLASSES)
+        self.narrow, self.wide, self.head = (
+            conv(RGB, 1),
+            conv(1, 6),
+            nn.Linear(6, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(pooled(F.relu(self.wide(torch.tanh(self.narrow(x))))))
@@ -187,7 +220,11 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.squeeze, self.excite = conv(RGB, 8), nn.Linear(8, 2), nn.Linear(2, 8)
+        self.stem, self.squeeze, self.excite = (
+            conv(RGB, 8),
+            nn.Linear(8, 2),
+            nn.Linear(2, 8),
+        )
         self.head = nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,7 +234,9 @@ class SqueezeExcitation(nn.Module):
 
 
 class Chunk(nn.Module):
-    """The stem's halves go different ways; `chunk` cuts in the middle, so both keep equally many."""
+    """The stem's halves go different ways; `chunk` cuts in the middle, so both keep
+    equally many.
+    """
 
     def __init__(self):
         super().__init__()
@@ -210,7 +249,8 @@ class Chunk(nn.Module):
 
 
 class Gated(nn.Module):
-    """One half of the stem gates the other (a gated linear unit), so both lose the same positions.
+    """One half of the stem gates the other (a gated linear unit), so both lose the same
+    positions.
 
     Halving with `chunk` follows; sizes written in the code don't.
     """
@@ -226,7 +266,9 @@ class Gated(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Bare parameters on the channel axis: a scale, and a shift that also varies over space."""
+    """Bare parameters on the channel axis: a scale, and a shift that also varies over
+    space.
+    """
 
     def __init__(self):
         super().__init__()
@@ -243,10 +285,16 @@ class NoRule(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.body, self.head = conv(RGB, 6), conv(6, 4), nn.Linear(4, CLASSES)
+        self.stem, self.body, self.head = (
+            conv(RGB, 6),
+            conv(6, 4),
+            nn.Linear(4, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(pooled(F.relu(self.body(torch.cummax(self.stem(x), 1).values))))
+        return self.head(
+            pooled(F.relu(self.body(torch.cummax(self.stem(x), 1).values)))
+        )
 
 
 class SpatialAttention(nn.Module):
@@ -254,7 +302,11 @@ class SpatialAttention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.attention, self.head = conv(RGB, 6), conv(6, 1), nn.Linear(6, CLASSES)
+        self.stem, self.attention, self.head = (
+            conv(RGB, 6),
+            conv(6, 1),
+            nn.Linear(6, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
@@ -266,7 +318,12 @@ class ChannelStatistics(nn.Module):
 
     def __init__(self, norm: nn.Module):
         super().__init__()
-        self.stem, self.norm, self.body, self.head = conv(RGB, 6), norm, conv(6, 4), nn.Linear(4, CLASSES)
+        self.stem, self.norm, self.body, self.head = (
+            conv(RGB, 6),
+            norm,
+            conv(6, 4),
+            nn.Linear(4, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -278,7 +335,11 @@ class GroupNorm(nn.Module):
 
     def __init__(self, n_groups: int = 2):
         super().__init__()
-        self.stem, self.norm, self.head = conv(RGB, 6), nn.GroupNorm(n_groups, 6), nn.Linear(6, CLASSES)
+        self.stem, self.norm, self.head = (
+            conv(RGB, 6),
+            nn.GroupNorm(n_groups, 6),
+            nn.Linear(6, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(pooled(F.relu(self.norm(self.stem(x)))))
@@ -295,18 +356,27 @@ class Shuffle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(torch.cat([self.left(x), self.right(x)], 1))
         batch, channels, height, width = x.shape
-        x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(x.shape)
+        x = (
+            x.view(batch, 2, channels // 2, height, width)
+            .transpose(1, 2)
+            .reshape(x.shape)
+        )
         first, second = x.chunk(2, 1)
         return self.head(pooled(torch.cat([first, F.relu(self.body(second))], 1)))
 
 
 class Attention(nn.Module):
-    """Patches as tokens with a class token, layer norm, attention in two heads, a residual stream."""
+    """Patches as tokens with a class token, layer norm, attention in two heads, a
+    residual stream.
+    """
 
     def __init__(self):
         super().__init__()
         self.stem, self.norm = nn.Conv2d(RGB, 8, 2, stride=2), nn.LayerNorm(8)
-        self.token, self.position = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, PATCHES + 1, 8))
+        self.token, self.position = (
+            nn.Parameter(torch.randn(1, 1, 8)),
+            nn.Parameter(torch.randn(1, PATCHES + 1, 8)),
+        )
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.head = nn.Linear(8, CLASSES)
 
@@ -318,14 +388,25 @@ class Attention(nn.Module):
 
 
 class Windows(nn.Module):
-    """A convolution inside each quarter of the image, the quarters side by side on the batch axis."""
+    """A convolution inside each quarter of the image, the quarters side by side on the
+    batch axis.
+    """
 
     def __init__(self):
         super().__init__()
-        self.stem, self.body, self.head = conv(RGB, 6), conv(6, 4), nn.Linear(4, CLASSES)
+        self.stem, self.body, self.head = (
+            conv(RGB, 6),
+            conv(6, 4),
+            nn.Linear(4, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x)).unflatten(2, (2, -1)).unflatten(4, (2, -1)).permute(0, 2, 4, 1, 3, 5)
+        x = (
+            F.relu(self.stem(x))
+            .unflatten(2, (2, -1))
+            .unflatten(4, (2, -1))
+            .permute(0, 2, 4, 1, 3, 5)
+        )
         x = F.relu(self.body(x.flatten(0, 2))).unflatten(0, (-1, 4))
         return self.head(x.mean((1, 3, 4)))
 
@@ -335,7 +416,11 @@ class Centred(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.body, self.head = conv(RGB, 6), conv(6, 4), nn.Linear(4, CLASSES)
+        self.stem, self.body, self.head = (
+            conv(RGB, 6),
+            conv(6, 4),
+            nn.Linear(4, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -347,7 +432,11 @@ class DictOutput(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.body, self.head = conv(RGB, 6), conv(6, 4), nn.Linear(4, CLASSES)
+        self.stem, self.body, self.head = (
+            conv(RGB, 6),
+            conv(6, 4),
+            nn.Linear(4, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> dict:
         features = F.relu(self.body(F.relu(self.stem(x))))
@@ -374,11 +463,17 @@ class OwnNames(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.filters, self.offset = nn.Parameter(torch.randn(6, RGB, 3, 3)), nn.Parameter(torch.randn(6))
+        self.filters, self.offset = (
+            nn.Parameter(torch.randn(6, RGB, 3, 3)),
+            nn.Parameter(torch.randn(6)),
+        )
         self.matrix = nn.Parameter(torch.randn(CLASSES, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(pooled(F.relu(F.conv2d(x, self.filters, self.offset, padding=1))), self.matrix)
+        return F.linear(
+            pooled(F.relu(F.conv2d(x, self.filters, self.offset, padding=1))),
+            self.matrix,
+        )
 
 
 @dataclass(frozen=True)
@@ -389,7 +484,8 @@ class Net:
         build: Makes it.
         groups: Prunable group to its channels.
         macs: Multiply-accumulates of one sample.
-        pinned: Pinned group to a part of the reason; every network's input and head come on top.
+        pinned: Pinned group to a part of the reason; every network's input and head
+            come on top.
         input: The layer that reads the image.
         size: Height and width of the image.
     """
@@ -545,19 +641,31 @@ def build(name: str) -> nn.Module:
         return randomise(NETS[name].build()).eval()
 
 
-def images(n: int, size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+def images(
+    n: int, size: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Tensor:
     """Random normalised images `(n, 3, size, size)`."""
-    return torch.randn(n, RGB, size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(
+        n, RGB, size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype
+    )
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draws every parameter and buffer in place, so that no zero or one hides anything; sizes stay tame."""
+    """Draws every parameter and buffer in place, so that no zero or one hides anything;
+    sizes stay tame.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
-        if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
+        if name.endswith("running_var") or (
+            tensor.ndim == 1 and name.endswith("weight")
+        ):
             tensor.uniform_(0.5, 1.5, generator=generator)
         elif tensor.is_floating_point():
-            tensor.normal_(0, tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.2, generator=generator)
+            tensor.normal_(
+                0,
+                tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.2,
+                generator=generator,
+            )
     return model
 
 
@@ -567,20 +675,32 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
     def leaves(value) -> list[Tensor]:
         if isinstance(value, Tensor):
             return [value.flatten()]
-        return [leaf for child in (value.values() if isinstance(value, dict) else value) for leaf in leaves(child)]
+        return [
+            leaf
+            for child in (value.values() if isinstance(value, dict) else value)
+            for leaf in leaves(child)
+        ]
 
     with torch.no_grad():
         return torch.cat(leaves(model(x)))
 
 
 def random_kept(groups, seed: int, max_sparsity: float = 0.8) -> dict[str, Tensor]:
-    """Random channels of every group, at least one of each, and fewer than all of at least one."""
+    """Random channels of every group, at least one of each, and fewer than all of at
+    least one.
+    """
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for group in groups:
         fewest = max(1, int(group.channels * (1 - max_sparsity)))
-        count = int(torch.randint(fewest, group.channels + 1 - (not kept), (1,), generator=generator))
-        kept[group.name] = torch.randperm(group.channels, generator=generator)[:count].sort().values
+        count = int(
+            torch.randint(
+                fewest, group.channels + 1 - (not kept), (1,), generator=generator
+            )
+        )
+        kept[group.name] = (
+            torch.randperm(group.channels, generator=generator)[:count].sort().values
+        )
     return kept
 
 
@@ -590,7 +710,9 @@ def tensors(model: nn.Module) -> list[Tensor]:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value; infinite where there are other many values."""
+    """Largest difference relative to the largest value; infinite where there are other
+    many values.
+    """
     if a.shape != b.shape:
         return float("inf")
     return ((a - b).abs().max() / b.abs().max()).item()
@@ -599,5 +721,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 def counted_macs(model: nn.Module, size: int) -> int:
     """What PyTorch counts on the network without computing it."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).float().to("meta")(torch.empty(1, 3, size, size, device="meta"))
+        copy.deepcopy(model).float().to("meta")(
+            torch.empty(1, 3, size, size, device="meta")
+        )
     return counter.get_total_flops() // 2

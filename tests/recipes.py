@@ -1,7 +1,9 @@
-"""Networks composed at random: a recipe is plain data that prints as the code that makes it again.
+"""Networks composed at random: a recipe is plain data that prints as the code that
+makes it again.
 
-`recipe(seed)` is the same at every call, `Recipe((Conv(width=6), Split()), ending="list")` a literal as failures print
-it, and `build` makes either into a network with tame random weights in float64.
+`recipe(seed)` is the same at every call, `Recipe((Conv(width=6), Split()),
+ending="list")` a literal as failures print it, and `build` makes either into a network
+with tame random weights in float64.
 """
 
 import random
@@ -28,8 +30,9 @@ class Recipe:
 
     Attributes:
         steps: In the order of the forward pass, on values made before.
-        ending: Every value that no step reads goes to one common head ("together"), to heads of their own whose outputs
-            come as "list" or "dict", or to a common head beside the newest value itself ("with_features").
+        ending: Every value that no step reads goes to one common head ("together"), to
+            heads of their own whose outputs come as "list" or "dict", or to a common
+            head beside the newest value itself ("with_features").
     """
 
     steps: tuple[Step, ...]
@@ -39,7 +42,9 @@ class Recipe:
 def choose_step(choose: Choose) -> Step:
     """One step, each of its fields chosen among what it lists."""
     kind = choose(STEPS)
-    return kind(**{field.name: choose(field.metadata["choices"]) for field in fields(kind)})
+    return kind(
+        **{field.name: choose(field.metadata["choices"]) for field in fields(kind)}
+    )
 
 
 def recipe(seed: int) -> Recipe:
@@ -62,9 +67,14 @@ class Composed(nn.Module):
             self._append(step, values)
         read = {index for wires in self.wiring for index in wires}
         self.ends = [index for index in range(len(values)) if index not in read]
-        widths = [(values[index].ndim == 4, values[index].shape[1]) for index in self.ends]
+        widths = [
+            (values[index].ndim == 4, values[index].shape[1]) for index in self.ends
+        ]
         if self.ending in ("list", "dict"):
-            self.head = nn.ModuleList(nn.Conv2d(n, N_OUT, 1) if is_map else nn.Linear(n, N_OUT) for is_map, n in widths)
+            self.head = nn.ModuleList(
+                nn.Conv2d(n, N_OUT, 1) if is_map else nn.Linear(n, N_OUT)
+                for is_map, n in widths
+            )
         else:
             self.head = nn.Linear(sum(n for _, n in widths), N_OUT)
 
@@ -91,14 +101,22 @@ class Composed(nn.Module):
         ends = [values[index] for index in self.ends]
         if self.ending in ("list", "dict"):
             outputs = [head(end) for head, end in zip(self.head, ends, strict=True)]
-            return outputs if self.ending == "list" else {str(i): output for i, output in enumerate(outputs)}
+            return (
+                outputs
+                if self.ending == "list"
+                else {str(i): output for i, output in enumerate(outputs)}
+            )
         logits = self.head(torch.cat([pooled(end) for end in ends], 1))
         return logits if self.ending == "together" else (logits, values[-1])
 
 
 def _pick(values: list[Tensor], back: int, may_be_vector: bool) -> int:
-    """The index of a value that was made so many before the newest, maps alone unless a vector will do."""
-    fitting = [index for index, value in enumerate(values) if may_be_vector or value.ndim == 4]
+    """The index of a value that was made so many before the newest, maps alone unless a
+    vector will do.
+    """
+    fitting = [
+        index for index, value in enumerate(values) if may_be_vector or value.ndim == 4
+    ]
     return fitting[-1 - back % len(fitting)]
 
 
@@ -108,14 +126,18 @@ def _listed(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def build(recipe: Recipe, seed: int = 0) -> nn.Module:
-    """The network of a recipe in eval mode and float64, with random weights that neither hide nor amplify anything."""
+    """The network of a recipe in eval mode and float64, with random weights that
+    neither hide nor amplify anything.
+    """
     with torch.random.fork_rng():
         return randomise(Composed(recipe).double(), seed).eval()
 
 
 def shrunk(recipe: Recipe, fails: Callable[[Recipe], bool]) -> Recipe:
     """The smallest recipe on the way down from a failing one that still fails."""
-    smaller = next((candidate for candidate in _smaller(recipe) if fails(candidate)), None)
+    smaller = next(
+        (candidate for candidate in _smaller(recipe) if fails(candidate)), None
+    )
     return recipe if smaller is None else shrunk(smaller, fails)
 
 
@@ -129,4 +151,11 @@ def _smaller(recipe: Recipe) -> Iterator[Recipe]:
     for i, step in enumerate(steps):
         for part in fields(step):
             if getattr(step, part.name) != part.default:
-                yield replace(recipe, steps=(*steps[:i], replace(step, **{part.name: part.default}), *steps[i + 1 :]))
+                yield replace(
+                    recipe,
+                    steps=(
+                        *steps[:i],
+                        replace(step, **{part.name: part.default}),
+                        *steps[i + 1 :],
+                    ),
+                )

@@ -1,4 +1,6 @@
-"""Budgets are read or refused with reasons, and met to within one step by every walk; allocations are JSON."""
+"""Budgets are read or refused with reasons, and met to within one step by every walk;
+allocations are JSON.
+"""
 
 import functools
 import json
@@ -50,26 +52,40 @@ def test_budget_is_a_share_or_an_amount(text, budget):
     assert Budget.parse(str(budget)) == budget
 
 
-@pytest.mark.parametrize("target", ["0", "0%", "-5%", "-0.5", "-20M", "100.1%", "150%", "nan", "nan%", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "target",
+    ["0", "0%", "-5%", "-0.5", "-20M", "100.1%", "150%", "nan", "nan%", "inf", "-inf"],
+)
 def test_target_outside_its_range_is_refused_with_the_range_and_the_value(target):
     with pytest.raises(UserError) as error:
         Budget.parse(f"macs={target}")
-    assert str(error.value) == (f"--budget: the target must be above 0 and at most 100%, got {target!r}; e.g. macs=50%")
+    assert str(error.value) == (
+        f"--budget: the target must be above 0 and at most 100%, got {target!r}; e.g. "
+        f"macs=50%"
+    )
 
 
 @pytest.mark.parametrize("target", ["", "half", "%", "M", "5 0", "50%%", "1,5"])
 def test_target_that_is_no_number_is_refused_with_examples(target):
     with pytest.raises(UserError) as error:
         Budget.parse(f"params={target}")
-    assert str(error.value) == f"--budget: {target!r} is no number; write e.g. macs=50%, macs=0.5 or macs=20M"
+    assert (
+        str(error.value)
+        == f"--budget: {target!r} is no number; write e.g. macs=50%, macs=0.5 or macs=20M"
+    )
 
 
-@pytest.mark.parametrize("text", ["flops=50%", "50%", "", "=50%", "MACS=50%", "latency_ms=3"])
+@pytest.mark.parametrize(
+    "text", ["flops=50%", "50%", "", "=50%", "MACS=50%", "latency_ms=3"]
+)
 def test_unknown_metric_is_refused_with_the_known_ones(text):
     metric = text.partition("=")[0]
     with pytest.raises(UserError) as error:
         Budget.parse(text)
-    assert str(error.value) == f"--budget: unknown metric {metric!r}; use one of macs, params, e.g. macs=50%"
+    assert (
+        str(error.value)
+        == f"--budget: unknown metric {metric!r}; use one of macs, params, e.g. macs=50%"
+    )
 
 
 def test_metric_without_target_is_refused():
@@ -82,15 +98,21 @@ def test_a_range_goes_from_one_share_to_a_larger_one(text):
     budgets = parse_budget(text)
     assert budgets == BudgetRange(Budget("macs", share=0.3), Budget("macs", share=0.8))
     assert parse_budget(str(budgets)) == parse_budget(budgets) == budgets
-    assert [budgets.at(position) for position in (0, 0.5, 1)] == [Budget("macs", share=s) for s in (0.3, 0.55, 0.8)]
+    assert [budgets.at(position) for position in (0, 0.5, 1)] == [
+        Budget("macs", share=s) for s in (0.3, 0.55, 0.8)
+    ]
 
 
 def test_a_single_budget_is_the_same_at_every_position():
     budget = parse_budget("params=40%")
-    assert budget == Budget("params", share=0.4) and budget.at(0) is budget.at(1) is budget
+    assert (
+        budget == Budget("params", share=0.4) and budget.at(0) is budget.at(1) is budget
+    )
 
 
-@pytest.mark.parametrize("text", ["macs=80%..30%", "macs=50%..50%", "macs=10M..20M", "macs=30%..20M"])
+@pytest.mark.parametrize(
+    "text", ["macs=80%..30%", "macs=50%..50%", "macs=10M..20M", "macs=30%..20M"]
+)
 def test_a_range_that_is_none_is_refused_with_an_example(text):
     with pytest.raises(UserError) as error:
         parse_budget(text)
@@ -98,9 +120,15 @@ def test_a_range_that_is_none_is_refused_with_an_example(text):
     assert str(error.value) == expected + repr(text)
 
 
-@pytest.mark.parametrize("text", ["macs=30%..", "flops=30%..80%", "macs=..80%", "macs=0%..80%", "macs=30%..150%"])
+@pytest.mark.parametrize(
+    "text",
+    ["macs=30%..", "flops=30%..80%", "macs=..80%", "macs=0%..80%", "macs=30%..150%"],
+)
 def test_a_range_with_a_wrong_end_is_refused_as_that_end_would_be(text):
-    with pytest.raises(UserError, match=r"--budget: (unknown metric|.* is no number|the target must be)"):
+    with pytest.raises(
+        UserError,
+        match=r"--budget: (unknown metric|.* is no number|the target must be)",
+    ):
         parse_budget(text)
 
 
@@ -137,7 +165,9 @@ SPACES = [
 
 
 @pytest.mark.parametrize(("name", "metric", "round_to", "max_sparsity"), SPACES)
-def test_every_walk_meets_the_budget_and_leaves_no_room_for_a_step(name, metric, round_to, max_sparsity):
+def test_every_walk_meets_the_budget_and_leaves_no_room_for_a_step(
+    name, metric, round_to, max_sparsity
+):
     space = SearchSpace(costs(name), metric, round_to, max_sparsity)
     floor, dense = space.cost(space.low), space.cost(space.high)
     generator = np.random.default_rng(0)
@@ -159,7 +189,9 @@ def assert_meets(space: SearchSpace, kept: np.ndarray, target: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "metric", "round_to", "max_sparsity"), SPACES)
-def test_feasible_counts_are_never_none_and_always_lead_to_the_budget(name, metric, round_to, max_sparsity):
+def test_feasible_counts_are_never_none_and_always_lead_to_the_budget(
+    name, metric, round_to, max_sparsity
+):
     space = SearchSpace(costs(name), metric, round_to, max_sparsity)
     floor, dense = space.cost(space.low), space.cost(space.high)
     generator = np.random.default_rng(1)
@@ -173,13 +205,19 @@ def test_feasible_counts_are_never_none_and_always_lead_to_the_budget(name, metr
             if high < levels[-1]:
                 least[index] = levels[levels > high][0]
                 assert space.cost(least) > target
-            if low > levels[0] and low < high:  # fewer would leave budget over even if all others stay whole
-                most = np.concatenate([kept[:index], [levels[levels < low][-1]], space.high[index + 1 :]])
+            if (
+                low > levels[0] and low < high
+            ):  # fewer would leave budget over even if all others stay whole
+                most = np.concatenate(
+                    [kept[:index], [levels[levels < low][-1]], space.high[index + 1 :]]
+                )
                 assert space.cost(most) < target
             kept[index] = generator.choice([low, high])
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet20_b", "mobilenet_v2_cifar", "concat"])
+@pytest.mark.parametrize(
+    "name", ["resnet20", "resnet20_b", "mobilenet_v2_cifar", "concat"]
+)
 def test_uniform_to_go_is_the_sparsity_that_meets_the_target_from_here(name):
     space = SearchSpace(costs(name), round_to=1)
     dense, target = space.costs.dense, space.cost(space.high) // 2
@@ -188,7 +226,9 @@ def test_uniform_to_go_is_the_sparsity_that_meets_the_target_from_here(name):
         kept[:index] = (dense[:index] + 1) // 2
         sparsity = space.uniform_to_go(kept, index, target)
         trial = kept.astype(float)
-        trial[index:] = np.clip(dense[index:] * (1 - sparsity), space.low[index:], space.high[index:])
+        trial[index:] = np.clip(
+            dense[index:] * (1 - sparsity), space.low[index:], space.high[index:]
+        )
         reached = space.costs.continuous("macs", trial)
         bounded = sparsity > 1 - 1e-3 or sparsity < 1e-3
         assert bounded or reached == pytest.approx(target, rel=1e-4)
@@ -196,7 +236,9 @@ def test_uniform_to_go_is_the_sparsity_that_meets_the_target_from_here(name):
 
 def test_uniform_to_go_at_the_extremes_is_nothing_or_everything():
     space = SearchSpace(costs("chain"), round_to=1)
-    assert space.uniform_to_go(space.costs.dense, 0, space.cost(space.high)) == pytest.approx(0, abs=1e-5)
+    assert space.uniform_to_go(
+        space.costs.dense, 0, space.cost(space.high)
+    ) == pytest.approx(0, abs=1e-5)
     assert space.uniform_to_go(space.costs.dense, 0, 0) == 1
 
 
@@ -223,10 +265,14 @@ def test_uniform_allocation_is_even_within_rounding(name):
         (5, 1, 0, [5]),
     ],
 )
-def test_levels_are_multiples_down_to_the_largest_sparsity_and_all_channels(channels, round_to, max_sparsity, levels):
+def test_levels_are_multiples_down_to_the_largest_sparsity_and_all_channels(
+    channels, round_to, max_sparsity, levels
+):
     table = CostTable(traced("chain"))
     table.dense = np.array([channels, 8])
-    assert SearchSpace(table, "macs", round_to, max_sparsity).levels[0].tolist() == levels
+    assert (
+        SearchSpace(table, "macs", round_to, max_sparsity).levels[0].tolist() == levels
+    )
 
 
 def test_fill_grows_only_by_levels_and_only_within_the_target():
@@ -235,16 +281,26 @@ def test_fill_grows_only_by_levels_and_only_within_the_target():
     filled = space.fill(low, target)
     assert_meets(space, filled, target)
     assert (filled >= low).all() and (low == space.low).all()
-    assert (space.fill(space.high, target) == space.high).all()  # already above: nothing to spend
+    assert (
+        space.fill(space.high, target) == space.high
+    ).all()  # already above: nothing to spend
 
 
 def test_many_allocations_are_filled_as_each_would_be():
     space, generator = SearchSpace(costs("resnet20")), np.random.default_rng(0)
-    kept = np.array([[generator.choice(levels) for levels in space.levels] for _ in range(20)])
+    kept = np.array(
+        [[generator.choice(levels) for levels in space.levels] for _ in range(20)]
+    )
     targets = generator.integers(space.cost(space.low), space.cost(space.high), (4, 5))
     filled = space.fill(kept.reshape(4, 5, -1), targets)
-    alone = [space.fill(row, int(target)) for row, target in zip(kept, targets.flat, strict=True)]
-    assert filled.shape == (4, 5, len(space.levels)) and filled.reshape(20, -1).tolist() == np.array(alone).tolist()
+    alone = [
+        space.fill(row, int(target))
+        for row, target in zip(kept, targets.flat, strict=True)
+    ]
+    assert (
+        filled.shape == (4, 5, len(space.levels))
+        and filled.reshape(20, -1).tolist() == np.array(alone).tolist()
+    )
     assert len({tuple(row) for row in filled.reshape(20, -1) - kept}) > 2
 
 
@@ -255,7 +311,8 @@ def test_infeasible_budget_is_refused_with_the_reachable_floor():
     with pytest.raises(UserError) as error:
         space.check(budget.target(space.costs), budget)
     assert str(error.value) == (
-        f"--budget: macs=1% is below the reachable floor; with --max_sparsity 0.5 and --round_to 2 this network needs "
+        f"--budget: macs=1% is below the reachable floor; with --max_sparsity 0.5 and "
+        f"--round_to 2 this network needs "
         f"macs={floor} ({floor / dense:.1%}) or more"
     )
     space.check(floor, budget)
@@ -271,13 +328,17 @@ def test_nearest_level_stays_within_bounds():
 
 
 def allocation(groups: Groups, **changes) -> dict:
-    data = Allocation({name: 2 for name in groups.channels}, groups.fingerprint, "macs=50%", "uniform").to_json()
+    data = Allocation(
+        {name: 2 for name in groups.channels}, groups.fingerprint, "macs=50%", "uniform"
+    ).to_json()
     return {**data, **changes}
 
 
 def test_allocation_survives_json(tmp_path):
     groups = traced("chain")
-    made = Allocation({"conv1": 3, "conv2": 8}, groups.fingerprint, "macs=50%", "episode 12")
+    made = Allocation(
+        {"conv1": 3, "conv2": 8}, groups.fingerprint, "macs=50%", "episode 12"
+    )
     path = tmp_path / "allocation.json"
     path.write_text(json.dumps(made.to_json()))
     assert Allocation.read(path, groups) == made
@@ -296,30 +357,44 @@ def test_missing_allocation_is_named(tmp_path):
     assert str(error.value) == f"--allocation: no file {str(tmp_path / 'none.json')!r}"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"kept": 3, "network": ""}', '{"network": ""}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"kept": 3, "network": ""}', '{"network": ""}']
+)
 def test_damaged_allocation_is_named(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(UserError) as error:
         Allocation.read(path, traced("chain"))
-    assert str(error.value).startswith(f"--allocation: {str(path)!r} is damaged or no allocation (")
+    assert str(error.value).startswith(
+        f"--allocation: {str(path)!r} is damaged or no allocation ("
+    )
 
 
 def test_binary_file_is_no_allocation(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"a\.json' is damaged or no allocation \(UnicodeDecodeError"):
+    with pytest.raises(
+        UserError, match=r"a\.json' is damaged or no allocation \(UnicodeDecodeError"
+    ):
         Allocation.read(path, traced("chain"))
 
 
 @pytest.mark.parametrize(
-    ("kept", "stranger"), [({"conv1": 2}, "conv2"), ({"conv1": 2, "conv2": 2, "conv9": 2}, "conv9"), ({}, "conv1")]
+    ("kept", "stranger"),
+    [
+        ({"conv1": 2}, "conv2"),
+        ({"conv1": 2, "conv2": 2, "conv9": 2}, "conv9"),
+        ({}, "conv1"),
+    ],
 )
 def test_allocation_for_another_network_names_the_stranger(kept, stranger):
     with pytest.raises(UserError) as error:
         Allocation(kept, "").check(traced("chain"))
     where = f"group {stranger!r} exists in only one of the two"
-    assert str(error.value) == f"--allocation: it is for another network or another --exclude: {where}"
+    assert (
+        str(error.value)
+        == f"--allocation: it is for another network or another --exclude: {where}"
+    )
 
 
 def test_allocation_by_hand_needs_no_fingerprint_but_a_wrong_one_is_refused(tmp_path):
@@ -327,7 +402,9 @@ def test_allocation_by_hand_needs_no_fingerprint_but_a_wrong_one_is_refused(tmp_
     path.write_text('{"kept": {"conv1": 3, "conv2": 8}}')
     assert Allocation.read(path, groups).kept == {"conv1": 3, "conv2": 8}
     path.write_text('{"kept": {"conv1": 3, "conv2": 8}, "network": "0123"}')
-    with pytest.raises(UserError, match=rf"fingerprint 0123, this one has {groups.fingerprint}\); take"):
+    with pytest.raises(
+        UserError, match=rf"fingerprint 0123, this one has {groups.fingerprint}\); take"
+    ):
         Allocation.read(path, groups)
 
 
@@ -335,12 +412,19 @@ def test_allocation_by_hand_needs_no_fingerprint_but_a_wrong_one_is_refused(tmp_
 def test_count_outside_a_groups_channels_is_refused_with_the_range(count):
     with pytest.raises(UserError) as error:
         Allocation({"conv1": count, "conv2": 8}, "").check(traced("chain"))
-    assert str(error.value) == f"--allocation: group 'conv1' keeps {count!r}; allowed are 1 to 6 channels"
+    assert (
+        str(error.value)
+        == f"--allocation: group 'conv1' keeps {count!r}; allowed are 1 to 6 channels"
+    )
 
 
 def test_counts_of_the_search_are_json(tmp_path):
     space = SearchSpace(costs("chain"))
     kept = space.uniform(NETS["chain"].macs // 2)
-    text = json.dumps(Allocation(dict(zip(space.costs.names, kept.tolist(), strict=True)), "x").to_json())
+    text = json.dumps(
+        Allocation(
+            dict(zip(space.costs.names, kept.tolist(), strict=True)), "x"
+        ).to_json()
+    )
     assert json.loads(text)["kept"] == {"conv1": int(kept[0]), "conv2": int(kept[1])}
     assert torch.tensor(kept).dtype == torch.int64

@@ -1,4 +1,6 @@
-"""Opened attention computes what the original does, and loses heads, width and embedding independently."""
+"""Opened attention computes what the original does, and loses heads, width and
+embedding independently.
+"""
 
 import copy
 
@@ -7,7 +9,10 @@ import torch
 from nets import CLASSES, RGB, build, images, outputs, randomise
 from torch import nn
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
-from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+from torchvision.models.swin_transformer import (
+    ShiftedWindowAttention,
+    ShiftedWindowAttentionV2,
+)
 
 from autoprune.costs.cost import CostTable
 from autoprune.structure.attention import open_attention
@@ -32,8 +37,12 @@ def tokens(seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("crossed", [True, False])
-def test_open_multihead_attention_equals_the_original(batch_first, bias, need_weights, crossed):
-    original, open_one = opened(nn.MultiheadAttention(WIDTH, HEADS, bias=bias, batch_first=batch_first))
+def test_open_multihead_attention_equals_the_original(
+    batch_first, bias, need_weights, crossed
+):
+    original, open_one = opened(
+        nn.MultiheadAttention(WIDTH, HEADS, bias=bias, batch_first=batch_first)
+    )
     x, y = tokens(0), tokens(1)
     query, key = (x, x) if batch_first else (x.transpose(0, 1), x.transpose(0, 1))
     if crossed:
@@ -46,7 +55,9 @@ def test_open_multihead_attention_equals_the_original(batch_first, bias, need_we
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("shape", [(TOKENS, TOKENS), (2 * HEADS, TOKENS, TOKENS)])
 @pytest.mark.parametrize("kind", ["bool", "float", "padding", "both"])
-def test_open_multihead_attention_hides_what_the_original_hides(kind, shape, need_weights):
+def test_open_multihead_attention_hides_what_the_original_hides(
+    kind, shape, need_weights
+):
     original, open_one = opened(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True))
     generator = torch.Generator().manual_seed(0)
     hidden = torch.rand(shape, generator=generator) < 0.4
@@ -61,19 +72,32 @@ def test_open_multihead_attention_hides_what_the_original_hides(kind, shape, nee
     }[kind]
     x = tokens()
     expected = original(x, x, x, need_weights=need_weights, **masks)
-    torch.testing.assert_close(open_one(x, x, x, need_weights=need_weights, **masks), expected)
+    torch.testing.assert_close(
+        open_one(x, x, x, need_weights=need_weights, **masks), expected
+    )
 
 
 @pytest.mark.parametrize("masks", ["attn_mask", "key_padding_mask"])
 def test_masks_take_the_precision_of_the_network(masks):
-    original, open_one = opened(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).double())
-    x, hidden = tokens().double(), torch.zeros((2, TOKENS) if masks == "key_padding_mask" else (TOKENS, TOKENS)).bool()
+    original, open_one = opened(
+        nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).double()
+    )
+    x, hidden = (
+        tokens().double(),
+        torch.zeros(
+            (2, TOKENS) if masks == "key_padding_mask" else (TOKENS, TOKENS)
+        ).bool(),
+    )
     hidden[:, -1] = True
     expected = original(x, x, x, need_weights=False, **{masks: hidden})[0]
-    torch.testing.assert_close(open_one(x, x, x, need_weights=False, **{masks: hidden})[0], expected)
+    torch.testing.assert_close(
+        open_one(x, x, x, need_weights=False, **{masks: hidden})[0], expected
+    )
 
 
-@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 6, "vdim": 6}])
+@pytest.mark.parametrize(
+    "options", [{"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 6, "vdim": 6}]
+)
 def test_unusual_configurations_stay_as_they_are(options):
     module = nn.MultiheadAttention(WIDTH, HEADS, **options)
     assert type(open_attention(module)) is nn.MultiheadAttention
@@ -84,12 +108,16 @@ def test_unusual_configurations_stay_as_they_are(options):
 @pytest.mark.parametrize("kind", [ShiftedWindowAttention, ShiftedWindowAttentionV2])
 def test_open_windows_equal_the_original(kind, side, shift):
     original, open_one = opened(kind(WIDTH, [4, 4], list(shift), HEADS))
-    x = torch.randn(2, side, side + 1, WIDTH, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        2, side, side + 1, WIDTH, generator=torch.Generator().manual_seed(0)
+    )
     torch.testing.assert_close(open_one(x), original(x))
 
 
 def test_open_relative_attention_equals_the_original():
-    original, open_one = opened(RelativePositionalMultiHeadAttention(WIDTH, WIDTH // HEADS, max_seq_len=16))
+    original, open_one = opened(
+        RelativePositionalMultiHeadAttention(WIDTH, WIDTH // HEADS, max_seq_len=16)
+    )
     x = torch.randn(2, 3, 16, WIDTH, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(open_one(x), original(x))
 
@@ -99,7 +127,9 @@ def test_opening_is_done_once_and_leaves_the_parameters():
     names = [name for name, _ in module.named_parameters()]
     again = open_attention(open_attention(module))
     assert again is module and [name for name, _ in again.named_parameters()] == names
-    assert again.scale.flatten().tolist() == pytest.approx([(WIDTH / HEADS) ** -0.5] * HEADS)
+    assert again.scale.flatten().tolist() == pytest.approx(
+        [(WIDTH / HEADS) ** -0.5] * HEADS
+    )
 
 
 def test_heads_width_and_stream_are_pruned_independently():
@@ -114,8 +144,17 @@ def test_heads_width_and_stream_are_pruned_independently():
         pruned = prune(model, groups, kept)
         attention = pruned.attention
         assert attention.in_proj_weight.shape == (3 * heads * width, stream)
-        assert (attention.num_heads, attention.head_dim, attention.embed_dim) == (heads, width, stream)
-        torch.testing.assert_close(outputs(pruned, x), outputs(mask(model, groups, kept), x), rtol=1e-9, atol=1e-12)
+        assert (attention.num_heads, attention.head_dim, attention.embed_dim) == (
+            heads,
+            width,
+            stream,
+        )
+        torch.testing.assert_close(
+            outputs(pruned, x),
+            outputs(mask(model, groups, kept), x),
+            rtol=1e-9,
+            atol=1e-12,
+        )
         reloaded = build("attention").double()
         fit_shapes(reloaded, pruned.state_dict())
         assert torch.equal(outputs(reloaded, x), outputs(pruned, x))
@@ -128,7 +167,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(RGB, WIDTH, 2, 2)
         layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, batch_first=True)
-        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(WIDTH, CLASSES)
+        self.encoder, self.head = (
+            nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+            nn.Linear(WIDTH, CLASSES),
+        )
 
     def forward(self, x):
         return self.head(self.encoder(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
@@ -144,7 +186,9 @@ def test_pytorchs_transformer_encoder_is_pruned():
         **{f"encoder.layers.{i}.linear1": 16 for i in (0, 1)},
     }
     kept = {group.name: torch.arange(group.channels - 1) for group in groups}
-    torch.testing.assert_close(outputs(prune(model, groups, kept), x), outputs(mask(model, groups, kept), x))
+    torch.testing.assert_close(
+        outputs(prune(model, groups, kept), x), outputs(mask(model, groups, kept), x)
+    )
 
 
 class OwnAttention(nn.Module):
@@ -157,7 +201,11 @@ class OwnAttention(nn.Module):
 
     def forward(self, x):
         batch, n_tokens, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, n_tokens, 3, self.n_heads, self.width).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(x)
+            .view(batch, n_tokens, 3, self.n_heads, self.width)
+            .permute(2, 0, 3, 1, 4)
+        )
         weights = (q @ k.transpose(-2, -1) * self.width**-0.5).softmax(-1)
         return self.out((weights @ v).transpose(1, 2).reshape(batch, n_tokens, -1))
 
@@ -169,7 +217,9 @@ class OwnTransformer(nn.Module):
         self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x):
-        return self.head(self.attention(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+        return self.head(
+            self.attention(self.stem(x).flatten(2).transpose(1, 2)).mean(1)
+        )
 
 
 def set_heads(module: OwnAttention):
@@ -179,18 +229,29 @@ def set_heads(module: OwnAttention):
     return update
 
 
-@pytest.mark.parametrize("known", [OwnAttention, f"{OwnAttention.__module__}.OwnAttention"])
+@pytest.mark.parametrize(
+    "known", [OwnAttention, f"{OwnAttention.__module__}.OwnAttention"]
+)
 def test_users_setter_frees_the_heads_of_an_own_module(monkeypatch, known):
     model, x = randomise(OwnTransformer()).eval(), images(1, 8)
     untaught = trace(model, x)
     assert set(untaught.channels) == {"stem", "attention.out"}
-    assert "the pruned network doesn't run" in {g.name: g.pinned for g in untaught.pinned}["attention.qkv:heads"]
+    assert (
+        "the pruned network doesn't run"
+        in {g.name: g.pinned for g in untaught.pinned}["attention.qkv:heads"]
+    )
     monkeypatch.setitem(ATTRIBUTE_SETTERS, known, set_heads)
     taught = trace(model, x)
-    assert taught.channels == {"stem": WIDTH, "attention.qkv:heads": HEADS, "attention.out": WIDTH}
+    assert taught.channels == {
+        "stem": WIDTH,
+        "attention.qkv:heads": HEADS,
+        "attention.out": WIDTH,
+    }
     costs = CostTable(taught)
     pruned = prune(model, taught, {"attention.qkv:heads": torch.tensor([0, 2])})
-    assert costs.params({"attention.qkv:heads": 2}) == sum(p.numel() for p in pruned.parameters())
+    assert costs.params({"attention.qkv:heads": 2}) == sum(
+        p.numel() for p in pruned.parameters()
+    )
 
 
 class MultiQuery(nn.Module):
@@ -199,7 +260,11 @@ class MultiQuery(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.query = nn.Conv2d(RGB, WIDTH, 2, 2), nn.Linear(WIDTH, HEADS * 4)
-        self.key, self.value, self.head = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4), nn.Linear(HEADS * 4, CLASSES)
+        self.key, self.value, self.head = (
+            nn.Linear(WIDTH, 4),
+            nn.Linear(WIDTH, 4),
+            nn.Linear(HEADS * 4, CLASSES),
+        )
 
     def forward(self, x):
         x = self.stem(x).flatten(2).transpose(1, 2)
@@ -213,6 +278,9 @@ def test_attention_with_one_key_for_all_heads_is_pinned_and_the_rest_pruned():
     model, x = randomise(MultiQuery()).eval(), images(1, 8)
     groups = trace(model, x)
     assert groups.channels == {"stem": WIDTH}
-    assert len(groups.unsupported) == 1 and "multiplies channels with channels; it pins" in groups.unsupported[0]
+    assert (
+        len(groups.unsupported) == 1
+        and "multiplies channels with channels; it pins" in groups.unsupported[0]
+    )
     costs, pruned = CostTable(groups), prune(model, groups, {"stem": torch.arange(5)})
     assert costs.params({"stem": 5}) == sum(p.numel() for p in pruned.parameters())

@@ -1,4 +1,6 @@
-"""The command line as people use it: a whole run, its parts, kills at any moment, and every kind of bad input."""
+"""The command line as people use it: a whole run, its parts, kills at any moment, and
+every kind of bad input.
+"""
 
 import errno
 import json
@@ -32,7 +34,17 @@ from autoprune.runs import RunFolder
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--model", "tests.tiny:network", "--data", "digits"]
-FAST = [*TINY, "--episodes", "8", "--epochs", "2", "--baselines", "uniform", "--proxy.images", "40"]
+FAST = [
+    *TINY,
+    "--episodes",
+    "8",
+    "--epochs",
+    "2",
+    "--baselines",
+    "uniform",
+    "--proxy.images",
+    "40",
+]
 ARTEFACTS = "config.yaml allocation.json policy pruned model.onnx report.html log.jsonl results.json".split()
 
 
@@ -63,7 +75,9 @@ def test_a_run_writes_every_artefact_of_the_run_folder(finished):
     assert not list(finished.rglob("*.partial*"))
 
 
-def test_a_run_ends_within_its_budget_with_costs_that_hold_for_the_saved_network(finished):
+def test_a_run_ends_within_its_budget_with_costs_that_hold_for_the_saved_network(
+    finished,
+):
     results = json.loads((finished / "results.json").read_text())
     network = load_pruned(finished / "pruned")
     assert results["macs"] <= 0.5 * results["macs_dense"]
@@ -72,7 +86,9 @@ def test_a_run_ends_within_its_budget_with_costs_that_hold_for_the_saved_network
 
 def test_the_exported_onnx_computes_what_the_saved_network_does(finished):
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    (logits,) = onnxruntime.InferenceSession(finished / "model.onnx").run(None, {"images": images.numpy()})
+    (logits,) = onnxruntime.InferenceSession(finished / "model.onnx").run(
+        None, {"images": images.numpy()}
+    )
     with torch.no_grad():
         expected = load_pruned(finished / "pruned")(images).numpy()
     assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
@@ -80,7 +96,10 @@ def test_the_exported_onnx_computes_what_the_saved_network_does(finished):
 
 def test_the_config_of_a_run_holds_settings_and_provenance(finished):
     config = yaml.safe_load((finished / "config.yaml").read_text())
-    assert config["search"]["episodes"] == 8 and config["network"]["model"] == "tests.tiny:network"
+    assert (
+        config["search"]["episodes"] == 8
+        and config["network"]["model"] == "tests.tiny:network"
+    )
     assert {"command", "versions", "hardware"} <= config.keys()
 
 
@@ -96,29 +115,71 @@ def test_trace_json_describes_groups_and_their_reasons(capsys):
     assert main(["trace", "--model", "resnet20", "--json"]) == 0
     description = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert description["macs"] == 40_551_040 and description["params"] == 269_722
-    assert {"name", "channels", "prunable", "pinned", "members"} <= description["groups"][0].keys()
+    assert {"name", "channels", "prunable", "pinned", "members"} <= description[
+        "groups"
+    ][0].keys()
     assert 0 < description["prunable_macs_share"] <= 1
-    pinned = {group["name"]: group["pinned"] for group in description["groups"] if not group["prunable"]}
-    assert pinned["linear"] == "feeds the network's output" and "zero padding" in pinned["layer2.0.conv2"]
+    pinned = {
+        group["name"]: group["pinned"]
+        for group in description["groups"]
+        if not group["prunable"]
+    }
+    assert (
+        pinned["linear"] == "feeds the network's output"
+        and "zero padding" in pinned["layer2.0.conv2"]
+    )
 
 
 def test_trace_excludes_by_pattern_at_any_image_size(capsys):
-    trace = ["trace", "--model", "tests.tiny:network", "--image_size", "20", "--exclude", "0.0"]
+    trace = [
+        "trace",
+        "--model",
+        "tests.tiny:network",
+        "--image_size",
+        "20",
+        "--exclude",
+        "0.0",
+    ]
     assert main([*trace, "--json"]) == 0
     description = json.loads(capsys.readouterr().out.splitlines()[-1])
     groups = {group["name"]: group["pinned"] for group in description["groups"]}
-    assert groups["0.0"] == "user asked (--exclude 0.0)" and groups["1.0"] is groups["2.0"] is None
-    assert description["macs"] == 9 * (20 * 20 * 3 * 8 + 10 * 10 * 8 * 12 + 5 * 5 * 12 * 16) + 16 * 10
-    assert "--image_size: must be at least 1, got 0" in failure(capsys, "trace", "--image_size", "0")
-    assert "--n_classes: must be at least 1, got -3" in failure(capsys, "trace", "--n_classes", "-3")
+    assert (
+        groups["0.0"] == "user asked (--exclude 0.0)"
+        and groups["1.0"] is groups["2.0"] is None
+    )
+    assert (
+        description["macs"]
+        == 9 * (20 * 20 * 3 * 8 + 10 * 10 * 8 * 12 + 5 * 5 * 12 * 16) + 16 * 10
+    )
+    assert "--image_size: must be at least 1, got 0" in failure(
+        capsys, "trace", "--image_size", "0"
+    )
+    assert "--n_classes: must be at least 1, got -3" in failure(
+        capsys, "trace", "--n_classes", "-3"
+    )
     assert "called '9.0'; there are e.g." in failure(capsys, *trace[:-1], "9.0")
 
 
-def test_replay_reproduces_the_policys_allocation_and_meets_another_budget(finished, tmp_path, capsys):
+def test_replay_reproduces_the_policys_allocation_and_meets_another_budget(
+    finished, tmp_path, capsys
+):
     own = json.loads((finished / "policy" / "policy.json").read_text())["allocation"]
     assert main(["replay", str(finished), "--out", str(tmp_path / "same.json")]) == 0
     assert json.loads((tmp_path / "same.json").read_text())["kept"] == own
-    assert main(["replay", str(finished), "--budget", "macs=70%", "--json", "--out", str(tmp_path / "other.json")]) == 0
+    assert (
+        main(
+            [
+                "replay",
+                str(finished),
+                "--budget",
+                "macs=70%",
+                "--json",
+                "--out",
+                str(tmp_path / "other.json"),
+            ]
+        )
+        == 0
+    )
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0.6 < results["macs_ratio"] <= 0.7 and results["familiar"] == 1
 
@@ -145,16 +206,32 @@ def test_an_allocation_from_a_file_is_pruned_finetuned_evaluated_and_exported_wi
     assert Path(json.loads(capsys.readouterr().out.splitlines()[-1])["file"]).is_file()
     results = RunFolder(Path(folder)).known_results
     assert results["macs_ratio"] <= 0.5 and "accuracy" in results
-    assert (Path(folder) / "model.onnx").exists() and (Path(folder) / "model.pt2").exists()
-    line = failure_after_progress(capsys, "finetune", folder, "--epochs", "2", "--resume")
-    assert "finetune.pt' is of a training of another length (epochs 1, asked for 2); ask for 1 again" in line
+    assert (Path(folder) / "model.onnx").exists() and (
+        Path(folder) / "model.pt2"
+    ).exists()
+    line = failure_after_progress(
+        capsys, "finetune", folder, "--epochs", "2", "--resume"
+    )
+    assert (
+        "finetune.pt' is of a training of another length (epochs 1, asked for 2); ask "
+        "for 1 again" in line
+    )
     assert main(["finetune", folder, "--epochs", "2"]) == 0
     results = RunFolder(Path(folder)).known_results
-    assert "accuracy" not in results and "onnx_max_relative_error" not in results and "accuracy_pruned" in results
-    assert not list(Path(folder).glob("model.*")) and "Fine-tuned</" not in page.read_text()
+    assert (
+        "accuracy" not in results
+        and "onnx_max_relative_error" not in results
+        and "accuracy_pruned" in results
+    )
+    assert (
+        not list(Path(folder).glob("model.*"))
+        and "Fine-tuned</" not in page.read_text()
+    )
 
 
-def test_a_run_evaluated_again_measures_what_can_have_changed(finished, tmp_path, monkeypatch):
+def test_a_run_evaluated_again_measures_what_can_have_changed(
+    finished, tmp_path, monkeypatch
+):
     shutil.copytree(finished, tmp_path / "run")
     before, measured = json.loads((finished / "results.json").read_text()), []
 
@@ -166,35 +243,70 @@ def test_a_run_evaluated_again_measures_what_can_have_changed(finished, tmp_path
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert measured == [before["params"]] * 2  # pruned and fine-tuned, not dense
     after = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert all(after[name] == before[name] for name in ("accuracy_dense", "accuracy_pruned", "accuracy"))
+    assert all(
+        after[name] == before[name]
+        for name in ("accuracy_dense", "accuracy_pruned", "accuracy")
+    )
 
 
 def test_a_finished_run_resumed_does_nothing_again(finished):
     before = {
-        path: path.read_bytes() for path in finished.rglob("*") if path.suffix in (".safetensors", ".onnx", ".jsonl")
+        path: path.read_bytes()
+        for path in finished.rglob("*")
+        if path.suffix in (".safetensors", ".onnx", ".jsonl")
     }
     assert main(["run", *FAST, "--out", str(finished), "--resume"]) == 0
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_allocation_and_weights_of_one_left_alone(tmp_path):
-    arguments = [*TINY, "--episodes", "30", "--epochs", "8", "--baselines", "none", "--checkpoint_every", "5"]
+def test_a_run_killed_at_random_moments_ends_with_the_allocation_and_weights_of_one_left_alone(
+    tmp_path,
+):
+    arguments = [
+        *TINY,
+        "--episodes",
+        "30",
+        "--epochs",
+        "8",
+        "--baselines",
+        "none",
+        "--checkpoint_every",
+        "5",
+    ]
     assert main(["run", *arguments, "--out", str(tmp_path / "alone")]) == 0
     killed, kills = tmp_path / "killed", 0
     generator = random.Random(time.time_ns())
-    # Once in the search, once in fine-tuning: wait for that many lines of the log, then a little longer.
-    for event, n_lines in (("episode", generator.randrange(3, 25)), ("epoch", generator.randrange(1, 6))):
-        process = _start("run", *arguments, "--out", str(killed), *(["--resume"] if kills else []))
-        while process.poll() is None and len(list(RunFolder(killed).events(event))) < n_lines:
+    # Once in the search, once in fine-tuning: wait for that many lines of the log, then
+    # a little longer.
+    for event, n_lines in (
+        ("episode", generator.randrange(3, 25)),
+        ("epoch", generator.randrange(1, 6)),
+    ):
+        process = _start(
+            "run", *arguments, "--out", str(killed), *(["--resume"] if kills else [])
+        )
+        while (
+            process.poll() is None
+            and len(list(RunFolder(killed).events(event))) < n_lines
+        ):
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
     assert main(["run", *arguments, "--out", str(killed), "--resume"]) == 0
-    for name in ("allocation.json", "pruned/weights.safetensors", "policy/policy.safetensors"):
-        assert (killed / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
-    scores = [RunFolder(tmp_path / name).known_results["accuracy"] for name in ("alone", "killed")]
+    for name in (
+        "allocation.json",
+        "pruned/weights.safetensors",
+        "policy/policy.safetensors",
+    ):
+        assert (killed / name).read_bytes() == (
+            tmp_path / "alone" / name
+        ).read_bytes(), name
+    scores = [
+        RunFolder(tmp_path / name).known_results["accuracy"]
+        for name in ("alone", "killed")
+    ]
     assert scores[0] == scores[1]
 
 
@@ -221,13 +333,21 @@ def test_every_command_has_help_that_names_its_purpose(capsys):
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert stop.value.code == 0 and " ".join(command.run.__doc__.split()).split(".")[0] in text
+        assert (
+            stop.value.code == 0
+            and " ".join(command.run.__doc__.split()).split(".")[0] in text
+        )
 
 
 def test_help_answers_without_importing_torch():
     code = "import sys; from autoprune.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,43 +358,88 @@ def test_help_answers_without_importing_torch():
         (["--data", "cifar11"], "no dataset 'cifar11'; did you mean 'cifar10'"),
         (["--agent", "ppa"], "unknown agent 'ppa'; did you mean 'ppo'"),
         (["--criterion", "l3"], "unknown criterion 'l3'; did you mean 'l1'"),
-        (["--reward", "weighted"], "unknown reward 'weighted'; did you mean 'weighted_sum'"),
-        (["--baselines", "unifrom"], "unknown baseline 'unifrom'; did you mean 'uniform'"),
+        (
+            ["--reward", "weighted"],
+            "unknown reward 'weighted'; did you mean 'weighted_sum'",
+        ),
+        (
+            ["--baselines", "unifrom"],
+            "unknown baseline 'unifrom'; did you mean 'uniform'",
+        ),
         (["--budget", "macs=0"], "above 0 and at most 100%, got '0'"),
         (["--budget", "macs=120%"], "above 0 and at most 100%, got '120%'"),
         (["--budget", "macs=half"], "'half' is no number"),
         (["--budget", "watts=50%"], "unknown metric 'watts'"),
         (["--budget", "macs=0.1%"], r"below the reachable floor"),
         (["--budget", "macs=0.1%..80%"], r"macs=0.1% is below the reachable floor"),
-        (["--budget", "macs=80%..30%"], "from a smaller to a larger share, as in macs=30%..80%; got 'macs=80%..30%'"),
-        (["--budget", "macs=20k..40k"], "a range goes from a smaller to a larger share"),
+        (
+            ["--budget", "macs=80%..30%"],
+            "from a smaller to a larger share, as in macs=30%..80%; got "
+            "'macs=80%..30%'",
+        ),
+        (
+            ["--budget", "macs=20k..40k"],
+            "a range goes from a smaller to a larger share",
+        ),
         (["--budget", "macs=30%..120%"], "above 0 and at most 100%, got '120%'"),
-        (["--budget", "macs=30%..80%", "--agent", "tpe"], "tpe is for one budget, got the range macs=30%..80%"),
-        (["--policy", "nowhere"], "--policy: no shipped policy and no folder is called 'nowhere'"),
-        (["--policy", "docs"], "--policy: 'docs' is neither a run nor a policy's folder"),
-        (["--policy", "nowhere", "--agent", "random"], "--policy: random learns no policy to start from one"),
+        (
+            ["--budget", "macs=30%..80%", "--agent", "tpe"],
+            "tpe is for one budget, got the range macs=30%..80%",
+        ),
+        (
+            ["--policy", "nowhere"],
+            "--policy: no shipped policy and no folder is called 'nowhere'",
+        ),
+        (
+            ["--policy", "docs"],
+            "--policy: 'docs' is neither a run nor a policy's folder",
+        ),
+        (
+            ["--policy", "nowhere", "--agent", "random"],
+            "--policy: random learns no policy to start from one",
+        ),
         (["--model", "resnet56"], "give the trained weights of resnet56"),
         (["--weights", "missing.th"], "no file 'missing.th'"),
         (["--model", "tests.tiny:sick"], "0.0.weight holds NaN"),
         (["--model", "tests.tiny:hopeless"], "nothing can be pruned"),
         (["--exclude", "*"], "nothing can be pruned (0.0: user asked (--exclude *)"),
-        (["--exclude", "layr*"], "--exclude: no group or layer is called 'layr*'; there are e.g. 0.0"),
+        (
+            ["--exclude", "layr*"],
+            "--exclude: no group or layer is called 'layr*'; there are e.g. 0.0",
+        ),
         (["--min_width", "9.*=8"], "--min_width: no group or layer is called '9.*'"),
         (["--min_width", "0.0"], "--min_width: expected PATTERN=N,PATTERN=N"),
         (["--round_to_for", "0.0=0"], "got '0.0=0'"),
-        (["--min_width", "*=12", "--budget", "macs=20%"], "with --max_sparsity 0.9, --min_width 12 and --round_to 2 "),
+        (
+            ["--min_width", "*=12", "--budget", "macs=20%"],
+            "with --max_sparsity 0.9, --min_width 12 and --round_to 2 ",
+        ),
         (["--episodes", "0"], "--episodes: must be at least 1, got 0"),
         (["--episodes", "many"], "many"),
         (["--resume"], "--resume: which run?"),
         (["--nonsense", "1"], "--nonsense"),
-        (["--model", "tests.tiny:stubborn"], "stubborn answers an image with (1, 5), the data needs (1, 10)"),
-        (["--model", "tests.tiny:twofold"], "tests.tiny:twofold answers an image with tuple, the data needs (1, 10)"),
-        (["--model", "tests.tiny:demanding"], "can't answer images of shape (1, 3, 16, 16) (Given groups=1"),
+        (
+            ["--model", "tests.tiny:stubborn"],
+            "stubborn answers an image with (1, 5), the data needs (1, 10)",
+        ),
+        (
+            ["--model", "tests.tiny:twofold"],
+            "tests.tiny:twofold answers an image with tuple, the data needs (1, 10)",
+        ),
+        (
+            ["--model", "tests.tiny:demanding"],
+            "can't answer images of shape (1, 3, 16, 16) (Given groups=1",
+        ),
         (["--seed", "-1"], "--seed: must be from 0 to 4294967294, got -1"),
-        (["--split_seed", "99999999999"], "--split_seed: must be from 0 to 4294967294, got 99999999999"),
+        (
+            ["--split_seed", "99999999999"],
+            "--split_seed: must be from 0 to 4294967294, got 99999999999",
+        ),
     ],
 )
-def test_bad_input_of_a_run_ends_with_code_2_and_one_line_and_leaves_nothing(arguments, message, tmp_path, capsys):
+def test_bad_input_of_a_run_ends_with_code_2_and_one_line_and_leaves_nothing(
+    arguments, message, tmp_path, capsys
+):
     base = [] if "--resume" in arguments else ["--out", str(tmp_path / "run")]
     line = failure(capsys, "run", *TINY, *base, *arguments)
     assert message in line
@@ -282,13 +447,22 @@ def test_bad_input_of_a_run_ends_with_code_2_and_one_line_and_leaves_nothing(arg
 
 
 def test_an_unreachable_budget_states_the_floor(tmp_path, capsys):
-    line = failure(capsys, "search", *TINY, "--budget", "params=1%", "--out", str(tmp_path / "run"))
+    line = failure(
+        capsys, "search", *TINY, "--budget", "params=1%", "--out", str(tmp_path / "run")
+    )
     assert "this network needs params=" in line and "%) or more" in line
 
 
 def test_weights_for_another_architecture_are_explained(tmp_path, capsys):
     save_file(models.build("resnet32").state_dict(), tmp_path / "w.safetensors")
-    line = failure(capsys, "run", "--weights", str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "run"))
+    line = failure(
+        capsys,
+        "run",
+        "--weights",
+        str(tmp_path / "w.safetensors"),
+        "--out",
+        str(tmp_path / "run"),
+    )
     assert "another architecture" in line and "unexpected" in line
 
 
@@ -296,7 +470,14 @@ def test_weights_with_nan_are_refused_by_name(tmp_path, capsys):
     state = models.build("resnet20").state_dict()
     state["layer1.0.conv1.weight"][0] = float("nan")
     save_file(state, tmp_path / "w.safetensors")
-    line = failure(capsys, "run", "--weights", str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "run"))
+    line = failure(
+        capsys,
+        "run",
+        "--weights",
+        str(tmp_path / "w.safetensors"),
+        "--out",
+        str(tmp_path / "run"),
+    )
     assert "layer1.0.conv1.weight" in line and "NaN" in line
 
 
@@ -305,9 +486,18 @@ def test_an_image_folder_with_other_classes_than_the_head_is_refused(tmp_path, c
         for name in ("cat", "dog", "fox"):
             (tmp_path / "images" / part / name).mkdir(parents=True)
             for index in range(20):
-                Image.new("RGB", (32, 32), (index, 0, 0)).save(tmp_path / "images" / part / name / f"{index}.png")
+                Image.new("RGB", (32, 32), (index, 0, 0)).save(
+                    tmp_path / "images" / part / name / f"{index}.png"
+                )
     save_file(models.build("resnet20").state_dict(), tmp_path / "w.safetensors")
-    arguments = "--data", str(tmp_path / "images"), "--image_size", "32", "--weights", str(tmp_path / "w.safetensors")
+    arguments = (
+        "--data",
+        str(tmp_path / "images"),
+        "--image_size",
+        "32",
+        "--weights",
+        str(tmp_path / "w.safetensors"),
+    )
     line = failure(capsys, "run", *arguments, "--out", str(tmp_path / "run"))
     assert "10 classes" in line and "the data has 3" in line
 
@@ -317,14 +507,21 @@ OF_RUNS = "prune", "finetune", "evaluate", "export", "report"
 
 @pytest.mark.parametrize("command", OF_RUNS)
 def test_a_folder_that_is_no_run_is_refused(command, tmp_path, capsys):
-    assert "is not a run folder (no config.yaml)" in failure(capsys, command, str(tmp_path))
+    assert "is not a run folder (no config.yaml)" in failure(
+        capsys, command, str(tmp_path)
+    )
     assert "no folder 'nowhere'" in failure(capsys, command, "nowhere")
 
 
 def test_replay_without_a_policy_is_refused(tmp_path, capsys):
-    assert "POLICY: no shipped policy and no folder is called 'nowhere'" in failure(capsys, "replay", "nowhere")
+    assert "POLICY: no shipped policy and no folder is called 'nowhere'" in failure(
+        capsys, "replay", "nowhere"
+    )
     line = failure(capsys, "replay", str(tmp_path))
-    assert "is neither a run nor a policy's folder (no config.yaml, no policy.json)" in line
+    assert (
+        "is neither a run nor a policy's folder (no config.yaml, no policy.json)"
+        in line
+    )
 
 
 def test_a_damaged_run_folder_is_named(tmp_path, capsys):
@@ -334,63 +531,139 @@ def test_a_damaged_run_folder_is_named(tmp_path, capsys):
     assert "damaged or of another version" in failure(capsys, "evaluate", str(tmp_path))
 
 
-def test_a_run_that_has_not_been_pruned_says_what_is_missing(finished, tmp_path, capsys):
+def test_a_run_that_has_not_been_pruned_says_what_is_missing(
+    finished, tmp_path, capsys
+):
     (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
     assert "has no pruned/plan.json yet" in failure(capsys, "evaluate", str(tmp_path))
     assert "no policy" in failure(capsys, "replay", str(tmp_path))
 
 
-def test_a_run_keeps_to_its_own_exclusions_and_widths_in_every_command(tmp_path, capsys):
-    limits = ["--exclude", "0.*", "--min_width", "2.0=10", "--round_to_for", "2.*=5", "--budget", "macs=90%"]
+def test_a_run_keeps_to_its_own_exclusions_and_widths_in_every_command(
+    tmp_path, capsys
+):
+    limits = [
+        "--exclude",
+        "0.*",
+        "--min_width",
+        "2.0=10",
+        "--round_to_for",
+        "2.*=5",
+        "--budget",
+        "macs=90%",
+    ]
     own, other = tmp_path / "own", tmp_path / "other.json"
     search = ["search", *FAST, "--baselines", "none", *limits, "--out", str(own)]
     assert main(search) == 0 and main([*search, "--resume"]) == 0
     kept = json.loads((own / "allocation.json").read_text())["kept"]
-    assert kept.keys() == {"1.0", "2.0"} and kept["1.0"] in (10, 12) and kept["2.0"] in (10, 15, 16)
+    assert (
+        kept.keys() == {"1.0", "2.0"}
+        and kept["1.0"] in (10, 12)
+        and kept["2.0"] in (10, 15, 16)
+    )
     assert main(["prune", str(own)]) == 0
     pruned = load_pruned(own / "pruned")
-    assert [pruned[i][0].out_channels for i in range(3)] == [8, kept["1.0"], kept["2.0"]]
+    assert [pruned[i][0].out_channels for i in range(3)] == [
+        8,
+        kept["1.0"],
+        kept["2.0"],
+    ]
     assert main(["replay", str(own), "--out", str(other)]) == 0
     assert json.loads(other.read_text())["kept"] == kept
     assert main(["replay", str(own), "--exclude", "", "--out", str(other)]) == 0
     assert json.loads(other.read_text())["kept"].keys() == {"0.0", "1.0", "2.0"}
-    by_hand = ["prune", "--allocation", str(own / "allocation.json"), *TINY, "--out", str(tmp_path / "by_hand")]
+    by_hand = [
+        "prune",
+        "--allocation",
+        str(own / "allocation.json"),
+        *TINY,
+        "--out",
+        str(tmp_path / "by_hand"),
+    ]
     assert "another --exclude: group '0.0'" in failure(capsys, *by_hand)
-    assert "exclude: 0.* -> 0.0" in failure(capsys, *search, "--exclude", "0.0", "--resume")
+    assert "exclude: 0.* -> 0.0" in failure(
+        capsys, *search, "--exclude", "0.0", "--resume"
+    )
 
 
-def test_an_existing_run_is_pruned_with_its_own_settings_and_nothing_else(finished, tmp_path, capsys):
+def test_an_existing_run_is_pruned_with_its_own_settings_and_nothing_else(
+    finished, tmp_path, capsys
+):
     line = failure(capsys, "prune", str(finished), "--criterion", "taylor")
-    assert line.startswith("autoprune: error: --criterion: RUN is pruned with the settings that it was started with;")
-    assert "--proxy.images: RUN is" in failure(capsys, "prune", str(finished), "--proxy.images", "9")
+    assert line.startswith(
+        "autoprune: error: --criterion: RUN is pruned with the settings that it was "
+        "started with;"
+    )
+    assert "--proxy.images: RUN is" in failure(
+        capsys, "prune", str(finished), "--proxy.images", "9"
+    )
     (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
-    assert "has decided nothing yet; go on with: autoprune run --resume" in failure(capsys, "prune", str(tmp_path))
+    assert "has decided nothing yet; go on with: autoprune run --resume" in failure(
+        capsys, "prune", str(tmp_path)
+    )
     assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--removal.method", "resrep"], "--removal.method: resrep decides by itself how much goes where"),
-        (["--sparse.method", "gsm"], "--sparse.share: gsm takes the budget's share, and an allocation has none"),
+        (
+            ["--removal.method", "resrep"],
+            "--removal.method: resrep decides by itself how much goes where",
+        ),
+        (
+            ["--sparse.method", "gsm"],
+            "--sparse.share: gsm takes the budget's share, and an allocation has none",
+        ),
     ],
 )
-def test_methods_that_go_by_a_budget_take_no_allocation(options, message, finished, tmp_path, capsys):
-    given = ["prune", "--allocation", str(finished / "allocation.json"), *TINY, "--out", str(tmp_path / "run")]
+def test_methods_that_go_by_a_budget_take_no_allocation(
+    options, message, finished, tmp_path, capsys
+):
+    given = [
+        "prune",
+        "--allocation",
+        str(finished / "allocation.json"),
+        *TINY,
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert message in failure(capsys, *given, *options)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_whose_network_has_no_onnx_form_is_reported_all_the_same(tmp_path, monkeypatch, capsys):
+def test_a_run_whose_network_has_no_onnx_form_is_reported_all_the_same(
+    tmp_path, monkeypatch, capsys
+):
     def refuse(*_):
         raise ExportError("ONNX can't express this network (an operation)")
 
     monkeypatch.setattr(stages, "export_onnx", refuse)
-    assert main(["run", *FAST, "--baselines", "none", "--json", "--out", str(tmp_path / "run")]) == 1
+    assert (
+        main(
+            [
+                "run",
+                *FAST,
+                "--baselines",
+                "none",
+                "--json",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 1
+    )
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1] == "autoprune: error: ONNX can't express this network (an operation)"
+    assert (
+        captured.err.splitlines()[-1]
+        == "autoprune: error: ONNX can't express this network (an operation)"
+    )
     results = json.loads(captured.out.splitlines()[-1])
-    assert results["accuracy"] > 0 and results["latency_ms"] > 0 and "onnx_max_relative_error" not in results
+    assert (
+        results["accuracy"] > 0
+        and results["latency_ms"] > 0
+        and "onnx_max_relative_error" not in results
+    )
     assert (tmp_path / "run" / "report.html").exists()
 
 
@@ -399,7 +672,9 @@ def test_a_network_in_half_precision_is_pruned_in_float32(tmp_path):
     assert main(["search", *arguments, "--out", str(tmp_path / "run")]) == 0
 
 
-def test_replay_with_weights_of_its_own_leaves_what_the_run_made_of_others(tmp_path, capsys):
+def test_replay_with_weights_of_its_own_leaves_what_the_run_made_of_others(
+    tmp_path, capsys
+):
     run, weights = tmp_path / "run", tmp_path / "w.safetensors"
     sparse = ["--sparse.method", "l1", "--sparse.epochs", "1", "--baselines", "none"]
     assert main(["search", *FAST, *sparse, "--out", str(run)]) == 0
@@ -407,21 +682,42 @@ def test_replay_with_weights_of_its_own_leaves_what_the_run_made_of_others(tmp_p
 
     def loss(policy: Path, *options: str) -> float:
         capsys.readouterr()
-        assert main(["replay", str(policy), *options, "--json", "--out", str(tmp_path / "a.json")]) == 0
-        return json.loads(capsys.readouterr().out.splitlines()[-1])["proxy_loss_uniform"]
+        assert (
+            main(
+                [
+                    "replay",
+                    str(policy),
+                    *options,
+                    "--json",
+                    "--out",
+                    str(tmp_path / "a.json"),
+                ]
+            )
+            == 0
+        )
+        return json.loads(capsys.readouterr().out.splitlines()[-1])[
+            "proxy_loss_uniform"
+        ]
 
     own, others = loss(run), loss(run, "--weights", str(weights))
-    elsewhere = loss(run / "policy", *TINY, "--weights", str(weights), "--proxy.images", "40")
+    elsewhere = loss(
+        run / "policy", *TINY, "--weights", str(weights), "--proxy.images", "40"
+    )
     assert others == elsewhere != own
 
 
 @pytest.mark.parametrize("agent", ["dyna", "ppo"])
-def test_a_search_from_a_policy_that_knows_other_groups_says_so(agent, tmp_path, capsys):
+def test_a_search_from_a_policy_that_knows_other_groups_says_so(
+    agent, tmp_path, capsys
+):
     own, again = str(tmp_path / "own"), str(tmp_path / "again")
     searching = ["search", *FAST, "--agent", agent, "--baselines", "none"]
     assert main([*searching, "--policy", "resnet20-ppo", "--out", own]) == 0
     said = capsys.readouterr().err
-    assert "--policy: 'resnet20-ppo' was trained on groups unlike most of this network's" in said
+    assert (
+        "--policy: 'resnet20-ppo' was trained on groups unlike most of this network's"
+        in said
+    )
     assert "it leads the first episodes, together with a guide" in said
     assert main([*searching, "--policy", own, "--out", again]) == 0
     assert "--policy" not in capsys.readouterr().err
@@ -429,13 +725,19 @@ def test_a_search_from_a_policy_that_knows_other_groups_says_so(agent, tmp_path,
 
 def test_an_allocation_for_another_network_is_refused(finished, tmp_path, capsys):
     allocation = str(finished / "allocation.json")
-    line = failure(capsys, "prune", "--allocation", allocation, "--out", str(tmp_path / "run"))
+    line = failure(
+        capsys, "prune", "--allocation", allocation, "--out", str(tmp_path / "run")
+    )
     assert "another network" in line
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(finished, capsys):
-    assert "holds a run already" in failure(capsys, "run", *FAST, "--out", str(finished))
-    line = failure(capsys, "run", *FAST, "--seed", "7", "--out", str(finished), "--resume")
+    assert "holds a run already" in failure(
+        capsys, "run", *FAST, "--out", str(finished)
+    )
+    line = failure(
+        capsys, "run", *FAST, "--seed", "7", "--out", str(finished), "--resume"
+    )
     assert "seed: 0 -> 7" in line
 
 
@@ -445,8 +747,12 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
     assert str(tmp_path / "file") in line and "Not a directory" in line
 
 
-@pytest.mark.parametrize("victim", ["weights.safetensors", "model.onnx", "report.html", "allocation.json"])
-def test_a_full_disk_leaves_no_half_written_artefact(victim, finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "victim", ["weights.safetensors", "model.onnx", "report.html", "allocation.json"]
+)
+def test_a_full_disk_leaves_no_half_written_artefact(
+    victim, finished, tmp_path, monkeypatch, capsys
+):
     """The rename is where a full disk is simulated: by then the partial file exists."""
     replace = os.replace
 
@@ -457,7 +763,9 @@ def test_a_full_disk_leaves_no_half_written_artefact(victim, finished, tmp_path,
 
     monkeypatch.setattr(os, "replace", full)
     folder = tmp_path / "run"
-    line = failure_after_progress(capsys, "run", *FAST, "--baselines", "none", "--out", str(folder))
+    line = failure_after_progress(
+        capsys, "run", *FAST, "--baselines", "none", "--out", str(folder)
+    )
     assert victim in line and "No space left on device" in line
     assert not list(folder.rglob("*.partial*")) and not list(folder.rglob(victim))
 
@@ -472,5 +780,8 @@ def failure_after_progress(capsys, *arguments: str) -> str:
 
 
 def test_the_policy_files_are_safetensors_and_json(finished):
-    assert sorted(path.name for path in (finished / "policy").iterdir()) == ["policy.json", "policy.safetensors"]
+    assert sorted(path.name for path in (finished / "policy").iterdir()) == [
+        "policy.json",
+        "policy.safetensors",
+    ]
     assert load_file(finished / "policy" / "policy.safetensors")

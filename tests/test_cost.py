@@ -1,4 +1,6 @@
-"""Costs by hand: formulas in named dimensions for MACs and parameters, an independent sum for memory."""
+"""Costs by hand: formulas in named dimensions for MACs and parameters, an independent
+sum for memory.
+"""
 
 import numpy as np
 import pytest
@@ -25,9 +27,15 @@ def test_chain_follows_its_formula_at_every_allocation():
     costs = table("chain")
     for first in range(1, 7):
         for second in range(1, 9):
-            macs = AREA * K * RGB * first + AREA // 4 * K * first * second + second * CLASSES
+            macs = (
+                AREA * K * RGB * first
+                + AREA // 4 * K * first * second
+                + second * CLASSES
+            )
             weights = K * RGB * first + K * first * second + second * CLASSES
-            others = 3 * first + 3 * second + CLASSES  # bias, batch norm's scale and shift; the head's bias
+            others = (
+                3 * first + 3 * second + CLASSES
+            )  # bias, batch norm's scale and shift; the head's bias
             kept = {"conv1": first, "conv2": second}
             assert costs.macs(kept) == macs
             assert costs.params(kept) == weights + others
@@ -36,7 +44,9 @@ def test_chain_follows_its_formula_at_every_allocation():
 def test_concat_adds_both_branches_on_the_consumers_axis():
     costs = table("concat")
     for left, right, body in [(1, 1, 1), (4, 6, 8), (2, 5, 3), (3, 1, 8)]:
-        macs = AREA * K * (RGB * (left + right) + (left + right) * body) + body * CLASSES
+        macs = (
+            AREA * K * (RGB * (left + right) + (left + right) * body) + body * CLASSES
+        )
         assert costs.macs({"left": left, "right": right, "body": body}) == macs
 
 
@@ -47,33 +57,46 @@ def test_channels_that_reach_a_layer_twice_count_twice():
 
 def test_depthwise_multiplier_makes_each_channel_count_for_two():
     costs = table("depthwise_multiplier")
-    assert costs.macs({"stem": 5, "pointwise": 3}) == (AREA * (K * RGB * 5 + K * 2 * 5 + 2 * 5 * 3) + 3 * CLASSES)
+    assert costs.macs({"stem": 5, "pointwise": 3}) == (
+        AREA * (K * RGB * 5 + K * 2 * 5 + 2 * 5 * 3) + 3 * CLASSES
+    )
 
 
 def test_flattened_channels_count_once_a_position():
     costs = table("flatten")
-    assert costs.macs({"stem": 3, "hidden": 2}) == 12**2 * (K * RGB * 3 + 3 * 2) + 2 * CLASSES
+    assert (
+        costs.macs({"stem": 3, "hidden": 2})
+        == 12**2 * (K * RGB * 3 + 3 * 2) + 2 * CLASSES
+    )
 
 
 def test_shared_layers_cost_every_use_but_have_their_parameters_once():
     for name in ("shared", "two_names"):
         costs = table(name)
         assert costs.macs({"stem": 4}) == AREA * K * (RGB * 4 + 2 * 4 * 4) + 4 * CLASSES
-        assert costs.params({"stem": 4}) == (K * RGB * 4 + 4) + (K * 4 * 4 + 4) + (4 * CLASSES + CLASSES)
+        assert costs.params({"stem": 4}) == (K * RGB * 4 + 4) + (K * 4 * 4 + 4) + (
+            4 * CLASSES + CLASSES
+        )
 
 
 def test_zeros_of_a_padded_shortcut_cost_what_they_cost():
-    costs = table("padded_shortcut")  # of the outer layer's 8 channels 4 are the stream's, 4 meet zeros and stay
+    costs = table(
+        "padded_shortcut"
+    )  # of the outer layer's 8 channels 4 are the stream's, 4 meet zeros and stay
     assert costs.macs({"stem": 1, "inner": 2}) == (
         AREA * K * RGB * 1 + AREA // 4 * K * (1 * 2 + 2 * (4 + 1)) + (4 + 1) * CLASSES
     )
 
 
 def largest_operation(model: nn.Module, x: torch.Tensor) -> int:
-    """Elements that the hungriest module reads and writes, one sample, measured while it runs."""
+    """Elements that the hungriest module reads and writes, one sample, measured while
+    it runs.
+    """
     sizes = []
     hooks = [
-        module.register_forward_hook(lambda _, inputs, output: sizes.append(inputs[0].numel() + output.numel()))
+        module.register_forward_hook(
+            lambda _, inputs, output: sizes.append(inputs[0].numel() + output.numel())
+        )
         for module in model.modules()
         if not list(module.children())
     ]
@@ -98,7 +121,9 @@ def test_memory_is_weights_plus_the_hungriest_operation_of_the_pruned_chain():
         )
         assert largest_operation(pruned, x) == by_hand
         elements = sum(tensor.numel() for tensor in tensors(pruned))
-        assert costs.memory_bytes({"conv1": first, "conv2": second}) == BYTES * (elements + by_hand)
+        assert costs.memory_bytes({"conv1": first, "conv2": second}) == BYTES * (
+            elements + by_hand
+        )
 
 
 def test_counts_come_as_mapping_or_as_array_in_forward_order():
@@ -115,7 +140,9 @@ def test_continuous_curve_passes_through_the_exact_values_and_between_them():
     costs = table("residual")
     for metric in ("macs", "params"):
         at = [costs.continuous(metric, np.array([5.0, width])) for width in (3, 3.5, 4)]
-        assert at[0] == costs.metrics[metric](np.array([5, 3])) and at[2] == costs.metrics[metric](np.array([5, 4]))
+        assert at[0] == costs.metrics[metric](np.array([5, 3])) and at[
+            2
+        ] == costs.metrics[metric](np.array([5, 4]))
         assert at[0] < at[1] < at[2]
 
 
@@ -127,22 +154,31 @@ def test_large_networks_do_not_overflow():
 @pytest.mark.parametrize("name", [name for name, net in NETS.items() if net.groups])
 def test_arrays_of_counts_cost_what_each_row_costs_and_what_its_mapping_costs(name):
     costs, generator = table(name, verify=False), np.random.default_rng(0)
-    kept = np.stack([generator.integers(1, costs.dense + 1) for _ in range(12)]).reshape(3, 4, -1)
+    kept = np.stack(
+        [generator.integers(1, costs.dense + 1) for _ in range(12)]
+    ).reshape(3, 4, -1)
     for metric in ("macs", "params"):
         cost = costs.metrics[metric]
         together = cost(kept)
         assert together.shape == (3, 4) and together.dtype == np.int64
         rows = [[cost(row) for row in block] for block in kept]
         assert together.tolist() == rows
-        assert rows == [[cost(dict(zip(costs.names, map(int, row), strict=True))) for row in block] for block in kept]
+        assert rows == [
+            [cost(dict(zip(costs.names, map(int, row), strict=True))) for row in block]
+            for block in kept
+        ]
         assert costs.continuous(metric, kept.astype(float)) == pytest.approx(together)
 
 
 def test_pfecs_resnet56_b_has_its_published_macs():
-    """Li et al. 2017: 60, 30 and 10 % of the first convolution of most blocks; 27.6 % of 125.5 M MACs are saved."""
+    """Li et al. 2017: 60, 30 and 10 % of the first convolution of most blocks; 27.6 %
+    of 125.5 M MACs are saved.
+    """
     model = models.build("resnet56")
     costs = CostTable(trace(model, torch.zeros(1, 3, 32, 32), verify=False))
-    blocks = [f"layer{stage}.{number}.conv1" for stage in (1, 2, 3) for number in range(9)]
+    blocks = [
+        f"layer{stage}.{number}.conv1" for stage in (1, 2, 3) for number in range(9)
+    ]
     left_whole = {7, 8, 9, 16, 18, 26}  # their layers 16, 18, 20, 34, 38 and 54
     shares = {1: 0.6, 2: 0.3, 3: 0.1}
     kept = {

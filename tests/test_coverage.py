@@ -1,4 +1,6 @@
-"""A small, representative part of `experiments/coverage.py`: the same checks on tiny members of many families."""
+"""A small, representative part of `experiments/coverage.py`: the same checks on tiny
+members of many families.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +8,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
-from torchvision.models import convnext, densenet, maxvit, regnet, resnet, swin_transformer, vision_transformer
+from torchvision.models import (
+    convnext,
+    densenet,
+    maxvit,
+    regnet,
+    resnet,
+    swin_transformer,
+    vision_transformer,
+)
 
 from autoprune.data import models
 from experiments.coverage_checks import CHECKS, Case, make_case
@@ -18,9 +28,19 @@ def tiny_convnext() -> nn.Module:
     return convnext.ConvNeXt(setting, num_classes=10)
 
 
-def tiny_swin(block: Callable = swin_transformer.SwinTransformerBlock, **options) -> nn.Module:
+def tiny_swin(
+    block: Callable = swin_transformer.SwinTransformerBlock, **options
+) -> nn.Module:
     return swin_transformer.SwinTransformer(
-        [4, 4], 24, [2, 2], [2, 4], [4, 4], stochastic_depth_prob=0.0, num_classes=10, block=block, **options
+        [4, 4],
+        24,
+        [2, 2],
+        [2, 4],
+        [4, 4],
+        stochastic_depth_prob=0.0,
+        num_classes=10,
+        block=block,
+        **options,
     )
 
 
@@ -30,17 +50,26 @@ def tiny_swin_v2() -> nn.Module:
 
 
 def tiny_maxvit() -> nn.Module:
-    return maxvit.MaxVit((32, 32), 16, 4, [16, 32], [1, 1], 8, stochastic_depth_prob=0.0, num_classes=10)
+    return maxvit.MaxVit(
+        (32, 32), 16, 4, [16, 32], [1, 1], 8, stochastic_depth_prob=0.0, num_classes=10
+    )
 
 
 def tiny_regnet() -> nn.Module:
-    parameters = regnet.BlockParams.from_init_params(3, 16, 20.0, 2.0, group_width=8, se_ratio=0.25)
+    parameters = regnet.BlockParams.from_init_params(
+        3, 16, 20.0, 2.0, group_width=8, se_ratio=0.25
+    )
     return regnet.RegNet(parameters, num_classes=10)
 
 
 # Name to how it is built and the size of its input.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "resnext": (lambda: resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], 10, groups=4, width_per_group=8), 32),
+    "resnext": (
+        lambda: resnet.ResNet(
+            resnet.Bottleneck, [1, 1, 1, 1], 10, groups=4, width_per_group=8
+        ),
+        32,
+    ),
     "densenet": (lambda: densenet.DenseNet(8, (2, 2, 2), 16, num_classes=10), 32),
     "regnet_y": (tiny_regnet, 32),
     "googlenet": (lambda: models.build("googlenet"), 32),
@@ -51,7 +80,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "convnext": (tiny_convnext, 32),
     "swin": (tiny_swin, 32),
     "swin_v2": (tiny_swin_v2, 32),
-    "vit": (lambda: vision_transformer.VisionTransformer(32, 8, 2, 4, 32, 48, num_classes=10), 32),
+    "vit": (
+        lambda: vision_transformer.VisionTransformer(
+            32, 8, 2, 4, 32, 48, num_classes=10
+        ),
+        32,
+    ),
     "maxvit": (tiny_maxvit, 32),
 }
 
@@ -83,7 +117,11 @@ def test_network_is_pruned_right(case, check):
 def test_only_what_cannot_shrink_is_pinned(case):
     reasons = {group.pinned for group in case.groups.pinned}
     wanted = {"is the network's input", "feeds the network's output"}
-    assert wanted <= reasons <= wanted | {"is a single channel", "no layer of the network produces it"}
+    assert (
+        wanted
+        <= reasons
+        <= wanted | {"is a single channel", "no layer of the network produces it"}
+    )
 
 
 @pytest.mark.parametrize("name", ["regnet_y", "swin", "vit"])

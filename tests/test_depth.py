@@ -1,4 +1,6 @@
-"""Residual blocks are found by what they do, cost what they cost, and go in the order of least damage."""
+"""Residual blocks are found by what they do, cost what they cost, and go in the order
+of least damage.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -6,26 +8,57 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
-from nets import AREA, CLASSES, RGB, SIZE, K, conv, counted_macs, images, pooled, randomise, tensors
+from nets import (
+    AREA,
+    CLASSES,
+    RGB,
+    SIZE,
+    K,
+    conv,
+    counted_macs,
+    images,
+    pooled,
+    randomise,
+    tensors,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.data import models
 from autoprune.data.datasets import Images
 from autoprune.errors import UserError
-from autoprune.scaling.depth import Block, block_importance, removable_blocks, remove_blocks, shallower
+from autoprune.scaling.depth import (
+    Block,
+    block_importance,
+    removable_blocks,
+    remove_blocks,
+    shallower,
+)
 
 EXAMPLE = images(2, SIZE)
-PIXELS = torch.randint(0, 256, (12, RGB, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+PIXELS = torch.randint(
+    0,
+    256,
+    (12, RGB, SIZE, SIZE),
+    generator=torch.Generator().manual_seed(0),
+    dtype=torch.uint8,
+)
 DATA = Images(PIXELS, torch.arange(12) % CLASSES)
 
 
 class Inner(nn.Module):
-    """Two convolutions around `width` channels with batch norm, added to the input; ReLU after the sum."""
+    """Two convolutions around `width` channels with batch norm, added to the input;
+    ReLU after the sum.
+    """
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.body = nn.Sequential(conv(channels, width), nn.BatchNorm2d(width), nn.ReLU(), conv(width, channels))
+        self.body = nn.Sequential(
+            conv(channels, width),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            conv(width, channels),
+        )
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +87,9 @@ def stack(*widths: int) -> nn.Module:
 
 
 def importance(model: nn.Module, *names: str) -> dict[str, float]:
-    chosen = [block for block in removable_blocks(model, EXAMPLE) if block.name in names]
+    chosen = [
+        block for block in removable_blocks(model, EXAMPLE) if block.name in names
+    ]
     return block_importance(model, chosen, DATA)
 
 
@@ -70,7 +105,9 @@ def silence(block: nn.Module) -> None:
 
 @torch.no_grad()
 def answers(model: nn.Module) -> Tensor:
-    """Log-probabilities, batch norm on the statistics of the images; the model is used up."""
+    """Log-probabilities, batch norm on the statistics of the images; the model is used
+    up.
+    """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train()
@@ -79,7 +116,11 @@ def answers(model: nn.Module) -> Tensor:
 
 def test_a_block_has_the_macs_and_parameters_of_its_layers():
     expected = [
-        Block(f"blocks.{i}", Inner.macs(4, width), 2 * K * 4 * width + width + 4 + 2 * width + 2 * 4)
+        Block(
+            f"blocks.{i}",
+            Inner.macs(4, width),
+            2 * K * 4 * width + width + 4 + 2 * width + 2 * 4,
+        )
         for i, width in enumerate((2, 6, 3))
     ]
     assert removable_blocks(stack(2, 6, 3), EXAMPLE) == expected
@@ -102,7 +143,13 @@ def test_removing_blocks_saves_exactly_their_macs_and_keeps_shapes(name):
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet20_b"])
 def test_downsampling_blocks_stay(name):
-    assert names_of(models.build(name)) == ["layer1.0", "layer1.1", "layer1.2", *_later(2), *_later(3)]
+    assert names_of(models.build(name)) == [
+        "layer1.0",
+        "layer1.1",
+        "layer1.2",
+        *_later(2),
+        *_later(3),
+    ]
 
 
 def _later(stage: int) -> list[str]:
@@ -111,29 +158,49 @@ def _later(stage: int) -> list[str]:
 
 def test_torchvisions_resnet_gives_the_blocks_without_downsampling():
     model = models.build("resnet18")
-    blocks = {name: block for name, block in model.named_modules() if hasattr(block, "downsample")}
-    assert names_of(model) == [name for name, block in blocks.items() if block.downsample is None]
+    blocks = {
+        name: block
+        for name, block in model.named_modules()
+        if hasattr(block, "downsample")
+    }
+    assert names_of(model) == [
+        name for name, block in blocks.items() if block.downsample is None
+    ]
 
 
 def test_mobilenet_v2_gives_exactly_its_residual_blocks():
     model = models.build("mobilenet_v2_cifar")
-    residual = [name for name, block in model.named_modules() if getattr(block, "is_residual", False)]
+    residual = [
+        name
+        for name, block in model.named_modules()
+        if getattr(block, "is_residual", False)
+    ]
     assert names_of(model) == residual and len(residual) == 10
 
 
 def test_mobilenet_v3_gives_exactly_its_residual_blocks():
     model = models.build("mobilenet_v3_small")
-    residual = [name for name, block in model.named_modules() if getattr(block, "use_res_connect", False)]
+    residual = [
+        name
+        for name, block in model.named_modules()
+        if getattr(block, "use_res_connect", False)
+    ]
     assert names_of(model) == residual and len(residual) == 6
 
 
 def test_encoder_layers_of_a_vision_transformer_are_blocks_attention_products_included():
     dim, hidden, tokens = 8, 16, SIZE**2 // 4**2 + 1
-    model = torchvision.models.VisionTransformer(SIZE, 4, 2, 2, dim, hidden, num_classes=CLASSES).eval()
+    model = torchvision.models.VisionTransformer(
+        SIZE, 4, 2, 2, dim, hidden, num_classes=CLASSES
+    ).eval()
     blocks = removable_blocks(model, EXAMPLE)
-    assert [block.name for block in blocks] == [f"encoder.layers.encoder_layer_{i}" for i in range(2)]
+    assert [block.name for block in blocks] == [
+        f"encoder.layers.encoder_layer_{i}" for i in range(2)
+    ]
     projections, products = tokens * dim * 4 * dim, 2 * tokens**2 * dim
-    assert [block.macs for block in blocks] == [projections + products + 2 * tokens * dim * hidden] * 2
+    assert [block.macs for block in blocks] == [
+        projections + products + 2 * tokens * dim * hidden
+    ] * 2
 
 
 @pytest.mark.parametrize("name", ["vgg16_bn_cifar", "mobilenet_v1_cifar"])
@@ -217,7 +284,9 @@ def test_what_does_not_hand_its_input_on_or_is_one_layer_is_no_block(block):
 class Caller(nn.Module):
     """A stem, then one block in an `nn.Sequential`, called in an own way."""
 
-    def __init__(self, block: nn.Module, call: Callable[[nn.Sequential, Tensor], Tensor]):
+    def __init__(
+        self, block: nn.Module, call: Callable[[nn.Sequential, Tensor], Tensor]
+    ):
         super().__init__()
         self.stem, self.blocks, self.call = conv(RGB, 4), nn.Sequential(block), call
 
@@ -263,7 +332,10 @@ def test_a_block_that_works_in_place_is_found():
 
 def test_a_second_name_that_the_forward_pass_does_not_use_is_not_offered():
     model = stack(2, 3)
-    model.blocks, model.used = nn.Sequential(model.blocks[0]), nn.Sequential(model.blocks[0], model.blocks[1])
+    model.blocks, model.used = (
+        nn.Sequential(model.blocks[0]),
+        nn.Sequential(model.blocks[0], model.blocks[1]),
+    )
     model.forward = lambda x: model.head(pooled(model.used(F.relu(model.stem(x)))))
     assert "blocks.0" not in names_of(model)
 
@@ -292,7 +364,9 @@ def test_a_silent_block_can_go_without_a_change():
     shallow = remove_blocks(model, ["blocks.1"])
     with torch.no_grad():
         assert torch.equal(shallow(EXAMPLE), model(EXAMPLE))
-        assert not torch.equal(remove_blocks(model, ["blocks.0"])(EXAMPLE), model(EXAMPLE))
+        assert not torch.equal(
+            remove_blocks(model, ["blocks.0"])(EXAMPLE), model(EXAMPLE)
+        )
     damage = importance(model, "blocks.0", "blocks.1")
     assert damage["blocks.1"] == 0 < damage["blocks.0"]
 
@@ -314,8 +388,8 @@ def test_importance_is_the_divergence_on_batch_statistics():
 
 
 def greedy(model: nn.Module, saved: dict[str, int], needed: int) -> list[str]:
-    """The definition in plain loops: KL to the whole network's answers, the least increase per MAC first; then the
-    largest that is too much returns.
+    """The definition in plain loops: KL to the whole network's answers, the least
+    increase per MAC first; then the largest that is too much returns.
     """
     whole, removed, so_far = answers(remove_blocks(model, [])), [], 0.0
     while sum(saved[name] for name in removed) < needed:
@@ -366,7 +440,11 @@ def test_a_small_block_that_went_first_returns_where_a_large_one_is_enough():
 def test_the_floor_is_reachable_and_below_it_is_an_error():
     model = stack(2, 6, 3)
     floor = AREA * K * RGB * 4 + 4 * CLASSES
-    assert sorted(shallower(model, EXAMPLE, DATA, floor)) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert sorted(shallower(model, EXAMPLE, DATA, floor)) == [
+        "blocks.0",
+        "blocks.1",
+        "blocks.2",
+    ]
     message = rf"^target_macs: {floor - 1} is below the reachable floor; .*3 removable blocks .* has {floor} MACs \(\d"
     with pytest.raises(UserError, match=message):
         shallower(model, EXAMPLE, DATA, floor - 1)
@@ -381,24 +459,37 @@ def test_the_model_is_left_as_found(training):
     shallower(model, EXAMPLE, DATA, 0.6 * counted_macs(model, SIZE))
     assert all(itertools.starmap(torch.equal, zip(tensors(model), before, strict=True)))
     assert all(module.training is training for module in model.modules())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+    )
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert names_of(model) == ["blocks.0", "blocks.1", "blocks.2"]
 
 
 @pytest.mark.parametrize("name", ["block.1", "blocks", "stem", "blocks.1.body.0", ""])
 def test_a_name_that_can_not_be_a_block_is_refused_with_the_nearest(name):
-    with pytest.raises(UserError, match=rf"^names: {name!r} is not a removable block; did you mean 'blocks\.\d'\?$"):
+    with pytest.raises(
+        UserError,
+        match=rf"^names: {name!r} is not a removable block; did you mean 'blocks\.\d'\?$",
+    ):
         remove_blocks(stack(2, 3), ["blocks.0", name])
 
 
 def test_with_an_example_a_block_that_changes_the_shape_is_refused_as_well():
     model = models.build("resnet20")
-    assert isinstance(remove_blocks(model, ["layer2.1"], EXAMPLE).layer2[1], nn.Identity)
-    with pytest.raises(UserError, match=r"^names: 'layer2\.0' is not a removable block; did you mean 'layer2\.\d'\?$"):
+    assert isinstance(
+        remove_blocks(model, ["layer2.1"], EXAMPLE).layer2[1], nn.Identity
+    )
+    with pytest.raises(
+        UserError,
+        match=r"^names: 'layer2\.0' is not a removable block; did you mean 'layer2\.\d'\?$",
+    ):
         remove_blocks(model, ["layer2.0"], EXAMPLE)
 
 
 def test_a_network_without_blocks_has_no_name_to_offer():
-    with pytest.raises(UserError, match=r"^names: 'stem' is not a removable block; this network has none; "):
+    with pytest.raises(
+        UserError,
+        match=r"^names: 'stem' is not a removable block; this network has none; ",
+    ):
         remove_blocks(Thin(), ["stem"])

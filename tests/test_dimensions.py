@@ -1,4 +1,6 @@
-"""The best depth, width and resolution at a cost: closed forms, the paper's optimality condition, fits that recover."""
+"""The best depth, width and resolution at a cost: closed forms, the paper's optimality
+condition, fits that recover.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoprune.errors import UserError
-from autoprune.scaling.accuracy_model import EXPONENTS, AccuracyModel, Point, Shares, along, measured_bounds, optimum
+from autoprune.scaling.accuracy_model import (
+    EXPONENTS,
+    AccuracyModel,
+    Point,
+    Shares,
+    along,
+    measured_bounds,
+    optimum,
+)
 
 WIDE = dict.fromkeys(EXPONENTS, (0.02, 1.0))
 POWERS = np.array(list(EXPONENTS.values()))
@@ -31,23 +41,46 @@ def sizes(point: Shares) -> np.ndarray:
 
 def saturating(depth, width, resolution):
     """A product of cubics that rise to 0.93 and flatten, as accuracies do."""
-    losses = 0.1 * (1 - depth) + 0.2 * (1 - depth) ** 3, 0.3 * (1 - width) ** 2, 0.4 * (1 - resolution) ** 3
+    losses = (
+        0.1 * (1 - depth) + 0.2 * (1 - depth) ** 3,
+        0.3 * (1 - width) ** 2,
+        0.4 * (1 - resolution) ** 3,
+    )
     return 0.93 * np.prod([1 - loss for loss in losses], axis=0)
 
 
 def scattered(n: int, seed: int = 0, truth=saturating) -> list[Point]:
     """Points without noise at random shares."""
-    return [Point(*size, truth(*size)) for size in np.random.default_rng(seed).uniform(0.35, 1, (n, 3)).tolist()]
+    return [
+        Point(*size, truth(*size))
+        for size in np.random.default_rng(seed).uniform(0.35, 1, (n, 3)).tolist()
+    ]
 
 
 def lines(truth=saturating) -> list[Point]:
-    """Points as cutting each dimension alone gives them, and two that are cut in several."""
-    cut = [[share if axis == i else 1.0 for i in range(3)] for axis in range(3) for share in (0.8, 0.6, 0.4)]
-    return [Point(*size, truth(*size)) for size in ([1.0, 1.0, 1.0], *cut, [0.7, 0.7, 1.0], [0.5, 0.8, 0.9])]
+    """Points as cutting each dimension alone gives them, and two that are cut in
+    several.
+    """
+    cut = [
+        [share if axis == i else 1.0 for i in range(3)]
+        for axis in range(3)
+        for share in (0.8, 0.6, 0.4)
+    ]
+    return [
+        Point(*size, truth(*size))
+        for size in ([1.0, 1.0, 1.0], *cut, [0.7, 0.7, 1.0], [0.5, 0.8, 0.9])
+    ]
 
 
 @pytest.mark.parametrize(
-    "case", [(1, 2, 2, 0.5), (0.3, 1, 0.7, 0.1), (5, 9, 8, 0.3), (2, 3, 2, 0.05), (0.01, 0.02, 0.015, 0.2)]
+    "case",
+    [
+        (1, 2, 2, 0.5),
+        (0.3, 1, 0.7, 0.1),
+        (5, 9, 8, 0.3),
+        (2, 3, 2, 0.05),
+        (0.01, 0.02, 0.015, 0.2),
+    ],
 )
 def test_the_optimum_is_the_closed_form(case):
     *weight, cost = case
@@ -60,16 +93,28 @@ def test_the_optimum_is_the_closed_form(case):
 
 @settings(max_examples=40)
 @given(
-    st.tuples(weights, weights, weights), st.tuples(shares, shares, shares), st.tuples(shares, shares, shares), shares
+    st.tuples(weights, weights, weights),
+    st.tuples(shares, shares, shares),
+    st.tuples(shares, shares, shares),
+    shares,
 )
-def test_the_cost_is_met_within_the_bounds_and_no_feasible_change_helps(weight, one, other, position):
+def test_the_cost_is_met_within_the_bounds_and_no_feasible_change_helps(
+    weight, one, other, position
+):
     lows, highs = np.minimum(one, other), np.maximum(one, other)
     least, most = np.prod(lows**POWERS), np.prod(highs**POWERS)
     cost = least * (most / least) ** position
-    found = sizes(optimum(penalty(*weight), cost, dict(zip(EXPONENTS, zip(lows, highs, strict=True), strict=True))))
+    found = sizes(
+        optimum(
+            penalty(*weight),
+            cost,
+            dict(zip(EXPONENTS, zip(lows, highs, strict=True), strict=True)),
+        )
+    )
     assert abs(np.prod(found**POWERS) - cost) < 1e-9
     assert (lows <= found).all() and (found <= highs).all()
-    # Growing i and shrinking j at equal cost helps where i's gain a unit of cost is the larger one: KKT forbids it.
+    # Growing i and shrinking j at equal cost helps where i's gain a unit of cost is the
+    # larger one: KKT forbids it.
     gains = np.array(weight) / found / POWERS
     can_grow, can_shrink = found < highs - 1e-6, found > lows + 1e-6
     for i in range(3):
@@ -89,10 +134,14 @@ def test_at_a_bound_the_condition_is_an_inequality():
 
 def test_the_better_of_two_hills_is_found():
     def hills(depth, width, resolution):
-        return np.exp(-200 * np.log(width / 0.6) ** 2) + 1.1 * np.exp(-200 * np.log(width / 0.9) ** 2)
+        return np.exp(-200 * np.log(width / 0.6) ** 2) + 1.1 * np.exp(
+            -200 * np.log(width / 0.9) ** 2
+        )
 
     for high, expected in ((1.0, 0.9), (0.7, 0.6)):
-        assert optimum(hills, 0.2, WIDE | {"width": (0.3, high)}).width == pytest.approx(expected, abs=1e-6)
+        assert optimum(
+            hills, 0.2, WIDE | {"width": (0.3, high)}
+        ).width == pytest.approx(expected, abs=1e-6)
 
 
 def test_with_two_dimensions_held_the_third_is_what_the_cost_leaves():
@@ -109,7 +158,9 @@ def test_the_cheapest_and_the_dearest_corner_can_be_asked_for(extreme):
     np.testing.assert_allclose(sizes(found), corner, rtol=1e-9)
 
 
-@pytest.mark.parametrize("points", [lines(), scattered(12), scattered(30)], ids=["lines", "12", "30"])
+@pytest.mark.parametrize(
+    "points", [lines(), scattered(12), scattered(30)], ids=["lines", "12", "30"]
+)
 def test_a_fit_to_points_without_noise_predicts_the_others(points):
     model = AccuracyModel.fit(points)
     assert model.mean_absolute_error(points) < 1e-8
@@ -118,13 +169,22 @@ def test_a_fit_to_points_without_noise_predicts_the_others(points):
 
 def test_a_second_product_fits_what_one_cannot():
     def truth(depth, width, resolution):
-        return saturating(depth, width, resolution) - 0.2 * (1 - depth) * (1 - width) * resolution
+        return (
+            saturating(depth, width, resolution)
+            - 0.2 * (1 - depth) * (1 - width) * resolution
+        )
 
     points, others = scattered(40, truth=truth), scattered(200, seed=1, truth=truth)
     one, two = (AccuracyModel.fit(points, rank=rank) for rank in (1, 2))
-    assert one.mean_absolute_error(others) > 1e-3 > 100 * two.mean_absolute_error(others)
-    noisy = [Point(*sizes(p), p.accuracy + 0.01 * (-1) ** i) for i, p in enumerate(points)]
-    squares = [sum_of_squares(AccuracyModel.fit(noisy, rank=rank), noisy) for rank in (1, 2)]
+    assert (
+        one.mean_absolute_error(others) > 1e-3 > 100 * two.mean_absolute_error(others)
+    )
+    noisy = [
+        Point(*sizes(p), p.accuracy + 0.01 * (-1) ** i) for i, p in enumerate(points)
+    ]
+    squares = [
+        sum_of_squares(AccuracyModel.fit(noisy, rank=rank), noisy) for rank in (1, 2)
+    ]
     assert squares[1] < squares[0]
 
 
@@ -134,10 +194,19 @@ def sum_of_squares(model: AccuracyModel, points: list[Point]) -> float:
 
 def test_a_noisy_fit_is_where_no_dimension_alone_can_do_better():
     noise = np.random.default_rng(2).normal(0, 0.003, 25)
-    points = [Point(*sizes(p), p.accuracy + error) for p, error in zip(scattered(25), noise, strict=True)]
+    points = [
+        Point(*sizes(p), p.accuracy + error)
+        for p, error in zip(scattered(25), noise, strict=True)
+    ]
     coefficients = AccuracyModel.fit(points).coefficients
-    x, y = np.array([sizes(point) for point in points]), np.array([point.accuracy for point in points])
-    factors = [np.polynomial.polynomial.polyval(x[:, axis], coefficients[0, axis]) for axis in range(3)]
+    x, y = (
+        np.array([sizes(point) for point in points]),
+        np.array([point.accuracy for point in points]),
+    )
+    factors = [
+        np.polynomial.polynomial.polyval(x[:, axis], coefficients[0, axis])
+        for axis in range(3)
+    ]
     residual = y - np.prod(factors, axis=0)
     assert 1e-4 < np.abs(residual).mean() < 0.003
     for axis in range(3):
@@ -148,14 +217,20 @@ def test_a_noisy_fit_is_where_no_dimension_alone_can_do_better():
 
 def test_a_fit_is_the_same_at_every_call_and_in_every_order_of_points():
     points = scattered(20)
-    first, again, turned = (AccuracyModel.fit(some).coefficients for some in (points, points, points[::-1]))
+    first, again, turned = (
+        AccuracyModel.fit(some).coefficients for some in (points, points, points[::-1])
+    )
     assert np.array_equal(first, again)
     np.testing.assert_allclose(turned, first, atol=1e-6)
 
 
 def test_mean_absolute_error_is_the_mean_distance():
     constant = AccuracyModel(np.array([[[0.5, 0.0], [1.0, 0.0], [1.0, 0.0]]]))
-    points = [Point(1.0, 1.0, 1.0, 0.9), Point(0.5, 1.0, 1.0, 0.4), Point(1.0, 0.5, 0.3, 0.5)]
+    points = [
+        Point(1.0, 1.0, 1.0, 0.9),
+        Point(0.5, 1.0, 1.0, 0.4),
+        Point(1.0, 0.5, 0.3, 0.5),
+    ]
     assert constant.mean_absolute_error(points) == pytest.approx((0.4 + 0.1 + 0) / 3)
 
 
@@ -172,15 +247,28 @@ def test_three_dimensions_predict_no_less_than_the_best_of_one(cost):
 def test_one_dimension_alone_pays_the_whole_cut(cost, dimension):
     found = along(dimension, cost)
     assert found.cost == pytest.approx(cost, rel=1e-12)
-    assert [name for name in EXPONENTS if getattr(found, name) != 1] in ([dimension], [])
+    assert [name for name in EXPONENTS if getattr(found, name) != 1] in (
+        [dimension],
+        [],
+    )
 
 
 def test_bounds_of_points_are_their_extremes():
-    points = [Point(1.0, 0.4, 0.9, 0.5), Point(0.5, 0.8, 0.7, 0.5), Point(0.6, 0.6, 1.0, 0.5)]
-    assert measured_bounds(points) == {"depth": (0.5, 1.0), "width": (0.4, 0.8), "resolution": (0.7, 1.0)}
+    points = [
+        Point(1.0, 0.4, 0.9, 0.5),
+        Point(0.5, 0.8, 0.7, 0.5),
+        Point(0.6, 0.6, 1.0, 0.5),
+    ]
+    assert measured_bounds(points) == {
+        "depth": (0.5, 1.0),
+        "width": (0.4, 0.8),
+        "resolution": (0.7, 1.0),
+    }
 
 
-@pytest.mark.parametrize(("degree", "rank", "needed"), [(3, 1, 10), (2, 1, 7), (3, 2, 20)])
+@pytest.mark.parametrize(
+    ("degree", "rank", "needed"), [(3, 1, 10), (2, 1, 7), (3, 2, 20)]
+)
 def test_too_few_points_are_refused_with_the_number_needed(degree, rank, needed):
     points = scattered(needed)
     AccuracyModel.fit(points, degree, rank)
@@ -190,30 +278,59 @@ def test_too_few_points_are_refused_with_the_number_needed(degree, rank, needed)
 
 
 def test_points_that_say_too_little_of_a_dimension_are_refused():
-    points = [Point(p.depth, p.width, round(p.resolution), p.accuracy) for p in scattered(20) if p.resolution > 0.5]
-    with pytest.raises(UserError, match=r"^points: degree 3 needs 4 or more different values of resolution, got 1; "):
+    points = [
+        Point(p.depth, p.width, round(p.resolution), p.accuracy)
+        for p in scattered(20)
+        if p.resolution > 0.5
+    ]
+    with pytest.raises(
+        UserError,
+        match=r"^points: degree 3 needs 4 or more different values of resolution, got 1; ",
+    ):
         AccuracyModel.fit(points)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Point(0.0, 1, 1, 0.5), r"^depth: must be in \(0, 1\], relative to the dense network, got 0\.0$"),
+        (
+            lambda: Point(0.0, 1, 1, 0.5),
+            r"^depth: must be in \(0, 1\], relative to the dense network, got 0\.0$",
+        ),
         (lambda: Shares(1, 1.2, 1), r"^width: must be in \(0, 1\], .* got 1\.2$"),
-        (lambda: Shares(1, 1, float("nan")), r"^resolution: must be in \(0, 1\], .* got nan$"),
-        (lambda: along("dept", 0.5), r"^--dimension: unknown dimension 'dept'; did you mean 'depth'\?"),
+        (
+            lambda: Shares(1, 1, float("nan")),
+            r"^resolution: must be in \(0, 1\], .* got nan$",
+        ),
+        (
+            lambda: along("dept", 0.5),
+            r"^--dimension: unknown dimension 'dept'; did you mean 'depth'\?",
+        ),
         (lambda: along("width", 0), r"^cost_share: must be in \(0, 1\], .* got 0$"),
-        (lambda: AccuracyModel.fit(scattered(30), degree=0), r"^degree: must be 1 or more, got 0; "),
-        (lambda: AccuracyModel.fit(scattered(30), rank=0), r"^rank: must be 1 or more, got 0; "),
-        (lambda: optimum(saturating, 1.5, WIDE), r"^cost_share: must be in \(0, 1\], .* got 1\.5$"),
-        (lambda: optimum(saturating, 0.5, {"depth": (0.5, 1)}), r"^bounds: no width; give depth, width, resolution"),
+        (
+            lambda: AccuracyModel.fit(scattered(30), degree=0),
+            r"^degree: must be 1 or more, got 0; ",
+        ),
+        (
+            lambda: AccuracyModel.fit(scattered(30), rank=0),
+            r"^rank: must be 1 or more, got 0; ",
+        ),
+        (
+            lambda: optimum(saturating, 1.5, WIDE),
+            r"^cost_share: must be in \(0, 1\], .* got 1\.5$",
+        ),
+        (
+            lambda: optimum(saturating, 0.5, {"depth": (0.5, 1)}),
+            r"^bounds: no width; give depth, width, resolution",
+        ),
         (
             lambda: optimum(saturating, 0.5, WIDE | {"depth": (0.8, 0.5)}),
             r"^bounds: depth must be 0 < low <= high <= 1, got 0\.8 to 0\.5; ",
         ),
         (
             lambda: optimum(saturating, 0.1, dict.fromkeys(EXPONENTS, (0.7, 0.9))),
-            r"^cost_share: 0\.1 can't be met within the bounds, which allow 0\.1681 to 0\.5905; widen",
+            r"^cost_share: 0\.1 can't be met within the bounds, which allow 0\.1681 to "
+            r"0\.5905; widen",
         ),
     ],
 )

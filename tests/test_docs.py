@@ -12,7 +12,9 @@ def test_the_readmes_example_runs_and_ends_within_its_budget():
     exec(compile(example, "README.md", "exec"), names)  # our own text
     costs = names["CostTable"](names["groups"])
     assert costs.macs(names["found"].allocation.kept) <= 0.5 * costs.macs(costs.dense)
-    assert sum(p.numel() for p in names["smaller"].parameters()) == costs.params(names["found"].allocation.kept)
+    assert sum(p.numel() for p in names["smaller"].parameters()) == costs.params(
+        names["found"].allocation.kept
+    )
 
 
 def test_the_readmes_links_and_commands_exist():
@@ -20,8 +22,12 @@ def test_the_readmes_links_and_commands_exist():
 
     root = Path(__file__).parent.parent
     targets = re.findall(r"\]\(([^)#]+)\)", README)
-    assert targets and [target for target in targets if not (root / target).exists()] == []
-    assert set(re.findall(r"^    autoprune (\w+)", README, flags=re.MULTILINE)) <= set(COMMANDS)
+    assert (
+        targets and [target for target in targets if not (root / target).exists()] == []
+    )
+    assert set(re.findall(r"^    autoprune (\w+)", README, flags=re.MULTILINE)) <= set(
+        COMMANDS
+    )
 
 
 def test_the_tracing_guides_rules_free_what_it_says(monkeypatch):
@@ -45,7 +51,9 @@ def test_the_tracing_guides_rules_free_what_it_says(monkeypatch):
             x = torch.cummax(self.stem(x), 3).values.flatten(2).transpose(1, 2)
             return self.head((x + self.attention(x)).mean(1))
 
-    guide = (Path(__file__).parent.parent / "docs" / "tracing.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parent.parent / "docs" / "tracing.md").read_text(
+        encoding="utf-8"
+    )
     example = "\n".join(re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL))
     try:
         exec(compile(example, "tracing.md", "exec"), names)  # our own text
@@ -67,5 +75,7 @@ def test_the_page_of_methods_is_written_from_what_is_listed_and_measured():
 def test_the_page_of_results_is_written_from_every_table_of_searches():
     from experiments.search_report import NETWORKS, PAGE, RESULTS, page
 
-    assert {path.stem.removeprefix("search_") for path in RESULTS.glob("search_*.csv")} <= set(NETWORKS)
+    assert {
+        path.stem.removeprefix("search_") for path in RESULTS.glob("search_*.csv")
+    } <= set(NETWORKS)
     assert PAGE.read_text(encoding="utf-8") == page()

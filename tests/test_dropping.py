@@ -1,4 +1,6 @@
-"""Dropped weights come back bit by bit, only candidates are dropped, and the statistics are Bernoulli's."""
+"""Dropped weights come back bit by bit, only candidates are dropped, and the statistics
+are Bernoulli's.
+"""
 
 import pytest
 import torch
@@ -40,19 +42,25 @@ def test_drop_connects_preactivation_has_bernoullis_mean_and_variance():
             plug.before_step(model, 0)
     draws, flat = torch.stack(draws).double(), x.flatten()
     variance = (keep * (1 - keep) * (weight**2 @ flat**2)).double()
-    assert ((draws.mean(0) - keep * (weight @ flat)).abs() < 3.5 * (variance / n).sqrt()).all()
+    assert (
+        (draws.mean(0) - keep * (weight @ flat)).abs() < 3.5 * (variance / n).sqrt()
+    ).all()
     torch.testing.assert_close(draws.var(0), variance, rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["chain", "residual", "concat", "grouped", "flatten"])
-def test_weights_come_back_bit_by_bit_and_the_dropped_have_no_gradient(kind: type[Dropping], name):
+def test_weights_come_back_bit_by_bit_and_the_dropped_have_no_gradient(
+    kind: type[Dropping], name
+):
     model, groups = traced(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plug = kind(groups, 0.5, 1.0)
     torch.manual_seed(1)
     plug.before_forward(model, 0)
-    dropped = {key: (p == 0) & (before[key] != 0) for key, p in model.named_parameters()}
+    dropped = {
+        key: (p == 0) & (before[key] != 0) for key, p in model.named_parameters()
+    }
     model(images(4, NETS[name].size)).sum().backward()
     plug.before_step(model, 0)
     assert any(mark.any() for mark in dropped.values())
@@ -74,7 +82,11 @@ def test_what_an_earlier_step_dropped_has_a_gradient_again(kind: type[Dropping])
         model(x).square().sum().backward()
         plug.before_step(model, step)
     again = dropped[0] & ~dropped[1]
-    assert again.any() and (weight.grad[again] != 0).any() and (weight.grad[dropped[1]] == 0).all()
+    assert (
+        again.any()
+        and (weight.grad[again] != 0).any()
+        and (weight.grad[dropped[1]] == 0).all()
+    )
 
 
 class Noting(DropOut):
@@ -86,7 +98,16 @@ class Noting(DropOut):
 
 
 @pytest.mark.parametrize(
-    "name", ["chain", "residual", "concat", "depthwise_multiplier", "grouped", "shared", "flatten"]
+    "name",
+    [
+        "chain",
+        "residual",
+        "concat",
+        "depthwise_multiplier",
+        "grouped",
+        "shared",
+        "flatten",
+    ],
 )
 def test_a_dropped_channel_is_a_pruned_one(name):
     model, groups = traced(name)
@@ -97,9 +118,16 @@ def test_a_dropped_channel_is_a_pruned_one(name):
         plug.before_forward(model, 0)
         dropped = outputs(model, x)
         plug.before_step(model, 0)
-        kept = {group.name: marks.nonzero()[:, 0] for group, marks in zip(groups, plug.noted, strict=True)}
-        if all(map(len, kept.values())):  # a network without a single channel of a group can't be built
-            torch.testing.assert_close(dropped, outputs(mask(model, groups, kept), x), rtol=0, atol=1e-5)
+        kept = {
+            group.name: marks.nonzero()[:, 0]
+            for group, marks in zip(groups, plug.noted, strict=True)
+        }
+        if all(
+            map(len, kept.values())
+        ):  # a network without a single channel of a group can't be built
+            torch.testing.assert_close(
+                dropped, outputs(mask(model, groups, kept), x), rtol=0, atol=1e-5
+            )
             compared += any(len(kept[group.name]) < group.channels for group in groups)
     assert compared >= 2
 
@@ -141,39 +169,71 @@ def digits() -> Images:
 
 def trained(digits: Images, plug_of, seed: int = 0) -> tuple[nn.Module, Groups]:
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Conv2d(3, 12, 3, 2), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 49, 10))
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, 2),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12 * 49, 10),
+    )
     groups = trace(model, torch.zeros(1, 3, 16, 16))
-    config = FinetuneConfig(epochs=8, batch_size=64, lr=0.1, distillation=0.0, bf16="off")
+    config = FinetuneConfig(
+        epochs=8, batch_size=64, lr=0.1, distillation=0.0, bf16="off"
+    )
     return finetune(model, digits, config, seed, plug=plug_of(groups)), groups
 
 
 def test_targeted_training_makes_magnitude_pruning_cost_less(digits):
     damages = []
-    for plug_of in (lambda groups: None, lambda groups: DropConnect(groups, 0.66, 0.75)):
+    for plug_of in (
+        lambda groups: None,
+        lambda groups: DropConnect(groups, 0.66, 0.75),
+    ):
         damage = 0.0
         for seed in (0, 1):
             model, groups = trained(digits, plug_of, seed)
             with torch.no_grad():
                 whole = F.cross_entropy(model(digits.inputs), digits.labels)
                 target = CostTable(groups).params({}) // 10
-                ranked_masks(model, groups, "weight", target, "params", agent="uniform").apply(model)
-                damage += (F.cross_entropy(model(digits.inputs), digits.labels) - whole).item()
+                ranked_masks(
+                    model, groups, "weight", target, "params", agent="uniform"
+                ).apply(model)
+                damage += (
+                    F.cross_entropy(model(digits.inputs), digits.labels) - whole
+                ).item()
         damages.append(damage)
-    assert damages[1] < 0.9 * damages[0]  # over ten seeds, taken by two, the ratio is 0.55 to 0.75
+    assert (
+        damages[1] < 0.9 * damages[0]
+    )  # over ten seeds, taken by two, the ratio is 0.55 to 0.75
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_seed_drops_the_same(kind: type[Dropping], digits):
-    first, again, other = (trained(digits[:128], lambda groups: kind(groups, 0.5, 0.5), seed)[0] for seed in (1, 1, 2))
-    assert torch.equal(first[0].weight, again[0].weight) and not torch.equal(first[0].weight, other[0].weight)
+    first, again, other = (
+        trained(digits[:128], lambda groups: kind(groups, 0.5, 0.5), seed)[0]
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first[0].weight, again[0].weight) and not torch.equal(
+        first[0].weight, other[0].weight
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("rate", "share", "message"),
     [
-        (1.0, 0.5, "--sparse.strength: of dropping it is a probability, from 0 to below 1; got 1"),
-        (-0.1, 0.5, "--sparse.strength: of dropping it is a probability, from 0 to below 1; got -0.1"),
+        (
+            1.0,
+            0.5,
+            "--sparse.strength: of dropping it is a probability, from 0 to below 1; "
+            "got 1",
+        ),
+        (
+            -0.1,
+            0.5,
+            "--sparse.strength: of dropping it is a probability, from 0 to below 1; "
+            "got -0.1",
+        ),
         (0.5, 0.0, "--sparse.share: must be above 0 and at most 1, got 0"),
         (0.5, 1.5, "--sparse.share: must be above 0 and at most 1, got 1.5"),
     ],

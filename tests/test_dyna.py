@@ -1,4 +1,6 @@
-"""Dyna: practises on predictions only, tries what is new, and one policy serves a range of budgets."""
+"""Dyna: practises on predictions only, tries what is new, and one policy serves a range
+of budgets.
+"""
 
 import threading
 
@@ -36,7 +38,9 @@ def test_same_seed_gives_the_same_episodes_and_another_seed_others(budget, monke
 def weighted(budget: str = "macs=30%..80%") -> LayerPruningEnv:
     """An environment in which the first groups matter most."""
     dense, weights = fake_env("wide").space.costs.dense, np.geomspace(1, 0.1, 5)
-    return fake_env("wide", lambda kept: float(weights @ np.log2(dense / kept) ** 2), budget=budget)
+    return fake_env(
+        "wide", lambda kept: float(weights @ np.log2(dense / kept) ** 2), budget=budget
+    )
 
 
 def test_no_allocation_is_evaluated_twice_while_new_ones_are_proposed():
@@ -70,14 +74,19 @@ def test_any_number_of_episodes_on_any_network(network, episodes):
     policy, walked = trained(env, episodes)
     assert [episode.number for episode in walked] == list(range(1, episodes + 1))
     assert replay(policy, env)[1]["cost"] <= env.target
-    assert all(np.isfinite(value.numpy()).all() for value in policy.network.state_dict().values())
+    assert all(
+        np.isfinite(value.numpy()).all()
+        for value in policy.network.state_dict().values()
+    )
 
 
 def test_one_policy_serves_a_range_of_budgets_and_is_better_than_uniform_at_each():
     env = weighted()
     policy, episodes = trained(env, 60)
     for episode in episodes:
-        assert env.space.cost(np.array(kept(episode))) <= env.target_of(Budget.parse(episode.allocation.budget))
+        assert env.space.cost(np.array(kept(episode))) <= env.target_of(
+            Budget.parse(episode.allocation.budget)
+        )
     allocations = []
     for budget in ("macs=30%", "macs=55%", "macs=80%"):
         allocation, info = replay(policy, env, budget)
@@ -112,14 +121,18 @@ def test_imagined_episodes_end_with_the_predicted_reward_and_cost_no_evaluation(
         _, rewards, dones, _ = imagination.step(row[:, None])
     for row in actions:
         single.step(row)
-    assert dones.all() and rewards == pytest.approx(imagination.surrogate.mean(single.state.kept), rel=1e-5)
+    assert dones.all() and rewards == pytest.approx(
+        imagination.surrogate.mean(single.state.kept), rel=1e-5
+    )
     assert env.proxy.evaluations == paid
 
 
 def test_imagined_rewards_under_a_range_are_expected_ones_relative_to_the_usual_at_their_cost():
     env = weighted()
     recorder = Recorder(env, SearchConfig(episodes=40))
-    recorder.walk(lambda walks: np.random.default_rng(walks.state.index).uniform(-1, 1, 40), 40)
+    recorder.walk(
+        lambda walks: np.random.default_rng(walks.state.index).uniform(-1, 1, 40), 40
+    )
     imagination = Imagination(env, 6)
     imagination.learn_from(recorder)
     imagination.reset()
@@ -129,7 +142,9 @@ def test_imagined_rewards_under_a_range_are_expected_ones_relative_to_the_usual_
         _, rewards, *_ = imagination.step(np.zeros((6, 1)))
     uniform = np.array([env.space.uniform(env.target_of(budget)) for budget in budgets])
     costs, usual = env.space.cost(uniform), imagination.usual
-    relative = (imagination.expected(uniform) - usual.centre(costs)) / usual.spread(costs)
+    relative = (imagination.expected(uniform) - usual.centre(costs)) / usual.spread(
+        costs
+    )
     assert rewards == pytest.approx(relative, abs=1e-5)
     known = np.array([episode.counts for episode in recorder.episodes])
     earned = [episode.reward for episode in recorder.episodes]

@@ -1,4 +1,6 @@
-"""The environment: every episode meets its budget, says what it executed, and repeats itself for the same actions."""
+"""The environment: every episode meets its budget, says what it executed, and repeats
+itself for the same actions.
+"""
 
 import warnings
 from dataclasses import replace
@@ -11,7 +13,16 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env as check_gymnasium
 from stable_baselines3.common.env_checker import check_env as check_stable_baselines
-from toys import FakeProxy, chain, digits, digits_env, digits_proxy, fake_env, fake_proxy, traced
+from toys import (
+    FakeProxy,
+    chain,
+    digits,
+    digits_env,
+    digits_proxy,
+    fake_env,
+    fake_proxy,
+    traced,
+)
 
 from autoprune.agents.baselines import walk
 from autoprune.costs.budget import Budget
@@ -21,14 +32,25 @@ from autoprune.structure.slicing import prune
 from autoprune.tracing.trace import trace
 
 NETWORKS = ("chain", "resnet20", "mobilenet_v2_cifar")
-BUDGETS = ("macs=30%", "macs=0.4", "macs=50%", "macs=65%", "macs=80%", "params=30%", "params=55%", "params=80%")
+BUDGETS = (
+    "macs=30%",
+    "macs=0.4",
+    "macs=50%",
+    "macs=65%",
+    "macs=80%",
+    "params=30%",
+    "params=55%",
+    "params=80%",
+)
 
 
 def rollout(env: gymnasium.Env, actions: np.ndarray, **reset) -> list[tuple]:
     """Observation, reward, terminated and info of every step, the reset first."""
     steps = [(env.reset(**reset)[0], 0.0, False, {})]
     for action in actions:
-        observation, reward, terminated, truncated, info = env.step(np.array([action], dtype=np.float32))
+        observation, reward, terminated, truncated, info = env.step(
+            np.array([action], dtype=np.float32)
+        )
         assert not truncated
         steps.append((observation, reward, terminated, info))
     return steps
@@ -53,12 +75,20 @@ def assert_budget_is_met_and_used_up(env: LayerPruningEnv, info: dict) -> None:
         if len(larger):
             grown = kept.copy()
             grown[index] = larger[0]
-            assert env.space.cost(grown) > info["target"], f"group {index} could still grow"
+            assert env.space.cost(grown) > info["target"], (
+                f"group {index} could still grow"
+            )
 
 
 def made(**options) -> gymnasium.Env:
     model, groups, _ = traced("chain")
-    return gymnasium.make("autoprune/LayerPruning-v0", model=model, groups=groups, proxy=fake_proxy(), **options)
+    return gymnasium.make(
+        "autoprune/LayerPruning-v0",
+        model=model,
+        groups=groups,
+        proxy=fake_proxy(),
+        **options,
+    )
 
 
 def test_importing_envs_registers_the_environment():
@@ -112,7 +142,9 @@ def test_random_episodes_meet_the_budget_and_leave_no_room_for_a_step(network):
     env = fake_env(network)
     for _ in range(200):
         spread = generator.choice([0.1, 0.5, 1.0])
-        info = walk(env, lambda position, spread=spread: generator.uniform(-spread, spread))
+        info = walk(
+            env, lambda position, spread=spread: generator.uniform(-spread, spread)
+        )
         assert_budget_is_met_and_used_up(env, info)
 
 
@@ -121,7 +153,12 @@ def test_random_episodes_meet_the_budget_and_leave_no_room_for_a_step(network):
 def test_every_kind_of_budget_is_met_even_by_extreme_actions(network, budget):
     generator = np.random.default_rng(1)
     env = fake_env(network, budget=budget)
-    for action in (lambda _: 1.0, lambda _: -1.0, lambda p: (-1.0) ** p, lambda _: generator.uniform(-1, 1)):
+    for action in (
+        lambda _: 1.0,
+        lambda _: -1.0,
+        lambda p: (-1.0) ** p,
+        lambda _: generator.uniform(-1, 1),
+    ):
         assert_budget_is_met_and_used_up(env, walk(env, action))
 
 
@@ -137,7 +174,10 @@ def test_absolute_budget_is_the_target_itself(metric):
 def test_budget_above_the_dense_cost_prunes_nothing():
     for budget in ("macs=100%", "macs=99G"):
         env = fake_env("wide", budget=budget)
-        assert kept_of(env, walk(env, lambda _: 0.5)).tolist() == env.space.costs.dense.tolist()
+        assert (
+            kept_of(env, walk(env, lambda _: 0.5)).tolist()
+            == env.space.costs.dense.tolist()
+        )
 
 
 def test_budget_at_the_reachable_floor_leaves_one_allocation():
@@ -145,18 +185,25 @@ def test_budget_at_the_reachable_floor_leaves_one_allocation():
     floor = env.space.cost(env.space.low)
     env = fake_env("wide", budget=f"macs={floor}")
     for action in (-1.0, 0.0, 1.0):
-        assert kept_of(env, walk(env, lambda _, action=action: action)).tolist() == env.space.low.tolist()
+        assert (
+            kept_of(env, walk(env, lambda _, action=action: action)).tolist()
+            == env.space.low.tolist()
+        )
 
 
 @pytest.mark.parametrize("round_to, max_sparsity", [(1, 0.9), (8, 0.5), (3, 0.99)])
 def test_counts_are_multiples_within_the_largest_sparsity(round_to, max_sparsity):
-    env = fake_env("wide", round_to=round_to, max_sparsity=max_sparsity, budget="params=60%")
+    env = fake_env(
+        "wide", round_to=round_to, max_sparsity=max_sparsity, budget="params=60%"
+    )
     generator = np.random.default_rng(2)
     for _ in range(20):
         info = walk(env, lambda _: generator.uniform(-1, 1))
         assert_budget_is_met_and_used_up(env, info)
         for kept, dense in zip(kept_of(env, info), env.space.costs.dense, strict=True):
-            assert kept == dense or (kept % round_to == 0 and 1 - kept / dense <= max_sparsity)
+            assert kept == dense or (
+                kept % round_to == 0 and 1 - kept / dense <= max_sparsity
+            )
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -192,7 +239,9 @@ def test_the_action_space_covers_the_feasible_interval_from_end_to_end():
         bounds = env.bounds
         assert bounds[0] < bounds[1]
         info = env.step(np.array([action]))[4]
-        assert info["sparsity"] == pytest.approx(bounds[end]) and info["executed_action"] == pytest.approx(action)
+        assert info["sparsity"] == pytest.approx(bounds[end]) and info[
+            "executed_action"
+        ] == pytest.approx(action)
 
 
 def test_where_any_action_would_do_the_wish_counts_as_executed():
@@ -211,7 +260,12 @@ def test_the_action_of_a_sparsity_executes_that_sparsity():
         env.reset()
         lowest, highest = env.space.feasible(env.space.costs.dense, 0, env.target)
         kept = round(
-            (1 - env.step(np.array([env.action_of(1 - int(count) / env.space.costs.dense[0])]))[4]["sparsity"])
+            (
+                1
+                - env.step(
+                    np.array([env.action_of(1 - int(count) / env.space.costs.dense[0])])
+                )[4]["sparsity"]
+            )
             * env.space.costs.dense[0]
         )
         assert kept == np.clip(count, lowest, highest)
@@ -222,7 +276,9 @@ def test_reward_is_zero_until_the_last_step():
     assert [reward for _, reward, *_ in steps[:-1]] == [0.0] * 5
     assert [terminated for _, _, terminated, _ in steps] == [False] * 5 + [True]
     info = steps[-1][3]
-    assert steps[-1][1] == pytest.approx(-info["loss"] + 0.05 * (1 - info["macs"] / 642720), abs=0.01)
+    assert steps[-1][1] == pytest.approx(
+        -info["loss"] + 0.05 * (1 - info["macs"] / 642720), abs=0.01
+    )
     assert {"allocation", "macs", "cost", "target", "accuracy", "loss"} <= set(info)
 
 
@@ -247,14 +303,18 @@ def test_refused_reset_leaves_the_episode_as_it_was():
     for action in actions:
         with pytest.raises(UserError, match="budgets macs, got params="):
             env.reset(options={"budget": "params=50%"})
-        with pytest.raises(UserError, match=r"--budget: macs=.* is below the reachable floor"):
+        with pytest.raises(
+            UserError, match=r"--budget: macs=.* is below the reachable floor"
+        ):
             env.reset(options={"budget": "macs=0.1%"})
         *_, info = env.step(np.array([action]))
     assert info == expected[3]
 
 
 def test_accuracy_guaranteed_treats_the_budget_as_a_ceiling():
-    env = fake_env("wide", reward="accuracy_guaranteed", accuracy_floor=0.0, budget="macs=80%")
+    env = fake_env(
+        "wide", reward="accuracy_guaranteed", accuracy_floor=0.0, budget="macs=80%"
+    )
     info = walk(env, lambda _: 1.0)
     assert kept_of(env, info).tolist() == env.space.low.tolist()
     assert info["cost"] < 0.1 * info["target"]
@@ -269,7 +329,9 @@ def test_model_is_left_as_found():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     walk(LayerPruningEnv(model, groups, digits_proxy()), lambda _: 0.1)
     walk(LayerPruningEnv(model, None, digits_proxy()), lambda _: 0.1)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(before[name], value) for name, value in model.state_dict().items()
+    )
     assert not model.training
 
 
@@ -280,7 +342,11 @@ def test_render_changes_as_the_episode_goes():
     for _ in range(5):
         env.step(np.array([0.0]))
         pictures.append(env.render())
-    assert pictures[0].dtype == np.uint8 and pictures[0].ndim == 3 and pictures[0].shape[2] == 3
+    assert (
+        pictures[0].dtype == np.uint8
+        and pictures[0].ndim == 3
+        and pictures[0].shape[2] == 3
+    )
     assert all((one != other).any() for one, other in pairwise(pictures))
     assert fake_env("wide").render() is None
 
@@ -293,32 +359,56 @@ def test_environment_without_proxy_is_refused():
 
 def test_groups_of_another_network_are_refused():
     model, groups, _ = traced("chain")
-    for other_groups, proxy in ((traced("wide")[1], fake_proxy()), (groups, fake_proxy("wide"))):
-        with pytest.raises(UserError, match="groups: model, groups and proxy are of different networks"):
+    for other_groups, proxy in (
+        (traced("wide")[1], fake_proxy()),
+        (groups, fake_proxy("wide")),
+    ):
+        with pytest.raises(
+            UserError, match="groups: model, groups and proxy are of different networks"
+        ):
             LayerPruningEnv(model, other_groups, proxy)
 
 
 def test_a_network_that_differs_in_one_shape_or_lacks_a_layer_is_refused():
     _, groups, _ = traced("chain")
-    for other in (chain(8, 16, 12, 16, n_classes=9), chain(8, 16, 12), chain(8, 16, 12, 16)[:-1]):
-        with pytest.raises(UserError, match="groups: model, groups and proxy are of different networks"):
+    for other in (
+        chain(8, 16, 12, 16, n_classes=9),
+        chain(8, 16, 12),
+        chain(8, 16, 12, 16)[:-1],
+    ):
+        with pytest.raises(
+            UserError, match="groups: model, groups and proxy are of different networks"
+        ):
             LayerPruningEnv(other, groups, fake_proxy())
 
 
 def test_a_trace_may_hold_a_buffer_that_the_model_lacks():
     model, groups, example = traced("chain")
     groups = replace(groups, shapes=groups.shapes | {"0.scale": (8, 1, 1)})
-    LayerPruningEnv(model, groups, FakeProxy(groups, example, lambda kept: 1 / kept.sum()))
+    LayerPruningEnv(
+        model, groups, FakeProxy(groups, example, lambda kept: 1 / kept.sum())
+    )
 
 
 def test_a_network_with_tied_weights_is_accepted_and_its_cost_is_that_of_the_pruned_one():
     model, example = chain(8, 8, 8), torch.randn(1, 3, 16, 16)
     model[2][0].weight = model[1][0].weight
     groups = trace(model, example)
-    env = LayerPruningEnv(model, groups, FakeProxy(groups, example, lambda kept: 1 / kept.sum()), "params=60%")
+    env = LayerPruningEnv(
+        model,
+        groups,
+        FakeProxy(groups, example, lambda kept: 1 / kept.sum()),
+        "params=60%",
+    )
     kept = walk(env, lambda _: 0.0)["allocation"].kept
-    pruned = prune(model, groups, {name: torch.arange(count) for name, count in kept.items()})
-    assert sum(p.numel() for p in pruned.parameters()) == env.space.costs.params(kept) <= env.target
+    pruned = prune(
+        model, groups, {name: torch.arange(count) for name, count in kept.items()}
+    )
+    assert (
+        sum(p.numel() for p in pruned.parameters())
+        == env.space.costs.params(kept)
+        <= env.target
+    )
 
 
 def test_unreachable_budget_is_refused_with_the_floor():
@@ -331,12 +421,16 @@ def test_unreachable_budget_is_refused_with_the_floor():
 
 
 def test_unknown_reward_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match="unknown reward 'weighted_sun'; did you mean 'weighted_sum'"):
+    with pytest.raises(
+        UserError, match="unknown reward 'weighted_sun'; did you mean 'weighted_sum'"
+    ):
         fake_env(reward="weighted_sun")
 
 
 def test_step_after_the_end_is_refused():
     env = fake_env()
     walk(env, lambda _: 0.0)
-    with pytest.raises(RuntimeError, match=r"step\(\) after the episode's end; call reset\(\) first"):
+    with pytest.raises(
+        RuntimeError, match=r"step\(\) after the episode's end; call reset\(\) first"
+    ):
         env.step(np.array([0.0]))

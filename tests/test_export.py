@@ -1,4 +1,6 @@
-"""ONNX equals PyTorch, pruned networks come back bit-identical, and nothing damaged is loaded."""
+"""ONNX equals PyTorch, pruned networks come back bit-identical, and nothing damaged is
+loaded.
+"""
 
 import copy
 import json
@@ -14,7 +16,14 @@ from torch.nn import functional as F
 from autoprune.data import models
 from autoprune.data.networks import conv_bn
 from autoprune.deploy import export
-from autoprune.deploy.export import ExportError, export_onnx, export_program, load_pruned, onnx_session, save_pruned
+from autoprune.deploy.export import (
+    ExportError,
+    export_onnx,
+    export_program,
+    load_pruned,
+    onnx_session,
+    save_pruned,
+)
 from autoprune.errors import UserError
 
 EXAMPLE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -41,7 +50,9 @@ class Depthwise(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(conv_bn(3, 8), conv_bn(8, 8, groups=8, stride=2), conv_bn(8, 12, 1))
+        self.body = nn.Sequential(
+            conv_bn(3, 8), conv_bn(8, 8, groups=8, stride=2), conv_bn(8, 12, 1)
+        )
         self.head = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,17 +79,30 @@ def randomised(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(2)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+            for tensor in (
+                module.weight.data,
+                module.bias.data,
+                module.running_mean,
+                module.running_var,
+            ):
                 tensor.uniform_(0.5, 1.5, generator=generator)
     return model
 
 
 def sliced_resnet20() -> nn.Module:
-    """A ResNet-20 whose first block keeps ten of its sixteen inner channels, cut by hand."""
+    """A ResNet-20 whose first block keeps ten of its sixteen inner channels, cut by
+    hand.
+    """
     model = randomised(models.build("resnet20")).eval()
     block, kept = model.layer1[0], torch.tensor([0, 1, 2, 4, 5, 7, 9, 11, 14, 15])
-    block.conv1.weight.data, block.conv1.out_channels = block.conv1.weight.data[kept], len(kept)
-    block.conv2.weight.data, block.conv2.in_channels = block.conv2.weight.data[:, kept], len(kept)
+    block.conv1.weight.data, block.conv1.out_channels = (
+        block.conv1.weight.data[kept],
+        len(kept),
+    )
+    block.conv2.weight.data, block.conv2.in_channels = (
+        block.conv2.weight.data[:, kept],
+        len(kept),
+    )
     block.bn1.num_features = len(kept)
     for name in ("weight", "bias"):
         getattr(block.bn1, name).data = getattr(block.bn1, name).data[kept]
@@ -97,9 +121,16 @@ def test_onnx_equals_torch_at_batch_1_and_4(network, tmp_path):
         with torch.no_grad():
             expected = model(images).numpy()
         (logits,) = session.run(None, {"images": images.numpy()})
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * abs(expected).max())
+        np.testing.assert_allclose(
+            logits, expected, rtol=0, atol=1e-5 * abs(expected).max()
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
-    assert onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert (
+        onnx.load(tmp_path / "model.onnx")
+        .graph.input[0]
+        .type.tensor_type.shape.dim[0]
+        .dim_param
+    )
 
 
 def test_export_leaves_the_model_as_found(tmp_path):
@@ -108,9 +139,13 @@ def test_export_leaves_the_model_as_found(tmp_path):
     before = copy.deepcopy(model)
     export_onnx(model, EXAMPLE, tmp_path / "model.onnx")
     assert all(module.training for module in model.modules())
-    for ours, theirs in zip(model.state_dict().values(), before.state_dict().values(), strict=True):
+    for ours, theirs in zip(
+        model.state_dict().values(), before.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
-    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
+    assert [p.requires_grad for p in model.parameters()] == [
+        p.requires_grad for p in before.parameters()
+    ]
 
 
 def test_export_is_silent(tmp_path, capfd):
@@ -119,19 +154,28 @@ def test_export_is_silent(tmp_path, capfd):
 
 
 def test_a_network_that_differs_in_onnx_is_refused_and_leaves_no_file(tmp_path):
-    with pytest.raises(ExportError, match=r"differs from PyTorch by 1\.0e-02; the limit is 1e-04"):
+    with pytest.raises(
+        ExportError, match=r"differs from PyTorch by 1\.0e-02; the limit is 1e-04"
+    ):
         export_onnx(Drifting(), EXAMPLE, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_network_that_onnx_cannot_express_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(ExportError, match=r"^ONNX can't express this network \(.*data-dependent.*\)$"):
+    with pytest.raises(
+        ExportError, match=r"^ONNX can't express this network \(.*data-dependent.*\)$"
+    ):
         export_onnx(Unexportable(), EXAMPLE, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_that_torch_export_cannot_express_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(ExportError, match=r"^torch.export can't express this network \(.*data-dependent.*\)$"):
+def test_a_network_that_torch_export_cannot_express_is_refused_with_the_reason(
+    tmp_path,
+):
+    with pytest.raises(
+        ExportError,
+        match=r"^torch.export can't express this network \(.*data-dependent.*\)$",
+    ):
         export_program(Unexportable(), EXAMPLE, tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 
@@ -145,7 +189,10 @@ def test_nan_outputs_are_refused(tmp_path):
 
 def test_a_network_too_large_for_one_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "MAX_ONNX_BYTES", 1000)
-    with pytest.raises(ExportError, match=r"weights of [\d,]+ bytes don't fit one ONNX file; the limit is 1,000"):
+    with pytest.raises(
+        ExportError,
+        match=r"weights of [\d,]+ bytes don't fit one ONNX file; the limit is 1,000",
+    ):
         export_onnx(Residual(), EXAMPLE, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -153,7 +200,11 @@ def test_a_network_too_large_for_one_file_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["resnet20", f"{__name__}:Depthwise"])
 def test_a_pruned_network_comes_back_bit_identical(name, layout, tmp_path):
-    dense = sliced_resnet20() if name == "resnet20" else randomised(models.build(name)).eval()
+    dense = (
+        sliced_resnet20()
+        if name == "resnet20"
+        else randomised(models.build(name)).eval()
+    )
     model = dense.to(memory_format=layout)
     save_pruned(model, tmp_path, {**PLAN, "model": name})
     loaded = load_pruned(tmp_path)
@@ -161,13 +212,20 @@ def test_a_pruned_network_comes_back_bit_identical(name, layout, tmp_path):
         with torch.no_grad():
             assert torch.equal(loaded(images), model(images))
     assert not loaded.training
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "weights.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "plan.json",
+        "weights.safetensors",
+    ]
 
 
 def test_module_attributes_follow_the_weights(tmp_path):
     save_pruned(sliced_resnet20(), tmp_path, PLAN)
     block = load_pruned(tmp_path).layer1[0]
-    assert (block.conv1.out_channels, block.bn1.num_features, block.conv2.in_channels) == (10, 10, 10)
+    assert (
+        block.conv1.out_channels,
+        block.bn1.num_features,
+        block.conv2.in_channels,
+    ) == (10, 10, 10)
 
 
 @pytest.fixture
@@ -179,7 +237,10 @@ def saved(tmp_path):
 @pytest.mark.parametrize("name", ["plan.json", "weights.safetensors"])
 def test_a_folder_without_a_pruned_network_is_refused(saved, name):
     (saved / name).unlink()
-    with pytest.raises(UserError, match=rf"^RUN: '.*' holds no pruned network \(no {name}\); .*autoprune prune RUN$"):
+    with pytest.raises(
+        UserError,
+        match=rf"^RUN: '.*' holds no pruned network \(no {name}\); .*autoprune prune RUN$",
+    ):
         load_pruned(saved)
 
 
@@ -195,13 +256,18 @@ def test_a_folder_without_a_pruned_network_is_refused(saved, name):
 )
 def test_a_damaged_plan_is_refused(saved, content, reason):
     (saved / "plan.json").write_bytes(content)
-    with pytest.raises(UserError, match=rf"^RUN: '.*plan\.json' is damaged \(.*{reason}.*\); write it again"):
+    with pytest.raises(
+        UserError,
+        match=rf"^RUN: '.*plan\.json' is damaged \(.*{reason}.*\); write it again",
+    ):
         load_pruned(saved)
 
 
 def test_an_unknown_model_in_the_plan_is_refused(saved):
     (saved / "plan.json").write_text(json.dumps({**PLAN, "model": "resnet21"}))
-    with pytest.raises(UserError, match=r"unknown model 'resnet21'; did you mean resnet"):
+    with pytest.raises(
+        UserError, match=r"unknown model 'resnet21'; did you mean resnet"
+    ):
         load_pruned(saved)
 
 
@@ -209,7 +275,10 @@ def test_an_unknown_model_in_the_plan_is_refused(saved):
 def test_truncated_weights_are_refused(saved, keep):
     weights = saved / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"^RUN: '.*weights\.safetensors' is damaged \(.*\); write it again"):
+    with pytest.raises(
+        UserError,
+        match=r"^RUN: '.*weights\.safetensors' is damaged \(.*\); write it again",
+    ):
         load_pruned(saved)
 
 
@@ -244,7 +313,9 @@ def test_weights_of_another_architecture_are_refused(saved, change, first):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite_are_refused(saved, value):
     rewrite(saved, lambda weights: weights["conv1.weight"].fill_(value))
-    with pytest.raises(UserError, match=r"^RUN: conv1\.weight in '.*' holds NaN or infinite values"):
+    with pytest.raises(
+        UserError, match=r"^RUN: conv1\.weight in '.*' holds NaN or infinite values"
+    ):
         load_pruned(saved)
 
 
@@ -261,7 +332,9 @@ class Finishing(nn.Module):
 
 def test_a_batch_size_that_the_code_fixes_is_refused_with_the_way_out(tmp_path):
     fixed = Finishing(lambda x, y: y.view(len(x), -1))
-    with pytest.raises(ExportError, match=r"doesn't run on a batch of \d .*write x\.shape\[0\]"):
+    with pytest.raises(
+        ExportError, match=r"doesn't run on a batch of \d .*write x\.shape\[0\]"
+    ):
         export_onnx(fixed, torch.zeros(1, 3, 8, 8), tmp_path / "fixed.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -269,5 +342,7 @@ def test_a_batch_size_that_the_code_fixes_is_refused_with_the_way_out(tmp_path):
 def test_several_outputs_are_exported_and_checked(tmp_path):
     two = Finishing(lambda x, y: {"map": y, "mean": y.mean((2, 3))})
     assert export_onnx(two, torch.zeros(1, 3, 8, 8), tmp_path / "two.onnx") < 1e-4
-    names = [output.name for output in onnx_session(tmp_path / "two.onnx").get_outputs()]
+    names = [
+        output.name for output in onnx_session(tmp_path / "two.onnx").get_outputs()
+    ]
     assert names == ["output_0", "output_1"]

@@ -1,4 +1,6 @@
-"""The training loop: it learns, it survives being killed, and it ends with a learning rate of zero."""
+"""The training loop: it learns, it survives being killed, and it ends with a learning
+rate of zero.
+"""
 
 from dataclasses import replace
 
@@ -23,19 +25,28 @@ def images() -> Images:
 
 def network(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    body = conv_bn(3, 8, stride=2), conv_bn(8, 16, stride=2), nn.Dropout(0.1), nn.Flatten()
+    body = (
+        conv_bn(3, 8, stride=2),
+        conv_bn(8, 16, stride=2),
+        nn.Dropout(0.1),
+        nn.Flatten(),
+    )
     return nn.Sequential(*body, nn.Linear(16 * 16, 10))
 
 
 def assert_same_weights(first: nn.Module, second: nn.Module) -> None:
-    for (key, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+    for (key, one), other in zip(
+        first.state_dict().items(), second.state_dict().values(), strict=True
+    ):
         assert torch.equal(one, other), key
 
 
 def test_loss_falls_and_most_training_images_are_recognised(images):
     losses = []
     config = replace(CONFIG, epochs=10)
-    model = finetune(network(), images, config, on_epoch=lambda epoch, loss: losses.append(loss))
+    model = finetune(
+        network(), images, config, on_epoch=lambda epoch, loss: losses.append(loss)
+    )
     assert losses[-1] < losses[0] / 2 and len(losses) == 10
     assert not model.training
     with torch.no_grad():
@@ -43,7 +54,9 @@ def test_loss_falls_and_most_training_images_are_recognised(images):
 
 
 def test_same_seed_gives_the_same_weights_and_another_seed_others(images):
-    first, again, other = (finetune(network(), images, CONFIG, seed) for seed in (3, 3, 4))
+    first, again, other = (
+        finetune(network(), images, CONFIG, seed) for seed in (3, 3, 4)
+    )
     assert_same_weights(first, again)
     assert not torch.equal(first[-1].weight, other[-1].weight)
 
@@ -59,10 +72,20 @@ def test_global_random_state_is_left_as_found(images):
 def test_killed_run_goes_on_to_bit_identical_weights(images, tmp_path, killed_after):
     checkpoint = tmp_path / "training.ckpt"
     with pytest.raises(Killed):
-        finetune(network(), images, CONFIG, checkpoint=checkpoint, on_epoch=kill_after(killed_after))
+        finetune(
+            network(),
+            images,
+            CONFIG,
+            checkpoint=checkpoint,
+            on_epoch=kill_after(killed_after),
+        )
     epochs = []
     resumed = finetune(
-        network(seed=9), images, CONFIG, checkpoint=checkpoint, on_epoch=lambda epoch, loss: epochs.append(epoch)
+        network(seed=9),
+        images,
+        CONFIG,
+        checkpoint=checkpoint,
+        on_epoch=lambda epoch, loss: epochs.append(epoch),
     )
     assert epochs == list(range(killed_after + 1, 5))
     assert_same_weights(resumed, finetune(network(), images, CONFIG))
@@ -71,7 +94,13 @@ def test_killed_run_goes_on_to_bit_identical_weights(images, tmp_path, killed_af
 def test_finished_run_is_not_trained_again(images, tmp_path):
     epochs, checkpoint = [], tmp_path / "training.ckpt"
     first = finetune(network(), images, CONFIG, checkpoint=checkpoint)
-    again = finetune(network(seed=9), images, CONFIG, checkpoint=checkpoint, on_epoch=lambda *args: epochs.append(args))
+    again = finetune(
+        network(seed=9),
+        images,
+        CONFIG,
+        checkpoint=checkpoint,
+        on_epoch=lambda *args: epochs.append(args),
+    )
     assert epochs == []
     assert_same_weights(first, again)
 
@@ -79,15 +108,24 @@ def test_finished_run_is_not_trained_again(images, tmp_path):
 def test_checkpoint_of_a_training_of_other_length_is_refused(images, tmp_path):
     checkpoint = tmp_path / "training.ckpt"
     finetune(network(), images, replace(CONFIG, epochs=2), checkpoint=checkpoint)
-    with pytest.raises(UserError, match=r"another length \(epochs 2, asked for 4\); ask for 2 again, or delete it"):
+    with pytest.raises(
+        UserError,
+        match=r"another length \(epochs 2, asked for 4\); ask for 2 again, or delete it",
+    ):
         finetune(network(), images, CONFIG, checkpoint=checkpoint)
 
 
-def test_checkpoint_loads_without_executing_code_and_its_learning_rate_ends_at_zero(images, tmp_path):
+def test_checkpoint_loads_without_executing_code_and_its_learning_rate_ends_at_zero(
+    images, tmp_path
+):
     rates, checkpoint = [], tmp_path / "training.ckpt"
 
     def note(epoch: int, loss: float) -> None:
-        rates.append(torch.load(checkpoint, weights_only=True)["optimizer"]["param_groups"][0]["lr"])
+        rates.append(
+            torch.load(checkpoint, weights_only=True)["optimizer"]["param_groups"][0][
+                "lr"
+            ]
+        )
 
     finetune(network(), images, CONFIG, checkpoint=checkpoint, on_epoch=note)
     assert rates == sorted(rates, reverse=True)
@@ -98,14 +136,23 @@ def test_distillation_moves_the_network_towards_its_teacher(images):
     teacher = finetune(network(seed=5), images, CONFIG, seed=5)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     alone = finetune(network(), images, CONFIG, teacher=teacher)
-    taught = finetune(network(), images, replace(CONFIG, distillation=0.9), teacher=teacher)
+    taught = finetune(
+        network(), images, replace(CONFIG, distillation=0.9), teacher=teacher
+    )
 
     def distance(model: nn.Module) -> float:
         with torch.no_grad():
-            return (model(images.inputs).softmax(1) - teacher(images.inputs).softmax(1)).abs().mean().item()
+            return (
+                (model(images.inputs).softmax(1) - teacher(images.inputs).softmax(1))
+                .abs()
+                .mean()
+                .item()
+            )
 
     assert distance(taught) < distance(alone)
-    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+    assert all(
+        torch.equal(before[key], value) for key, value in teacher.state_dict().items()
+    )
 
 
 def test_weights_decay_but_batch_norm_and_biases_do_not(images):
@@ -128,15 +175,22 @@ def test_fewer_images_than_a_batch_still_train(images):
     assert not torch.equal(model[-1].weight, first[-1].weight)
 
 
-@pytest.mark.parametrize("n_images, epochs", [(45_000, 10), (2_600, 30), (5_120, 15), (100, 30)])
+@pytest.mark.parametrize(
+    "n_images, epochs", [(45_000, 10), (2_600, 30), (5_120, 15), (100, 30)]
+)
 def test_by_default_small_datasets_are_passed_over_more_often(n_images, epochs):
     config = FinetuneConfig()
     assert config.epochs_for(n_images) == epochs
     assert replace(config, epochs=3).epochs_for(n_images) == 3
 
 
-@pytest.mark.parametrize(("lr", "n_steps", "expected"), [(None, 1500, 0.05), (None, 10**6, 0.05), (0.3, 15, 0.3)])
-def test_a_long_training_has_the_usual_rate_and_any_training_the_one_that_is_given(lr, n_steps, expected):
+@pytest.mark.parametrize(
+    ("lr", "n_steps", "expected"),
+    [(None, 1500, 0.05), (None, 10**6, 0.05), (0.3, 15, 0.3)],
+)
+def test_a_long_training_has_the_usual_rate_and_any_training_the_one_that_is_given(
+    lr, n_steps, expected
+):
     assert FinetuneConfig(lr=lr).lr_for(n_steps) == expected
 
 
@@ -145,5 +199,7 @@ def test_a_short_training_has_a_lower_rate_and_uses_it(images, tmp_path):
     n_steps = 2 * config.steps_per_epoch(len(images))
     assert config.lr_for(4 * n_steps) == pytest.approx(2 * config.lr_for(n_steps))
     finetune(network(), images, config, checkpoint=tmp_path / "state.pt")
-    (group, *_) = torch.load(tmp_path / "state.pt", weights_only=True)["optimizer"]["param_groups"]
+    (group, *_) = torch.load(tmp_path / "state.pt", weights_only=True)["optimizer"][
+        "param_groups"
+    ]
     assert group["initial_lr"] == config.lr_for(n_steps) < 0.01

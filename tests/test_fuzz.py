@@ -1,4 +1,6 @@
-"""Networks composed at random: whatever is traced, pruned equals masked and costs are exact, for every allocation."""
+"""Networks composed at random: whatever is traced, pruned equals masked and costs are
+exact, for every allocation.
+"""
 
 import pytest
 import steps
@@ -24,7 +26,8 @@ REGRESSIONS = {
     "Pad(mode='circular'), Conv()": 2,
     "Norm(kind='plain_group'), Conv()": 2,
     "Conv(width=6, groups=2), Add(), Write(source=1, how='shift')": 1,
-    "Attention(form='module'), ChannelPad(how='cat'), Split(how='view', pieces=3), Conv(source=1, width=6, groups=4), "
+    "Attention(form='module'), ChannelPad(how='cat'), Split(how='view', pieces=3), "
+    "Conv(source=1, width=6, groups=4), "
     "Split(source=4, how='view', pieces=4)": 0,
     "Pool(), Pool(), Pool(), Write(how='shift')": 0,
     "Conv(), ChannelOrder(how='roll'), Conv(act='prelu')": 1,
@@ -32,7 +35,9 @@ REGRESSIONS = {
     "Depthwise(stride=2), PixelShuffle(how='unshuffle'), Conv(stride=2), Conv(norm='group_of_all')": 2,
     "Matmul(how='linear'), Conv(), Pad(), Shuffle(), Attention(source=2, form='module'), Maxout()": 1,
 }
-"""Steps with which a tracer, or a check, once went wrong, as a failure prints them, to the fewest prunable groups."""
+"""Steps with which a tracer, or a check, once went wrong, as a failure prints them, to
+the fewest prunable groups.
+"""
 
 
 def parsed(text: str) -> Recipe:
@@ -43,8 +48,13 @@ def parsed(text: str) -> Recipe:
 @st.composite
 def recipes(draw) -> Recipe:
     """Recipes that shrink to few steps with default fields."""
-    step = st.composite(lambda draw: choose_step(lambda choices: draw(st.sampled_from(choices))))()
-    return Recipe(tuple(draw(st.lists(step, min_size=1, max_size=MAX_STEPS))), draw(st.sampled_from(ENDINGS)))
+    step = st.composite(
+        lambda draw: choose_step(lambda choices: draw(st.sampled_from(choices)))
+    )()
+    return Recipe(
+        tuple(draw(st.lists(step, min_size=1, max_size=MAX_STEPS))),
+        draw(st.sampled_from(ENDINGS)),
+    )
 
 
 @settings(
@@ -73,12 +83,25 @@ def test_most_random_networks_have_something_to_prune():
 def test_recipes_are_made_again_from_their_seed_and_from_what_they_print():
     for seed in range(20):
         made = recipe(seed)
-        assert made == recipe(seed) == eval(repr(made), {**vars(steps), "Recipe": Recipe})
+        assert (
+            made == recipe(seed) == eval(repr(made), {**vars(steps), "Recipe": Recipe})
+        )
     x = images(1, SIZE, torch.float64)
     assert torch.equal(outputs(build(made), x), outputs(build(recipe(seed)), x))
 
 
 def test_failing_recipes_shrink_to_what_fails():
-    made = Recipe((steps.Conv(width=6), steps.Pool(), steps.Split(how="view", pieces=3), steps.Conv()), "list")
-    fails = lambda candidate: any(isinstance(step, steps.Split) for step in candidate.steps)  # noqa: E731
+    made = Recipe(
+        (
+            steps.Conv(width=6),
+            steps.Pool(),
+            steps.Split(how="view", pieces=3),
+            steps.Conv(),
+        ),
+        "list",
+    )
+
+    def fails(candidate):
+        return any(isinstance(step, steps.Split) for step in candidate.steps)
+
     assert shrunk(made, fails) == Recipe((steps.Split(),))

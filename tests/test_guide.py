@@ -1,4 +1,6 @@
-"""What a policy does where it knows nothing: a guide from measurements, and how far the policy's own word counts."""
+"""What a policy does where it knows nothing: a guide from measurements, and how far the
+policy's own word counts.
+"""
 
 import gymnasium
 import numpy as np
@@ -19,17 +21,25 @@ from autoprune.runs import RunFolder
 HARMS = np.array([0.1, 3.0, 0.02, 1.0, 0.3])
 
 
-def additive_env(harms: np.ndarray = HARMS, budget: str = "macs=50%") -> LayerPruningEnv:
+def additive_env(
+    harms: np.ndarray = HARMS, budget: str = "macs=50%"
+) -> LayerPruningEnv:
     """Damage adds up over the five groups of a chain."""
     dense = fake_env("wide").space.costs.dense
-    return fake_env("wide", lambda kept: float((harms * (dense / kept - 1) ** POWER).sum()), budget=budget)
+    return fake_env(
+        "wide",
+        lambda kept: float((harms * (dense / kept - 1) ** POWER).sum()),
+        budget=budget,
+    )
 
 
 def guided(env: LayerPruningEnv, budgets=None) -> Walks:
     guide = env.guide
 
     def act(walks: Walks) -> np.ndarray:
-        return walks.actions_of(guide.suggest(walks.state), np.zeros(len(walks.state.kept))).astype(np.float32)
+        return walks.actions_of(
+            guide.suggest(walks.state), np.zeros(len(walks.state.kept))
+        ).astype(np.float32)
 
     return env.walks(budgets or [env.budget]).follow(act)
 
@@ -46,7 +56,9 @@ def test_a_group_whose_return_does_harm_is_worth_nothing():
     assert worth[0] == 0 and (worth[1:] > 0).all()
 
 
-@pytest.mark.parametrize("harms", [HARMS, np.zeros(5), np.array([1.0, 0.0, 0.0, 0.0, 0.0])])
+@pytest.mark.parametrize(
+    "harms", [HARMS, np.zeros(5), np.array([1.0, 0.0, 0.0, 0.0, 0.0])]
+)
 def test_the_path_goes_from_dense_to_the_least_and_never_back(harms):
     env = additive_env(harms)
     space, path = env.space, env.guide.path
@@ -58,11 +70,20 @@ def test_the_path_goes_from_dense_to_the_least_and_never_back(harms):
 
 
 @pytest.mark.parametrize("budget", ["macs=30%", "macs=50%", "macs=75%", "params=40%"])
-def test_where_its_assumption_holds_the_guide_is_in_the_best_hundredth_of_random_allocations(budget):
+def test_where_its_assumption_holds_the_guide_is_in_the_best_hundredth_of_random_allocations(
+    budget,
+):
     env = additive_env(budget=budget)
     generator = np.random.default_rng(0)
-    (even,), (found,) = env.walks([env.budget]).follow(uniformly).state.kept, guided(env).state.kept
-    others = env.walks([env.budget] * 300).follow(lambda walks: generator.uniform(-1, 1, 300)).state.kept
+    (even,), (found,) = (
+        env.walks([env.budget]).follow(uniformly).state.kept,
+        guided(env).state.kept,
+    )
+    others = (
+        env.walks([env.budget] * 300)
+        .follow(lambda walks: generator.uniform(-1, 1, 300))
+        .state.kept
+    )
     losses = [env.proxy.loss_of(kept) for kept in (found, even, *others)]
     assert env.space.cost(found) <= env.target
     assert losses[0] < 0.5 * losses[1] and losses[0] < np.quantile(losses[2:], 0.01)
@@ -72,14 +93,18 @@ def test_suggestions_for_several_budgets_are_those_for_each():
     env = additive_env()
     budgets = [type(env.budget).parse(f"macs={share}%") for share in (35, 50, 65)]
     together = guided(env, budgets).state.kept
-    assert [guided(env, [budget]).state.kept[0].tolist() for budget in budgets] == together.tolist()
+    assert [
+        guided(env, [budget]).state.kept[0].tolist() for budget in budgets
+    ] == together.tolist()
 
 
 def test_the_guide_measures_a_real_network_in_the_company_of_halves():
     env = digits_env()
     halves = {group.name: group.channels // 2 for group in env.groups}
     before = env.proxy(halves).loss
-    whole = [env.proxy(halves | {group.name: group.channels}).loss for group in env.groups]
+    whole = [
+        env.proxy(halves | {group.name: group.channels}).loss for group in env.groups
+    ]
     evaluated = env.proxy.evaluations
     np.testing.assert_allclose(env.guide.worth, np.maximum(before - np.array(whole), 0))
     assert env.proxy.evaluations == evaluated
@@ -88,13 +113,17 @@ def test_the_guide_measures_a_real_network_in_the_company_of_halves():
 def trained(env: LayerPruningEnv) -> Policy:
     """A policy that knows the groups of an environment."""
     policy = some_policy()
-    return Policy(policy.algorithm, policy.network, policy.policy_kwargs, env.observer.kinds)
+    return Policy(
+        policy.algorithm, policy.network, policy.policy_kwargs, env.observer.kinds
+    )
 
 
 def stranger(env: LayerPruningEnv, name: str = "ppo") -> Policy:
     """A policy that knows nothing like the groups of an environment."""
     policy = some_policy(name)
-    return Policy(policy.algorithm, policy.network, policy.policy_kwargs, env.observer.kinds + 5)
+    return Policy(
+        policy.algorithm, policy.network, policy.policy_kwargs, env.observer.kinds + 5
+    )
 
 
 def test_on_its_own_network_a_policy_acts_alone_and_nothing_is_measured():
@@ -102,7 +131,11 @@ def test_on_its_own_network_a_policy_acts_alone_and_nothing_is_measured():
     policy = trained(env)
     assert (policy.trust(env.observer) == 1).all()
     (kept,) = env.walks([env.budget]).follow(acting(policy, env)).state.kept
-    (alone,) = env.walks([env.budget]).follow(lambda walks: policy.act(walks.observe())[:, 0]).state.kept
+    (alone,) = (
+        env.walks([env.budget])
+        .follow(lambda walks: policy.act(walks.observe())[:, 0])
+        .state.kept
+    )
     assert kept.tolist() == alone.tolist() and env.proxy.evaluations == 0
 
 
@@ -133,7 +166,10 @@ def test_a_wrapped_environment_is_replayed_like_the_bare_one(shift):
     policy = Policy("ppo", some_policy().network, {}, env.observer.kinds + shift)
     options = {"model": traced("wide")[0], "groups": env.groups, "proxy": env.proxy}
     wrapped = gymnasium.make("autoprune/LayerPruning-v0", **options)
-    assert wrapped is not wrapped.unwrapped and replay(policy, wrapped)[0] == replay(policy, env)[0]
+    assert (
+        wrapped is not wrapped.unwrapped
+        and replay(policy, wrapped)[0] == replay(policy, env)[0]
+    )
 
 
 def test_what_a_policy_knows_is_saved_with_it(tmp_path):
@@ -152,32 +188,49 @@ def test_a_search_leaves_a_policy_that_knows_its_network(agent):
 
 
 @pytest.mark.parametrize(
-    ("agent", "budget"), [("dyna", "macs=50%"), ("ppo", "macs=30%..80%"), ("sac", "macs=30%..80%"), ("td3", "macs=50%")]
+    ("agent", "budget"),
+    [
+        ("dyna", "macs=50%"),
+        ("ppo", "macs=30%..80%"),
+        ("sac", "macs=30%..80%"),
+        ("td3", "macs=50%"),
+    ],
 )
-def test_a_stranger_leads_the_first_batch_with_the_guide_and_is_then_forgotten(agent, budget, tmp_path):
+def test_a_stranger_leads_the_first_batch_with_the_guide_and_is_then_forgotten(
+    agent, budget, tmp_path
+):
     def searched(policy: Policy | None) -> SearchResult:
         if policy is not None:
             policy.save(tmp_path / "policy")
         start = "" if policy is None else str(tmp_path / "policy")
-        return search(additive_env(budget=budget), SearchConfig(agent=agent, episodes=20, policy=start))
+        return search(
+            additive_env(budget=budget),
+            SearchConfig(agent=agent, episodes=20, policy=start),
+        )
 
     env = additive_env(budget=budget)
     led, fresh = searched(stranger(env, agent)), searched(None)
     budgets = [Budget.parse(episode.allocation.budget) for episode in led.episodes[:10]]
     ideal = guided(env, budgets).state.kept
     assert led.episodes[0].counts == tuple(ideal[0])
-    far, near = (np.abs(counts_of(found.episodes[:10]) - ideal).sum() for found in (fresh, led))
+    far, near = (
+        np.abs(counts_of(found.episodes[:10]) - ideal).sum() for found in (fresh, led)
+    )
     assert 0 < near < 0.8 * far
     another = stranger(env, agent)
     with torch.no_grad():
         for parameter in another.network.parameters():
             parameter.mul_(-1)
-    assert np.array_equal(counts_of(searched(another).episodes), counts_of(led.episodes))
+    assert np.array_equal(
+        counts_of(searched(another).episodes), counts_of(led.episodes)
+    )
 
 
 def test_a_search_led_by_a_stranger_and_interrupted_ends_as_one_left_alone(tmp_path):
     stranger(additive_env()).save(tmp_path / "policy")
-    config = SearchConfig(agent="ppo", episodes=40, policy=str(tmp_path / "policy"), checkpoint_every=10)
+    config = SearchConfig(
+        agent="ppo", episodes=40, policy=str(tmp_path / "policy"), checkpoint_every=10
+    )
 
     def searched(name: str, interrupt_at: int = 0) -> SearchResult:
         def on_episode(episode: Episode) -> None:
@@ -195,6 +248,9 @@ def test_a_search_led_by_a_stranger_and_interrupted_ends_as_one_left_alone(tmp_p
     resumed = searched("interrupted")
     assert np.array_equal(counts_of(resumed.episodes), counts_of(alone.episodes))
     assert resumed.best == alone.best and resumed.evaluations == alone.evaluations
-    # Episodes and the policy's own allocation, each network once; before them the guide's measurements.
-    networks = {episode.counts for episode in alone.episodes} | {tuple(alone.best.allocation.kept.values())}
+    # Episodes and the policy's own allocation, each network once; before them the
+    # guide's measurements.
+    networks = {episode.counts for episode in alone.episodes} | {
+        tuple(alone.best.allocation.kept.values())
+    }
     assert 0 <= alone.evaluations - len(networks) - len(HARMS) - 1 <= 1

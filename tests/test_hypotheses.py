@@ -1,4 +1,6 @@
-"""The experiments on tickets, on training from scratch and on what fine-tuning leaves do what they say."""
+"""The experiments on tickets, on training from scratch and on what fine-tuning leaves
+do what they say.
+"""
 
 import itertools
 from dataclasses import replace
@@ -15,7 +17,15 @@ from autoprune.training.loop import finetune
 from autoprune.training.masks import Masks
 from experiments import lottery_tickets
 from experiments.after_finetuning import Remembering
-from experiments.lottery_tickets import KEPT, Training, copied, lenet, smallest_masked, tickets, trained
+from experiments.lottery_tickets import (
+    KEPT,
+    Training,
+    copied,
+    lenet,
+    smallest_masked,
+    tickets,
+    trained,
+)
 from experiments.rethinking import epochs_of, renewed
 
 CONFIG = FinetuneConfig(4, 60, 0.1, weight_decay=1e-4, distillation=0.0, flip=False)
@@ -30,21 +40,37 @@ def n_values(model) -> int:
     return sum(int(p.count_nonzero()) for p in model.parameters())
 
 
-def test_every_round_keeps_a_fifth_less_of_nested_connections_and_what_is_masked_stays_zero(splits):
+def test_every_round_keeps_a_fifth_less_of_nested_connections_and_what_is_masked_stays_zero(
+    splits,
+):
     first = copied(lenet(0))
     model, before = trained(first, Masks({}), splits, CONFIG, 0)[0], None
     n_all = sum(p.numel() for p in model.parameters())
     for number in (1, 2, 3):
-        ranked = torch.cat([p.detach().abs().flatten() for n, p in model.named_parameters() if n.endswith("weight")])
+        ranked = torch.cat(
+            [
+                p.detach().abs().flatten()
+                for n, p in model.named_parameters()
+                if n.endswith("weight")
+            ]
+        )
         masks = smallest_masked(model, splits.example, KEPT**number)
         n_gone = sum(int((~kept).sum()) for kept in masks.kept.values())
         assert n_all - n_gone == int(KEPT**number * n_all)
         values = {name: model.get_parameter(name).detach().abs() for name in masks.kept}
         threshold = ranked.sort().values[n_gone]
-        assert max(float(values[name][~kept].max()) for name, kept in masks.kept.items()) <= threshold
-        assert before is None or all((kept <= before.kept[name]).all() for name, kept in masks.kept.items())
+        assert (
+            max(float(values[name][~kept].max()) for name, kept in masks.kept.items())
+            <= threshold
+        )
+        assert before is None or all(
+            (kept <= before.kept[name]).all() for name, kept in masks.kept.items()
+        )
         model, before = trained(first, masks, splits, CONFIG, 0)[0], masks
-        assert all((model.get_parameter(name)[~kept] == 0).all() for name, kept in masks.kept.items())
+        assert all(
+            (model.get_parameter(name)[~kept] == 0).all()
+            for name, kept in masks.kept.items()
+        )
         assert n_values(model) == n_all - n_gone
 
 
@@ -59,7 +85,12 @@ def test_rewinding_is_bit_exact(splits, monkeypatch):
 
     monkeypatch.setattr(lottery_tickets, "finetune", seen)
     rows = list(itertools.islice(tickets(splits, CONFIG, 3), 4))
-    assert [row["arm"] for row in rows] == ["dense", "ticket", "reinitialised", "rewound"]
+    assert [row["arm"] for row in rows] == [
+        "dense",
+        "ticket",
+        "reinitialised",
+        "rewound",
+    ]
     monkeypatch.undo()
     first = copied(lenet(3))
     early = trained(first, Masks({}), splits, CONFIG, 3)[1].early
@@ -68,8 +99,13 @@ def test_rewinding_is_bit_exact(splits, monkeypatch):
     for start, source, kept in ((ticket, first, masks), (rewound, early, own)):
         for name, values in start.items():
             left = kept.kept.get(name, torch.ones_like(values, dtype=torch.bool))
-            assert torch.equal(values[left], source[name][left]) and (values[~left] == 0).all()
-    assert same.kept.keys() == masks.kept.keys() and all(torch.equal(same.kept[n], masks.kept[n]) for n in masks.kept)
+            assert (
+                torch.equal(values[left], source[name][left])
+                and (values[~left] == 0).all()
+            )
+    assert same.kept.keys() == masks.kept.keys() and all(
+        torch.equal(same.kept[n], masks.kept[n]) for n in masks.kept
+    )
     assert not torch.equal(anew["1.weight"], ticket["1.weight"])
 
 
@@ -88,45 +124,92 @@ def test_the_early_values_are_those_after_the_first_epoch(splits):
 
     model = lenet(0)
     with pytest.raises(Stop):
-        lottery_tickets.finetune(model, splits.train, CONFIG, 0, plug=plug, on_epoch=after)
+        lottery_tickets.finetune(
+            model, splits.train, CONFIG, 0, plug=plug, on_epoch=after
+        )
     assert all(torch.equal(watched.early[name], seen[name]) for name in seen)
     assert not torch.equal(watched.early["1.weight"], first["1.weight"])
 
 
-@pytest.mark.parametrize(("share", "epochs"), [(0.5, 24), (0.25, 24), (0.8, 15), (1.0, 12)])
-def test_scratch_b_trains_for_the_dense_networks_macs_at_most_twice_as_long(share, epochs):
+@pytest.mark.parametrize(
+    ("share", "epochs"), [(0.5, 24), (0.25, 24), (0.8, 15), (1.0, 12)]
+)
+def test_scratch_b_trains_for_the_dense_networks_macs_at_most_twice_as_long(
+    share, epochs
+):
     assert epochs_of("scratch_b", 12, share) == epochs
-    assert epochs_of("scratch_e", 12, share) == epochs_of("fine_tuned_long", 12, share) == 12
-    assert epochs_of("fine_tuned", 12, share) == 3 and epochs_of("fine_tuned", 1, share) == 1
+    assert (
+        epochs_of("scratch_e", 12, share)
+        == epochs_of("fine_tuned_long", 12, share)
+        == 12
+    )
+    assert (
+        epochs_of("fine_tuned", 12, share) == 3
+        and epochs_of("fine_tuned", 1, share) == 1
+    )
 
 
 def test_a_network_from_scratch_has_the_shapes_of_the_pruned_one_and_values_for_its_own_widths():
     torch.manual_seed(0)
     dense = CifarResNet(8)
     groups = trace(dense, torch.randn(1, 3, 32, 32))
-    pruned = prune(dense, groups, {group.name: torch.arange(group.channels // 4) for group in groups})
+    pruned = prune(
+        dense,
+        groups,
+        {group.name: torch.arange(group.channels // 4) for group in groups},
+    )
     before = copied(pruned)
     anew = renewed(pruned, 0)
-    assert [p.shape for p in anew.parameters()] == [p.shape for p in pruned.parameters()]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
-    assert not any(torch.equal(a, b) for a, b in zip(anew.parameters(), pruned.parameters(), strict=True) if a.ndim > 1)
-    # Variance 2 over the fan-in of the small layer; the dense one's would be a quarter of it.
+    assert [p.shape for p in anew.parameters()] == [
+        p.shape for p in pruned.parameters()
+    ]
+    assert all(
+        torch.equal(tensor, before[name])
+        for name, tensor in pruned.state_dict().items()
+    )
+    assert not any(
+        torch.equal(a, b)
+        for a, b in zip(anew.parameters(), pruned.parameters(), strict=True)
+        if a.ndim > 1
+    )
+    # Variance 2 over the fan-in of the small layer; the dense one's would be a quarter
+    # of it.
     weight = anew.layer3[0].conv2.weight
     assert weight.var().item() == pytest.approx(2 / (weight.shape[1] * 9), rel=0.25)
-    assert all(torch.equal(a, b) for a, b in zip(anew.parameters(), renewed(pruned, 0).parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(anew.parameters(), renewed(pruned, 0).parameters(), strict=True)
+    )
 
 
-def test_a_teacher_is_asked_once_by_all_that_one_seed_trains_and_teaches_the_same(splits):
+def test_a_teacher_is_asked_once_by_all_that_one_seed_trains_and_teaches_the_same(
+    splits,
+):
     def trained(start: int, seed: int, teacher: torch.nn.Module) -> dict:
         torch.manual_seed(start)
-        return finetune(CifarResNet(8), splits.train, config, seed, teacher).state_dict()
+        return finetune(
+            CifarResNet(8), splits.train, config, seed, teacher
+        ).state_dict()
 
-    config, dense, asked = replace(CONFIG, distillation=0.5, flip=True, lr=0.01, epochs=2), CifarResNet(8), []
-    teacher, n_batches = Remembering(dense), config.epochs * config.steps_per_epoch(len(splits.train))
-    for start, seed, n_asked in ((0, 0, n_batches), (1, 0, n_batches), (0, 1, 2 * n_batches)):
+    config, dense, asked = (
+        replace(CONFIG, distillation=0.5, flip=True, lr=0.01, epochs=2),
+        CifarResNet(8),
+        [],
+    )
+    teacher, n_batches = (
+        Remembering(dense),
+        config.epochs * config.steps_per_epoch(len(splits.train)),
+    )
+    for start, seed, n_asked in (
+        (0, 0, n_batches),
+        (1, 0, n_batches),
+        (0, 1, 2 * n_batches),
+    ):
         handle = dense.register_forward_hook(lambda *_: asked.append(1))
         remembered = trained(start, seed, teacher)
         handle.remove()
         assert len(asked) == n_asked
         plain = trained(start, seed, dense)
-        assert all(torch.equal(plain[name], tensor) for name, tensor in remembered.items())
+        assert all(
+            torch.equal(plain[name], tensor) for name, tensor in remembered.items()
+        )

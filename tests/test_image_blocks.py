@@ -1,4 +1,6 @@
-"""A long search moves on to images that it hasn't seen; whoever was measured on images is never judged by them."""
+"""A long search moves on to images that it hasn't seen; whoever was measured on images
+is never judged by them.
+"""
 
 from dataclasses import replace
 
@@ -25,7 +27,9 @@ EIGHT = replace(CONFIG, images=10, blocks=4)
 """Four blocks of each."""
 
 
-def blocks_of(config: ProxyConfig = CONFIG, is_free: bool = True, difficulty=lambda x: x.labels) -> ImageBlocks:
+def blocks_of(
+    config: ProxyConfig = CONFIG, is_free: bool = True, difficulty=lambda x: x.labels
+) -> ImageBlocks:
     return ImageBlocks(SPLITS, config, is_free, Questions, difficulty)
 
 
@@ -42,17 +46,26 @@ def test_every_other_forty_batches_are_judged_by_calibration_images_in_turns(bat
     blocks = blocks_of()
     block = blocks.judging(batch)
     assert block % 2 == batch % 2 and (block >= 2) == (batch // MOVES_ON % 2 == 1)
-    assert is_among(blocks[block].images, SPLITS.proxy if block < 2 else SPLITS.calibration)
+    assert is_among(
+        blocks[block].images, SPLITS.proxy if block < 2 else SPLITS.calibration
+    )
 
 
 @given(images=st.integers(1, 70), n=st.integers(1, 6), is_free=st.booleans())
 def test_blocks_are_disjoint_equally_large_and_as_many_as_fit(images, n, is_free):
     blocks = blocks_of(replace(CONFIG, images=images, blocks=n), is_free)
-    assert blocks.n_blocks == max(1, min(n, 60 // images)) and blocks.n_further == is_free * min(n, 40 // images)
-    all_of_them = [blocks[block].images for block in sorted({blocks.judging(batch) for batch in range(2 * MOVES_ON)})]
+    assert blocks.n_blocks == max(
+        1, min(n, 60 // images)
+    ) and blocks.n_further == is_free * min(n, 40 // images)
+    all_of_them = [
+        blocks[block].images
+        for block in sorted({blocks.judging(batch) for batch in range(2 * MOVES_ON)})
+    ]
     assert len(all_of_them) == blocks.n_blocks + blocks.n_further
     assert {len(block) for block in all_of_them} == {min(images, 60)}
-    assert len(torch.cat([rows(block) for block in all_of_them]).unique(dim=0)) == sum(map(len, all_of_them))
+    assert len(torch.cat([rows(block) for block in all_of_them]).unique(dim=0)) == sum(
+        map(len, all_of_them)
+    )
 
 
 def test_of_images_that_are_next_to_each_other_in_difficulty_every_block_has_one():
@@ -62,7 +75,10 @@ def test_of_images_that_are_next_to_each_other_in_difficulty_every_block_has_one
     blocks = blocks_of(EIGHT, difficulty=brightness)
     for split, first in ((SPLITS.proxy, 0), (SPLITS.calibration, 4)):
         quartets = brightness(split[:40]).sort().values.view(10, 4)
-        for values in (brightness(blocks[first + number].images).sort().values for number in range(4)):
+        for values in (
+            brightness(blocks[first + number].images).sort().values
+            for number in range(4)
+        ):
             assert bool(((quartets == values[:, None]).sum(1) == 1).all())
 
 
@@ -70,8 +86,12 @@ def test_a_survey_asks_all_images_that_judged_the_search():
     blocks = blocks_of()
     short, long = blocks.all(MOVES_ON).images, blocks.all(MOVES_ON + 1).images
     assert torch.equal(short.pixels, SPLITS.proxy.pixels)
-    assert torch.equal(long.pixels, torch.cat([SPLITS.proxy.pixels, SPLITS.calibration.pixels]))
-    assert torch.equal(long.labels, torch.cat([SPLITS.proxy.labels, SPLITS.calibration.labels]))
+    assert torch.equal(
+        long.pixels, torch.cat([SPLITS.proxy.pixels, SPLITS.calibration.pixels])
+    )
+    assert torch.equal(
+        long.labels, torch.cat([SPLITS.proxy.labels, SPLITS.calibration.labels])
+    )
     assert blocks_of(is_free=False).all(10 * MOVES_ON).images is SPLITS.proxy
 
 
@@ -85,10 +105,14 @@ def test_a_late_batch_scores_on_calibration_images_alone():
     images = proxy.blocks[block].images
     assert is_among(images, splits.calibration)
     with on_batch_statistics(pruned):
-        assert_close(proxy.score_all([half], block)[0], answer(pruned, Questions(images), "off"))
+        assert_close(
+            proxy.score_all([half], block)[0], answer(pruned, Questions(images), "off")
+        )
 
 
-@pytest.mark.parametrize("change", [{"statistics": "calibration"}, {"reconstruct": "on"}])
+@pytest.mark.parametrize(
+    "change", [{"statistics": "calibration"}, {"reconstruct": "on"}]
+)
 def test_images_that_candidates_are_measured_or_solved_on_judge_nobody(change):
     model, groups, splits = digits()
     l1 = importance("l1", model, groups, splits.train)
@@ -99,7 +123,9 @@ def test_images_that_candidates_are_measured_or_solved_on_judge_nobody(change):
 
 
 class Judged:
-    """Wraps a toy's proxy: which block was asked in each batch, and how many were surveyed after how many batches."""
+    """Wraps a toy's proxy: which block was asked in each batch, and how many were
+    surveyed after how many batches.
+    """
 
     def __init__(self, proxy):
         self.proxy, self.asked, self.surveyed = proxy, [], []
@@ -119,17 +145,28 @@ class Judged:
         return self.proxy.survey_all(allocations, batches)
 
 
-@pytest.mark.parametrize(("episodes", "n_surveyed"), [(20, 8), (400, 8), (401, 10), (480, 16)])
-def test_every_batch_asks_its_block_and_each_block_sends_as_many_however_many_there_are(episodes, n_surveyed):
+@pytest.mark.parametrize(
+    ("episodes", "n_surveyed"), [(20, 8), (400, 8), (401, 10), (480, 16)]
+)
+def test_every_batch_asks_its_block_and_each_block_sends_as_many_however_many_there_are(
+    episodes, n_surveyed
+):
     env = fake_env("wide")
     env.proxy = Judged(env.proxy)
     recorder = Recorder(env, SearchConfig(episodes=episodes, finalists=2))
     generator = np.random.default_rng(0)
     while recorder.remaining:
         n_lanes = min(LANES, recorder.remaining)
-        recorder.walk(lambda walks: generator.uniform(-1, 1, len(walks.state.kept)), n_lanes)
+        recorder.walk(
+            lambda walks: generator.uniform(-1, 1, len(walks.state.kept)), n_lanes
+        )
     n_batches = -(-episodes // LANES)
-    assert env.proxy.asked == [blocks_of(EIGHT).judging(batch) for batch in range(n_batches)]
-    assert recorder.blocks.tolist() == [block for block in env.proxy.asked for _ in range(LANES)][:episodes]
+    assert env.proxy.asked == [
+        blocks_of(EIGHT).judging(batch) for batch in range(n_batches)
+    ]
+    assert (
+        recorder.blocks.tolist()
+        == [block for block in env.proxy.asked for _ in range(LANES)][:episodes]
+    )
     finalists(recorder, None)
     assert env.proxy.surveyed == [(n_surveyed, n_batches)]

@@ -1,13 +1,16 @@
-"""Where the best allocation is known by enumeration the default agent finds it; a blind policy comes nowhere near.
+"""Where the best allocation is known by enumeration the default agent finds it; a blind
+policy comes nowhere near.
 
-Measured as the share of the possible gain over uniform pruning that is left, `(loss - best) / (uniform - best)`. A
-share of the loss itself would change when a constant is added to it, and where uniform pruning is good everybody would
-pass.
+Measured as the share of the possible gain over uniform pruning that is left, `(loss -
+best) / (uniform - best)`. A share of the loss itself would change when a constant is
+added to it, and where uniform pruning is good everybody would pass.
 
-The agent's answer has to be within 1 %. The policy's own allocation, without the search around it, is held to 15 %: it
-learns the best mean of a spread, and one channel more or less in a group is 3 to 7 % here. A policy that ignores its
-observation leaves 40 % at least, so it fails both. (The search around a blindfolded policy can still succeed: of its
-samples the Gaussian process picks the good ones. So what is held against blind policies is their own allocation.)
+The agent's answer has to be within 1 %. The policy's own allocation, without the search
+around it, is held to 15 %: it learns the best mean of a spread, and one channel more or
+less in a group is 3 to 7 % here. A policy that ignores its observation leaves 40 % at
+least, so it fails both. (The search around a blindfolded policy can still succeed: of
+its samples the Gaussian process picks the good ones. So what is held against blind
+policies is their own allocation.)
 """
 
 import itertools
@@ -32,7 +35,9 @@ WEIGHTS = np.array([0.2, 1.0, 0.1])
 
 
 def damage(kept: np.ndarray) -> np.ndarray:
-    """Grows with the octaves by which each group shrinks, and once more where two neighbours shrink together."""
+    """Grows with the octaves by which each group shrinks, and once more where two
+    neighbours shrink together.
+    """
     octaves = np.log2(np.array([24, 32, 16]) / kept)
     return octaves**2 @ WEIGHTS + 0.1 * (octaves[..., :-1] * octaves[..., 1:]).sum(-1)
 
@@ -66,7 +71,9 @@ def blind_env(shown: np.ndarray) -> LayerPruningEnv:
 
 @cache
 def found(seed: int) -> SearchResult:
-    return search(pruning_env(), SearchConfig(agent="dyna", episodes=N_EPISODES, seed=seed))
+    return search(
+        pruning_env(), SearchConfig(agent="dyna", episodes=N_EPISODES, seed=seed)
+    )
 
 
 def own_loss(policy: Policy, env: LayerPruningEnv) -> float:
@@ -100,13 +107,19 @@ def test_its_policy_alone_comes_close(seed):
 
 
 def test_no_policy_that_ignores_its_observation_comes_close():
-    # Without chance and without an observation a policy is one action, the same for every group.
-    losses = [walk(pruning_env(), lambda _, action=action: action)["loss"] for action in np.linspace(-1, 1, 401)]
+    # Without chance and without an observation a policy is one action, the same for
+    # every group.
+    losses = [
+        walk(pruning_env(), lambda _, action=action: action)["loss"]
+        for action in np.linspace(-1, 1, 401)
+    ]
     assert min(map(lost, losses)) > BLIND
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_learned_policy_fails_when_it_is_shown_its_mean_observation_all_the_time(seed):
+def test_the_learned_policy_fails_when_it_is_shown_its_mean_observation_all_the_time(
+    seed,
+):
     policy = found(seed).policy
     assert lost(own_loss(policy, blind_env(mean_observation(policy)))) > BLIND
 

@@ -1,4 +1,6 @@
-"""Lanes: exactly the asked episodes, each within its own budget, nothing paid for twice."""
+"""Lanes: exactly the asked episodes, each within its own budget, nothing paid for
+twice.
+"""
 
 from collections import Counter
 
@@ -38,7 +40,9 @@ def kept(episode) -> np.ndarray:
 
 @pytest.mark.parametrize("budget", ["macs=50%", RANGE])
 @pytest.mark.parametrize("episodes", [1, 3, 10, 13, 27])
-def test_exactly_the_asked_episodes_are_recorded_and_surplus_lanes_shadow_the_first(budget, episodes):
+def test_exactly_the_asked_episodes_are_recorded_and_surplus_lanes_shadow_the_first(
+    budget, episodes
+):
     scored = Counter()
 
     def loss_of(kept: np.ndarray) -> float:
@@ -48,7 +52,9 @@ def test_exactly_the_asked_episodes_are_recorded_and_surplus_lanes_shadow_the_fi
     env = fake_env("wide", loss_of, budget=budget)
     lanes = Lanes(recorder_of(env, episodes), n_lanes=10)
     last = walked(lanes, -(-episodes // 10))
-    assert [episode.number for episode in lanes.recorder.episodes] == list(range(1, episodes + 1))
+    assert [episode.number for episode in lanes.recorder.episodes] == list(
+        range(1, episodes + 1)
+    )
     assert lanes.recorder.remaining == 0
     live = episodes - 10 * (len(last) - 1)
     _, rewards, dones, infos = last[-1]
@@ -58,8 +64,14 @@ def test_exactly_the_asked_episodes_are_recorded_and_surplus_lanes_shadow_the_fi
         infos[lane % live]["executed_action"] for lane in range(live, 10)
     ]
     assert set(scored.values()) == {1}
-    par = {tuple(env.space.uniform(env.target_of(env.budget.at(p)))) for p in np.linspace(0, 1, 6)}
-    assert set(scored) <= {tuple(kept(episode)) for episode in lanes.recorder.episodes} | par
+    par = {
+        tuple(env.space.uniform(env.target_of(env.budget.at(p))))
+        for p in np.linspace(0, 1, 6)
+    }
+    assert (
+        set(scored)
+        <= {tuple(kept(episode)) for episode in lanes.recorder.episodes} | par
+    )
 
 
 @pytest.mark.parametrize("n", [1, 4, 10])
@@ -72,10 +84,19 @@ def test_budgets_of_a_range_are_one_from_each_equal_part_of_a_half_circle_over_i
 
 def test_a_searchs_budgets_cover_their_range_and_lie_closest_at_its_ends():
     def shares(seed: int) -> np.ndarray:
-        return np.array([budget.share for budget in recorder_of(fake_env("wide", budget=RANGE), seed=seed).budgets(10)])
+        return np.array(
+            [
+                budget.share
+                for budget in recorder_of(
+                    fake_env("wide", budget=RANGE), seed=seed
+                ).budgets(10)
+            ]
+        )
 
     drawn = np.array([shares(seed) for seed in range(60)])
-    assert drawn.min() >= 0.3 and drawn.max() <= 0.8 and (np.diff(drawn, axis=1) > 0).all()
+    assert (
+        drawn.min() >= 0.3 and drawn.max() <= 0.8 and (np.diff(drawn, axis=1) > 0).all()
+    )
     assert drawn[:, 0].max() < 0.33 and drawn[:, -1].min() > 0.77
     gaps = np.diff(drawn, axis=1).mean(0)
     assert (np.diff(gaps[:5]) > 0).all() and np.allclose(gaps, gaps[::-1], atol=0.01)
@@ -96,12 +117,17 @@ def test_budgets_of_a_range_follow_from_seed_and_episode_alone():
 
 
 def test_a_single_budget_is_that_of_every_lane():
-    assert {str(budget) for budget in recorder_of(fake_env("wide", budget="params=40%")).budgets(10)} == {"params=40%"}
+    assert {
+        str(budget)
+        for budget in recorder_of(fake_env("wide", budget="params=40%")).budgets(10)
+    } == {"params=40%"}
 
 
 @pytest.mark.parametrize("network", ["one", "chain", "wide", "resnet20"])
 @pytest.mark.parametrize("budget", [RANGE, "params=50%..95%"])
-def test_every_allocation_meets_the_budget_of_its_own_lane_and_leaves_no_room_for_a_step(network, budget):
+def test_every_allocation_meets_the_budget_of_its_own_lane_and_leaves_no_room_for_a_step(
+    network, budget
+):
     env = fake_env(network, budget=budget)
     lanes = Lanes(recorder_of(env, 20), 10)
     walked(lanes, 2)
@@ -110,14 +136,19 @@ def test_every_allocation_meets_the_budget_of_its_own_lane_and_leaves_no_room_fo
         budget = Budget.parse(episode.allocation.budget)
         shares.append(budget.share)
         assert env.space.cost(kept(episode)) <= env.target_of(budget)
-        assert env.space.fill(kept(episode), env.target_of(budget)).tolist() == kept(episode).tolist()
+        assert (
+            env.space.fill(kept(episode), env.target_of(budget)).tolist()
+            == kept(episode).tolist()
+        )
     assert np.ptp(shares) > 0.8 * (env.budget.high.share - env.budget.low.share)
 
 
 def test_under_one_budget_a_learner_sees_the_reward_as_it_is():
     lanes = Lanes(recorder_of(target_env("wide")), 10)
     ((_, rewards, *_),) = walked(lanes, 1)
-    assert rewards == pytest.approx([episode.reward for episode in lanes.recorder.episodes], rel=1e-6)
+    assert rewards == pytest.approx(
+        [episode.reward for episode in lanes.recorder.episodes], rel=1e-6
+    )
 
 
 def test_under_a_range_a_learner_sees_how_much_better_than_uniform_it_did():
@@ -145,18 +176,28 @@ def test_an_episodes_last_observation_is_told_beside_the_next_ones_first():
         assert dones.tolist() == [step == 4] * 3
     assert np.array_equal(observations, first)
     terminal = np.array([info["terminal_observation"] for info in infos])
-    assert np.array_equal(terminal[:, :15], before[:, :15]) and not np.array_equal(terminal, first)
+    assert np.array_equal(terminal[:, :15], before[:, :15]) and not np.array_equal(
+        terminal, first
+    )
 
 
 def test_lanes_do_what_the_environment_does_one_by_one():
     env = target_env("wide")
-    lanes, actions = Lanes(recorder_of(env), 4), np.random.default_rng(0).uniform(-1, 1, (5, 4))
+    lanes, actions = (
+        Lanes(recorder_of(env), 4),
+        np.random.default_rng(0).uniform(-1, 1, (5, 4)),
+    )
     lanes.reset()
     for row in actions:
         lanes.step(row[:, None])
     for lane, episode in enumerate(lanes.recorder.episodes):
-        info = walk(target_env("wide"), lambda position, lane=lane: actions[position, lane])
-        assert (info["allocation"], info["loss"]) == (episode.allocation, episode.evaluation.loss)
+        info = walk(
+            target_env("wide"), lambda position, lane=lane: actions[position, lane]
+        )
+        assert (info["allocation"], info["loss"]) == (
+            episode.allocation,
+            episode.evaluation.loss,
+        )
 
 
 def test_recorded_episodes_are_read_back_and_not_paid_for_again(tmp_path):
@@ -183,14 +224,19 @@ def test_lanes_are_no_place_for_attributes_of_their_own():
     lanes = Lanes(recorder_of(fake_env("wide")), 3)
     assert lanes.get_attr("target") == [lanes.env.target] * 3
     assert lanes.env_is_wrapped(object) == [False] * 3
-    with pytest.raises(NotImplementedError, match="target: lanes share one environment"):
+    with pytest.raises(
+        NotImplementedError, match="target: lanes share one environment"
+    ):
         lanes.set_attr("target", 3)
 
 
 @pytest.mark.parametrize(
-    ("reward", "expected"), [("weighted_sum", [0.91, 1.0, 1.09]), ("accuracy_guaranteed", [0.5, 0.91, 1.0])]
+    ("reward", "expected"),
+    [("weighted_sum", [0.91, 1.0, 1.09]), ("accuracy_guaranteed", [0.5, 0.91, 1.0])],
 )
-def test_near_a_budget_is_close_on_both_sides_or_anywhere_below_a_ceiling(reward, expected):
+def test_near_a_budget_is_close_on_both_sides_or_anywhere_below_a_ceiling(
+    reward, expected
+):
     env = fake_env("wide", reward=reward)
     shares = np.array([0.5, 0.91, 1.0, 1.09, 1.15])
     assert shares[near(env, shares * env.target, env.budget)].tolist() == expected
@@ -201,15 +247,26 @@ def test_near_a_budget_is_close_on_both_sides_or_anywhere_below_a_ceiling(reward
     [
         ({"budget": "macs=30%..80%"}, True),
         ({"budget": "macs=50%"}, False),
-        ({"budget": "macs=30%..80%", "reward": "accuracy_guaranteed"}, False),  # there cheaper is better
+        (
+            {"budget": "macs=30%..80%", "reward": "accuracy_guaranteed"},
+            False,
+        ),  # there cheaper is better
     ],
 )
-def test_what_is_usual_at_a_cost_counts_under_a_range_of_budgets_that_are_used_up(options, is_there):
-    recorder = search(fake_env("wide", **options), SearchConfig(agent="random", episodes=30)).recorder
+def test_what_is_usual_at_a_cost_counts_under_a_range_of_budgets_that_are_used_up(
+    options, is_there
+):
+    recorder = search(
+        fake_env("wide", **options), SearchConfig(agent="random", episodes=30)
+    ).recorder
     assert (recorder.usual is not None) == is_there
 
 
 def test_where_nothing_is_near_a_budget_the_closest_counts():
     env = fake_env("wide")
-    assert near(env, np.array([0.4, 0.7, 1.5]) * env.target, env.budget).tolist() == [False, True, False]
+    assert near(env, np.array([0.4, 0.7, 1.5]) * env.target, env.budget).tolist() == [
+        False,
+        True,
+        False,
+    ]
     assert near(env, np.array([]), env.budget).tolist() == []

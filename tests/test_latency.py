@@ -22,21 +22,31 @@ class Logging(nn.Module):
         return Logging(self.name, self.log).train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.log.append((self.name, len(x), self.training, torch.is_inference_mode_enabled()))
+        self.log.append(
+            (self.name, len(x), self.training, torch.is_inference_mode_enabled())
+        )
         return x
 
 
 def network(width: int) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        nn.Conv2d(3, width, 3),
+        nn.ReLU(),
+        nn.Conv2d(width, 4, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
     )
 
 
 def test_every_engine_and_batch_size_has_a_row(tmp_path):
     pruned = network(8)
     export_onnx(pruned, EXAMPLE, tmp_path / "pruned.onnx")
-    rows = measure_latency(network(256), pruned, EXAMPLE, tmp_path / "pruned.onnx", (1, 16), seconds=0.8)
-    assert [(row.engine, row.batch) for row in rows] == [(e, b) for e in ("torch", "onnxruntime") for b in (1, 16)]
+    rows = measure_latency(
+        network(256), pruned, EXAMPLE, tmp_path / "pruned.onnx", (1, 16), seconds=0.8
+    )
+    assert [(row.engine, row.batch) for row in rows] == [
+        (e, b) for e in ("torch", "onnxruntime") for b in (1, 16)
+    ]
     assert all(row.threads == torch.get_num_threads() for row in rows)
     assert all(row.dense_ms > 0 and row.pruned_ms > 0 for row in rows)
     assert all(row.speedup > 1 for row in rows if row.batch == 16)
@@ -53,12 +63,20 @@ def test_dense_and_pruned_take_turns_in_evaluation_mode():
     assert [row.engine for row in rows] == ["torch", "torch"]
     assert [name for name, *_ in log] == ["dense", "pruned"] * (len(log) // 2)
     assert {batch for _, batch, *_ in log} == {1, 3}
-    assert not any(training for *_, training, _ in log) and all(inference for *_, inference in log)
+    assert not any(training for *_, training, _ in log) and all(
+        inference for *_, inference in log
+    )
     assert dense.training and pruned.training
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3])
 def test_the_time_is_bounded(seconds):
     log = []
-    measure_latency(Logging("dense", log), Logging("pruned", log), EXAMPLE, batch_sizes=(1,), seconds=seconds)
+    measure_latency(
+        Logging("dense", log),
+        Logging("pruned", log),
+        EXAMPLE,
+        batch_sizes=(1,),
+        seconds=seconds,
+    )
     assert len(log) == 4 if seconds == 0 else len(log) > 4

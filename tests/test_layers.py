@@ -1,4 +1,6 @@
-"""Imports run one way, from each layer to those below it, and the command line starts without torch."""
+"""Imports run one way, from each layer to those below it, and the command line starts
+without torch.
+"""
 
 import ast
 import subprocess
@@ -20,7 +22,9 @@ LAYERS = (
     {"cli"},
     {"experiments"},
 )
-"""The one rule: a module may import its own room, and rooms of the layers before its own."""
+"""The one rule: a module may import its own room, and rooms of the layers before its
+own.
+"""
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FOREIGN = {
     "gymnasium": {"envs", "agents", "cli", "experiments"},
@@ -30,11 +34,18 @@ FOREIGN = {
 FRONT = {ROOT / "autoprune" / name for name in ("__init__.py", "__main__.py")}
 """The package's own face, which belongs to no room."""
 FOLDERS = ("autoprune", "envs", "agents", "experiments")
-MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")) if path not in FRONT]
+MODULES = [
+    path
+    for folder in FOLDERS
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if path not in FRONT
+]
 
 
 def room_of(path: Path) -> str:
-    """The room that a file lies in: "structure" for autoprune/structure/groups.py, "errors" for autoprune/errors.py."""
+    """The room that a file lies in: "structure" for autoprune/structure/groups.py,
+    "errors" for autoprune/errors.py.
+    """
     parts = path.relative_to(ROOT).with_suffix("").parts
     return parts[1] if parts[0] == "autoprune" else parts[0]
 
@@ -53,7 +64,9 @@ def imports(tree: ast.AST) -> list[str]:
 
 
 def wrong_edges(room: str, names: list[str]) -> list[str]:
-    """Those of the imported modules that lie neither in the room nor in a layer below it."""
+    """Those of the imported modules that lie neither in the room nor in a layer below
+    it.
+    """
     wrong = []
     for name in names:
         package, _, rest = name.partition(".")
@@ -71,24 +84,38 @@ def test_every_module_lies_in_a_room_of_the_list():
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_is_imported_from_a_layer_above(path):
     wrong = wrong_edges(room_of(path), imports(ast.parse(path.read_text())))
-    assert not wrong, f"{path.relative_to(ROOT)} imports from its own layer or above: {wrong}"
+    assert not wrong, (
+        f"{path.relative_to(ROOT)} imports from its own layer or above: {wrong}"
+    )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_envs_and_what_lies_above_know_reinforcement_learning(path):
     names = imports(ast.parse(path.read_text()))
     packages = {name.partition(".")[0] for name in names}
-    wrong = [package for package in packages & FOREIGN.keys() if room_of(path) not in FOREIGN[package]]
+    wrong = [
+        package
+        for package in packages & FOREIGN.keys()
+        if room_of(path) not in FOREIGN[package]
+    ]
     assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
 def test_wrong_edges_are_seen_in_functions_and_conditions_too():
     code = "from autoprune import envs\ndef f():\n    if 1:\n        from autoprune.agents.search import search\n"
     found = imports(ast.parse(code))
-    assert wrong_edges("costs", found) == ["autoprune.envs", "autoprune.agents.search.search"]
-    assert wrong_edges("training", found) == ["autoprune.envs", "autoprune.agents.search.search"]
+    assert wrong_edges("costs", found) == [
+        "autoprune.envs",
+        "autoprune.agents.search.search",
+    ]
+    assert wrong_edges("training", found) == [
+        "autoprune.envs",
+        "autoprune.agents.search.search",
+    ]
     assert wrong_edges("agents", found) == []
-    assert wrong_edges("cli", ["experiments.tables.read_table"]) == ["experiments.tables.read_table"]
+    assert wrong_edges("cli", ["experiments.tables.read_table"]) == [
+        "experiments.tables.read_table"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +128,12 @@ def test_wrong_edges_are_seen_in_functions_and_conditions_too():
 )
 def test_modules_are_imported_without_what_they_may_never_need(module, heavy):
     code = f"import {module}, sys; print(*{heavy} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""

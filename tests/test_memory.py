@@ -32,14 +32,22 @@ print([pages_cleared() for _ in range(8)][-1], file=sys.stderr)
 LARGE_PAGES = 128
 """In all blocks; of small ones there are 512 times as many."""
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="these are settings of glibc's malloc")
+pytestmark = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="these are settings of glibc's malloc"
+)
 
 
 def _pages_cleared(ask: str, **variables: str) -> int:
     """Pages that the system clears for 256 MiB of blocks after as many were freed."""
-    usual = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    usual = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MALLOC_", "GLIBC_"))
+    }
     command = [sys.executable, "-c", PROBE.format(ask=ask)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=usual | variables)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=usual | variables
+    )
     return int(done.stderr.splitlines()[-1])
 
 
@@ -57,13 +65,20 @@ def test_blocks_take_the_memory_of_freed_ones(ask):
 
 def test_the_library_alone_leaves_the_process_as_it_is():
     assert (
-        _pages_cleared("import autoprune.cli.main, autoprune.training.loop, autoprune.evaluation.proxy") >= LARGE_PAGES
+        _pages_cleared(
+            "import autoprune.cli.main, autoprune.training.loop, "
+            "autoprune.evaluation.proxy"
+        )
+        >= LARGE_PAGES
     )
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("MALLOC_TRIM_THRESHOLD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")],
+    [
+        ("MALLOC_TRIM_THRESHOLD_", "131072"),
+        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072"),
+    ],
 )
 def test_what_the_user_set_stays(name, value):
     ask = "from autoprune.cli.memory import keep_freed_memory; keep_freed_memory()"

@@ -1,4 +1,6 @@
-"""Every method of the field runs from the command line, keeps its budget, and only sets defaults."""
+"""Every method of the field runs from the command line, keeps its budget, and only sets
+defaults.
+"""
 
 import json
 from pathlib import Path
@@ -20,7 +22,16 @@ from autoprune.pipeline.methods import base
 from autoprune.pipeline.methods.trained import MERGINGS
 from autoprune.training.masks import Masks
 
-TINY = ["--model", "tests.tiny:network", "--data", "digits", "--baselines", "none", "--proxy.images", "40"]
+TINY = [
+    "--model",
+    "tests.tiny:network",
+    "--data",
+    "digits",
+    "--baselines",
+    "none",
+    "--proxy.images",
+    "40",
+]
 FAST = [*TINY, "--episodes", "6", "--epochs", "1", "--sparse.epochs", "1"]
 
 
@@ -28,7 +39,9 @@ def results_of(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "layer"])  # this network has no blocks
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name != "layer"]
+)  # this network has no blocks
 def test_every_method_searches_within_the_budget_and_says_who_it_is(name, tmp_path):
     network = ["--model", "tests.tiny:residual"] if name == "three_dimensions" else []
     command = ["search", *FAST, *network, "--method", name, "--budget", "macs=75%"]
@@ -36,49 +49,100 @@ def test_every_method_searches_within_the_budget_and_says_who_it_is(name, tmp_pa
     results = results_of(tmp_path / "run")
     assert results["macs"] <= 0.75 * results["macs_dense"] and results["method"] == name
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    flat = config["network"] | config["search"] | {f"proxy.{k}": v for k, v in config["proxy"].items()}
-    flat |= {f"{stage}.{k}": v for stage in ("sparse", "removal") for k, v in config[stage].items()}
+    flat = (
+        config["network"]
+        | config["search"]
+        | {f"proxy.{k}": v for k, v in config["proxy"].items()}
+    )
+    flat |= {
+        f"{stage}.{k}": v
+        for stage in ("sparse", "removal")
+        for k, v in config[stage].items()
+    }
     given = {"budget", "epochs"}
-    options = {option: value for option, value in METHODS[name].defaults.items() if option not in given}
+    options = {
+        option: value
+        for option, value in METHODS[name].defaults.items()
+        if option not in given
+    }
     assert {option: flat[option] for option in options} == options
 
 
 def test_what_is_given_beside_a_method_counts(tmp_path):
-    given = ["--method", "slimming", "--criterion", "l1", "--agent", "uniform", "--sparse.strength", "0.01"]
+    given = [
+        "--method",
+        "slimming",
+        "--criterion",
+        "l1",
+        "--agent",
+        "uniform",
+        "--sparse.strength",
+        "0.01",
+    ]
     assert main(["search", *FAST, *given, "--out", str(tmp_path / "run")]) == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (config["search"]["criterion"], config["search"]["agent"]) == ("l1", "uniform")
-    assert (config["sparse"]["method"], config["sparse"]["strength"]) == ("slimming", 0.01)
+    assert (config["search"]["criterion"], config["search"]["agent"]) == (
+        "l1",
+        "uniform",
+    )
+    assert (config["sparse"]["method"], config["sparse"]["strength"]) == (
+        "slimming",
+        0.01,
+    )
 
 
 def test_methods_are_listed_with_kind_granularity_and_paper(capsys):
     assert main(["methods", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out.splitlines()[-1])["methods"]
-    assert listed == methods_table() and {row["name"] for row in listed} == METHODS.keys()
+    assert (
+        listed == methods_table() and {row["name"] for row in listed} == METHODS.keys()
+    )
     assert all(row["kind"] and row["granularity"] and row["paper"] for row in listed)
 
 
 def test_an_unknown_method_is_refused_with_the_nearest(capsys):
     assert main(["run", "--method", "slimmer"]) == 2
-    assert "--method: unknown method 'slimmer'; did you mean 'slimming'? Known: l1, l2" in capsys.readouterr().err
+    assert (
+        "--method: unknown method 'slimmer'; did you mean 'slimming'? Known: l1, l2"
+        in capsys.readouterr().err
+    )
 
 
 def test_sparse_training_is_what_the_search_and_the_pruned_network_start_from(tmp_path):
     run = tmp_path / "run"
     assert (
-        main(["run", *FAST, "--method", "slimming", "--sparse.strength", "0.3", "--epochs", "0", "--out", str(run)])
+        main(
+            [
+                "run",
+                *FAST,
+                "--method",
+                "slimming",
+                "--sparse.strength",
+                "0.3",
+                "--epochs",
+                "0",
+                "--out",
+                str(run),
+            ]
+        )
         == 0
     )
     sparse, pruned = load_pruned(run / "sparse"), load_pruned(run / "pruned")
-    name, weight = next((name, p) for name, p in pruned.named_parameters() if p.ndim == 4)
+    name, weight = next(
+        (name, p) for name, p in pruned.named_parameters() if p.ndim == 4
+    )
     kept = json.loads((run / "pruned" / "plan.json").read_text())["kept"]
-    assert torch.equal(weight, sparse.get_parameter(name)[kept[name.removesuffix(".weight")]])
+    assert torch.equal(
+        weight, sparse.get_parameter(name)[kept[name.removesuffix(".weight")]]
+    )
     results = results_of(run)
     assert results["sparse_method"] == "slimming" and results["sparse_strength"] == 0.3
     assert results["seconds"]["sparse"] > 0
 
 
-def test_a_run_killed_in_its_sparse_training_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_a_run_killed_in_its_sparse_training_ends_as_if_it_had_not_been(
+    tmp_path, monkeypatch
+):
     search = ["search", *FAST, "--method", "slimming", "--sparse.epochs", "3", "--out"]
     assert main([*search, str(tmp_path / "whole")]) == 0
 
@@ -86,9 +150,15 @@ def test_a_run_killed_in_its_sparse_training_ends_as_if_it_had_not_been(tmp_path
         patched.setattr(stages, "finetune", interrupted_finetune)
         assert main([*search, str(tmp_path / "killed")]) == 130
     assert main([*search, str(tmp_path / "killed"), "--resume"]) == 0
-    whole, again = (load_pruned(tmp_path / name / "sparse").state_dict() for name in ("whole", "killed"))
+    whole, again = (
+        load_pruned(tmp_path / name / "sparse").state_dict()
+        for name in ("whole", "killed")
+    )
     assert all(torch.equal(whole[key], again[key]) for key in whole)
-    first, second = ((tmp_path / name / "allocation.json").read_text() for name in ("whole", "killed"))
+    first, second = (
+        (tmp_path / name / "allocation.json").read_text()
+        for name in ("whole", "killed")
+    )
     assert first == second
 
 
@@ -98,50 +168,98 @@ def test_a_run_without_its_sparse_network_says_how_to_go_on(tmp_path, capsys):
     (run / "sparse" / "plan.json").unlink()
     assert main(["prune", str(run)]) == 2
     assert (
-        f"RUN: {str(run)!r} has no sparse/plan.json yet; go on with: autoprune run --resume" in capsys.readouterr().err
+        f"RUN: {str(run)!r} has no sparse/plan.json yet; go on with: autoprune run "
+        f"--resume" in capsys.readouterr().err
     )
 
 
 @pytest.mark.parametrize("granularity", ["weight", "filter", "2:4"])
-def test_masks_last_through_fine_tuning_saving_and_loading_and_their_costs_are_true(granularity, tmp_path):
+def test_masks_last_through_fine_tuning_saving_and_loading_and_their_costs_are_true(
+    granularity, tmp_path
+):
     run = tmp_path / "run"
     masked = ["--granularity", granularity, "--agent", "global", "--budget", "macs=75%"]
     assert main(["search", *FAST, *masked, "--out", str(run)]) == 0
-    assert main(["prune", str(run)]) == 0 and main(["finetune", str(run)]) == 0 and main(["evaluate", str(run)]) == 0
+    assert (
+        main(["prune", str(run)]) == 0
+        and main(["finetune", str(run)]) == 0
+        and main(["evaluate", str(run)]) == 0
+    )
     results, network = results_of(run), load_pruned(run / "pruned")
     masks = Masks.load(run / "masks.safetensors", network)
-    assert all((network.get_parameter(name)[~kept] == 0).all() for name, kept in masks.kept.items())
+    assert all(
+        (network.get_parameter(name)[~kept] == 0).all()
+        for name, kept in masks.kept.items()
+    )
     zeros = sum(int((~kept).sum()) for kept in masks.kept.values())
-    assert results["params"] == results["params_dense"] - zeros < results["params_dense"]
+    assert (
+        results["params"] == results["params_dense"] - zeros < results["params_dense"]
+    )
     assert results["macs"] <= 0.75 * results["macs_dense"] and "accuracy" in results
     assert results["seconds_search"] == results["seconds"]["search"]
     layers = {row["name"]: (row["channels"], row["kept"]) for row in results["groups"]}
     weights = {name: p for name, p in network.named_parameters() if p.ndim > 1}
-    assert layers == {n.removesuffix(".weight"): (p.numel(), int(p.count_nonzero())) for n, p in weights.items()}
+    assert layers == {
+        n.removesuffix(".weight"): (p.numel(), int(p.count_nonzero()))
+        for n, p in weights.items()
+    }
     page = (run / "report.html").read_text()
-    assert "ranked, not searched" in page and "Weights of each layer" in page and "Against the baselines" not in page
+    assert (
+        "ranked, not searched" in page
+        and "Weights of each layer" in page
+        and "Against the baselines" not in page
+    )
 
 
-def test_removed_blocks_stay_gone_through_fine_tuning_saving_and_loading_with_true_costs(tmp_path):
+def test_removed_blocks_stay_gone_through_fine_tuning_saving_and_loading_with_true_costs(
+    tmp_path,
+):
     run = tmp_path / "run"
-    depth = ["--method", "layer", "--budget", "macs=75%", "--data", "sample", "--model", "resnet20"]
+    depth = [
+        "--method",
+        "layer",
+        "--budget",
+        "macs=75%",
+        "--data",
+        "sample",
+        "--model",
+        "resnet20",
+    ]
     assert main(["search", *depth, "--out", str(run)]) == 0
     assert main(["prune", str(run)]) == 0
     removed = json.loads((run / "blocks.json").read_text())["removed"]
     results, network = results_of(run), load_pruned(run / "pruned")
-    assert removed and all(isinstance(network.get_submodule(name), torch.nn.Identity) for name in removed)
+    assert removed and all(
+        isinstance(network.get_submodule(name), torch.nn.Identity) for name in removed
+    )
     assert results["params"] == sum(p.numel() for p in network.parameters())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, 32, 32))
-    assert results["macs"] == counter.get_total_flops() // 2 <= 0.75 * results["macs_dense"]
-    assert main(["report", str(run)]) == 0 and "MACs of each residual block" in (run / "report.html").read_text()
+    assert (
+        results["macs"]
+        == counter.get_total_flops() // 2
+        <= 0.75 * results["macs_dense"]
+    )
+    assert (
+        main(["report", str(run)]) == 0
+        and "MACs of each residual block" in (run / "report.html").read_text()
+    )
 
 
 @pytest.mark.parametrize("method", MERGINGS)
 def test_what_leaves_by_training_ends_within_the_budget_with_true_costs_whether_killed_or_not(
     method, tmp_path, monkeypatch
 ):
-    options = ["--removal.method", method, "--removal.epochs", "3", "--agent", "uniform", "--budget", "macs=60%"]
+    options = [
+        "--removal.method",
+        method,
+        "--removal.epochs",
+        "3",
+        "--agent",
+        "uniform",
+        "--budget",
+        "macs=60%",
+    ]
     for name in ("whole", "killed"):
         assert main(["search", *FAST, *options, "--out", str(tmp_path / name)]) == 0
     assert main(["prune", str(tmp_path / "whole")]) == 0
@@ -150,29 +268,42 @@ def test_what_leaves_by_training_ends_within_the_budget_with_true_costs_whether_
         patched.setattr(base, "finetune", interrupted_finetune)
         assert main(["prune", str(tmp_path / "killed")]) == 130
     assert main(["prune", str(tmp_path / "killed")]) == 0
-    whole, again = (load_pruned(tmp_path / name / "pruned") for name in ("whole", "killed"))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    whole, again = (
+        load_pruned(tmp_path / name / "pruned") for name in ("whole", "killed")
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.parameters(), again.parameters(), strict=True)
+    )
     results = results_of(tmp_path / "whole")
     assert results["macs"] <= 0.6 * results["macs_dense"]
     assert results["params"] == sum(p.numel() for p in whole.parameters())
     allocation = json.loads((tmp_path / "whole" / "allocation.json").read_text())
-    assert allocation["kept"] == {group["name"]: group["kept"] for group in results["groups"]}
+    assert allocation["kept"] == {
+        group["name"]: group["kept"] for group in results["groups"]
+    }
     assert (allocation["source"] == "resrep") == (method == "resrep")
 
 
 def test_groups_that_can_have_no_compactors_are_narrow_before_the_training_that_makes_up_for_it():
     space = Workspace(Settings())
-    allocation = Allocation({n: c // 2 for n, c in space.groups.channels.items()}, space.groups.fingerprint)
+    allocation = Allocation(
+        {n: c // 2 for n, c in space.groups.channels.items()}, space.groups.fingerprint
+    )
     course = MERGINGS["compactors"].course(space, allocation)
     stream, inner = course.model.conv1, course.model.layer1[0].conv1
     assert (stream.out_channels, inner.out_channels) == (allocation.kept["conv1"], 16)
     course.plug.select(course.model, 1.0)
     network, decision = course.finish(course.model)
     assert decision == allocation
-    assert sum(p.numel() for p in network.parameters()) == space.costs.params(allocation.kept)
+    assert sum(p.numel() for p in network.parameters()) == space.costs.params(
+        allocation.kept
+    )
 
 
-def test_masks_that_grow_meet_the_budget_and_last_whether_killed_or_not(tmp_path, monkeypatch):
+def test_masks_that_grow_meet_the_budget_and_last_whether_killed_or_not(
+    tmp_path, monkeypatch
+):
     options = ["--method", "agp", "--removal.epochs", "3", "--budget", "params=20%"]
     for name in ("whole", "killed"):
         assert main(["search", *FAST, *options, "--out", str(tmp_path / name)]) == 0
@@ -183,18 +314,29 @@ def test_masks_that_grow_meet_the_budget_and_last_whether_killed_or_not(tmp_path
         patched.setattr(base, "finetune", interrupted_finetune)
         assert main(["prune", str(tmp_path / "killed")]) == 130
     assert main(["prune", str(tmp_path / "killed")]) == 0
-    files = [(tmp_path / name / "masks.safetensors").read_bytes() for name in ("whole", "killed")]
+    files = [
+        (tmp_path / name / "masks.safetensors").read_bytes()
+        for name in ("whole", "killed")
+    ]
     assert files[0] == files[1] != at_once
     assert main(["finetune", str(tmp_path / "whole"), "--epochs", "1"]) == 0
-    results, network = results_of(tmp_path / "whole"), load_pruned(tmp_path / "whole" / "pruned")
-    assert results["params"] == sum(int(p.count_nonzero()) for p in network.parameters())
+    results, network = (
+        results_of(tmp_path / "whole"),
+        load_pruned(tmp_path / "whole" / "pruned"),
+    )
+    assert results["params"] == sum(
+        int(p.count_nonzero()) for p in network.parameters()
+    )
     assert results["params"] <= 0.2 * results["params_dense"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--removal.method", "resrap"], "--removal.method: unknown method 'resrap'; did you mean 'resrep'?"),
+        (
+            ["--removal.method", "resrap"],
+            "--removal.method: unknown method 'resrap'; did you mean 'resrep'?",
+        ),
         (
             ["--method", "kernel", "--removal.method", "resrep"],
             "--removal.method: resrep is not for granularity kernel; use slice",
@@ -207,16 +349,27 @@ def test_masks_that_grow_meet_the_budget_and_last_whether_killed_or_not(tmp_path
             ["--method", "centripetal", "--removal.clusters", "odd"],
             "--removal.clusters: must be kmeans or even, got 'odd'",
         ),
-        (["--method", "centripetal", "--removal.lr", "-1"], "--removal.lr: must be at least 0, got -1"),
-        (["--method", "2:4", "--removal.method", "gradual"], "gradual is not for granularity 2:4; use slice"),
-        (["--method", "agp", "--removal.prunings", "0"], "--removal.prunings: must be at least 1, got 0"),
+        (
+            ["--method", "centripetal", "--removal.lr", "-1"],
+            "--removal.lr: must be at least 0, got -1",
+        ),
+        (
+            ["--method", "2:4", "--removal.method", "gradual"],
+            "gradual is not for granularity 2:4; use slice",
+        ),
+        (
+            ["--method", "agp", "--removal.prunings", "0"],
+            "--removal.prunings: must be at least 1, got 0",
+        ),
         (
             ["--method", "agp", "--removal.schedule", "square"],
             "--removal.schedule: must be cubic or linear, got 'square'",
         ),
     ],
 )
-def test_a_removal_that_can_not_be_is_refused_before_anything_is_written(arguments, message, tmp_path, capsys):
+def test_a_removal_that_can_not_be_is_refused_before_anything_is_written(
+    arguments, message, tmp_path, capsys
+):
     assert main(["run", *TINY, *arguments, "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
@@ -224,26 +377,56 @@ def test_a_removal_that_can_not_be_is_refused_before_anything_is_written(argumen
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--granularity", "2:4"], "--agent: masks of granularity 2:4 go by global or uniform, got 'dyna'"),
-        (["--method", "2:4", "--criterion", "lamp"], "--criterion: masks of granularity 2:4 go by l1, got 'lamp'"),
-        (["--granularity", "wait"], "--granularity: unknown granularity 'wait'; did you mean 'weight'?"),
-        (["--granularity", "weight"], "--agent: masks of granularity weight go by global or uniform, got 'dyna'"),
-        (["--method", "kernel", "--criterion", "taylor"], "--criterion: masks of granularity kernel go by l1 or l2 or"),
+        (
+            ["--granularity", "2:4"],
+            "--agent: masks of granularity 2:4 go by global or uniform, got 'dyna'",
+        ),
+        (
+            ["--method", "2:4", "--criterion", "lamp"],
+            "--criterion: masks of granularity 2:4 go by l1, got 'lamp'",
+        ),
+        (
+            ["--granularity", "wait"],
+            "--granularity: unknown granularity 'wait'; did you mean 'weight'?",
+        ),
+        (
+            ["--granularity", "weight"],
+            "--agent: masks of granularity weight go by global or uniform, got 'dyna'",
+        ),
+        (
+            ["--method", "kernel", "--criterion", "taylor"],
+            "--criterion: masks of granularity kernel go by l1 or l2 or",
+        ),
         (
             ["--method", "kernel", "--budget", "macs=30%..50%"],
             "kernel takes one budget, got macs=30%..50%",
         ),
-        (["--method", "2:4", "--budget", "macs=30%"], "--budget: 2:4 leaves macs=70.0%; allow that, not macs=30%"),
-        (["--method", "layer"], "--budget: macs=50% is below the reachable floor; without its 0 removable blocks"),
+        (
+            ["--method", "2:4", "--budget", "macs=30%"],
+            "--budget: 2:4 leaves macs=70.0%; allow that, not macs=30%",
+        ),
+        (
+            ["--method", "layer"],
+            "--budget: macs=50% is below the reachable floor; without its 0 removable "
+            "blocks",
+        ),
         (
             ["--method", "layer", "--budget", "params=50%"],
             "use --agent global and a budget of macs, got global and params",
         ),
-        (["--granularity", "layer"], "use --agent global and a budget of macs, got dyna and macs=50%"),
-        (["--method", "weight_magnitude", "--budget", "params=1%"], "masks of this granularity leave at least params="),
+        (
+            ["--granularity", "layer"],
+            "use --agent global and a budget of macs, got dyna and macs=50%",
+        ),
+        (
+            ["--method", "weight_magnitude", "--budget", "params=1%"],
+            "masks of this granularity leave at least params=",
+        ),
     ],
 )
-def test_masks_that_can_not_be_are_refused_before_anything_is_written(arguments, message, tmp_path, capsys):
+def test_masks_that_can_not_be_are_refused_before_anything_is_written(
+    arguments, message, tmp_path, capsys
+):
     assert main(["run", *TINY, *arguments, "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
@@ -251,13 +434,23 @@ def test_masks_that_can_not_be_are_refused_before_anything_is_written(arguments,
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--sparse.method", "slim", "--sparse.method: unknown method 'slim'; did you mean 'slimming'"),
+        (
+            "--sparse.method",
+            "slim",
+            "--sparse.method: unknown method 'slim'; did you mean 'slimming'",
+        ),
         ("--sparse.strength", "-1", "--sparse.strength: must be at least 0, got -1"),
         ("--sparse.share", "0", "--sparse.share: must be above 0 and at most 1, got 0"),
         ("--finetune.lr", "-1", "--finetune.lr: must be at least 0, got -1"),
-        ("--proxy.loss", "hinge", "--proxy.loss: must be cross_entropy or kl, got 'hinge'"),
+        (
+            "--proxy.loss",
+            "hinge",
+            "--proxy.loss: must be cross_entropy or kl, got 'hinge'",
+        ),
     ],
 )
-def test_options_out_of_range_are_named_as_they_were_given(option, value, message, tmp_path, capsys):
+def test_options_out_of_range_are_named_as_they_were_given(
+    option, value, message, tmp_path, capsys
+):
     assert main(["run", *TINY, option, value, "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

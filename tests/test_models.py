@@ -9,7 +9,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune.data.models import MODELS, build, load_weights, model_names, read_state_dict
+from autoprune.data.models import (
+    MODELS,
+    build,
+    load_weights,
+    model_names,
+    read_state_dict,
+)
 from autoprune.errors import UserError
 
 
@@ -28,7 +34,13 @@ def test_every_cifar_network_classifies_32x32_images(name):
 
 @pytest.mark.parametrize(
     "name, millions",
-    [("resnet20", 40.55), ("resnet32", 68.86), ("resnet56", 125.49), ("resnet110", 252.89), ("vgg16_bn_cifar", 313.20)],
+    [
+        ("resnet20", 40.55),
+        ("resnet32", 68.86),
+        ("resnet56", 125.49),
+        ("resnet110", 252.89),
+        ("vgg16_bn_cifar", 313.20),
+    ],
 )
 def test_macs_are_those_of_the_literature(name, millions):
     with torch.device("meta"):
@@ -42,8 +54,13 @@ def test_networks_compute_finite_values_from_the_start():
         assert build(name)(torch.randn(4, 3, 32, 32)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "googlenet", "inception_v3", "vit_b_16", "swin_t", "squeezenet1_1"])
-def test_torchvision_networks_get_a_head_of_the_wanted_width_and_no_auxiliary_heads(name):
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "googlenet", "inception_v3", "vit_b_16", "swin_t", "squeezenet1_1"],
+)
+def test_torchvision_networks_get_a_head_of_the_wanted_width_and_no_auxiliary_heads(
+    name,
+):
     side = 299 if name == "inception_v3" else 224
     with torch.device("meta"):
         model = build(name, n_classes=7)
@@ -53,13 +70,20 @@ def test_torchvision_networks_get_a_head_of_the_wanted_width_and_no_auxiliary_he
 def test_model_names_are_classifiers_only():
     names = model_names()
     assert {"resnet20", "vgg16_bn_cifar", "resnet50", "convnext_tiny"} <= set(names)
-    assert not any("rcnn" in name or "segmentation" in name or "raft" in name for name in names)
+    assert not any(
+        "rcnn" in name or "segmentation" in name or "raft" in name for name in names
+    )
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("given, nearest", [("resnet65", "resnet56"), ("mobilenetv2_cifar", "mobilenet_v2_cifar")])
+@pytest.mark.parametrize(
+    "given, nearest",
+    [("resnet65", "resnet56"), ("mobilenetv2_cifar", "mobilenet_v2_cifar")],
+)
 def test_unknown_model_offers_the_nearest(given, nearest):
-    with pytest.raises(UserError, match=f"unknown model '{given}'; did you mean .*{nearest}"):
+    with pytest.raises(
+        UserError, match=f"unknown model '{given}'; did you mean .*{nearest}"
+    ):
         build(given)
 
 
@@ -70,7 +94,9 @@ def test_unknown_model_offers_the_nearest(given, nearest):
 def own_module(tmp_path, monkeypatch):
     """Writes a module into the current folder, which isn't on the import path."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
+    monkeypatch.setattr(
+        sys, "path", [path for path in sys.path if path not in ("", os.getcwd())]
+    )
 
     def write(name: str, source: str) -> None:
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -79,23 +105,34 @@ def own_module(tmp_path, monkeypatch):
     return write
 
 
-@pytest.mark.parametrize("argument, width", [("n_classes", 7), ("num_classes=3", 7), ("", 5)])
+@pytest.mark.parametrize(
+    "argument, width", [("n_classes", 7), ("num_classes=3", 7), ("", 5)]
+)
 def test_factory_gets_the_number_of_classes_if_it_takes_it(own_module, argument, width):
     name = argument.partition("=")[0]
-    own_module(f"own_{name}", f"def net({argument}):\n    return nn.Linear(4, {name or 5})")
+    own_module(
+        f"own_{name}", f"def net({argument}):\n    return nn.Linear(4, {name or 5})"
+    )
     assert build(f"own_{name}:net", n_classes=7).out_features == width
 
 
-@pytest.mark.parametrize("path", ["no_such_module:net", "own_net:missing", "own_net:", ":net", ".own_net:net"])
+@pytest.mark.parametrize(
+    "path",
+    ["no_such_module:net", "own_net:missing", "own_net:", ":net", ".own_net:net"],
+)
 def test_factory_that_cannot_be_imported_is_refused(own_module, path):
     own_module("own_net", "def net(): ...")
-    with pytest.raises(UserError, match=f"can't import '{path}' .*; expected package.module:factory"):
+    with pytest.raises(
+        UserError, match=f"can't import '{path}' .*; expected package.module:factory"
+    ):
         build(path)
 
 
 def test_factory_must_be_callable_and_return_a_network(own_module):
     own_module("own_other", "number = 3\ndef text():\n    return 'text'")
-    with pytest.raises(UserError, match="'own_other:number' is a int, expected a callable"):
+    with pytest.raises(
+        UserError, match="'own_other:number' is a int, expected a callable"
+    ):
         build("own_other:number")
     with pytest.raises(UserError, match=r"must return a torch.nn.Module, got str"):
         build("own_other:text")
@@ -132,15 +169,26 @@ def test_safetensors_are_loaded(tmp_path, given):
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_torch_files_are_loaded_with_or_without_wrapper_and_prefix(tmp_path, given, wrapper, prefix):
+def test_torch_files_are_loaded_with_or_without_wrapper_and_prefix(
+    tmp_path, given, wrapper, prefix
+):
     prefixed = {prefix + key: value for key, value in given.items()}
-    torch.save({wrapper: prefixed, "epoch": 3} if wrapper else prefixed, tmp_path / "weights.pt")
+    torch.save(
+        {wrapper: prefixed, "epoch": 3} if wrapper else prefixed,
+        tmp_path / "weights.pt",
+    )
     assert_loads(tmp_path / "weights.pt", given)
 
 
 def test_a_layer_that_is_called_module_keeps_its_name(tmp_path):
-    torch.save({"module.weight": torch.ones(1), "head.weight": torch.ones(1)}, tmp_path / "weights.pt")
-    assert list(read_state_dict(tmp_path / "weights.pt")) == ["module.weight", "head.weight"]
+    torch.save(
+        {"module.weight": torch.ones(1), "head.weight": torch.ones(1)},
+        tmp_path / "weights.pt",
+    )
+    assert list(read_state_dict(tmp_path / "weights.pt")) == [
+        "module.weight",
+        "head.weight",
+    ]
 
 
 def test_old_files_without_batch_counters_are_loaded(tmp_path, given):
@@ -155,7 +203,9 @@ def refused(tmp_path, weights: dict, model: nn.Module, message: str) -> None:
     torch.save(weights, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=message):
         load_weights(model, tmp_path / "weights.pt")
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(before[key], value) for key, value in model.state_dict().items()
+    )
 
 
 def test_head_of_another_width_is_named_with_both_numbers(tmp_path, given):
@@ -165,21 +215,44 @@ def test_head_of_another_width_is_named_with_both_numbers(tmp_path, given):
 
 def test_weights_of_another_architecture_list_what_differs(tmp_path, given):
     refused(
-        tmp_path, given, Tiny(width=5), r"7 of another shape \(first: conv.weight is \(4, 3, 3, 3\), not \(5, 3, 3, 3\)"
+        tmp_path,
+        given,
+        Tiny(width=5),
+        r"7 of another shape \(first: conv.weight is \(4, 3, 3, 3\), not \(5, 3, 3, "
+        r"3\)",
     )
     fewer = {key: value for key, value in given.items() if key != "conv.bias"}
-    refused(tmp_path, fewer, Tiny(), r"for another architecture: 1 missing \(first: conv.bias\)$")
-    refused(tmp_path, given | {"more": torch.ones(1)}, Tiny(), r"1 unexpected \(first: more\)$")
+    refused(
+        tmp_path,
+        fewer,
+        Tiny(),
+        r"for another architecture: 1 missing \(first: conv.bias\)$",
+    )
+    refused(
+        tmp_path,
+        given | {"more": torch.ones(1)},
+        Tiny(),
+        r"1 unexpected \(first: more\)$",
+    )
     both = fewer | {"head.weight": torch.ones(3, 4)}
     refused(
-        tmp_path, both, Tiny(), r"1 missing .*; 1 of another shape \(first: head.weight is \(3, 4\), not \(10, 4\)\)"
+        tmp_path,
+        both,
+        Tiny(),
+        r"1 missing .*; 1 of another shape \(first: head.weight is \(3, 4\), not \(10, "
+        r"4\)\)",
     )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, given, value):
     given["bn.running_var"][2] = value
-    refused(tmp_path, given, Tiny(), "bn.running_var in '.*weights.pt' holds NaN or infinite values")
+    refused(
+        tmp_path,
+        given,
+        Tiny(),
+        "bn.running_var in '.*weights.pt' holds NaN or infinite values",
+    )
 
 
 def test_missing_file_is_named():
@@ -196,8 +269,13 @@ class Trap:
 
 
 def test_file_that_wants_to_execute_code_is_refused_without_executing_it(tmp_path):
-    torch.save({"weight": torch.ones(1), "trap": Trap(tmp_path / "sprung")}, tmp_path / "weights.pt")
-    with pytest.raises(UserError, match=r"weights.pt' holds objects that execute code when loaded"):
+    torch.save(
+        {"weight": torch.ones(1), "trap": Trap(tmp_path / "sprung")},
+        tmp_path / "weights.pt",
+    )
+    with pytest.raises(
+        UserError, match=r"weights.pt' holds objects that execute code when loaded"
+    ):
         read_state_dict(tmp_path / "weights.pt")
     assert not (tmp_path / "sprung").exists()
 
@@ -206,7 +284,10 @@ def test_file_that_wants_to_execute_code_is_refused_without_executing_it(tmp_pat
 @pytest.mark.parametrize("content", [b"", b"hello", bytes(200)])
 def test_damaged_file_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name}' (is neither safetensors nor torch.save's|holds objects)"):
+    with pytest.raises(
+        UserError,
+        match=f"{name}' (is neither safetensors nor torch.save's|holds objects)",
+    ):
         read_state_dict(tmp_path / name)
 
 
@@ -220,8 +301,13 @@ def test_file_without_a_state_dict_is_refused(tmp_path, content):
 def test_timms_models_are_built_by_name_and_unknown_ones_offer_the_nearest(monkeypatch):
     model = build("timm/mobilenetv3_small_050", n_classes=7).eval()
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
-    with pytest.raises(UserError, match=r"timm has no model 'resnet81'; did you mean timm/resnet"):
+    with pytest.raises(
+        UserError, match=r"timm has no model 'resnet81'; did you mean timm/resnet"
+    ):
         build("timm/resnet81")
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"^--model: timm/resnet18 needs timm; install it with: pip install timm$"):
+    with pytest.raises(
+        UserError,
+        match=r"^--model: timm/resnet18 needs timm; install it with: pip install timm$",
+    ):
         build("timm/resnet18")

@@ -1,4 +1,6 @@
-"""The observation: bounded, of the group that the next action is for, and documented as it is."""
+"""The observation: bounded, of the group that the next action is for, and documented as
+it is.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +10,12 @@ import pytest
 from toys import fake_env
 
 from autoprune.costs.budget import Budget
-from autoprune.envs.observation import FEATURES, OBSERVATION_SPACE, Observer, feature_table
+from autoprune.envs.observation import (
+    FEATURES,
+    OBSERVATION_SPACE,
+    Observer,
+    feature_table,
+)
 
 INDEX = {feature.name: index for index, feature in enumerate(FEATURES)}
 NETWORKS = ("chain", "wide", "resnet20", "mobilenet_v2_cifar")
@@ -16,7 +23,9 @@ DOCS = Path(__file__).parents[1] / "docs" / "environment.md"
 
 
 def observations(env, action) -> np.ndarray:
-    """Every observation of an episode that precedes an action, `(n_groups, n_features)`."""
+    """Every observation of an episode that precedes an action, `(n_groups,
+    n_features)`.
+    """
     rows = [env.reset()[0]]
     for position in range(len(env.groups)):
         rows.append(env.step(np.array([action(position)]))[0])
@@ -34,8 +43,12 @@ def test_observation_describes_the_group_that_the_next_action_is_for(network):
     widths = np.array([group.channels for group in env.groups])
     macs = np.array([group.macs_share for group in env.groups])
     assert rows[:, INDEX["width"]] == pytest.approx(widths / max(widths), abs=1e-6)
-    assert rows[:, INDEX["macs_share"]] == pytest.approx(macs / (macs + macs.mean()), abs=1e-6)
-    assert rows[:, INDEX["position"]] == pytest.approx(np.arange(len(widths)) / len(widths), abs=1e-6)
+    assert rows[:, INDEX["macs_share"]] == pytest.approx(
+        macs / (macs + macs.mean()), abs=1e-6
+    )
+    assert rows[:, INDEX["position"]] == pytest.approx(
+        np.arange(len(widths)) / len(widths), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -51,7 +64,9 @@ def test_observations_stay_within_the_bounds_without_being_clipped(network, budg
         for _ in env.groups:
             for feature in FEATURES:
                 if feature.name != "budget" or budget != "macs=99G":
-                    assert 0 <= feature.value(env.observer, env.walk.state) <= 1, feature.name
+                    assert 0 <= feature.value(env.observer, env.walk.state) <= 1, (
+                        feature.name
+                    )
             env.step(np.array([generator.uniform(-1, 1)]))
 
 
@@ -62,7 +77,9 @@ def test_bounds_and_uniform_to_go_are_those_of_the_next_action():
         low, high = env.bounds
         assert observation[INDEX["lowest"]] == pytest.approx(low, abs=1e-6)
         assert observation[INDEX["highest"]] == pytest.approx(high, abs=1e-6)
-        assert env.action_of(observation[INDEX["uniform_to_go"]]) == pytest.approx(0, abs=1e-5)
+        assert env.action_of(observation[INDEX["uniform_to_go"]]) == pytest.approx(
+            0, abs=1e-5
+        )
         observation, *_, info = env.step(np.array([0.2 if position % 2 else -0.2]))
         if position < 4:
             assert observation[INDEX["previous"]] == pytest.approx(info["sparsity"])
@@ -75,11 +92,17 @@ def test_reduced_and_rest_are_costs_of_real_allocations():
     _, *_, info = env.step(np.array([0.2]))
     observation, *_, second = env.step(np.array([-0.1]))
     kept = dense.copy()
-    kept[:2] = np.round((1 - np.array([info["sparsity"], second["sparsity"]])) * dense[:2])
+    kept[:2] = np.round(
+        (1 - np.array([info["sparsity"], second["sparsity"]])) * dense[:2]
+    )
     smallest = np.concatenate([kept[:2], env.space.low[2:]])
     cost = env.space.cost
-    assert observation[INDEX["reduced"]] == pytest.approx(1 - cost(kept) / cost(dense), abs=1e-6)
-    assert observation[INDEX["rest"]] == pytest.approx((cost(kept) - cost(smallest)) / cost(dense), abs=1e-6)
+    assert observation[INDEX["reduced"]] == pytest.approx(
+        1 - cost(kept) / cost(dense), abs=1e-6
+    )
+    assert observation[INDEX["rest"]] == pytest.approx(
+        (cost(kept) - cost(smallest)) / cost(dense), abs=1e-6
+    )
 
 
 def test_budget_and_its_metric_are_observed():
@@ -94,7 +117,8 @@ def test_depthwise_groups_are_marked():
     rows = observations(env, lambda _: 0.0)
     marked = [
         any(
-            layer.kind == "depthwise" and layer.tensor in {m.tensor for m in group.members}
+            layer.kind == "depthwise"
+            and layer.tensor in {m.tensor for m in group.members}
             for layer in env.groups.layers
         )
         for group in env.groups
@@ -106,25 +130,43 @@ def test_depthwise_groups_are_marked():
 def test_weak_half_tells_equal_channels_from_unequal_ones():
     env = fake_env("wide")
     equal = {name: scores * 0 + 1 for name, scores in env.proxy.importance.items()}
-    steep = {name: scores.argsort().float() ** 4 for name, scores in env.proxy.importance.items()}
-    values = [observed(env, "weak_half", importance=scores) for scores in (equal, steep)]
+    steep = {
+        name: scores.argsort().float() ** 4
+        for name, scores in env.proxy.importance.items()
+    }
+    values = [
+        observed(env, "weak_half", importance=scores) for scores in (equal, steep)
+    ]
     assert values[0] == pytest.approx(1)
     assert (values[1] < 0.1).all()
 
 
 def observed(env, feature: str, **measured) -> np.ndarray:
     """A feature `(n_groups,)` if the proxy measured something else."""
-    proxy = SimpleNamespace(**{"importance": env.proxy.importance, "sensitivity": env.proxy.sensitivity} | measured)
+    proxy = SimpleNamespace(
+        **{"importance": env.proxy.importance, "sensitivity": env.proxy.sensitivity}
+        | measured
+    )
     return Observer(env.groups, env.space, proxy).static[feature]
 
 
 def test_sensitivity_is_told_relative_to_the_mean_and_by_rank():
     env, damage = fake_env("wide"), np.array([0.3, 0.0, 0.1, 0.5, 0.1])
-    assert observed(env, "sensitivity", sensitivity=damage) == pytest.approx([0.6, 0, 1 / 3, 5 / 7, 1 / 3])
+    assert observed(env, "sensitivity", sensitivity=damage) == pytest.approx(
+        [0.6, 0, 1 / 3, 5 / 7, 1 / 3]
+    )
     # Of equals the earlier one comes first.
-    assert observed(env, "sensitivity_rank", sensitivity=damage).tolist() == [0.75, 0, 0.25, 1, 0.5]
+    assert observed(env, "sensitivity_rank", sensitivity=damage).tolist() == [
+        0.75,
+        0,
+        0.25,
+        1,
+        0.5,
+    ]
     ahead = np.array([0.175, 0.7 / 3, 0.3, 0.1, 0.1]) / 0.2
-    assert observed(env, "sensitivity_ahead", sensitivity=damage) == pytest.approx(ahead / (1 + ahead))
+    assert observed(env, "sensitivity_ahead", sensitivity=damage) == pytest.approx(
+        ahead / (1 + ahead)
+    )
 
 
 def test_damage_rank_orders_the_groups_by_damage_for_the_cost_that_half_of_each_saves():
@@ -142,15 +184,25 @@ def test_damage_rank_orders_the_groups_by_damage_for_the_cost_that_half_of_each_
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_the_unit_of_damage_does_not_matter_and_no_damage_at_all_is_bearable(factor):
     env = fake_env("wide")
-    for feature in ("sensitivity", "sensitivity_rank", "damage_rank", "sensitivity_ahead"):
-        as_is, scaled = (observed(env, feature, sensitivity=env.proxy.sensitivity * by) for by in (1, factor))
+    for feature in (
+        "sensitivity",
+        "sensitivity_rank",
+        "damage_rank",
+        "sensitivity_ahead",
+    ):
+        as_is, scaled = (
+            observed(env, feature, sensitivity=env.proxy.sensitivity * by)
+            for by in (1, factor)
+        )
         assert scaled == pytest.approx(as_is)
         assert np.isfinite(observed(env, feature, sensitivity=np.zeros(5))).all()
 
 
 def test_sensitivity_is_measured_no_earlier_than_for_the_first_observation():
     env = fake_env()
-    observer = Observer(env.groups, env.space, SimpleNamespace(importance=env.proxy.importance))
+    observer = Observer(
+        env.groups, env.space, SimpleNamespace(importance=env.proxy.importance)
+    )
     with pytest.raises(AttributeError, match="sensitivity"):
         observer.observe(env.walk.state)
 
@@ -161,7 +213,9 @@ def test_lanes_are_observed_as_each_would_be_alone():
     together, alone = env.walks(budgets), [env.walks([budget]) for budget in budgets]
     for _ in env.groups:
         actions = generator.uniform(-1, 1, 6)
-        assert np.array_equal(together.observe(), np.concatenate([walk.observe() for walk in alone]))
+        assert np.array_equal(
+            together.observe(), np.concatenate([walk.observe() for walk in alone])
+        )
         together.step(actions)
         for walk, action in zip(alone, actions, strict=True):
             walk.step(np.array([action]))

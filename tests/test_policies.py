@@ -1,4 +1,6 @@
-"""Policies by name: found, listed, refused with the next step, acted with, and started from."""
+"""Policies by name: found, listed, refused with the next step, acted with, and started
+from.
+"""
 
 import json
 import math
@@ -14,7 +16,13 @@ from test_cli import TINY, failure
 from toys import fake_env, learner_of, some_policy
 
 from autoprune.agents import policies
-from autoprune.agents.policies import agent_of, find_policy, shipped, shipped_table, starting_policy
+from autoprune.agents.policies import (
+    agent_of,
+    find_policy,
+    shipped,
+    shipped_table,
+    starting_policy,
+)
 from autoprune.agents.recorder import START_STD
 from autoprune.agents.replay import ALGORITHMS, Policy, replay
 from autoprune.agents.search import check_agent, search
@@ -24,17 +32,37 @@ from autoprune.costs.budget import Budget
 from autoprune.envs.observation import FEATURES
 from autoprune.errors import UserError
 
-FAST = [*TINY, "--episodes", "10", "--baselines", "none", "--proxy.images", "40", "--proxy.workers", "1"]
+FAST = [
+    *TINY,
+    "--episodes",
+    "10",
+    "--baselines",
+    "none",
+    "--proxy.images",
+    "40",
+    "--proxy.workers",
+    "1",
+]
 
 CRITIC_LAYERS = ("mlp_extractor.value_net.0", "mlp_extractor.value_net.2", "value_net")
-PPO_CRITIC = {f"{layer}.{part}" for layer in CRITIC_LAYERS for part in ("weight", "bias")}
+PPO_CRITIC = {
+    f"{layer}.{part}" for layer in CRITIC_LAYERS for part in ("weight", "bias")
+}
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """Stands for `agents/policies/`, with two policies in it; the working directory is empty."""
-    some_policy().save(tmp_path / "shipped" / "resnets", trained_on="resnet20 on sample", budget="macs=30%..80%")
-    some_policy("sac").save(tmp_path / "shipped" / "vggs", trained_on="vgg16 on digits", budget="macs=50%")
+    """Stands for `agents/policies/`, with two policies in it; the working directory is
+    empty.
+    """
+    some_policy().save(
+        tmp_path / "shipped" / "resnets",
+        trained_on="resnet20 on sample",
+        budget="macs=30%..80%",
+    )
+    some_policy("sac").save(
+        tmp_path / "shipped" / "vggs", trained_on="vgg16 on digits", budget="macs=50%"
+    )
     (tmp_path / "shipped" / "README.md").write_text("no policy")
     monkeypatch.setattr(policies, "SHIPPED", tmp_path / "shipped")
     (tmp_path / "here").mkdir()
@@ -43,7 +71,9 @@ def home(tmp_path, monkeypatch):
 
 
 def acts(policy: Policy) -> np.ndarray:
-    observations = np.random.default_rng(0).random((20, len(FEATURES)), dtype=np.float32)
+    observations = np.random.default_rng(0).random(
+        (20, len(FEATURES)), dtype=np.float32
+    )
     return np.array([policy.act(observation)[0] for observation in observations])
 
 
@@ -68,11 +98,13 @@ def test_a_name_counts_before_a_folder_that_is_called_the_same(home):
 
 def test_an_unknown_policy_offers_the_nearest_names(home):
     with pytest.raises(
-        UserError, match=r"--policy: no shipped policy and no folder is called 'resnts'; did you mean 'res"
+        UserError,
+        match=r"--policy: no shipped policy and no folder is called 'resnts'; did you mean 'res",
     ):
         find_policy("resnts")
     with pytest.raises(
-        UserError, match=r"POLICY: .*'xyz'; shipped are: resnets, vggs; give a name that `autoprune pol"
+        UserError,
+        match=r"POLICY: .*'xyz'; shipped are: resnets, vggs; give a name that `autoprune pol",
     ):
         find_policy("xyz", "POLICY")
     (home.parent / "here" / "runs" / "mobile-1" / "policy").mkdir(parents=True)
@@ -82,7 +114,8 @@ def test_an_unknown_policy_offers_the_nearest_names(home):
 
 def test_a_folder_that_holds_no_policy_is_refused(home, tmp_path):
     with pytest.raises(
-        UserError, match=r"--policy: .* is neither a run nor a policy's folder \(no config\.yaml, no policy"
+        UserError,
+        match=r"--policy: .* is neither a run nor a policy's folder \(no config\.yaml, no policy",
     ):
         find_policy(str(tmp_path))
 
@@ -94,9 +127,13 @@ def test_a_run_of_a_baseline_has_no_policy(home, tmp_path):
         starting_policy("ppo", str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["cut", "no weights", "json", "features", "algorithm", "kinds"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "no weights", "json", "features", "algorithm", "kinds"]
+)
 def test_a_damaged_policy_is_refused_in_one_line(damage, home):
-    weights, description = (home / "resnets" / f"policy.{end}" for end in ("safetensors", "json"))
+    weights, description = (
+        home / "resnets" / f"policy.{end}" for end in ("safetensors", "json")
+    )
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:500])
     elif damage == "no weights":
@@ -104,10 +141,18 @@ def test_a_damaged_policy_is_refused_in_one_line(damage, home):
     elif damage == "json":
         description.write_text("{")
     else:
-        wrong = {"features": ["colour"], "algorithm": "guesswork", "kinds": [[0.5, 0.5]]}[damage]
-        description.write_text(json.dumps(json.loads(description.read_text()) | {damage: wrong}))
+        wrong = {
+            "features": ["colour"],
+            "algorithm": "guesswork",
+            "kinds": [[0.5, 0.5]],
+        }[damage]
+        description.write_text(
+            json.dumps(json.loads(description.read_text()) | {damage: wrong})
+        )
     message = (
-        "was trained on other observations; train it" if damage == "features" else r"is damaged \(.*\); search anew"
+        "was trained on other observations; train it"
+        if damage == "features"
+        else r"is damaged \(.*\); search anew"
     )
     with pytest.raises(UserError, match=f"--policy: .*{message}") as caught:
         starting_policy("ppo", "resnets")
@@ -118,17 +163,28 @@ def test_a_damaged_policy_is_refused_in_one_line(damage, home):
 
 
 def test_a_policy_of_another_algorithm_is_refused_with_those_that_fit(home):
-    with pytest.raises(UserError, match=r"'vggs' was trained by sac and can't start ppo; use --agent dyna or sac$"):
+    with pytest.raises(
+        UserError,
+        match=r"'vggs' was trained by sac and can't start ppo; use --agent dyna or sac$",
+    ):
         starting_policy("ppo", "vggs")
-    with pytest.raises(UserError, match=r"'resnets' was trained by ppo and can't start td3; use --agent dyna or ppo$"):
+    with pytest.raises(
+        UserError,
+        match=r"'resnets' was trained by ppo and can't start td3; use --agent dyna or ppo$",
+    ):
         starting_policy("td3", "resnets")
-    with pytest.raises(UserError, match="--policy: sensitivity learns no policy to start from one; use --agent dyna"):
+    with pytest.raises(
+        UserError,
+        match="--policy: sensitivity learns no policy to start from one; use --agent dyna",
+    ):
         starting_policy("sensitivity", "resnets")
     assert starting_policy("ppo", "") is None
     assert starting_policy("dyna", "vggs").algorithm == "sac"
 
 
-def test_an_agent_whose_package_is_missing_is_refused_with_the_way_to_install_it(home, monkeypatch):
+def test_an_agent_whose_package_is_missing_is_refused_with_the_way_to_install_it(
+    home, monkeypatch
+):
     some_policy("tqc").save(home / "quantiles")
     monkeypatch.delitem(ALGORITHMS, "tqc")
     monkeypatch.setitem(sys.modules, "sb3_contrib", None)
@@ -137,7 +193,9 @@ def test_an_agent_whose_package_is_missing_is_refused_with_the_way_to_install_it
         Policy.load(home / "quantiles", "--policy")
     with pytest.raises(UserError, match=f"^--agent: {needs}$"):
         check_agent("tqc", Budget.parse("macs=50%"))
-    assert [row["problem"] for row in shipped_table() if row["problem"]] == [f"quantiles: {needs}"]
+    assert [row["problem"] for row in shipped_table() if row["problem"]] == [
+        f"quantiles: {needs}"
+    ]
 
 
 LEARNS_ON = [name for name in ALGORITHMS if name != "dyna"]
@@ -148,12 +206,20 @@ def test_a_learner_that_starts_from_a_policy_acts_as_it_does(name):
     start = some_policy(name)
     learner = learner_of(name, start)
     assert np.ptp(acts(start)) > 0.05
-    assert np.array_equal(acts(Policy.of(name, learner, start.policy_kwargs)), acts(start))
+    assert np.array_equal(
+        acts(Policy.of(name, learner, start.policy_kwargs)), acts(start)
+    )
     given, taken = start.network.state_dict(), learner.policy.state_dict()
     differ = {key for key in taken if not torch.equal(taken[key], given[key])}
-    own = {"log_std", *PPO_CRITIC} if name == "ppo" else set()  # of others critics and targets too
+    own = (
+        {"log_std", *PPO_CRITIC} if name == "ppo" else set()
+    )  # of others critics and targets too
     assert differ <= own
-    assert not any(value is other for value in learner.policy.parameters() for other in start.network.parameters())
+    assert not any(
+        value is other
+        for value in learner.policy.parameters()
+        for other in start.network.parameters()
+    )
 
 
 def test_ppo_judges_a_policy_that_it_starts_from_by_a_critic_of_its_own_and_learns_more_slowly():
@@ -175,7 +241,11 @@ def test_a_policy_of_another_size_is_started_from_and_saved_with_its_size(tmp_pa
     kwargs = {"net_arch": [16], "log_std_init": -2.0}
     learner = learner_of("ppo")
     small = Policy(
-        "ppo", type(learner.policy)(learner.observation_space, learner.action_space, lambda _: 0, **kwargs), kwargs
+        "ppo",
+        type(learner.policy)(
+            learner.observation_space, learner.action_space, lambda _: 0, **kwargs
+        ),
+        kwargs,
     )
     small.save(tmp_path / "small")
     config = SearchConfig(agent="ppo", episodes=10, policy=str(tmp_path / "small"))
@@ -185,23 +255,36 @@ def test_a_policy_of_another_size_is_started_from_and_saved_with_its_size(tmp_pa
     assert np.array_equal(acts(Policy.load(tmp_path / "again")), acts(result.policy))
 
 
-@pytest.mark.parametrize(("name", "output"), [("ppo", "action_net"), ("td3", "actor.mu.4")])
-def test_the_first_episodes_of_a_search_are_near_the_policy_that_it_starts_from(name, output, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "output"), [("ppo", "action_net"), ("td3", "actor.mu.4")]
+)
+def test_the_first_episodes_of_a_search_are_near_the_policy_that_it_starts_from(
+    name, output, tmp_path
+):
     start, env = some_policy(name), fake_env("wide")
-    start.network.get_submodule(output).bias.data.fill_(1.5)  # prunes early groups as far as it may
+    start.network.get_submodule(output).bias.data.fill_(
+        1.5
+    )  # prunes early groups as far as it may
     start.save(tmp_path)
     own = np.array(list(replay(start, env)[0].kept.values()))
 
     def distance(policy: str) -> float:
-        found = search(fake_env("wide"), SearchConfig(agent=name, episodes=10, policy=policy))
+        found = search(
+            fake_env("wide"), SearchConfig(agent=name, episodes=10, policy=policy)
+        )
         kept = [list(episode.allocation.kept.values()) for episode in found.episodes]
         return np.abs(np.mean(kept, axis=0) - own).sum()
 
     assert distance(str(tmp_path)) < 0.5 * distance("")
 
 
-@pytest.mark.parametrize(("name", "output"), [("dyna", "action_net"), ("sac", "actor.mu"), ("td3", "actor.mu.4")])
-def test_half_of_dynas_first_episodes_are_those_of_the_policy_that_it_starts_from(name, output, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [("dyna", "action_net"), ("sac", "actor.mu"), ("td3", "actor.mu.4")],
+)
+def test_half_of_dynas_first_episodes_are_those_of_the_policy_that_it_starts_from(
+    name, output, tmp_path
+):
     start = some_policy(name)
     start.network.get_submodule(output).bias.data.fill_(1.5)
     start.save(tmp_path)
@@ -209,10 +292,14 @@ def test_half_of_dynas_first_episodes_are_those_of_the_policy_that_it_starts_fro
 
     def walked(policy: str) -> np.ndarray:
         found = search(fake_env("wide"), SearchConfig(episodes=10, policy=policy))
-        return np.array([list(episode.allocation.kept.values()) for episode in found.episodes])
+        return np.array(
+            [list(episode.allocation.kept.values()) for episode in found.episodes]
+        )
 
     fresh, started = walked(""), walked(str(tmp_path))
-    assert np.array_equal(started[0], own) and np.array_equal(started[1::2], fresh[1::2])
+    assert np.array_equal(started[0], own) and np.array_equal(
+        started[1::2], fresh[1::2]
+    )
     assert np.abs(started[::2] - own).mean() < 0.5 * np.abs(fresh[::2] - own).mean()
 
 
@@ -225,18 +312,37 @@ def run(tmp_path_factory):
 
 
 def test_a_search_starts_from_the_policy_of_a_run_and_says_so(run, tmp_path):
-    second = ["search", *FAST, "--policy", str(run), "--budget", "macs=60%", "--out", str(tmp_path / "second")]
+    second = [
+        "search",
+        *FAST,
+        "--policy",
+        str(run),
+        "--budget",
+        "macs=60%",
+        "--out",
+        str(tmp_path / "second"),
+    ]
     assert main(second) == 0 and main([*second, "--resume"]) == 0
     about, first = (
-        json.loads((folder / "policy" / "policy.json").read_text()) for folder in (tmp_path / "second", run)
+        json.loads((folder / "policy" / "policy.json").read_text())
+        for folder in (tmp_path / "second", run)
     )
     assert about["start"] == str(run) and "start" not in first
     assert about["trained_on"] == first["trained_on"] == "tests.tiny:network on digits"
 
 
-def test_a_killed_search_starts_where_it_started_though_that_policy_is_gone(run, tmp_path, capsys):
+def test_a_killed_search_starts_where_it_started_though_that_policy_is_gone(
+    run, tmp_path, capsys
+):
     shutil.copytree(run, tmp_path / "origin")
-    arguments = ["search", *FAST, "--policy", str(tmp_path / "origin"), "--out", str(tmp_path / "run")]
+    arguments = [
+        "search",
+        *FAST,
+        "--policy",
+        str(tmp_path / "origin"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main(arguments) == 0
     before = (tmp_path / "run" / "policy" / "policy.safetensors").read_bytes()
     for name in ("allocation.json", "checkpoints", "policy"):
@@ -245,29 +351,50 @@ def test_a_killed_search_starts_where_it_started_though_that_policy_is_gone(run,
     shutil.rmtree(tmp_path / "origin")
     assert main([*arguments, "--resume"]) == 0
     assert (tmp_path / "run" / "policy" / "policy.safetensors").read_bytes() == before
-    assert "no shipped policy and no folder" in failure(capsys, *arguments[:-1], str(tmp_path / "another"))
+    assert "no shipped policy and no folder" in failure(
+        capsys, *arguments[:-1], str(tmp_path / "another")
+    )
 
 
 def test_baselines_beside_a_started_search_learn_nothing(run, tmp_path):
     arguments = [*FAST, "--baselines", "uniform", "--policy", str(run)]
     assert main(["search", *arguments, "--out", str(tmp_path / "run")]) == 0
-    assert "uniform" in json.loads((tmp_path / "run" / "results.json").read_text())["baselines"]
+    assert (
+        "uniform"
+        in json.loads((tmp_path / "run" / "results.json").read_text())["baselines"]
+    )
 
 
-def test_a_search_is_refused_for_another_algorithm_before_anything_is_written(run, tmp_path, capsys):
-    line = failure(capsys, "search", *FAST, "--agent", "sac", "--policy", str(run), "--out", str(tmp_path / "run"))
+def test_a_search_is_refused_for_another_algorithm_before_anything_is_written(
+    run, tmp_path, capsys
+):
+    line = failure(
+        capsys,
+        "search",
+        *FAST,
+        "--agent",
+        "sac",
+        "--policy",
+        str(run),
+        "--out",
+        str(tmp_path / "run"),
+    )
     assert "was trained by dyna and can't start sac; use --agent dyna or ppo" in line
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("method", [[], ["--config", "agent.yaml"], ["--agent", "dyna"]])
+@pytest.mark.parametrize(
+    "method", [[], ["--config", "agent.yaml"], ["--agent", "dyna"]]
+)
 def test_the_agent_follows_from_the_policy_unless_one_is_given(home, method):
     Path("agent.yaml").write_text("agent: dyna\n")
     arguments = ["search", *FAST, "--policy", "vggs", *method, "--out", "run"]
     assert main(arguments) == 0
     shutil.rmtree(home / "vggs")
     assert main([*arguments, "--resume"]) == 0, "the run has a copy of it"
-    assert json.loads(Path("run/policy/policy.json").read_text())["algorithm"] == ("dyna" if method else "sac")
+    assert json.loads(Path("run/policy/policy.json").read_text())["algorithm"] == (
+        "dyna" if method else "sac"
+    )
 
 
 def test_a_policy_acts_the_same_by_name_run_and_folder(home, run, tmp_path):
@@ -275,7 +402,22 @@ def test_a_policy_acts_the_same_by_name_run_and_folder(home, run, tmp_path):
     (home / "mine").symlink_to(run / "policy")
     for text in ("mine", str(run), str(run / "policy")):
         path = tmp_path / "allocation.json"
-        assert main(["replay", text, *TINY, "--proxy.images", "40", "--budget", "macs=50%", "--out", str(path)]) == 0
+        assert (
+            main(
+                [
+                    "replay",
+                    text,
+                    *TINY,
+                    "--proxy.images",
+                    "40",
+                    "--budget",
+                    "macs=50%",
+                    "--out",
+                    str(path),
+                ]
+            )
+            == 0
+        )
         kept[text] = json.loads(path.read_text())["kept"]
     own = json.loads((run / "policy" / "policy.json").read_text())["allocation"]
     assert all(allocation == own for allocation in kept.values())
@@ -287,16 +429,35 @@ def test_a_named_policy_writes_into_runs_and_never_beside_itself(home, capsys):
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results["allocation"] == "runs/resnets-tests.tiny-network-macs-50.json"
     assert results["agent"] == "policy of resnets" and results["macs_ratio"] <= 0.5
-    assert (home.parent / "here" / results["allocation"]).exists() and sorted(home.rglob("*")) == before
+    assert (home.parent / "here" / results["allocation"]).exists() and sorted(
+        home.rglob("*")
+    ) == before
 
 
 def test_replay_takes_the_options_of_a_network(home, capsys):
     assert "--max_sparsity: must be from 0 to 0.99, got 2" in failure(
         capsys, "replay", "resnets", "--max_sparsity", "2"
     )
-    assert "give the trained weights of resnet56" in failure(capsys, "replay", "resnets", "--model", "resnet56")
+    assert "give the trained weights of resnet56" in failure(
+        capsys, "replay", "resnets", "--model", "resnet56"
+    )
     assert "--agent" in failure(capsys, "replay", "resnets", "--agent", "ppo")
-    assert main(["replay", "resnets", *TINY, "--budget", "params=60%", "--round_to", "4", "--max_sparsity", "0.5"]) == 0
+    assert (
+        main(
+            [
+                "replay",
+                "resnets",
+                *TINY,
+                "--budget",
+                "params=60%",
+                "--round_to",
+                "4",
+                "--max_sparsity",
+                "0.5",
+            ]
+        )
+        == 0
+    )
     (path,) = (home.parent / "here" / "runs").iterdir()
     kept = json.loads(path.read_text())["kept"]
     assert all(count % 4 == 0 for count in kept.values()) and kept["2.0"] >= 8
@@ -304,7 +465,9 @@ def test_replay_takes_the_options_of_a_network(home, capsys):
 
 def test_policies_lists_what_is_shipped_and_what_is_wrong_with_it(home, capsys):
     description = home / "vggs" / "policy.json"
-    description.write_text(json.dumps(json.loads(description.read_text()) | {"features": ["colour"]}))
+    description.write_text(
+        json.dumps(json.loads(description.read_text()) | {"features": ["colour"]})
+    )
     assert main(["policies", "--json"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     good, bad = json.loads(last)["policies"]
@@ -316,7 +479,11 @@ def test_policies_lists_what_is_shipped_and_what_is_wrong_with_it(home, capsys):
         "features_ok": True,
         "problem": "",
     }
-    assert bad["name"] == "vggs" and not bad["features_ok"] and "other observations" in bad["problem"]
+    assert (
+        bad["name"] == "vggs"
+        and not bad["features_ok"]
+        and "other observations" in bad["problem"]
+    )
     text = "\n".join(table)
     assert "resnet20 on sample" in text and "can't be used:\n  vggs: " in text
 
@@ -325,11 +492,15 @@ def test_policies_says_that_none_is_shipped(home, monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(policies, "SHIPPED", tmp_path / "nothing")
     assert main(["policies", "--json"]) == 0
     first, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("no policy is shipped") and json.loads(last) == {"policies": []}
+    assert first.startswith("no policy is shipped") and json.loads(last) == {
+        "policies": []
+    }
 
 
 def test_weights_with_other_names_are_refused(home):
     weights = home / "resnets" / "policy.safetensors"
-    save_file({f"x.{name}": tensor for name, tensor in load_file(weights).items()}, weights)
+    save_file(
+        {f"x.{name}": tensor for name, tensor in load_file(weights).items()}, weights
+    )
     with pytest.raises(UserError, match=r"--policy: the policy in .* is damaged"):
         starting_policy("ppo", "resnets")

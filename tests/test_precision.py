@@ -1,4 +1,6 @@
-"""The precision that training computes in: where it differs from plain autocast, and where it doesn't."""
+"""The precision that training computes in: where it differs from plain autocast, and
+where it doesn't.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ FAST = {
 
 def through(layer: nn.Conv2d, context) -> tuple[torch.Tensor, torch.Tensor]:
     """Output of a layer and the gradient of its weight."""
-    inputs = torch.randn(4, layer.in_channels, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    inputs = torch.randn(
+        4, layer.in_channels, 8, 8, generator=torch.Generator().manual_seed(0)
+    ).bfloat16()
     with context:
         output = layer(inputs)
     layer.zero_grad()
@@ -34,25 +38,38 @@ def through(layer: nn.Conv2d, context) -> tuple[torch.Tensor, torch.Tensor]:
 def test_depthwise_convolutions_with_a_slow_gradient_take_float32(layer):
     output, gradient = through(layer, training_autocast("on"))
     exact = torch.nn.functional.conv2d(
-        *(torch.randn(4, 6, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16().float(), layer.weight),
+        *(
+            torch.randn(4, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+            .bfloat16()
+            .float(),
+            layer.weight,
+        ),
         *(layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups),
     )
     assert output.dtype == torch.bfloat16 and torch.equal(output, exact.bfloat16())
     rounded, coarse = through(layer, autocast("on"))
     assert not torch.equal(gradient, coarse), "it is computed as everything else"
     torch.testing.assert_close(output, rounded, rtol=0.05, atol=0.05)
-    torch.testing.assert_close(gradient, coarse, rtol=0.05, atol=0.05 * coarse.abs().max().item())
+    torch.testing.assert_close(
+        gradient, coarse, rtol=0.05, atol=0.05 * coarse.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("layer", FAST.values(), ids=FAST)
 def test_other_convolutions_are_as_under_plain_autocast(layer):
-    for one, other in zip(through(layer, training_autocast("on")), through(layer, autocast("on")), strict=True):
+    for one, other in zip(
+        through(layer, training_autocast("on")),
+        through(layer, autocast("on")),
+        strict=True,
+    ):
         assert torch.equal(one, other)
 
 
 def test_images_of_one_channel_are_no_depthwise_convolution():
     layer = nn.Conv2d(1, 6, 3, stride=2)
-    assert torch.equal(through(layer, training_autocast("on"))[0], through(layer, autocast("on"))[0])
+    assert torch.equal(
+        through(layer, training_autocast("on"))[0], through(layer, autocast("on"))[0]
+    )
 
 
 def test_without_bfloat16_everything_is_float32():

@@ -1,4 +1,6 @@
-"""Pruned networks are really smaller, slices come from the right places, and a Slicer can be used over and over."""
+"""Pruned networks are really smaller, slices come from the right places, and a Slicer
+can be used over and over.
+"""
 
 import copy
 
@@ -32,7 +34,9 @@ def test_slices_are_those_of_the_kept_channels():
 
 def test_slices_of_a_concat_come_from_each_branchs_block():
     model, groups = traced("concat")
-    pruned = prune(model, groups, {"left": torch.tensor([1]), "right": torch.tensor([0, 5])})
+    pruned = prune(
+        model, groups, {"left": torch.tensor([1]), "right": torch.tensor([0, 5])}
+    )
     assert torch.equal(pruned.body.weight, model.body.weight[:, [1, 4, 9]])
     assert torch.equal(pruned.bn.running_mean, model.bn.running_mean[[1, 4, 9]])
 
@@ -49,14 +53,21 @@ def test_module_attributes_follow_the_shapes(name):
     pruned = prune(model, groups, random_kept(groups, 0))
     for module in pruned.modules():
         if isinstance(module, nn.Conv2d):
-            assert module.out_channels == module.weight.shape[0] and module.out_channels % module.groups == 0
+            assert (
+                module.out_channels == module.weight.shape[0]
+                and module.out_channels % module.groups == 0
+            )
             assert module.in_channels == module.weight.shape[1] * module.groups
         if isinstance(module, nn.ConvTranspose2d):
-            assert (module.in_channels, module.out_channels) == tuple(module.weight.shape[:2])
+            assert (module.in_channels, module.out_channels) == tuple(
+                module.weight.shape[:2]
+            )
         if isinstance(module, nn.BatchNorm2d):
             assert module.num_features == len(module.weight) == len(module.running_var)
         if isinstance(module, nn.Linear):
-            assert (module.out_features, module.in_features) == tuple(module.weight.shape)
+            assert (module.out_features, module.in_features) == tuple(
+                module.weight.shape
+            )
 
 
 def test_depthwise_convolutions_stay_depthwise_down_to_one_channel():
@@ -64,7 +75,11 @@ def test_depthwise_convolutions_stay_depthwise_down_to_one_channel():
         model, groups = traced(name)
         for count in (4, 1):
             layer = prune(model, groups, {"stem": torch.arange(count)}).depthwise
-            assert (layer.groups, layer.in_channels, layer.out_channels) == (count, count, count * multiplier)
+            assert (layer.groups, layer.in_channels, layer.out_channels) == (
+                count,
+                count,
+                count * multiplier,
+            )
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -74,8 +89,12 @@ def test_pruned_network_is_a_new_one_of_the_same_class_with_the_same_flags(train
     model.head.weight.requires_grad_(False)
     pruned = prune(model, groups, {"inner": torch.arange(3)})
     assert type(pruned) is type(model) and pruned.training is training
-    assert [name for name, p in pruned.named_parameters() if not p.requires_grad] == ["head.weight"]
-    assert all(isinstance(p, nn.Parameter) and p.grad is None for p in pruned.parameters())
+    assert [name for name, p in pruned.named_parameters() if not p.requires_grad] == [
+        "head.weight"
+    ]
+    assert all(
+        isinstance(p, nn.Parameter) and p.grad is None for p in pruned.parameters()
+    )
     own = {tensor.untyped_storage().data_ptr() for tensor in tensors(model)}
     assert not own & {tensor.untyped_storage().data_ptr() for tensor in tensors(pruned)}
 
@@ -94,7 +113,12 @@ def test_slicer_gives_the_same_at_any_time_and_can_grow_back():
     for seed in (0, 1, 2, 0):
         kept = random_kept(groups, seed)
         sub = slicer.apply(kept)
-        assert all(torch.equal(a, b) for a, b in zip(tensors(sub), tensors(prune(model, groups, kept)), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(
+                tensors(sub), tensors(prune(model, groups, kept)), strict=True
+            )
+        )
         with torch.no_grad():
             for tensor in tensors(sub):
                 tensor.zero_()  # whatever is done to a sub-model doesn't reach the next one
@@ -103,16 +127,28 @@ def test_slicer_gives_the_same_at_any_time_and_can_grow_back():
 
 
 @pytest.mark.parametrize("name", [name for name, net in NETS.items() if net.groups])
-def test_a_used_slicer_gives_what_a_fresh_prune_gives_and_leaves_the_network_alone(name):
+def test_a_used_slicer_gives_what_a_fresh_prune_gives_and_leaves_the_network_alone(
+    name,
+):
     model, groups = traced(name)
     before, x = copy.deepcopy(model.state_dict()), images(2, NETS[name].size)
     slicer = Slicer(model, groups, borrow=True)
     for seed in (0, 1):
-        sub, fresh = slicer.apply(random_kept(groups, seed)), prune(model, groups, random_kept(groups, seed))
-        assert all(torch.equal(tensor, sub.state_dict()[key]) for key, tensor in fresh.state_dict().items())
-        assert [str(module) for module in sub.modules()] == [str(module) for module in fresh.modules()]
+        sub, fresh = (
+            slicer.apply(random_kept(groups, seed)),
+            prune(model, groups, random_kept(groups, seed)),
+        )
+        assert all(
+            torch.equal(tensor, sub.state_dict()[key])
+            for key, tensor in fresh.state_dict().items()
+        )
+        assert [str(module) for module in sub.modules()] == [
+            str(module) for module in fresh.modules()
+        ]
         assert torch.equal(outputs(sub, x), outputs(fresh, x))
-    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(before[key], tensor) for key, tensor in model.state_dict().items()
+    )
 
 
 def test_slicer_keeps_the_weights_that_the_network_had_when_it_was_made():
@@ -133,11 +169,14 @@ def test_masked_network_depends_on_what_is_left_and_on_nothing_else(name):
     for channel, depends in ((group.channels - 1, False), (0, True)):
         changed = copy.deepcopy(model)
         changed.state_dict()[producer.tensor][producer.index[channel]] += 1
-        assert torch.equal(outputs(mask(changed, groups, kept), x), before) is not depends
+        assert (
+            torch.equal(outputs(mask(changed, groups, kept), x), before) is not depends
+        )
 
 
 def test_masking_batch_norms_output_alone_would_not_be_the_same():
-    # Why masks sit where channels are read: relu(beta) of a removed channel would live on.
+    # Why masks sit where channels are read: relu(beta) of a removed channel would live
+    # on.
     model, groups = traced("chain")
     with torch.no_grad():
         model.bn1.bias.fill_(1)
@@ -156,21 +195,37 @@ def test_fit_shapes_takes_shapes_and_values_and_copies_them():
     state = prune(model, groups, random_kept(groups, 3)).state_dict()
     fresh = NETS["residual"].build().eval()
     fit_shapes(fresh, state)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in fresh.state_dict().items())
+    assert all(
+        torch.equal(tensor, state[name]) for name, tensor in fresh.state_dict().items()
+    )
     fresh.stem.weight.data.zero_()
     assert state["stem.weight"].any()
     again = trace(fresh, images(1, SIZE))
-    assert again.channels == {"stem": len(state["stem.weight"]), "inner": len(state["inner.weight"])}
+    assert again.channels == {
+        "stem": len(state["stem.weight"]),
+        "inner": len(state["inner.weight"]),
+    }
 
 
 def test_a_pruned_network_can_be_traced_and_pruned_again():
     model, groups = traced("residual")
-    once = prune(model, groups, {"stem": torch.tensor([0, 2, 3, 5, 6, 7]), "inner": torch.tensor([1, 2, 4, 5])})
+    once = prune(
+        model,
+        groups,
+        {"stem": torch.tensor([0, 2, 3, 5, 6, 7]), "inner": torch.tensor([1, 2, 4, 5])},
+    )
     again = trace(once, images(1, SIZE))
     assert again.channels == {"stem": 6, "inner": 4}
-    twice = prune(once, again, {"stem": torch.tensor([1, 3, 4]), "inner": torch.tensor([0, 2])})
-    directly = prune(model, groups, {"stem": torch.tensor([2, 5, 6]), "inner": torch.tensor([1, 4])})
-    assert all(torch.equal(a, b) for a, b in zip(tensors(twice), tensors(directly), strict=True))
+    twice = prune(
+        once, again, {"stem": torch.tensor([1, 3, 4]), "inner": torch.tensor([0, 2])}
+    )
+    directly = prune(
+        model, groups, {"stem": torch.tensor([2, 5, 6]), "inner": torch.tensor([1, 4])}
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(tensors(twice), tensors(directly), strict=True)
+    )
 
 
 def test_tied_weights_stay_tied():
@@ -190,9 +245,13 @@ class TiedParameter(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.first, self.second = (nn.Conv2d(6, 6, 3, padding=1, bias=False) for _ in range(2))
+        self.first, self.second = (
+            nn.Conv2d(6, 6, 3, padding=1, bias=False) for _ in range(2)
+        )
         self.second.weight = self.first.weight
         self.head = nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.first(self.stem(x)).relu()).relu().mean((2, 3)))
+        return self.head(
+            self.second(self.first(self.stem(x)).relu()).relu().mean((2, 3))
+        )

@@ -1,4 +1,6 @@
-"""Policies as files: they act the same after loading, execute no code, and serve other budgets and networks."""
+"""Policies as files: they act the same after loading, execute no code, and serve other
+budgets and networks.
+"""
 
 import json
 from dataclasses import replace
@@ -27,7 +29,9 @@ def test_loaded_policy_acts_identically(name, tmp_path):
     policy.save(tmp_path)
     loaded = Policy.load(tmp_path)
     assert loaded.algorithm == name
-    observations = np.random.default_rng(0).random((50, len(FEATURES)), dtype=np.float32)
+    observations = np.random.default_rng(0).random(
+        (50, len(FEATURES)), dtype=np.float32
+    )
     actions = [policy.act(observation) for observation in observations]
     assert np.ptp(actions) > 0.05
     for observation, action in zip(observations, actions, strict=True):
@@ -37,7 +41,11 @@ def test_loaded_policy_acts_identically(name, tmp_path):
 
 def test_a_policy_acts_at_the_middle_of_a_range_unless_told_otherwise_and_always_the_same():
     env, policy = fake_env(budget="macs=30%..80%"), some_policy()
-    first, again, asked = replay(policy, env), replay(policy, env), replay(policy, env, "macs=55%")
+    first, again, asked = (
+        replay(policy, env),
+        replay(policy, env),
+        replay(policy, env, "macs=55%"),
+    )
     assert first == again == asked and first[0].budget == "macs=55%"
     with pytest.raises(UserError, match=r"--budget: '30%..40%' is no number"):
         replay(policy, env, "macs=30%..40%")
@@ -48,13 +56,21 @@ def test_what_is_known_of_groups_is_kept_by_name(tmp_path):
     policy = replace(some_policy(), kinds=env.observer.kinds)
     policy.save(tmp_path)
     stored = json.loads((tmp_path / "policy.json").read_text())["kinds"]
-    assert stored == {name: env.observer.static[name].tolist() for name in stored} and len(stored) == 12
+    assert (
+        stored == {name: env.observer.static[name].tolist() for name in stored}
+        and len(stored) == 12
+    )
     assert np.array_equal(Policy.load(tmp_path).kinds, env.observer.kinds)
 
 
 def test_saved_policy_is_json_and_safetensors_only(saved, monkeypatch):
-    assert sorted(path.name for path in saved.iterdir()) == ["policy.json", "policy.safetensors"]
-    assert json.loads((saved / "policy.json").read_text())["features"] == [feature.name for feature in FEATURES]
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "policy.json",
+        "policy.safetensors",
+    ]
+    assert json.loads((saved / "policy.json").read_text())["features"] == [
+        feature.name for feature in FEATURES
+    ]
     assert load_file(saved / "policy.safetensors")
 
     def refuse(*args, **kwargs):
@@ -87,12 +103,16 @@ def test_replay_meets_another_budget_on_another_network(saved, network, budget):
     env = fake_env(network)
     allocation, info = replay(Policy.load(saved), env, budget)
     share = float(budget[5:7]) / 100
-    assert info["cost"] <= info["target"] == int(env.space.cost(env.space.high) * share + 1e-9)
+    assert (
+        info["cost"]
+        <= info["target"]
+        == int(env.space.cost(env.space.high) * share + 1e-9)
+    )
     allocation.check(env.groups)
     assert env.space.cost(np.array(list(allocation.kept.values()))) == info["cost"]
-    assert env.space.fill(np.array(list(allocation.kept.values())), env.target).tolist() == list(
-        allocation.kept.values()
-    )
+    assert env.space.fill(
+        np.array(list(allocation.kept.values())), env.target
+    ).tolist() == list(allocation.kept.values())
 
 
 def test_replay_for_another_metric_is_refused(saved):
@@ -109,7 +129,9 @@ def test_missing_policy_says_how_to_get_one(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"features": 3'])
 def test_damaged_description_is_refused_in_one_line(saved, content):
     (saved / "policy.json").write_text(content)
-    with pytest.raises(UserError, match=r"policy\.json' is damaged \(.*\); search anew") as caught:
+    with pytest.raises(
+        UserError, match=r"policy\.json' is damaged \(.*\); search anew"
+    ) as caught:
         Policy.load(saved)
     assert "\n" not in str(caught.value)
 
@@ -122,7 +144,9 @@ def test_policy_for_other_observations_is_refused(saved):
         Policy.load(saved)
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "pickle", "other shape", "dqn", "no kwargs"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "cut", "empty", "pickle", "other shape", "dqn", "no kwargs"]
+)
 def test_damaged_policy_is_refused_in_one_line(saved, damage):
     weights, description = saved / "policy.safetensors", describe_policy(saved)
     if damage == "missing":
@@ -134,12 +158,18 @@ def test_damaged_policy_is_refused_in_one_line(saved, damage):
     elif damage == "pickle":
         torch.save({"log_std": torch.zeros(1)}, weights)
     elif damage == "other shape":
-        save_file({name: tensor[:1] for name, tensor in load_file(weights).items()}, weights)
+        save_file(
+            {name: tensor[:1] for name, tensor in load_file(weights).items()}, weights
+        )
     elif damage == "dqn":
-        (saved / "policy.json").write_text(json.dumps(description | {"algorithm": "dqn"}))
+        (saved / "policy.json").write_text(
+            json.dumps(description | {"algorithm": "dqn"})
+        )
     else:
         del description["policy_kwargs"]
         (saved / "policy.json").write_text(json.dumps(description))
-    with pytest.raises(UserError, match=r"RUN: the policy in '.*' is damaged \(.*\); search anew") as caught:
+    with pytest.raises(
+        UserError, match=r"RUN: the policy in '.*' is damaged \(.*\); search anew"
+    ) as caught:
         Policy.load(saved)
     assert "\n" not in str(caught.value)

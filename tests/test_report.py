@@ -1,4 +1,6 @@
-"""The report holds every number of the run, escapes what it is given, loads nothing and is the same every time."""
+"""The report holds every number of the run, escapes what it is given, loads nothing and
+is the same every time.
+"""
 
 import re
 from html.parser import HTMLParser
@@ -10,7 +12,13 @@ import yaml
 
 from autoprune.config import Settings
 from autoprune.errors import UserError
-from autoprune.reporting.figures import allocation_bars, loss_curve, render_rgb, render_svg, reward_curve
+from autoprune.reporting.figures import (
+    allocation_bars,
+    loss_curve,
+    render_rgb,
+    render_svg,
+    reward_curve,
+)
 from autoprune.reporting.report import write_report
 from autoprune.runs import RunFolder, write_json, write_text
 
@@ -45,7 +53,13 @@ FINISHED = {
     "accuracy": 0.9024,
     "finalists": [
         {"source": "policy", **PROXY, **SELECTED, "macs": 20_382_912},
-        {"source": "episode 17", **PROXY, "selection_accuracy": 0.7442, "selection_loss": 0.9307, "macs": 20_382_001},
+        {
+            "source": "episode 17",
+            **PROXY,
+            "selection_accuracy": 0.7442,
+            "selection_loss": 0.9307,
+            "macs": 20_382_001,
+        },
     ],
     "baselines": {
         "uniform": {
@@ -62,7 +76,15 @@ FINISHED = {
         {"name": "layer2.0.conv1", "channels": 32, "kept": 9},
     ],
     "pinned": [{"name": "linear", "channels": 1000, "reason": "feeds the output"}],
-    "latency": [{"engine": "torch", "batch": 64, "threads": 2, "dense_ms": 61.23, "pruned_ms": 40.41}],
+    "latency": [
+        {
+            "engine": "torch",
+            "batch": 64,
+            "threads": 2,
+            "dense_ms": 61.23,
+            "pruned_ms": 40.41,
+        }
+    ],
     "latency_ms": 40.41,
     "latency_ms_dense": 61.23,
     "onnx_max_relative_error": 3.9e-7,
@@ -90,13 +112,21 @@ class Text(HTMLParser):
             self.text += data.replace("\N{NO-BREAK SPACE}", " ")
 
 
-def run_folder(root, results: dict, n_episodes: int = 0, n_epochs: int = 0) -> RunFolder:
+def run_folder(
+    root, results: dict, n_episodes: int = 0, n_epochs: int = 0
+) -> RunFolder:
     folder = RunFolder(root)
     folder.config.write_text("data:\n  data: sample\nlr: 0.0375\n")
     write_json(folder.results, results)
     for episode in range(1, n_episodes + 1):
         folder.append(
-            "episode", episode=episode, reward=-2.5 + 0.125 * episode, accuracy=0.5, loss=1.0, macs=1, seconds=0.1
+            "episode",
+            episode=episode,
+            reward=-2.5 + 0.125 * episode,
+            accuracy=0.5,
+            loss=1.0,
+            macs=1,
+            seconds=0.1,
         )
     for epoch in range(1, n_epochs + 1):
         folder.append("epoch", epoch=epoch, loss=1 / epoch)
@@ -123,12 +153,44 @@ def test_the_headline_says_the_result_in_words(finished):
     "shown",
     [
         *("macs=50%", "ppo", "300", "1,312", "1 min 23 s", "2 h 3 min"),
-        *("20,382,912", "40,813,184", "49.9 %", "2.00 ×", "151,234", "269,722", "803,328", "1,210,368"),
+        *(
+            "20,382,912",
+            "40,813,184",
+            "49.9 %",
+            "2.00 ×",
+            "151,234",
+            "269,722",
+            "803,328",
+            "1,210,368",
+        ),
         *("91.61 %", "74.12 %", "90.24 %", "8,765", "75.31 %", "3,210", "0.9123"),
-        *("policy, chosen", "episode 17", "76.23 %", "0.8811", "74.42 %", "0.9307", "20,382,001"),
+        *(
+            "policy, chosen",
+            "episode 17",
+            "76.23 %",
+            "0.8811",
+            "74.42 %",
+            "0.9307",
+            "20,382,001",
+        ),
         *("uniform", "−2.0312", "60.21 %", "2.1131", "sensitivity", "−1.4245", "82"),
-        *("layer1.0.conv1", "10 / 16", "layer2.0.conv1", "9 / 32", "linear", "1,000", "feeds the output"),
-        *("Latency, torch, batch 64, 2 threads", "61.23 ms", "40.41 ms", "66.0 %", "1.52 ×", "3.9e-07"),
+        *(
+            "layer1.0.conv1",
+            "10 / 16",
+            "layer2.0.conv1",
+            "9 / 32",
+            "linear",
+            "1,000",
+            "feeds the output",
+        ),
+        *(
+            "Latency, torch, batch 64, 2 threads",
+            "61.23 ms",
+            "40.41 ms",
+            "66.0 %",
+            "1.52 ×",
+            "3.9e-07",
+        ),
         *("best, −1.8750, in episode 5", "0.2500 after the last", "lr: 0.0375"),
     ],
 )
@@ -138,26 +200,41 @@ def test_the_page_contains(shown, page_text):
 
 @pytest.fixture(scope="module")
 def page_text(tmp_path_factory) -> str:
-    return text_of(run_folder(tmp_path_factory.mktemp("run"), FINISHED, n_episodes=5, n_epochs=4))
+    return text_of(
+        run_folder(tmp_path_factory.mktemp("run"), FINISHED, n_episodes=5, n_epochs=4)
+    )
 
 
 STAGE = r'<th scope="row">([^<]*)</th><td class="text">(test|selection)</td>'
 
 
-@pytest.mark.parametrize("counted", [IMAGES, {}], ids=["counted", "by an older version"])
+@pytest.mark.parametrize(
+    "counted", [IMAGES, {}], ids=["counted", "by an older version"]
+)
 def test_every_stage_names_its_split_and_how_many_images_that_has(counted, tmp_path):
-    results = {key: value for key, value in FINISHED.items() if key not in IMAGES} | counted
+    results = {
+        key: value for key, value in FINISHED.items() if key not in IMAGES
+    } | counted
     html = write_report(run_folder(tmp_path, results, n_episodes=5)).read_text()
     test, selection = ("8,765", "3,210") if counted else ("–", "–")
-    pruned = [("As the search saw it", "selection", selection), ("Pruned", "test", test)]
+    pruned = [
+        ("As the search saw it", "selection", selection),
+        ("Pruned", "test", test),
+    ]
     expected = [("Dense", "test", test), *pruned, ("Fine-tuned", "test", test)]
     assert re.findall(STAGE + r"<td>([^<]*)</td>", html) == expected
 
 
 @pytest.mark.parametrize("is_reconstructed", [True, False])
 def test_it_says_whether_the_search_compared_solved_weights(is_reconstructed, tmp_path):
-    text = text_of(run_folder(tmp_path, {**FINISHED, "reconstructed": is_reconstructed}, n_episodes=2))
-    assert ("All sliced, with weights solved anew and batch norm" in text) == is_reconstructed
+    text = text_of(
+        run_folder(
+            tmp_path, {**FINISHED, "reconstructed": is_reconstructed}, n_episodes=2
+        )
+    )
+    assert (
+        "All sliced, with weights solved anew and batch norm" in text
+    ) == is_reconstructed
     assert ("All sliced, with batch norm" in text) != is_reconstructed
 
 
@@ -176,10 +253,17 @@ def test_a_searched_run_says_in_words_what_is_missing(tmp_path):
 
 
 def test_a_run_that_was_killed_before_its_search_says_what_was_asked_for(tmp_path):
-    folder = run_folder(tmp_path, {"method": "amc", "baselines": {"uniform": {"reward": -2.0}}}, n_episodes=3)
+    folder = run_folder(
+        tmp_path,
+        {"method": "amc", "baselines": {"uniform": {"reward": -2.0}}},
+        n_episodes=3,
+    )
     write_text(folder.config, yaml.safe_dump(Settings().to_dict()))
     text = text_of(folder)
-    assert "resnet20 on sample: macs=50% asked for, nothing decided yet" in text and "dyna (this run)" in text
+    assert (
+        "resnet20 on sample: macs=50% asked for, nothing decided yet" in text
+        and "dyna (this run)" in text
+    )
     assert f"Go on with autoprune run --resume --out {tmp_path} and" in text
 
 
@@ -198,13 +282,18 @@ def test_episodes_logged_again_count_once(finished):
     assert "Reward of 5 episodes; the best, −0.5000, in episode 5" in text_of(finished)
 
 
-def test_a_run_that_prunes_by_training_shows_that_training_and_no_accuracy_of_what_was_never_built(tmp_path):
+def test_a_run_that_prunes_by_training_shows_that_training_and_no_accuracy_of_what_was_never_built(
+    tmp_path,
+):
     results = {**FINISHED, "removal_method": "resrep", "finetune_epochs": 0}
     folder = run_folder(tmp_path, results, n_episodes=1)
     for epoch in (1, 2, 3):
         folder.append("removal epoch", epoch=epoch, loss=0.5 / epoch)
     html, text = write_report(folder).read_text(), text_of(folder)
-    assert re.findall(STAGE, html) == [("Dense", "test"), ("Pruned by training", "test")]
+    assert re.findall(STAGE, html) == [
+        ("Dense", "test"),
+        ("Pruned by training", "test"),
+    ]
     assert "Training loss over 3 epochs; 0.1667 after the last" in text
     assert "One episode, so there is no curve" in text
 
@@ -213,16 +302,28 @@ def test_trainings_follow_each_other_under_their_names(tmp_path):
     folder = run_folder(tmp_path, FINISHED, n_epochs=2)
     folder.append("sparse epoch", epoch=1, loss=2.0)
     axes = loss_curve({"sparse training": [2.0], "fine-tuning": [1.0, 0.5]}).axes[0]
-    points = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    points = [
+        line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"
+    ]
     assert points == [[[1, 2.0]], [[2, 1.0], [3, 0.5]]]
-    assert [text.get_text() for text in axes.texts] == ["sparse training", "fine-tuning"]
+    assert [text.get_text() for text in axes.texts] == [
+        "sparse training",
+        "fine-tuning",
+    ]
     assert "Training loss over 3 epochs; 0.5000 after the last" in text_of(folder)
 
 
-@pytest.mark.parametrize("baselines", [{}, {"uniform": {"reward": None, "evaluations": 1}}, FINISHED["baselines"]])
+@pytest.mark.parametrize(
+    "baselines",
+    [{}, {"uniform": {"reward": None, "evaluations": 1}}, FINISHED["baselines"]],
+)
 def test_dashed_lines_are_explained_where_there_are_some(baselines, tmp_path):
-    text = text_of(run_folder(tmp_path, FINISHED | {"baselines": baselines}, n_episodes=3))
-    assert "Reward of every episode" in text and ("Dashed lines" in text) == ("sensitivity" in baselines)
+    text = text_of(
+        run_folder(tmp_path, FINISHED | {"baselines": baselines}, n_episodes=3)
+    )
+    assert "Reward of every episode" in text and ("Dashed lines" in text) == (
+        "sensitivity" in baselines
+    )
 
 
 @pytest.mark.parametrize("n_epochs", [1, 2, 3, 30])
@@ -241,10 +342,17 @@ def test_a_shorter_fine_tuning_replaces_a_longer_one(tmp_path):
 def test_names_are_escaped(tmp_path):
     name = "<script>alert('a&b')</script>"
     group = {"name": name, "channels": 8, "kept": 4}
-    results = {**FINISHED, "model": name, "agent": name, "groups": [group], "pinned": [{**group, "reason": name}]}
+    results = {
+        **FINISHED,
+        "model": name,
+        "agent": name,
+        "groups": [group],
+        "pinned": [{**group, "reason": name}],
+    }
     folder = run_folder(tmp_path, results, n_episodes=2)
     assert "<script" not in write_report(folder).read_text()
-    # Title, heading, agent, its row, axis label, table of groups, pinned name and reason.
+    # Title, heading, agent, its row, axis label, table of groups, pinned name and
+    # reason.
     assert text_of(folder).count(name) == 8
 
 
@@ -253,12 +361,16 @@ def test_the_page_loads_nothing_and_its_references_resolve(finished):
     assert not re.search(r"https?://|<link|<script|<img|@import|src=", html)
     ids = Text(html).ids
     assert len(ids) == len(set(ids))
-    references = re.findall(r'(?:href="|url\()#([^")]+)|aria-labelledby="([^"]+)"', html)
+    references = re.findall(
+        r'(?:href="|url\()#([^")]+)|aria-labelledby="([^"]+)"', html
+    )
     assert {href or label for href, label in references} <= set(ids)
 
 
 def test_figures_follow_the_theme_of_the_page(finished):
-    figures = re.findall(r"<svg.*?</svg>", write_report(finished).read_text(), re.DOTALL)
+    figures = re.findall(
+        r"<svg.*?</svg>", write_report(finished).read_text(), re.DOTALL
+    )
     assert len(figures) == 3
     for svg in figures:
         assert "var(--accent, #0b6bcb)" in svg
@@ -279,7 +391,10 @@ def test_a_run_without_results_is_refused(tmp_path):
 
 
 def test_allocation_bars_render_to_pixels():
-    few, more = (render_rgb(allocation_bars(names, [16] * len(names), [4] * len(names))) for names in ("ab", "abcdef"))
+    few, more = (
+        render_rgb(allocation_bars(names, [16] * len(names), [4] * len(names)))
+        for names in ("ab", "abcdef")
+    )
     assert few.dtype == np.uint8 and few.ndim == 3 and few.shape[2] == 3
     assert more.shape[0] > few.shape[0] and more.shape[1] == few.shape[1]
 
@@ -298,11 +413,15 @@ def test_drawing_leaves_matplotlib_as_found():
         loss_curve({"fine-tuning": [0.5]}),
         allocation_bars([], [], []),
     ]
-    assert all(render_svg(figure, "name", "title").startswith("<svg") for figure in figures)
+    assert all(
+        render_svg(figure, "name", "title").startswith("<svg") for figure in figures
+    )
     assert dict(matplotlib.rcParams) == before
 
 
 def test_labels_of_close_baselines_do_not_overlap():
-    figure = reward_curve({1: -2.0, 2: -1.0}, {"uniform": -1.5, "random": -1.5, "sensitivity": -1.49})
+    figure = reward_curve(
+        {1: -2.0, 2: -1.0}, {"uniform": -1.5, "random": -1.5, "sensitivity": -1.49}
+    )
     heights = sorted(text.get_position()[1] for text in figure.axes[0].texts)
     assert len(heights) == 4 and np.diff(heights).min() >= 0.06

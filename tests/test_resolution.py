@@ -1,4 +1,6 @@
-"""A resized network takes the same images, costs what its size says, and is traced and exported like any other."""
+"""A resized network takes the same images, costs what its size says, and is traced and
+exported like any other.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ class Plain(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 1))
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x).mean((2, 3))
@@ -40,7 +44,9 @@ def test_at_full_size_it_is_the_network_bit_for_bit(name):
 
 
 def test_half_the_size_is_a_weighted_mean_of_neighbours():
-    """A triangle of four pixels' width: 1, 3, 3, 1 eighths inside, and what is left of it at the border."""
+    """A triangle of four pixels' width: 1, 3, 3, 1 eighths inside, and what is left of
+    it at the border.
+    """
     weights = torch.zeros(4, 8, dtype=torch.float64)
     for row in range(4):
         for offset, weight in zip(range(-1, 3), (1, 3, 3, 1), strict=True):
@@ -76,7 +82,11 @@ def test_the_mode_is_that_of_the_network(training):
 
 def test_a_resized_network_is_not_nested():
     twice = at_resolution(at_resolution(build("chain"), 2), 6)
-    assert [hook.size for hook in twice._forward_pre_hooks.values() if isinstance(hook, Resize)] == [6]
+    assert [
+        hook.size
+        for hook in twice._forward_pre_hooks.values()
+        if isinstance(hook, Resize)
+    ] == [6]
     x = images(2, SIZE)
     with torch.no_grad():
         assert torch.equal(twice(x), at_resolution(build("chain"), 6)(x))
@@ -86,7 +96,9 @@ def test_a_resized_network_is_not_nested():
 def test_the_trace_finds_the_same_groups(name):
     model, x = build(name), images(1, SIZE)
     whole, resized = trace(model, x).all, trace(at_resolution(model, 5), x).all
-    assert [(g.name, g.channels, g.pinned) for g in resized] == [(g.name, g.channels, g.pinned) for g in whole]
+    assert [(g.name, g.channels, g.pinned) for g in resized] == [
+        (g.name, g.channels, g.pinned) for g in whole
+    ]
 
 
 @pytest.mark.parametrize("size", [5, 11])
@@ -95,10 +107,14 @@ def test_onnx_takes_the_original_images_and_answers_the_same(size, tmp_path):
     assert export_onnx(resized, x[:1], tmp_path / "model.onnx") < 1e-5
     (answers,) = onnx_session(tmp_path / "model.onnx").run(None, {"images": x.numpy()})
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(answers), resized(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.from_numpy(answers), resized(x), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_a_size_below_one_is_refused(size):
-    with pytest.raises(UserError, match=rf"^size: expected at least 1 pixel, got {size}$"):
+    with pytest.raises(
+        UserError, match=rf"^size: expected at least 1 pixel, got {size}$"
+    ):
         at_resolution(build("chain"), size)

@@ -1,4 +1,6 @@
-"""Compactors begin as nothing, their selected rows only shrink, and folding them is exact."""
+"""Compactors begin as nothing, their selected rows only shrink, and folding them is
+exact.
+"""
 
 import copy
 from dataclasses import replace
@@ -39,22 +41,33 @@ def disturbed(grown: nn.Module, pairs: dict, scale: float = 1.0) -> nn.Module:
     return grown
 
 
-def merge(grown: nn.Module, groups: Groups, pairs: dict, kept: dict[str, Tensor]) -> nn.Module:
+def merge(
+    grown: nn.Module, groups: Groups, pairs: dict, kept: dict[str, Tensor]
+) -> nn.Module:
     """The smaller network, without the rows that aren't kept, whatever their length."""
     return prune(fold(grown, pairs), groups, kept)
 
 
 def test_only_a_convolution_with_its_own_batch_norm_gets_a_compactor():
-    found = {name: eligible(*traced(name)) for name in ("chain", "residual", "depthwise", "flatten")}
+    found = {
+        name: eligible(*traced(name))
+        for name in ("chain", "residual", "depthwise", "flatten")
+    }
     assert found["chain"] == {"conv1": ("conv1", "bn1"), "conv2": ("conv2", "bn2")}
-    assert found["residual"] == {"inner": ("inner", "bn_inner")}  # the stream has two producers
+    assert found["residual"] == {
+        "inner": ("inner", "bn_inner")
+    }  # the stream has two producers
     assert not any("depthwise" in conv for conv, _ in found["depthwise"].values())
     assert found["flatten"] == {}
 
 
 def test_a_batch_norm_behind_a_relu_gets_none():
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3))
-    in_place = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3)
+    )
+    in_place = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3)
+    )
     x = torch.randn(2, 3, 8, 8)
     for net in (model.eval(), in_place.eval()):
         assert eligible(net, trace(net, x[:1]), x) == {}
@@ -65,7 +78,11 @@ class ReadTwice(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)
+        self.conv, self.bn, self.head = (
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.Conv2d(6, 4, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
@@ -77,14 +94,18 @@ def test_what_is_read_in_front_of_its_batch_norm_or_has_no_statistics_gets_none(
     twice = ReadTwice().eval()
     with torch.no_grad():
         twice.bn.running_var.uniform_(0.5, 2), twice.bn.running_mean.normal_()
-    for net in (twice, nn.Sequential(nn.Conv2d(3, 6, 3), alone, nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()):
+    for net in (
+        twice,
+        nn.Sequential(nn.Conv2d(3, 6, 3), alone, nn.ReLU(), nn.Conv2d(6, 4, 3)).eval(),
+    ):
         assert eligible(net, trace(net, x[:1]), x) == {}
 
 
 def test_inserting_compactors_changes_nothing():
     model, groups, x = traced("residual")
     assert (
-        outputs(insert_compactors(model, groups, eligible(model, groups, x)), x) - outputs(model, x)
+        outputs(insert_compactors(model, groups, eligible(model, groups, x)), x)
+        - outputs(model, x)
     ).abs().max() < 1e-6
 
 
@@ -93,7 +114,10 @@ class Strided(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 7, 3, 2, 1, dilation=2, bias=True), nn.BatchNorm2d(7)
+        self.conv, self.bn = (
+            nn.Conv2d(3, 7, 3, 2, 1, dilation=2, bias=True),
+            nn.BatchNorm2d(7),
+        )
         self.head = nn.Conv2d(7, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,18 +125,27 @@ class Strided(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["chain", "residual", "strided"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)]
+)
 def test_folding_random_compactors_equals_the_three_layers(name, dtype, tolerance):
     if name == "strided":
         torch.manual_seed(0)
         model, x = Strided().eval(), torch.randn(4, 3, 11, 11)
-        model.bn.running_mean.normal_(), model.bn.running_var.uniform_(0.5, 2), model.bn.weight.data.normal_()
+        (
+            model.bn.running_mean.normal_(),
+            model.bn.running_var.uniform_(0.5, 2),
+            model.bn.weight.data.normal_(),
+        )
         groups = trace(model, x[:1])
     else:
         model, groups, x = traced(name)
     pairs = eligible(model, groups, x)
     grown = disturbed(insert_compactors(model, groups, pairs), pairs).to(dtype)
-    expected, computed = outputs(grown, x.to(dtype)), outputs(fold(grown, pairs), x.to(dtype))
+    expected, computed = (
+        outputs(grown, x.to(dtype)),
+        outputs(fold(grown, pairs), x.to(dtype)),
+    )
     assert (expected - computed).abs().max() <= tolerance * expected.abs().max()
     assert fold(grown, pairs).state_dict().keys() == model.state_dict().keys()
 
@@ -128,10 +161,14 @@ def test_rows_that_are_gone_may_go_and_short_ones_change_little(length):
         rows[[1, 4]] *= length / rows[[1, 4]].flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     merged = merge(grown, groups, pairs, {"conv1": torch.tensor([0, 2, 3, 5])})
     expected = outputs(grown, x)
-    assert (outputs(merged, x) - expected).abs().max() <= (1e-5 + 10 * length) * expected.abs().max()
+    assert (outputs(merged, x) - expected).abs().max() <= (
+        1e-5 + 10 * length
+    ) * expected.abs().max()
 
 
-def plug_of(model: nn.Module, groups: Groups, x: Tensor, share: float = 0.5, **options) -> Compaction:
+def plug_of(
+    model: nn.Module, groups: Groups, x: Tensor, share: float = 0.5, **options
+) -> Compaction:
     table = CostTable(groups)
     goal = Goal(table, "macs", int(table.macs({}) * share))
     return Compaction(groups, eligible(model, groups, x), goal, **options)
@@ -146,7 +183,10 @@ def gradients(grown: nn.Module, x: Tensor, plug: Plug) -> dict[str, Tensor]:
 
 def test_the_penalty_leaves_all_other_gradients_bit_by_bit_and_selected_rows_none_of_the_loss():
     model, groups, x = traced()
-    grown = disturbed(insert_compactors(model, groups, eligible(model, groups, x)), eligible(model, groups, x))
+    grown = disturbed(
+        insert_compactors(model, groups, eligible(model, groups, x)),
+        eligible(model, groups, x),
+    )
     plug = plug_of(model, groups, x, strength=0.1)
     plug.masked["conv1"][[1, 4]] = True
     plain, penalised = gradients(grown, x, Plug()), gradients(grown, x, plug)
@@ -162,7 +202,10 @@ def test_the_penalty_leaves_all_other_gradients_bit_by_bit_and_selected_rows_non
 
 def test_however_short_the_training_rows_that_stay_feel_the_papers_pull():
     model, groups, x = traced()
-    grown = disturbed(insert_compactors(model, groups, eligible(model, groups, x)), eligible(model, groups, x))
+    grown = disturbed(
+        insert_compactors(model, groups, eligible(model, groups, x)),
+        eligible(model, groups, x),
+    )
     plug = plug_of(model, groups, x)
     plug.begin(grown, 40, FinetuneConfig())
     plain, penalised = gradients(grown, x, Plug()), gradients(grown, x, plug)
@@ -174,10 +217,15 @@ def test_however_short_the_training_rows_that_stay_feel_the_papers_pull():
 
 def test_a_selected_row_keeps_its_direction_and_the_others_turn():
     model, groups, x = traced()
-    grown = disturbed(insert_compactors(model, groups, eligible(model, groups, x)), eligible(model, groups, x))
+    grown = disturbed(
+        insert_compactors(model, groups, eligible(model, groups, x)),
+        eligible(model, groups, x),
+    )
     plug = plug_of(model, groups, x, strength=1e-2)
     plug.masked["conv1"][[1, 4]] = True
-    optimizer = torch.optim.SGD(plug.parameter_groups(grown, FinetuneConfig()), 1e-3, 0.9, nesterov=True)
+    optimizer = torch.optim.SGD(
+        plug.parameter_groups(grown, FinetuneConfig()), 1e-3, 0.9, nesterov=True
+    )
     before = grown.bn1[1].weight.detach().clone().flatten(1)
     for step in range(20):
         gradients(grown, x, plug)
@@ -191,53 +239,86 @@ def test_a_selected_row_keeps_its_direction_and_the_others_turn():
 
 @pytest.mark.parametrize("metric", ["macs", "params"])
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
-def test_the_shortest_rows_are_selected_until_the_budget_is_met_and_no_further(metric, share):
+def test_the_shortest_rows_are_selected_until_the_budget_is_met_and_no_further(
+    metric, share
+):
     model, groups, x = traced()
     pairs, table = eligible(model, groups, x), CostTable(groups)
-    grown, target = disturbed(insert_compactors(model, groups, pairs), pairs), int(table.metrics[metric]({}) * share)
+    grown, target = (
+        disturbed(insert_compactors(model, groups, pairs), pairs),
+        int(table.metrics[metric]({}) * share),
+    )
     plug = Compaction(groups, pairs, Goal(table, metric, target))
     plug.select(grown, 1.0)
     kept = {name: len(rows) for name, rows in plug.kept.items()}
     assert table.metrics[metric](kept) <= target and min(kept.values()) >= 1
-    norms = {name: grown.get_submodule(norm)[1].norms for name, (_, norm) in pairs.items()}
-    longest = max((norms[name][mask].max().item(), name) for name, mask in plug.masked.items() if mask.any())
+    norms = {
+        name: grown.get_submodule(norm)[1].norms for name, (_, norm) in pairs.items()
+    }
+    longest = max(
+        (norms[name][mask].max().item(), name)
+        for name, mask in plug.masked.items()
+        if mask.any()
+    )
     assert table.metrics[metric](kept | {longest[1]: kept[longest[1]] + 1}) > target
-    could_go = torch.cat([norms[name][~plug.masked[name]] for name in norms if kept[name] > 1])
+    could_go = torch.cat(
+        [norms[name][~plug.masked[name]] for name in norms if kept[name] > 1]
+    )
     assert could_go.min() >= longest[0]
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 7, 1000])
 def test_the_goal_is_met_by_the_end_of_the_shortest_training(n_steps):
     model, groups, x = traced()
-    grown, plug = insert_compactors(model, groups, eligible(model, groups, x)), plug_of(model, groups, x)
+    grown, plug = (
+        insert_compactors(model, groups, eligible(model, groups, x)),
+        plug_of(model, groups, x),
+    )
     plug.begin(grown, n_steps, FinetuneConfig())
     for parameter in grown.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for step in range(n_steps):
         plug.before_step(grown, step)
     table = CostTable(groups)
-    assert table.macs({name: len(rows) for name, rows in plug.kept.items()}) <= table.macs({}) // 2
+    assert (
+        table.macs({name: len(rows) for name, rows in plug.kept.items()})
+        <= table.macs({}) // 2
+    )
 
 
 def test_an_allocations_counts_are_met_group_by_group():
     model, groups, x = traced()
     pairs = eligible(model, groups, x)
-    plug = Compaction(groups, pairs, Goal(CostTable(groups), counts={"conv1": 2, "conv2": 7}))
+    plug = Compaction(
+        groups, pairs, Goal(CostTable(groups), counts={"conv1": 2, "conv2": 7})
+    )
     plug.select(disturbed(insert_compactors(model, groups, pairs), pairs), 1.0)
-    assert {name: len(rows) for name, rows in plug.kept.items()} == {"conv1": 2, "conv2": 7}
+    assert {name: len(rows) for name, rows in plug.kept.items()} == {
+        "conv1": 2,
+        "conv2": 7,
+    }
 
 
 def test_standardising_changes_statistics_but_not_the_function_and_measuring_again_finds_the_same():
     model, groups, x = traced()
     pairs, x = eligible(model, groups, x), images(64, 8)
-    merged = merge(disturbed(insert_compactors(model, groups, pairs), pairs), groups, pairs, {"conv1": torch.arange(4)})
+    merged = merge(
+        disturbed(insert_compactors(model, groups, pairs), pairs),
+        groups,
+        pairs,
+        {"conv1": torch.arange(4)},
+    )
     before = outputs(merged, x)
     standardise(merged, ["bn1", "bn2"], x)
     torch.testing.assert_close(outputs(merged, x), before, rtol=1e-4, atol=1e-4)
     again = copy.deepcopy(merged)
     recalibrate(again, x)
-    torch.testing.assert_close(again.bn1.running_mean, merged.bn1.running_mean, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(again.bn1.running_var, merged.bn1.running_var, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(
+        again.bn1.running_mean, merged.bn1.running_mean, rtol=1e-3, atol=1e-4
+    )
+    torch.testing.assert_close(
+        again.bn1.running_var, merged.bn1.running_var, rtol=1e-2, atol=1e-4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -250,14 +331,24 @@ CONFIG = FinetuneConfig(epochs=12, batch_size=16, lr=0.1, distillation=0.0, bf16
 
 def small(seed: int = 0) -> tuple[nn.Module, Groups, Compaction, dict]:
     torch.manual_seed(seed)
-    body = conv_bn(3, 10, stride=2), conv_bn(10, 12, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    body = (
+        conv_bn(3, 10, stride=2),
+        conv_bn(10, 12, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     model = nn.Sequential(*body, nn.Linear(12, 10)).eval()
     x = torch.zeros(2, 3, 16, 16)
     groups = trace(model, x[:1])
     pairs = eligible(model, groups, x)
     table = CostTable(groups)
     plug = Compaction(groups, pairs, Goal(table, "macs", table.macs({}) // 2))
-    return insert_compactors(model, groups, eligible(model, groups, x)), groups, plug, pairs
+    return (
+        insert_compactors(model, groups, eligible(model, groups, x)),
+        groups,
+        plug,
+        pairs,
+    )
 
 
 def test_training_makes_the_selected_rows_vanish_so_that_merging_is_free(digits):
@@ -268,9 +359,14 @@ def test_training_makes_the_selected_rows_vanish_so_that_merging_is_free(digits)
         assert (norms[mask] == 0).all() and (norms[~mask] > 1e-3).all()
     merged, table = merge(grown, groups, pairs, plug.kept), CostTable(groups)
     with torch.no_grad():
-        torch.testing.assert_close(merged(digits.inputs), grown(digits.inputs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            merged(digits.inputs), grown(digits.inputs), rtol=1e-4, atol=1e-4
+        )
     kept = {name: len(rows) for name, rows in plug.kept.items()}
-    assert table.macs(kept) <= table.macs({}) // 2 and merged[0][0].out_channels == kept["0.0"]
+    assert (
+        table.macs(kept) <= table.macs({}) // 2
+        and merged[0][0].out_channels == kept["0.0"]
+    )
 
 
 def test_a_selected_row_stops_at_zero_although_momentum_would_carry_it_through():
@@ -278,7 +374,9 @@ def test_a_selected_row_stops_at_zero_although_momentum_would_carry_it_through()
     grown = insert_compactors(model, groups, eligible(model, groups, x))
     plug = plug_of(model, groups, x, strength=0.3)
     plug.masked["conv1"][2] = True
-    optimizer = torch.optim.SGD(plug.parameter_groups(grown, FinetuneConfig(lr=1e-3)), 1e-3, 0.9, nesterov=True)
+    optimizer = torch.optim.SGD(
+        plug.parameter_groups(grown, FinetuneConfig(lr=1e-3)), 1e-3, 0.9, nesterov=True
+    )
     norms = []
     for step in range(600):
         gradients(grown, x, plug)
@@ -293,7 +391,10 @@ def test_the_usual_pull_lets_rows_vanish_in_a_training_of_any_length(epochs, dig
     grown, groups, plug, pairs = small()
     plug = Compaction(groups, pairs, plug.goal)
     finetune(grown, digits, replace(CONFIG, epochs=epochs), plug=plug)
-    left = [grown.get_submodule(norm)[1].norms[plug.masked[name]] for name, (_, norm) in pairs.items()]
+    left = [
+        grown.get_submodule(norm)[1].norms[plug.masked[name]]
+        for name, (_, norm) in pairs.items()
+    ]
     assert torch.cat(left).max() == 0
 
 
@@ -302,25 +403,43 @@ def test_goals_that_can_not_be_are_refused():
     table, pairs = CostTable(groups), eligible(model, groups, x)
     with pytest.raises(UserError, match="give a target or counts, not both"):
         Goal(table)
-    with pytest.raises(UserError, match="every group keeps at least 1 channel, got counts"):
+    with pytest.raises(
+        UserError, match="every group keeps at least 1 channel, got counts"
+    ):
         Goal(table, counts={"conv1": 0})
-    with pytest.raises(UserError, match="--budget: macs=1 is below the reachable floor"):
+    with pytest.raises(
+        UserError, match="--budget: macs=1 is below the reachable floor"
+    ):
         Compaction(groups, pairs, Goal(table, "macs", 1))
 
 
 def test_killed_training_goes_on_to_bit_identical_weights_and_rows(digits, tmp_path):
     grown, _, plug, _ = small()
     with pytest.raises(Killed):
-        finetune(grown, digits[:64], CONFIG, checkpoint=tmp_path / "rows.pt", on_epoch=kill_after(6), plug=plug)
+        finetune(
+            grown,
+            digits[:64],
+            CONFIG,
+            checkpoint=tmp_path / "rows.pt",
+            on_epoch=kill_after(6),
+            plug=plug,
+        )
     resumed, _, again, _ = small(seed=9)
     finetune(resumed, digits[:64], CONFIG, checkpoint=tmp_path / "rows.pt", plug=again)
     whole, _, plug, _ = small()
     finetune(whole, digits[:64], CONFIG, plug=plug)
-    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
-    assert all(torch.equal(again.masked[name], mask) for name, mask in plug.masked.items())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(resumed.parameters(), whole.parameters(), strict=True)
+    )
+    assert all(
+        torch.equal(again.masked[name], mask) for name, mask in plug.masked.items()
+    )
 
 
 def test_a_network_without_a_fitting_layer_is_refused():
     model, groups, x = traced("flatten")
-    with pytest.raises(UserError, match="no group is made by one convolution with its batch norm"):
+    with pytest.raises(
+        UserError, match="no group is made by one convolution with its batch norm"
+    ):
         insert_compactors(model, groups, eligible(model, groups, x))

@@ -17,11 +17,15 @@ SCRIPTS = {
     "train_baseline": [],
     "transfer": ["--policy", "resnet20-dyna", *WITH_WEIGHTS],
 }
-"""Those that read CIFAR-10 first of all, and what they are asked: a network without rows in the tables."""
+"""Those that read CIFAR-10 first of all, and what they are asked: a network without
+rows in the tables.
+"""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_without_its_images_a_script_says_in_one_line_how_to_fetch_them(script, monkeypatch, capsys):
+def test_without_its_images_a_script_says_in_one_line_how_to_fetch_them(
+    script, monkeypatch, capsys
+):
     monkeypatch.setattr("sys.argv", [f"experiments/{script}.py", *SCRIPTS[script]])
     with pytest.raises(SystemExit) as stopped:
         run(import_module(f"experiments.{script}").main)

@@ -1,4 +1,6 @@
-"""The search: honest about splits and evaluations, and the same whether or not it was killed on the way."""
+"""The search: honest about splits and evaluations, and the same whether or not it was
+killed on the way.
+"""
 
 import multiprocessing
 import random
@@ -45,10 +47,16 @@ class Shifted(FakeProxy):
     """Orders candidates on the selection split the other way round."""
 
     def score_all(self, allocations, block=0):
-        return [type(proxy)(1 - proxy.accuracy, 2 - proxy.loss) for proxy in super().score_all(allocations, block)]
+        return [
+            type(proxy)(1 - proxy.accuracy, 2 - proxy.loss)
+            for proxy in super().score_all(allocations, block)
+        ]
 
     def survey_all(self, allocations, batches=0):
-        return [type(proxy)(1 - proxy.accuracy, 2 - proxy.loss) for proxy in super().survey_all(allocations, batches)]
+        return [
+            type(proxy)(1 - proxy.accuracy, 2 - proxy.loss)
+            for proxy in super().survey_all(allocations, batches)
+        ]
 
 
 class Uneven(FakeProxy):
@@ -60,7 +68,10 @@ class Uneven(FakeProxy):
         return batch % 2
 
     def score_all(self, allocations, block=0):
-        return [Evaluation(proxy.accuracy, proxy.loss + block) for proxy in super().score_all(allocations, block)]
+        return [
+            Evaluation(proxy.accuracy, proxy.loss + block)
+            for proxy in super().score_all(allocations, block)
+        ]
 
     def survey_all(self, allocations, batches=0):
         self.surveyed = tuple(tuple(kept.values()) for kept in allocations)
@@ -77,10 +88,26 @@ def killable_search(agent: str, folder: Path):
 def small_real_env() -> LayerPruningEnv:
     model, groups, _ = traced("chain")
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (60, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (60, 3, 16, 16), generator=generator, dtype=torch.uint8
+    )
     images = Images(pixels, torch.randint(0, 10, (60,), generator=generator))
-    splits = Splits(images, images[:20], images[20:40], images[40:], Poisoned(), tuple("0123456789"), "random")
-    proxy = ProxyAccuracy(model, groups, importance("l1", model, groups, images), splits, ProxyConfig(bf16="off"))
+    splits = Splits(
+        images,
+        images[:20],
+        images[20:40],
+        images[40:],
+        Poisoned(),
+        tuple("0123456789"),
+        "random",
+    )
+    proxy = ProxyAccuracy(
+        model,
+        groups,
+        importance("l1", model, groups, images),
+        splits,
+        ProxyConfig(bf16="off"),
+    )
     return LayerPruningEnv(model, groups, proxy)
 
 
@@ -91,12 +118,24 @@ def logged(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("agent", AGENTS)
 def test_every_episode_of_200_meets_the_budget_whoever_walks_it(agent, monkeypatch):
     usual = training.hyperparameters
-    fewer = lambda name: usual(name) | ({"updates_per_step": 1} if "updates_per_step" in usual(name) else {})  # noqa: E731
-    monkeypatch.setattr(training, "hyperparameters", fewer)  # how well they learn isn't asked
+
+    def fewer(name):
+        return usual(name) | (
+            {"updates_per_step": 1} if "updates_per_step" in usual(name) else {}
+        )
+
+    monkeypatch.setattr(
+        training, "hyperparameters", fewer
+    )  # how well they learn isn't asked
     env = target_env("chain")
-    episodes = search(env, SearchConfig(agent=agent, episodes=200, finalists=1)).episodes
+    episodes = search(
+        env, SearchConfig(agent=agent, episodes=200, finalists=1)
+    ).episodes
     assert len(episodes) == N_EPISODES.get(agent, 200)
-    costs = [env.space.cost(np.array(list(episode.allocation.kept.values()))) for episode in episodes]
+    costs = [
+        env.space.cost(np.array(list(episode.allocation.kept.values())))
+        for episode in episodes
+    ]
     assert max(costs) <= env.target
 
 
@@ -110,51 +149,85 @@ def test_every_agent_and_baseline_returns_an_allocation_within_the_budget(agent)
     assert result.best.macs == env.space.costs.macs(kept)
     assert (result.policy is None) == (agent in BASELINES)
     assert 1 <= len(result.finalists) <= 5
-    assert result.best.allocation.source == "policy" or result.best.allocation.source.startswith("episode ")
+    assert (
+        result.best.allocation.source == "policy"
+        or result.best.allocation.source.startswith("episode ")
+    )
 
 
 def test_finalists_are_the_best_different_episodes_sorted_by_their_selection_reward():
     model, groups, example = traced("wide")
     proxy = Shifted(groups, example, lambda kept: float(kept[0] / 20))
-    result = search(LayerPruningEnv(model, groups, proxy), SearchConfig(agent="random", episodes=30, finalists=6))
+    result = search(
+        LayerPruningEnv(model, groups, proxy),
+        SearchConfig(agent="random", episodes=30, finalists=6),
+    )
     rewards = [finalist.reward for finalist in result.finalists]
     assert len(rewards) == 6 and rewards == sorted(rewards, reverse=True)
     assert result.best is result.finalists[0]
     chosen = {tuple(finalist.allocation.kept.values()) for finalist in result.finalists}
     assert len(chosen) == 6
-    others = [e.reward for e in result.episodes if tuple(e.allocation.kept.values()) not in chosen]
+    others = [
+        e.reward
+        for e in result.episodes
+        if tuple(e.allocation.kept.values()) not in chosen
+    ]
     by_kept = {tuple(e.allocation.kept.values()): e.reward for e in result.episodes}
     assert min(by_kept[kept] for kept in chosen) >= max(others)
-    # The best on the proxy split is not the best on the selection split here, and the latter decides.
+    # The best on the proxy split is not the best on the selection split here, and the
+    # latter decides.
     assert by_kept[tuple(result.best.allocation.kept.values())] < max(by_kept.values())
 
 
 def test_every_block_of_images_sends_its_best_episodes_to_the_survey():
     model, groups, example = traced("wide")
     proxy = Uneven(groups, example, lambda kept: float(kept[0] / 40))
-    result = search(LayerPruningEnv(model, groups, proxy), SearchConfig(agent="random", episodes=40, finalists=2))
+    result = search(
+        LayerPruningEnv(model, groups, proxy),
+        SearchConfig(agent="random", episodes=40, finalists=2),
+    )
     rewards = {episode.counts: episode.reward for episode in reversed(result.episodes)}
     easy, hard = (
-        sorted({e.counts for e in result.episodes if (e.number - 1) // 10 % 2 == block}, key=lambda c: -rewards[c])
+        sorted(
+            {e.counts for e in result.episodes if (e.number - 1) // 10 % 2 == block},
+            key=lambda c: -rewards[c],
+        )
         for block in (0, 1)
     )
-    assert max(rewards[counts] for counts in hard) < min(rewards[counts] for counts in easy)
+    assert max(rewards[counts] for counts in hard) < min(
+        rewards[counts] for counts in easy
+    )
     for block in (easy, hard):
         sent = [rewards[counts] for counts in block if counts in proxy.surveyed]
-        assert len(sent) == 4 and min(sent) >= max(rewards[c] for c in block if c not in proxy.surveyed)
+        assert len(sent) == 4 and min(sent) >= max(
+            rewards[c] for c in block if c not in proxy.surveyed
+        )
 
 
 def test_trained_policy_competes_as_a_finalist():
-    result = search(target_env("wide"), SearchConfig(agent="ppo", episodes=12, finalists=3))
-    assert sorted(f.allocation.source.split()[0] for f in result.finalists) == ["episode"] * 3 + ["policy"]
+    result = search(
+        target_env("wide"), SearchConfig(agent="ppo", episodes=12, finalists=3)
+    )
+    assert sorted(f.allocation.source.split()[0] for f in result.finalists) == [
+        "episode"
+    ] * 3 + ["policy"]
 
 
-def test_a_network_that_policy_and_episode_share_stands_once_among_the_finalists(monkeypatch):
-    result = search(target_env("wide"), SearchConfig(agent="random", episodes=12, finalists=3))
+def test_a_network_that_policy_and_episode_share_stands_once_among_the_finalists(
+    monkeypatch,
+):
+    result = search(
+        target_env("wide"), SearchConfig(agent="random", episodes=12, finalists=3)
+    )
     shared = max(result.episodes, key=lambda episode: episode.reward)
-    its = replace(shared, number=0, allocation=replace(shared.allocation, source="policy"))
+    its = replace(
+        shared, number=0, allocation=replace(shared.allocation, source="policy")
+    )
     monkeypatch.setattr(finalists, "own", lambda *_: its)
-    found = {tuple(f.allocation.kept.values()): f for f in finalists.finalists(result.recorder, policy=object())}
+    found = {
+        tuple(f.allocation.kept.values()): f
+        for f in finalists.finalists(result.recorder, policy=object())
+    }
     assert len(found) == 3 and found[shared.counts].allocation.source == "policy"
 
 
@@ -178,18 +251,31 @@ def test_evaluations_count_the_sub_models_that_were_scored(agent):
     env = fake_env("chain", loss_of)
     result = search(env, SearchConfig(agent=agent, episodes=20, finalists=5))
     assert result.evaluations == env.proxy.evaluations == len(set(calls))
-    surveyed = min(4 * 5, len({tuple(episode.allocation.kept.values()) for episode in result.episodes}))
+    surveyed = min(
+        4 * 5,
+        len({tuple(episode.allocation.kept.values()) for episode in result.episodes}),
+    )
     assert len(calls) == result.evaluations + surveyed + len(result.finalists)
     assert result.seconds > 0
 
 
 def test_episodes_are_logged_and_reported_one_by_one(tmp_path):
     seen = []
-    result = search(target_env(), SearchConfig(agent="random", episodes=7), RunFolder(tmp_path), seen.append)
+    result = search(
+        target_env(),
+        SearchConfig(agent="random", episodes=7),
+        RunFolder(tmp_path),
+        seen.append,
+    )
     assert [episode.number for episode in seen] == [1, 2, 3, 4, 5, 6, 7]
     assert result.episodes == seen
-    assert [{"event": "episode", **episode.to_json()} for episode in seen] == logged(tmp_path)
-    assert all(asdict(e.evaluation).items() <= entry.items() for e, entry in zip(seen, logged(tmp_path), strict=True))
+    assert [{"event": "episode", **episode.to_json()} for episode in seen] == logged(
+        tmp_path
+    )
+    assert all(
+        asdict(e.evaluation).items() <= entry.items()
+        for e, entry in zip(seen, logged(tmp_path), strict=True)
+    )
 
 
 @pytest.mark.parametrize("agent", ["random", "sensitivity", "ddpg"])
@@ -198,7 +284,9 @@ def test_finished_search_is_not_searched_again(agent, tmp_path):
     first = search(target_env("wide"), config, RunFolder(tmp_path))
     env, before = target_env("wide"), logged(tmp_path)
     again = search(env, config, RunFolder(tmp_path))
-    assert again.finalists == first.finalists or agent == "ddpg"  # the policy's proxy reward is NaN there
+    assert (
+        again.finalists == first.finalists or agent == "ddpg"
+    )  # the policy's proxy reward is NaN there
     assert again.best.allocation == first.best.allocation
     assert again.episodes == first.episodes
     assert again.evaluations == first.evaluations
@@ -207,14 +295,20 @@ def test_finished_search_is_not_searched_again(agent, tmp_path):
         assert env.proxy.evaluations <= 1
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12; PyTorch runs one thread here
-@pytest.mark.parametrize("agent", [agent for agent in AGENTS if agent not in N_EPISODES])
+@pytest.mark.filterwarnings(
+    "ignore:.*fork:DeprecationWarning"
+)  # of Python 3.12; PyTorch runs one thread here
+@pytest.mark.parametrize(
+    "agent", [agent for agent in AGENTS if agent not in N_EPISODES]
+)
 def test_search_killed_at_any_moment_ends_as_one_left_alone(agent, tmp_path):
     expected = killable_search(agent, tmp_path / "alone")
     folder, generator, exits = tmp_path / "killed", random.Random(agent), []
     for n_lines in sorted(generator.sample(range(1, N_KILLED - 4), 4)):
         # A fork, since a fresh interpreter takes seconds to import torch.
-        process = multiprocessing.get_context("fork").Process(target=killable_search, args=(agent, folder))
+        process = multiprocessing.get_context("fork").Process(
+            target=killable_search, args=(agent, folder)
+        )
         process.start()
         while process.is_alive() and len(logged(folder)) < n_lines:
             time.sleep(0.002)
@@ -229,7 +323,9 @@ def test_search_killed_at_any_moment_ends_as_one_left_alone(agent, tmp_path):
     assert result.episodes == expected.episodes
     assert result.evaluations == expected.evaluations
     assert logged(folder) == logged(tmp_path / "alone")
-    for key, weights in expected.policy.network.state_dict().items() if expected.policy else ():
+    for key, weights in (
+        expected.policy.network.state_dict().items() if expected.policy else ()
+    ):
         assert torch.equal(result.policy.network.state_dict()[key], weights), key
 
 
@@ -242,7 +338,9 @@ def test_log_line_cut_short_by_a_kill_is_written_again(cut, tmp_path):
     lines = (tmp_path / "alone" / "log.jsonl").read_text().splitlines(keepends=True)
     for n_lines in (6, 12):
         whole = "".join(lines[:n_lines])
-        (tmp_path / "killed" / "log.jsonl").write_text(whole + lines[n_lines][:cut].rstrip("\n"))
+        (tmp_path / "killed" / "log.jsonl").write_text(
+            whole + lines[n_lines][:cut].rstrip("\n")
+        )
         search(target_env(), config, RunFolder(tmp_path / "killed"))
         assert logged(tmp_path / "killed") == logged(tmp_path / "alone")
 

@@ -31,12 +31,15 @@ def test_halves_are_balanced_pair_by_pair():
 def test_channels_in_all_parts_already_stay_free():
     book = LabelBook()
     labels = book.new(3)
-    book.constraints.append((Constraint.PARTS, torch.stack([labels, labels.flip(0), labels])))
+    book.constraints.append(
+        (Constraint.PARTS, torch.stack([labels, labels.flip(0), labels]))
+    )
     assert classes(settle(book), labels) == [[0], [1], [2]]
 
 
 def test_a_later_balance_uses_what_an_earlier_one_left():
-    # ShuffleNet: halves of a stream, whose first half is interleaved with new channels and halved again.
+    # ShuffleNet: halves of a stream, whose first half is interleaved with new channels
+    # and halved again.
     book = LabelBook()
     stream, new = book.new(8), book.new(4)
     book.constraints.append((Constraint.PARTS, stream.view(2, 4)))

@@ -1,4 +1,6 @@
-"""The learners: they store what was executed, start at uniform, learn, and survive being interrupted."""
+"""The learners: they store what was executed, start at uniform, learn, and survive
+being interrupted.
+"""
 
 import random
 import tempfile
@@ -18,7 +20,13 @@ from autoprune.agents.recorder import Recorder
 from autoprune.agents.replay import Policy, replay
 from autoprune.agents.sb3_env import Lanes
 from autoprune.agents.search import search
-from autoprune.agents.training import ALGORITHMS, ExecutedAction, hyperparameters, make_learner, train
+from autoprune.agents.training import (
+    ALGORITHMS,
+    ExecutedAction,
+    hyperparameters,
+    make_learner,
+    train,
+)
 from autoprune.config import SearchConfig
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError
@@ -48,7 +56,9 @@ class Noted(Lanes):
         return result
 
 
-def lanes_of(env: LayerPruningEnv, n_lanes: int = 10, seed: int = 0, episodes: int = 100) -> Noted:
+def lanes_of(
+    env: LayerPruningEnv, n_lanes: int = 10, seed: int = 0, episodes: int = 100
+) -> Noted:
     return Noted(Recorder(env, SearchConfig(episodes=episodes, seed=seed)), n_lanes)
 
 
@@ -56,23 +66,39 @@ def learner_on(name: str, lanes: Lanes, seed: int = 0):
     return make_learner(name, lanes, len(lanes.env.groups), seed)
 
 
-def trained(name: str, env, config: SearchConfig, folder: Path | None = None, interrupt_at: int = 0):
-    """The policy and all episodes, resumed from `folder`; raises `Interrupted` after episode `interrupt_at`."""
+def trained(
+    name: str,
+    env,
+    config: SearchConfig,
+    folder: Path | None = None,
+    interrupt_at: int = 0,
+):
+    """The policy and all episodes, resumed from `folder`; raises `Interrupted` after
+    episode `interrupt_at`.
+    """
 
     def on_episode(episode) -> None:
         if episode.number == interrupt_at:
             raise Interrupted
 
-    recorder = Recorder(env, config, None if folder is None else RunFolder(folder), on_episode)
+    recorder = Recorder(
+        env, config, None if folder is None else RunFolder(folder), on_episode
+    )
     if name == "dyna":
         policy = train_dyna(recorder)
     else:
-        policy = train(name, recorder, None if folder is None else folder / "learner.pt")
+        policy = train(
+            name, recorder, None if folder is None else folder / "learner.pt"
+        )
     return policy, recorder.episodes
 
 
 def assert_same_policy(first: Policy, second: Policy) -> None:
-    for (key, one), other in zip(first.network.state_dict().items(), second.network.state_dict().values(), strict=True):
+    for (key, one), other in zip(
+        first.network.state_dict().items(),
+        second.network.state_dict().values(),
+        strict=True,
+    ):
         assert torch.equal(one, other), key
 
 
@@ -99,14 +125,18 @@ def test_every_step_is_credited_with_its_own_episodes_reward(name):
     for step, reward in walked_anew(lanes):
         expected[step].append(reward)
     batch = buffer.sample(200)
-    keys = [tuple(row) for row in torch.cat([batch.observations, batch.actions], 1).numpy()]
+    keys = [
+        tuple(row) for row in torch.cat([batch.observations, batch.actions], 1).numpy()
+    ]
     for key, reward in zip(keys, batch.rewards[:, 0].tolist(), strict=True):
         assert min(abs(reward - other) for other in expected[key]) < 1e-5
     assert (batch.dones == 1).all()  # nothing is bootstrapped
 
 
 def walked_anew(lanes: Noted) -> Iterator[tuple[tuple[float, ...], float]]:
-    """Observation and executed action of every step, and the reward at its episode's end."""
+    """Observation and executed action of every step, and the reward at its episode's
+    end.
+    """
     rewards, n_steps = [episode.reward for episode in lanes.recorder.episodes], 4
     for batch in range(len(lanes.executed) // n_steps):
         walks = lanes.env.walks([lanes.env.budget] * lanes.num_envs)
@@ -124,18 +154,26 @@ def test_rollout_buffer_holds_the_executed_actions_and_the_first_ratio_is_one():
     learner.learn(40, ExecutedAction())
     buffer = learner.rollout_buffer
     assert buffer.full
-    assert np.array_equal(buffer.actions[:, :, 0], np.array(lanes.executed, dtype=np.float32))
+    assert np.array_equal(
+        buffer.actions[:, :, 0], np.array(lanes.executed, dtype=np.float32)
+    )
     batch = next(buffer.get())
     with torch.no_grad():
-        _, log_prob, _ = learner.policy.evaluate_actions(batch.observations, batch.actions)
-    assert torch.allclose((log_prob - batch.old_log_prob).exp(), torch.ones(40), atol=1e-5)
+        _, log_prob, _ = learner.policy.evaluate_actions(
+            batch.observations, batch.actions
+        )
+    assert torch.allclose(
+        (log_prob - batch.old_log_prob).exp(), torch.ones(40), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 2])
 def test_wishes_far_beyond_the_bounds_break_no_policy(seed):
     learner = learner_on("ppo", lanes_of(target_env("wide")), seed)
     learner.policy.log_std.data.fill_(-2.5)
-    learner.policy.action_net.bias.data.fill_(4.0)  # fifty standard deviations from what is executed
+    learner.policy.action_net.bias.data.fill_(
+        4.0
+    )  # fifty standard deviations from what is executed
     learner.learn(100 * learner.n_steps, ExecutedAction())
     assert all(parameter.isfinite().all() for parameter in learner.policy.parameters())
 
@@ -169,7 +207,9 @@ class StopAtOnce(BaseCallback):
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_agent_learns_an_allocation_clearly_better_than_uniform(name):
-    for seed in range(3 if name in ("ppo", "dyna") else 1):  # three pass for the others too, but take long
+    for seed in range(
+        3 if name in ("ppo", "dyna") else 1
+    ):  # three pass for the others too, but take long
         env = target_env(round_to=1)
         uniform = walk(env, lambda _: 0.0)["loss"]
         policy, episodes = trained(name, env, SearchConfig(episodes=60, seed=seed))
@@ -182,7 +222,10 @@ def test_agent_learns_an_allocation_clearly_better_than_uniform(name):
 def test_off_policy_agent_never_stops_trying_new_allocations(name):
     env = target_env(round_to=1)
     _, episodes = trained(name, env, SearchConfig(episodes=30))
-    assert len({tuple(episode.allocation.kept.values()) for episode in episodes[-12:]}) >= 8
+    assert (
+        len({tuple(episode.allocation.kept.values()) for episode in episodes[-12:]})
+        >= 8
+    )
 
 
 def test_last_batch_is_learned_from():
@@ -194,7 +237,9 @@ def test_last_batch_is_learned_from():
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-@pytest.mark.parametrize(("network", "n_episodes"), [("one", 1), ("chain", 1), ("chain", 7), ("chain", 12)])
+@pytest.mark.parametrize(
+    ("network", "n_episodes"), [("one", 1), ("chain", 1), ("chain", 7), ("chain", 12)]
+)
 def test_exactly_the_asked_number_of_episodes_is_walked(name, network, n_episodes):
     _, episodes = trained(name, target_env(network), SearchConfig(episodes=n_episodes))
     assert [episode.number for episode in episodes] == list(range(1, n_episodes + 1))
@@ -202,7 +247,10 @@ def test_exactly_the_asked_number_of_episodes_is_walked(name, network, n_episode
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_same_seed_gives_the_same_episodes_and_policy_and_another_seed_others(name):
-    runs = [trained(name, target_env(), SearchConfig(episodes=12, seed=seed)) for seed in (1, 1, 2)]
+    runs = [
+        trained(name, target_env(), SearchConfig(episodes=12, seed=seed))
+        for seed in (1, 1, 2)
+    ]
     (first, episodes), (again, same), (_, others) = runs
     assert episodes == same
     assert_same_policy(first, again)
@@ -232,29 +280,51 @@ def test_finished_training_is_not_repeated_and_gives_the_same_policy(tmp_path):
 
 
 def test_checkpoint_loads_without_executing_code(tmp_path):
-    trained("sac", target_env(), SearchConfig(episodes=26, checkpoint_every=2), tmp_path)
+    trained(
+        "sac", target_env(), SearchConfig(episodes=26, checkpoint_every=2), tmp_path
+    )
     assert torch.load(tmp_path / "learner.pt", weights_only=True)["episodes"] == 20
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["learner.pt", "log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "learner.pt",
+        "log.jsonl",
+    ]
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "other algorithm", "other file"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "noise", "empty", "other algorithm", "other file"]
+)
 def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
-    checkpoint, config = tmp_path / "learner.pt", SearchConfig(episodes=12, checkpoint_every=2)
-    trained("sac" if damage == "other algorithm" else "td3", target_env(), config, tmp_path)
+    checkpoint, config = (
+        tmp_path / "learner.pt",
+        SearchConfig(episodes=12, checkpoint_every=2),
+    )
+    trained(
+        "sac" if damage == "other algorithm" else "td3", target_env(), config, tmp_path
+    )
     content = checkpoint.read_bytes()
     if damage == "other file":
         torch.save({"weights": torch.zeros(2)}, checkpoint)
     elif damage != "other algorithm":
-        checkpoint.write_bytes({"cut": content[: len(content) // 2], "noise": b"noise" * 99, "empty": b""}[damage])
-    with pytest.raises(UserError, match=r"RUN: checkpoint '.*learner\.pt' can't be used .*delete it") as caught:
+        checkpoint.write_bytes(
+            {"cut": content[: len(content) // 2], "noise": b"noise" * 99, "empty": b""}[
+                damage
+            ]
+        )
+    with pytest.raises(
+        UserError, match=r"RUN: checkpoint '.*learner\.pt' can't be used .*delete it"
+    ) as caught:
         trained("td3", target_env(), config, tmp_path)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name, near", [("pp0", "ppo"), ("tdd3", "td3"), ("unifrom", "uniform"), ("dina", "dyna")])
+@pytest.mark.parametrize(
+    "name, near",
+    [("pp0", "ppo"), ("tdd3", "td3"), ("unifrom", "uniform"), ("dina", "dyna")],
+)
 def test_unknown_agent_is_refused_with_the_nearest_known(name, near):
     with pytest.raises(
-        UserError, match=f"--agent: unknown agent '{name}'; did you mean '{near}'.*Known: dyna, ppo, sac"
+        UserError,
+        match=f"--agent: unknown agent '{name}'; did you mean '{near}'.*Known: dyna, ppo, sac",
     ):
         search(fake_env(), SearchConfig(agent=name))
 

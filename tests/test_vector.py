@@ -1,4 +1,6 @@
-"""The vector environment: Gymnasium's interface, and in every lane what a single environment does."""
+"""The vector environment: Gymnasium's interface, and in every lane what a single
+environment does.
+"""
 
 import gymnasium
 import numpy as np
@@ -13,7 +15,10 @@ def made(n: int, name: str = "wide", **options) -> LayerPruningVectorEnv:
     model, groups, _ = traced(name)
     options |= {"model": model, "groups": groups, "proxy": fake_proxy(name)}
     return gymnasium.make_vec(
-        "autoprune/LayerPruning-v0", num_envs=n, vectorization_mode="vector_entry_point", **options
+        "autoprune/LayerPruning-v0",
+        num_envs=n,
+        vectorization_mode="vector_entry_point",
+        **options,
     ).unwrapped
 
 
@@ -68,13 +73,19 @@ def test_infos_tell_every_lane_its_budget_and_the_group_that_was_decided():
 
 def test_lanes_refuse_what_they_cannot_do():
     lanes = made(4)
-    with pytest.raises(UserError, match=r"^budgets: one for each of the 4 lanes, got 2$"):
+    with pytest.raises(
+        UserError, match=r"^budgets: one for each of the 4 lanes, got 2$"
+    ):
         lanes.reset(options={"budgets": ["macs=40%", "macs=60%"]})
-    with pytest.raises(UserError, match=r"^render_mode: lanes aren't drawn, got 'rgb_array'"):
+    with pytest.raises(
+        UserError, match=r"^render_mode: lanes aren't drawn, got 'rgb_array'"
+    ):
         made(4, render_mode="rgb_array")
 
 
-@pytest.mark.parametrize("options", [{"budget": "macs=40%"}, {"budgets": ["macs=40%", "macs=60%"]}])
+@pytest.mark.parametrize(
+    "options", [{"budget": "macs=40%"}, {"budgets": ["macs=40%", "macs=60%"]}]
+)
 def test_reset_options_set_the_targets_of_the_lanes(options):
     lanes = made(2)
     lanes.reset(options=options)

@@ -1,4 +1,6 @@
-"""The proof finds exactly the groups that can't be pruned, alone or together, in both precisions."""
+"""The proof finds exactly the groups that can't be pruned, alone or together, in both
+precisions.
+"""
 
 import numpy as np
 import pytest
@@ -21,7 +23,9 @@ class Watched(nn.Module):
     def __init__(self, accepts):
         super().__init__()
         self.accepts = accepts
-        self.convs = nn.ModuleList(conv(a, b) for a, b in zip((RGB, *WIDTHS), WIDTHS, strict=False))
+        self.convs = nn.ModuleList(
+            conv(a, b) for a, b in zip((RGB, *WIDTHS), WIDTHS, strict=False)
+        )
         self.head = nn.Linear(WIDTHS[-1], CLASSES)
 
     def forward(self, x):
@@ -45,30 +49,48 @@ def test_all_groups_pass_where_the_code_takes_any_width():
 @pytest.mark.parametrize("fixed", [[0], [3], [0, 5], [1, 2, 4]])
 def test_groups_that_cannot_run_alone_are_found_among_others(fixed):
     groups = traced(lambda widths: all(widths[i] == WIDTHS[i] for i in fixed))
-    assert set(groups.channels) == {f"convs.{i}" for i in range(len(WIDTHS)) if i not in fixed}
+    assert set(groups.channels) == {
+        f"convs.{i}" for i in range(len(WIDTHS)) if i not in fixed
+    }
     for i in fixed:
-        reason = next(group.pinned for group in groups.pinned if group.name == f"convs.{i}")
+        reason = next(
+            group.pinned for group in groups.pinned if group.name == f"convs.{i}"
+        )
         assert reason.startswith("the pruned network doesn't run: no such widths: [")
 
 
 def test_of_groups_that_fail_only_together_one_is_pinned():
     groups = traced(lambda widths: widths[1] == WIDTHS[1] or widths[4] == WIDTHS[4])
     assert len(groups) == len(WIDTHS) - 1
-    (pinned,) = [group for group in groups.pinned if group.name in ("convs.1", "convs.4")]
-    assert pinned.pinned.startswith("together with other groups, the pruned network doesn't run: no such widths")
+    (pinned,) = [
+        group for group in groups.pinned if group.name in ("convs.1", "convs.4")
+    ]
+    assert pinned.pinned.startswith(
+        "together with other groups, the pruned network doesn't run: no such widths"
+    )
 
 
 def test_equal_counts_that_the_labels_cannot_see_are_found():
     # With the same share for all groups they would pass.
     groups = traced(lambda widths: widths[0] == widths[5])
-    assert {"convs.0", "convs.5"}.isdisjoint(groups.channels) and len(groups) == len(WIDTHS) - 2
+    assert {"convs.0", "convs.5"}.isdisjoint(groups.channels) and len(groups) == len(
+        WIDTHS
+    ) - 2
 
 
 def test_large_networks_are_proven_in_float32(monkeypatch):
     monkeypatch.setattr(verify, "MAX_FLOAT64_PARAMETERS", 0)
     seen = []
-    monkeypatch.setattr(verify, "_drawn", lambda *args, drawn=verify._drawn: seen.append(args[-1]) or drawn(*args))
-    assert set(trace(SameWidths().eval(), images(1, 8)).channels) == {"left", "right", "body"}
+    monkeypatch.setattr(
+        verify,
+        "_drawn",
+        lambda *args, drawn=verify._drawn: seen.append(args[-1]) or drawn(*args),
+    )
+    assert set(trace(SameWidths().eval(), images(1, 8)).channels) == {
+        "left",
+        "right",
+        "body",
+    }
     assert set(seen) == {torch.float32}
     monkeypatch.setitem(table.RULES, torch.ops.aten.cat, mislabel_cat)
     assert set(trace(SameWidths().eval(), images(1, 8)).channels) == {"body"}

@@ -1,4 +1,6 @@
-"""Lanes walked together end exactly where the same actions end one by one, each under a budget of its own."""
+"""Lanes walked together end exactly where the same actions end one by one, each under a
+budget of its own.
+"""
 
 import numpy as np
 import pytest
@@ -26,11 +28,16 @@ def one_by_one(env: LayerPruningEnv, budget, actions) -> tuple[np.ndarray, list[
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("metric", ["macs", "params"])
-@pytest.mark.parametrize("options", [{}, {"round_to": 3, "max_sparsity": 0.7}, {"reward": "accuracy_guaranteed"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"round_to": 3, "max_sparsity": 0.7}, {"reward": "accuracy_guaranteed"}],
+)
 def test_lanes_end_where_the_environment_does(network, metric, options):
     env = fake_env(network, budget=f"{metric}=60%", **options)
     budgets = parsed(metric, (0.45, 0.5, 0.62, 0.8, 1.0, 0.5, 0.5))
-    actions = np.random.default_rng(0).uniform(-1.3, 1.3, (len(env.groups), len(budgets)))
+    actions = np.random.default_rng(0).uniform(
+        -1.3, 1.3, (len(env.groups), len(budgets))
+    )
     actions[:, 1], actions[:, 2], actions[:, 3] = 0, 1, -1
     walks = env.walks(budgets)
     steps = [walks.step(row) for row in actions]
@@ -38,19 +45,30 @@ def test_lanes_end_where_the_environment_does(network, metric, options):
     for lane, budget in enumerate(budgets):
         kept, infos = one_by_one(env, budget, actions[:, lane])
         assert walks.state.kept[lane].tolist() == kept.tolist()
-        assert [executed[lane] for executed, _ in steps] == [info["executed_action"] for info in infos]
-        assert [sparsities[lane] for _, sparsities in steps] == [info["sparsity"] for info in infos]
+        assert [executed[lane] for executed, _ in steps] == [
+            info["executed_action"] for info in infos
+        ]
+        assert [sparsities[lane] for _, sparsities in steps] == [
+            info["sparsity"] for info in infos
+        ]
         assert env.space.cost(kept) <= walks.state.targets[lane] == infos[-1]["target"]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("metric", ["macs", "params"])
-def test_an_allocation_that_a_walk_reached_is_reached_again_along_its_sparsities(network, metric):
+def test_an_allocation_that_a_walk_reached_is_reached_again_along_its_sparsities(
+    network, metric
+):
     env = fake_env(network, budget=f"{metric}=60%")
     budgets = parsed(metric, np.linspace(0.45, 1, 12))
     actions = np.random.default_rng(1).uniform(-1, 1, (len(env.groups), 12))
-    kept = env.walks(budgets).follow(lambda walks: actions[walks.state.index]).state.kept
-    assert np.array_equal(env.walks(budgets).follow(along(1 - kept / env.space.costs.dense)).state.kept, kept)
+    kept = (
+        env.walks(budgets).follow(lambda walks: actions[walks.state.index]).state.kept
+    )
+    assert np.array_equal(
+        env.walks(budgets).follow(along(1 - kept / env.space.costs.dense)).state.kept,
+        kept,
+    )
 
 
 def test_a_walk_leaves_what_others_have_seen_of_it_as_it_was():
@@ -63,9 +81,16 @@ def test_a_walk_leaves_what_others_have_seen_of_it_as_it_was():
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("metric", ["macs", "params"])
-def test_shifted_sparsities_keep_their_differences_and_meet_their_targets(network, metric):
+def test_shifted_sparsities_keep_their_differences_and_meet_their_targets(
+    network, metric
+):
     env = fake_env(network, budget=f"{metric}=60%")
-    space, targets = env.space, np.array([env.target_of(budget) for budget in parsed(metric, (0.45, 0.6, 0.8, 1.0))])
+    space, targets = (
+        env.space,
+        np.array(
+            [env.target_of(budget) for budget in parsed(metric, (0.45, 0.6, 0.8, 1.0))]
+        ),
+    )
     wishes = np.random.default_rng(2).uniform(-0.5, 1.5, (4, len(env.groups)))
     shifted = space.shifted(wishes, targets)
     counts = space.costs.dense * (1 - shifted)
@@ -94,7 +119,9 @@ def test_feasible_uniform_to_go_and_nearest_of_lanes_are_those_of_each(space):
     space = space_of(*space)
     generator = np.random.default_rng(0)
     floor, dense = space.cost(space.low), space.cost(space.high)
-    kept = np.stack([[generator.choice(levels) for levels in space.levels] for _ in range(20)])
+    kept = np.stack(
+        [[generator.choice(levels) for levels in space.levels] for _ in range(20)]
+    )
     targets = generator.integers(floor, dense + 1, 20)
     targets[:3] = floor, dense, dense + 10**6
     for index in range(len(space.levels)):
@@ -117,13 +144,23 @@ def test_feasible_counts_are_those_of_a_search_through_all_levels(space):
     generator = np.random.default_rng(2)
     floor, dense = space.cost(space.low), space.cost(space.high)
     for index in generator.permutation(len(space.levels))[:5]:
-        kept, target = space.costs.dense.copy(), int(generator.integers(floor, dense + 1))
-        for before in range(index):  # decided so that the rest can still meet the budget
+        kept, target = (
+            space.costs.dense.copy(),
+            int(generator.integers(floor, dense + 1)),
+        )
+        for before in range(
+            index
+        ):  # decided so that the rest can still meet the budget
             kept[before] = generator.choice(space.feasible(kept, before, target))
         levels = space.levels[index]
-        with_least, with_most = (np.repeat(kept[None], len(levels), 0) for _ in range(2))
+        with_least, with_most = (
+            np.repeat(kept[None], len(levels), 0) for _ in range(2)
+        )
         with_least[:, index], with_most[:, index] = levels, levels
-        with_least[:, index + 1 :], with_most[:, index + 1 :] = space.low[index + 1 :], space.high[index + 1 :]
+        with_least[:, index + 1 :], with_most[:, index + 1 :] = (
+            space.low[index + 1 :],
+            space.high[index + 1 :],
+        )
         meets = levels[[space.cost(row) <= target for row in with_least]]
         uses_up = levels[[space.cost(row) >= target for row in with_most]]
         lowest, highest = space.feasible(kept, index, target)

@@ -1,4 +1,6 @@
-"""A network of the user's own, as `--model tests.tiny:network` names it; seeded: every process gets the same."""
+"""A network of the user's own, as `--model tests.tiny:network` names it; seeded: every
+process gets the same.
+"""
 
 import torch
 from torch import nn
@@ -10,7 +12,9 @@ def network(n_classes: int = 10) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         body = conv_bn(3, 8), conv_bn(8, 12, stride=2), conv_bn(12, 16, stride=2)
-        return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, n_classes))
+        return nn.Sequential(
+            *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, n_classes)
+        )
 
 
 class Block(nn.Module):
@@ -18,7 +22,9 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.body = nn.Sequential(conv_bn(channels, width), conv_bn(width, channels, act=False))
+        self.body = nn.Sequential(
+            conv_bn(channels, width), conv_bn(width, channels, act=False)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(x + self.body(x))
@@ -35,7 +41,9 @@ def residual(n_classes: int = 10) -> nn.Module:
 
 def hopeless(n_classes: int = 10) -> nn.Module:
     """Nothing in it can be pruned."""
-    return nn.Sequential(nn.Conv2d(3, n_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(
+        nn.Conv2d(3, n_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
 
 
 def sick(n_classes: int = 10) -> nn.Module:
@@ -67,7 +75,9 @@ def twofold(n_classes: int = 10) -> nn.Module:
 
 def demanding(n_classes: int = 10) -> nn.Module:
     """Takes images of four channels only."""
-    return nn.Sequential(conv_bn(4, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, n_classes))
+    return nn.Sequential(
+        conv_bn(4, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, n_classes)
+    )
 
 
 def halved(n_classes: int = 10) -> nn.Module:

@@ -1,4 +1,6 @@
-"""Tiny networks, a proxy that costs nothing, and a trained digits network, for the tests of envs and agents."""
+"""Tiny networks, a proxy that costs nothing, and a trained digits network, for the
+tests of envs and agents.
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -32,13 +34,16 @@ Loss = Callable[[np.ndarray], float]
 
 @dataclass
 class FakeProxy:
-    """Has what the environment and the searches use of a `ProxyAccuracy`, but takes its loss from a formula.
+    """Has what the environment and the searches use of a `ProxyAccuracy`, but takes its
+    loss from a formula.
 
     Attributes:
         groups: The network's trace.
         example: One input.
-        loss_of: Kept counts in group order, `(n_groups,)`, to loss; accuracy is exp(-loss).
-        importance: Scores per group; by default the later channels of each group count more.
+        loss_of: Kept counts in group order, `(n_groups,)`, to loss; accuracy is
+            exp(-loss).
+        importance: Scores per group; by default the later channels of each group count
+            more.
     """
 
     groups: Groups
@@ -49,7 +54,10 @@ class FakeProxy:
     importance: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self):
-        self.importance = {group.name: torch.linspace(0.5, 1.5, group.channels) for group in self.groups}
+        self.importance = {
+            group.name: torch.linspace(0.5, 1.5, group.channels)
+            for group in self.groups
+        }
 
     def block_of(self, batch: int) -> int:
         return 0
@@ -64,7 +72,9 @@ class FakeProxy:
     def suited_to(self, kept: Mapping[str, int]) -> "FakeProxy":
         return self
 
-    def score_all(self, allocations: Sequence[Mapping[str, int]], block: int = 0) -> list[Evaluation]:
+    def score_all(
+        self, allocations: Sequence[Mapping[str, int]], block: int = 0
+    ) -> list[Evaluation]:
         for kept in allocations:
             if self.key(kept) not in self.cache:
                 self.evaluations += 1
@@ -74,11 +84,15 @@ class FakeProxy:
     def select_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
         return [self.evaluate(kept) for kept in allocations]
 
-    def survey_all(self, allocations: Sequence[Mapping[str, int]], batches: int = 0) -> list[Evaluation]:
+    def survey_all(
+        self, allocations: Sequence[Mapping[str, int]], batches: int = 0
+    ) -> list[Evaluation]:
         return self.select_all(allocations)
 
     def evaluate(self, kept: Mapping[str, int]) -> Evaluation:
-        loss = float(self.loss_of(np.array([kept[name] for name in self.groups.channels])))
+        loss = float(
+            self.loss_of(np.array([kept[name] for name in self.groups.channels]))
+        )
         return Evaluation(float(np.exp(-loss)), loss)
 
     def restore(self, kept: Mapping[str, int], evaluation: Evaluation) -> None:
@@ -89,40 +103,63 @@ class FakeProxy:
 
 
 def chain(*widths: int, seed: int = 0, n_classes: int = 10) -> nn.Module:
-    """Convolutions in a row, each with its own prunable group, then a linear head; for images of 16x16."""
+    """Convolutions in a row, each with its own prunable group, then a linear head; for
+    images of 16x16.
+    """
     torch.manual_seed(seed)
     pairs = zip((3, *widths), widths, strict=False)
-    body = [conv_bn(n_in, n_out, stride=2 if index < 2 else 1) for index, (n_in, n_out) in enumerate(pairs)]
-    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], n_classes))
+    body = [
+        conv_bn(n_in, n_out, stride=2 if index < 2 else 1)
+        for index, (n_in, n_out) in enumerate(pairs)
+    ]
+    return nn.Sequential(
+        *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], n_classes)
+    )
 
 
 @functools.cache
 def traced(name: str) -> tuple[nn.Module, Groups, Tensor]:
-    """A network with its trace and an example: "chain", "wide", "three", "one", or a name of
-    `autoprune.data.models`."""
-    own = {"chain": (8, 16, 12, 16), "wide": (16, 40, 24, 48, 32), "one": (16,), "three": (24, 32, 16)}
+    """A network with its trace and an example: "chain", "wide", "three", "one", or a
+    name of `autoprune.data.models`.
+    """
+    own = {
+        "chain": (8, 16, 12, 16),
+        "wide": (16, 40, 24, 48, 32),
+        "one": (16,),
+        "three": (24, 32, 16),
+    }
     torch.manual_seed(0)
     model = chain(*own[name]) if name in own else build(name)
     example = torch.randn(1, 3, 16 if name in own else 32, 16 if name in own else 32)
     return model, trace(model, example), example
 
 
-def fake_proxy(name: str = "chain", loss_of: Loss = lambda kept: 1 / kept.sum()) -> FakeProxy:
+def fake_proxy(
+    name: str = "chain", loss_of: Loss = lambda kept: 1 / kept.sum()
+) -> FakeProxy:
     """A fresh fake proxy of one of the `traced` networks."""
     _, groups, example = traced(name)
     return FakeProxy(groups, example, loss_of)
 
 
-def fake_env(name: str = "chain", loss_of: Loss = lambda kept: 1 / kept.sum(), **options) -> LayerPruningEnv:
+def fake_env(
+    name: str = "chain", loss_of: Loss = lambda kept: 1 / kept.sum(), **options
+) -> LayerPruningEnv:
     """An environment of one of the `traced` networks, milliseconds an episode."""
     model, groups, _ = traced(name)
     return LayerPruningEnv(model, groups, fake_proxy(name, loss_of), **options)
 
 
-def target_env(name: str = "chain", budget: str = "macs=50%", scale: float = 20.0, **options) -> LayerPruningEnv:
-    """An environment whose best allocation, on the budget's surface and far from uniform, is known: loss 0 there."""
+def target_env(
+    name: str = "chain", budget: str = "macs=50%", scale: float = 20.0, **options
+) -> LayerPruningEnv:
+    """An environment whose best allocation, on the budget's surface and far from
+    uniform, is known: loss 0 there.
+    """
     space = fake_env(name, budget=budget, **options).space
-    offsets = np.random.default_rng(0).permutation(np.linspace(-0.35, 0.35, len(space.costs.dense)))
+    offsets = np.random.default_rng(0).permutation(
+        np.linspace(-0.35, 0.35, len(space.costs.dense))
+    )
     target = Budget.parse(budget).target(space.costs)
     best = space.walk(target, lambda index, uniform: uniform + offsets[index])
 
@@ -134,10 +171,16 @@ def target_env(name: str = "chain", budget: str = "macs=50%", scale: float = 20.
 
 @functools.cache
 def digits() -> tuple[nn.Module, Groups, Splits]:
-    """A network trained on digits for a few seconds, so that it matters what is pruned where."""
+    """A network trained on digits for a few seconds, so that it matters what is pruned
+    where.
+    """
     splits = load(DataConfig(data="digits"))
     model = chain(8, 16, 16)
-    finetune(model, splits.train, FinetuneConfig(epochs=8, batch_size=64, lr=0.1, distillation=0.0, bf16="off"))
+    finetune(
+        model,
+        splits.train,
+        FinetuneConfig(epochs=8, batch_size=64, lr=0.1, distillation=0.0, bf16="off"),
+    )
     return model, trace(model, splits.example), splits
 
 
@@ -146,7 +189,9 @@ def digits_proxy(**parts) -> ProxyAccuracy:
     model, groups, splits = digits()
     splits = replace(splits, **parts)
     config = ProxyConfig(images=100, recalibration_images=100, bf16="off")
-    return ProxyAccuracy(model, groups, importance("l1", model, groups, splits.train), splits, config)
+    return ProxyAccuracy(
+        model, groups, importance("l1", model, groups, splits.train), splits, config
+    )
 
 
 def digits_env(budget: str = "macs=50%", **options) -> LayerPruningEnv:
@@ -163,7 +208,9 @@ def learner_of(name: str, start: Policy | None = None) -> BaseAlgorithm:
 
 
 def some_policy(name: str = "ppo") -> Policy:
-    """Its actions are far from zero and differ between observations, without training it."""
+    """Its actions are far from zero and differ between observations, without training
+    it.
+    """
     policy = Policy.of(name, learner_of(name), hyperparameters(name)["policy_kwargs"])
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

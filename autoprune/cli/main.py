@@ -1,7 +1,8 @@
 """The `autoprune` command: its parser, the table of its commands, its exit codes.
 
-With commands.py and steps.py it is the composition root, where core, environment and agents meet. Heavy imports happen
-inside the functions of all three, so that `--help` answers at once.
+With commands.py and steps.py it is the composition root, where core, environment and
+agents meet. Heavy imports happen inside the functions of all three, so that `--help`
+answers at once.
 """
 
 import dataclasses
@@ -32,7 +33,9 @@ from autoprune.errors import ExportError, UserError, in_one_line
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns 0, or 1 if something failed, 2 for a user error, 130 after Ctrl-C."""
+    """Runs one command; returns 0, or 1 if something failed, 2 for a user error, 130
+    after Ctrl-C.
+    """
     keep_freed_memory()
     try:
         options = _parse(arguments)
@@ -50,14 +53,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> Namespace:
-    """The options; with a `--method` or a `--policy` read once more, with the defaults that follow from it."""
+    """The options; with a `--method` or a `--policy` read once more, with the defaults
+    that follow from it.
+    """
     options = build_parser().parse_args(arguments)
     defaults = _implied(options[options.subcommand])
     return build_parser(defaults).parse_args(arguments) if defaults else options
 
 
 def _implied(options: Namespace) -> dict[str, object]:
-    """Defaults that follow from what is given: those of a method; else a policy is gone on with by its own agent."""
+    """Defaults that follow from what is given: those of a method; else a policy is gone
+    on with by its own agent.
+    """
     if options.get("method"):
         return method_named(options.method).defaults
     if options.get("policy") and options.get("agent") == SearchConfig.agent:
@@ -65,14 +72,22 @@ def _implied(options: Namespace) -> dict[str, object]:
         from autoprune.runs import RunFolder
 
         is_resumed = options.resume and options.out
-        return {"agent": agent_of(options.policy, RunFolder(Path(options.out)).start if is_resumed else None)}
+        return {
+            "agent": agent_of(
+                options.policy,
+                RunFolder(Path(options.out)).start if is_resumed else None,
+            )
+        }
     return {}
 
 
 def build_parser(defaults: Mapping[str, object] = MappingProxyType({})) -> Parser:
-    """The parser of all commands; `defaults` follow from a method or a policy, for the commands that take one."""
+    """The parser of all commands; `defaults` follow from a method or a policy, for the
+    commands that take one.
+    """
     parser = Parser(
-        prog="autoprune", description="Prune a trained PyTorch vision network: an agent finds how much where."
+        prog="autoprune",
+        description="Prune a trained PyTorch vision network: an agent finds how much where.",
     )
     parser.add_argument("--version", action="version", version=_version())
     subcommands = parser.add_subcommands(required=True, dest="subcommand")

@@ -1,7 +1,8 @@
-"""Methods of the field by name. Each is a set of options of `autoprune run`, so all go through the same doors.
+"""Methods of the field by name. Each is a set of options of `autoprune run`, so all go
+through the same doors.
 
-`autoprune run --method NAME` changes defaults; what is given beside it counts. No torch here, since `autoprune methods`
-has to answer at once.
+`autoprune run --method NAME` changes defaults; what is given beside it counts. No torch
+here, since `autoprune methods` has to answer at once.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ class Method:
     """A published way to prune.
 
     Attributes:
-        kind: What it brings: "criterion", "sparse training", "masks", "allocator", "search" or "pipeline".
+        kind: What it brings: "criterion", "sparse training", "masks", "allocator",
+            "search" or "pipeline".
         granularity: What it removes.
         paper: Authors, year and venue or preprint.
         options: Option of `autoprune run` to the value that makes the method.
@@ -30,18 +32,30 @@ class Method:
     def defaults(self) -> dict[str, object]:
         """Option of `autoprune run` to the value that it has by default.
 
-        What isn't a search leaves weights as they are unless it says otherwise: that is how it was published.
+        What isn't a search leaves weights as they are unless it says otherwise: that is
+        how it was published.
         """
-        return dict(self.options) if self.kind == "search" else {"proxy.reconstruct": "off"} | dict(self.options)
+        return (
+            dict(self.options)
+            if self.kind == "search"
+            else {"proxy.reconstruct": "off"} | dict(self.options)
+        )
 
     def to_json(self, name: str) -> dict:
         """Plain data."""
-        row = {"name": name, "kind": self.kind, "granularity": self.granularity, "paper": self.paper}
+        row = {
+            "name": name,
+            "kind": self.kind,
+            "granularity": self.granularity,
+            "paper": self.paper,
+        }
         return row | {"options": self.defaults}
 
 
 def _ranked(criterion: str, paper: str, agent: str = "uniform") -> Method:
-    return Method("criterion", "channel", paper, {"criterion": criterion, "agent": agent})
+    return Method(
+        "criterion", "channel", paper, {"criterion": criterion, "agent": agent}
+    )
 
 
 def _sparse(method: str, criterion: str, paper: str) -> Method:
@@ -59,12 +73,22 @@ def _masks(granularity: str, paper: str, **options: object) -> Method:
 
 
 def _gradual(granularity: str, paper: str, agent: str, **how: object) -> Method:
-    options = {"granularity": granularity, "agent": agent, "removal.method": "gradual", "epochs": 0}
+    options = {
+        "granularity": granularity,
+        "agent": agent,
+        "removal.method": "gradual",
+        "epochs": 0,
+    }
     return Method("pipeline", granularity, paper, options | how)
 
 
 def _merging(method: str, paper: str) -> Method:
-    return Method("sparse training", "channel", paper, {"removal.method": method, "agent": "uniform", "epochs": 0})
+    return Method(
+        "sparse training",
+        "channel",
+        paper,
+        {"removal.method": method, "agent": "uniform", "epochs": 0},
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -78,7 +102,9 @@ METHODS: dict[str, Method] = {
     "hessian": _ranked("hessian", "LeCun et al. 1990, NIPS", "global"),
     "lamp": _ranked("lamp", "Lee et al. 2021, ICLR", "global"),
     "random": _ranked("random", "the control"),
-    "cost_aware": _ranked("l1", "Molchanov et al. 2017, ICLR, section 2.2", "cost_aware"),
+    "cost_aware": _ranked(
+        "l1", "Molchanov et al. 2017, ICLR, section 2.2", "cost_aware"
+    ),
     "l1_training": _sparse("l1", "l1", "Han et al. 2015, NIPS"),
     "l2_training": _sparse("l2", "l2", "Han et al. 2015, NIPS"),
     "group_lasso": _sparse("group_lasso", "l2", "Wen et al. 2016, NIPS"),
@@ -93,25 +119,47 @@ METHODS: dict[str, Method] = {
         {"sparse.method": "drop_out", "criterion": "l2", "agent": "uniform"},
     ),
     "weight_magnitude": _masks("weight", "Han et al. 2015, NIPS"),
-    "layer": Method("allocator", "layer", "Chen and Zhao 2019, TPAMI", {"granularity": "layer", "agent": "global"}),
+    "layer": Method(
+        "allocator",
+        "layer",
+        "Chen and Zhao 2019, TPAMI",
+        {"granularity": "layer", "agent": "global"},
+    ),
     "row": _masks("row", "Mao et al. 2017, CVPRW"),
     "column": _masks("column", "Mao et al. 2017, CVPRW"),
     "kernel": _masks("kernel", "Mao et al. 2017, CVPRW"),
     "filter": _masks("filter", "Li et al. 2017, ICLR", agent="uniform"),
-    "random_weights": _masks("weight", "Wan et al. 2013, ICML: one mask of Drop Connect, kept", criterion="random"),
+    "random_weights": _masks(
+        "weight",
+        "Wan et al. 2013, ICML: one mask of Drop Connect, kept",
+        criterion="random",
+    ),
     "lamp_weights": _masks("weight", "Lee et al. 2021, ICLR", criterion="lamp"),
     "2:4": _masks("2:4", "Mishra et al. 2021, arXiv 2104.08378", budget="macs=60%"),
     "gsm": _masks("weight", "Ding et al. 2019, NeurIPS", **{"sparse.method": "gsm"}),
     "drop_connect": _masks(
-        "weight", "Wan et al. 2013, ICML; targeted: Gomez et al. 2019", **{"sparse.method": "drop_connect"}
+        "weight",
+        "Wan et al. 2013, ICML; targeted: Gomez et al. 2019",
+        **{"sparse.method": "drop_connect"},
     ),
     "sensitivity": Method(
-        "allocator", "channel", "Li et al. 2017, ICLR; dynamic programming", {"agent": "sensitivity"}
+        "allocator",
+        "channel",
+        "Li et al. 2017, ICLR; dynamic programming",
+        {"agent": "sensitivity"},
     ),
     "iterative": _gradual(
-        "channel", "Li et al. 2017, ICLR", "uniform", **{"removal.schedule": "linear", "removal.prunings": 5}
+        "channel",
+        "Li et al. 2017, ICLR",
+        "uniform",
+        **{"removal.schedule": "linear", "removal.prunings": 5},
     ),
-    "agp": _gradual("weight", "Zhu and Gupta 2017, arXiv 1710.01878", "global", **{"removal.prunings": 30}),
+    "agp": _gradual(
+        "weight",
+        "Zhu and Gupta 2017, arXiv 1710.01878",
+        "global",
+        **{"removal.prunings": 30},
+    ),
     "three_dimensions": Method(
         "allocator",
         "depth, width and image size",
@@ -119,9 +167,17 @@ METHODS: dict[str, Method] = {
         {"granularity": "dimensions", "agent": "polynomial"},
     ),
     "eagleeye": Method(
-        "pipeline", "channel", "Li et al. 2020, ECCV", {"agent": "eagleeye", "proxy.statistics": "calibration"}
+        "pipeline",
+        "channel",
+        "Li et al. 2020, ECCV",
+        {"agent": "eagleeye", "proxy.statistics": "calibration"},
     ),
-    "amc": _search("He et al. 2018, ECCV", agent="ddpg", reward="amc", **{"proxy.reconstruct": "on"}),
+    "amc": _search(
+        "He et al. 2018, ECCV",
+        agent="ddpg",
+        reward="amc",
+        **{"proxy.reconstruct": "on"},
+    ),
     "dyna": _search("this project; Sutton 1991 for the idea", agent="dyna"),
     "ppo": _search("Schulman et al. 2017, arXiv 1707.06347", agent="ppo"),
     "sac": _search("Haarnoja et al. 2018, ICML", agent="sac"),

@@ -1,4 +1,5 @@
-"""The steps that commands share: beginning a run, its stages with their progress on the terminal, ending a command.
+"""The steps that commands share: beginning a run, its stages with their progress on the
+terminal, ending a command.
 
 Part of the composition root, as cli.py is: heavy imports happen inside.
 """
@@ -16,7 +17,8 @@ from autoprune.config import OutputConfig, Settings
 def start(options: Namespace, prepare: Callable):
     """Workspace and run folder of a new run, or of the one to resume.
 
-    Everything that can be wrong is found by `prepare(workspace)` before the folder is made.
+    Everything that can be wrong is found by `prepare(workspace)` before the folder is
+    made.
     """
     from autoprune.pipeline.context import Workspace
     from autoprune.runs import RunFolder, start_run
@@ -33,7 +35,9 @@ def start(options: Namespace, prepare: Callable):
 
 
 def _check_names(settings: Settings, output: OutputConfig) -> None:
-    """Refuses unknown names and impossible budgets before anything slow happens or is written."""
+    """Refuses unknown names and impossible budgets before anything slow happens or is
+    written.
+    """
     from autoprune.agents.baselines import check_baselines
     from autoprune.agents.policies import starting_policy
     from autoprune.agents.search import check_agent
@@ -44,7 +48,9 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     from autoprune.training.sparse import check_sparse
 
     check_removal(settings)  # first: of masks and blocks it says which agents there are
-    check_agent(settings.search.agent, parse_budget(settings.search.budget), others=[FITTED])
+    check_agent(
+        settings.search.agent, parse_budget(settings.search.budget), others=[FITTED]
+    )
     check_baselines(output.baselines, settings.search.agent)
     check_criterion(settings.search.criterion)
     check_sparse(settings.sparse.method)
@@ -74,7 +80,9 @@ def prepare(workspace) -> None:
 
 
 def train_sparsely(workspace, folder):
-    """The workspace whose network is to be pruned, after sparse training where the settings ask for it."""
+    """The workspace whose network is to be pruned, after sparse training where the
+    settings ask for it.
+    """
     from autoprune.pipeline.stages import sparse_stage
     from autoprune.reporting.console import progress
 
@@ -83,7 +91,9 @@ def train_sparsely(workspace, folder):
         return workspace
     epochs = settings.sparse_training.epochs_for(len(workspace.splits.train))
     with progress(settings.sparse.method, epochs) as advance:
-        return sparse_stage(workspace, folder, lambda epoch, loss: advance(f"loss {loss:.4f}"))
+        return sparse_stage(
+            workspace, folder, lambda epoch, loss: advance(f"loss {loss:.4f}")
+        )
 
 
 def decide(workspace, folder, output: OutputConfig) -> None:
@@ -94,8 +104,15 @@ def decide(workspace, folder, output: OutputConfig) -> None:
     from autoprune.pipeline.stages import keep_order
 
     settings, network = workspace.settings, workspace.settings.network.model
-    folder.add_results(run=str(folder.root), model=network, data=settings.data.data, seed=settings.search.seed)
-    folder.add_results(budget=str(parse_budget(settings.search.budget)), agent=settings.search.agent)
+    folder.add_results(
+        run=str(folder.root),
+        model=network,
+        data=settings.data.data,
+        seed=settings.search.seed,
+    )
+    folder.add_results(
+        budget=str(parse_budget(settings.search.budget)), agent=settings.search.agent
+    )
     keep_order(workspace, folder)
     decided = removal(workspace, folder)
     if decided.is_searched:
@@ -124,19 +141,27 @@ def prune(workspace, folder) -> None:
     if not epochs:
         return prune_stage(workspace, folder, say, lambda epoch, loss: None)
     with progress(workspace.settings.removal.method, epochs) as advance:
-        prune_stage(workspace, folder, say, lambda epoch, loss: advance(f"loss {loss:.4f}"))
+        prune_stage(
+            workspace, folder, say, lambda epoch, loss: advance(f"loss {loss:.4f}")
+        )
 
 
 def finetune(workspace, folder) -> None:
     from autoprune.pipeline.stages import finetune_stage
     from autoprune.reporting.console import progress
 
-    with progress("fine-tune", workspace.settings.finetune.epochs_for(len(workspace.splits.train))) as advance:
-        finetune_stage(workspace, folder, lambda epoch, loss: advance(f"loss {loss:.4f}"))
+    with progress(
+        "fine-tune", workspace.settings.finetune.epochs_for(len(workspace.splits.train))
+    ) as advance:
+        finetune_stage(
+            workspace, folder, lambda epoch, loss: advance(f"loss {loss:.4f}")
+        )
 
 
 def finish(folder, as_json: bool) -> None:
-    """What every command that adds to a run ends with: a report that is true again, and the results."""
+    """What every command that adds to a run ends with: a report that is true again, and
+    the results.
+    """
     from autoprune.pipeline.stages import report_stage, summary
     from autoprune.reporting.console import print_results
 

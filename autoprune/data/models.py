@@ -1,7 +1,8 @@
 """Networks by name, and weights from files that execute no code.
 
-`build("resnet56", n_classes=10)` gives a network of `autoprune.data.networks`, any torchvision classifier, or the result of
-the user's own `package.module:factory`. `load_weights` reads safetensors or a `torch.load(weights_only=True)` file.
+`build("resnet56", n_classes=10)` gives a network of `autoprune.data.networks`, any
+torchvision classifier, or the result of the user's own `package.module:factory`.
+`load_weights` reads safetensors or a `torch.load(weights_only=True)` file.
 """
 
 import importlib
@@ -32,7 +33,9 @@ MODELS: dict[str, Factory] = {
 
 
 def model_names() -> list[str]:
-    """Every name that `build` knows besides `package.module:factory`: this project's and torchvision's classifiers."""
+    """Every name that `build` knows besides `package.module:factory`: this project's
+    and torchvision's classifiers.
+    """
     import torchvision.models
 
     return [*MODELS, *torchvision.models.list_models(module=torchvision.models)]
@@ -42,13 +45,15 @@ def build(name: str, n_classes: int = 10) -> nn.Module:
     """A freshly initialised network in training mode.
 
     Args:
-        name: A name of `model_names()`, `timm/NAME` where timm is installed, or `package.module:factory` for a callable
-            of your own. The factory is called with `n_classes=` if it takes that argument, else with `num_classes=` if
-            it takes that, else with nothing.
+        name: A name of `model_names()`, `timm/NAME` where timm is installed, or
+            `package.module:factory` for a callable of your own. The factory is called
+            with `n_classes=` if it takes that argument, else with `num_classes=` if it
+            takes that, else with nothing.
         n_classes: Width of the classification head.
 
     Raises:
-        UserError: If the name is unknown (the nearest known ones are offered) or the factory can't be imported.
+        UserError: If the name is unknown (the nearest known ones are offered) or the
+            factory can't be imported.
     """
     if ":" in name:
         return _call_factory(_import_factory(name), n_classes)
@@ -77,7 +82,8 @@ def _build_timm(name: str, n_classes: int) -> nn.Module:
 
 
 def _quiet_options(name: str) -> dict:
-    # These two warn about slow initialisation, and their auxiliary heads only exist for training.
+    # These two warn about slow initialisation, and their auxiliary heads only exist for
+    # training.
     return {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
 
 
@@ -106,17 +112,21 @@ def _call_factory(factory: Factory, n_classes: int) -> nn.Module:
 
 
 def embedded_resnet20() -> nn.Module:
-    """The ResNet-20 for CIFAR-10 that this project trained (`experiments/train_baseline.py`), in eval mode."""
+    """The ResNet-20 for CIFAR-10 that this project trained
+    (`experiments/train_baseline.py`), in eval mode.
+    """
     model = build("resnet20")
     load_weights(model, EMBEDDED_WEIGHTS)
     return model.eval()
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Weights from a `.safetensors` or `torch.save` file, wrapper keys and DataParallel's `module.` prefix removed.
+    """Weights from a `.safetensors` or `torch.save` file, wrapper keys and
+    DataParallel's `module.` prefix removed.
 
     Raises:
-        UserError: If the file is missing, is neither format, or would need to execute code to load.
+        UserError: If the file is missing, is neither format, or would need to execute
+            code to load.
     """
     path = Path(path)
     if not path.is_file():
@@ -142,7 +152,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Fills `model` in place with the weights in `path`.
 
     Raises:
-        UserError: If names or shapes don't fit the architecture (what differs is listed), or values aren't finite.
+        UserError: If names or shapes don't fit the architecture (what differs is
+            listed), or values aren't finite.
     """
     weights, own = read_state_dict(path), model.state_dict()
     missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
@@ -157,7 +168,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     for key, value in weights.items():
         if not torch.isfinite(value).all():
             raise UserError(
-                f"--weights: {key} in {str(path)!r} holds NaN or infinite values; the network is not usable"
+                f"--weights: {key} in {str(path)!r} holds NaN or infinite values; the "
+                f"network is not usable"
             )
     model.load_state_dict(weights, strict=False)
 
@@ -187,7 +199,9 @@ def _difference(missing: list, surplus: list, misfits: list, weights: dict, own:
 
 @torch.no_grad()
 def check_answers(model: nn.Module, name: str, example: Tensor, n_classes: int) -> None:
-    """Raises a `UserError` unless a network answers an image `(1, 3, height, width)` with a score for each class."""
+    """Raises a `UserError` unless a network answers an image `(1, 3, height, width)`
+    with a score for each class.
+    """
     try:
         answers = model(example)
     except Exception as error:  # whatever the user's own forward pass raises
@@ -197,5 +211,6 @@ def check_answers(model: nn.Module, name: str, example: Tensor, n_classes: int) 
     found = tuple(answers.shape) if isinstance(answers, Tensor) else type(answers).__name__
     if found != (1, n_classes):
         raise UserError(
-            f"--model: {name} answers an image with {found}, the data needs (1, {n_classes}), a score for each class"
+            f"--model: {name} answers an image with {found}, the data needs (1, "
+            f"{n_classes}), a score for each class"
         )

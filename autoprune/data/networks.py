@@ -7,13 +7,17 @@ from torch.nn import functional as F
 def conv_bn(
     n_in: int, n_out: int, kernel: int = 3, stride: int = 1, groups: int = 1, act: bool = True
 ) -> nn.Sequential:
-    """A convolution without bias, batch norm and (unless `act` is false) ReLU; padding keeps the size at stride 1."""
+    """A convolution without bias, batch norm and (unless `act` is false) ReLU; padding
+    keeps the size at stride 1.
+    """
     layers = [nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(n_out)]
     return nn.Sequential(*layers, nn.ReLU(inplace=True)) if act else nn.Sequential(*layers)
 
 
 class PadShortcut(nn.Module):
-    """Option A of He et al. 2016 (section 4.2): stride by slicing, new channels are zeros on both sides."""
+    """Option A of He et al. 2016 (section 4.2): stride by slicing, new channels are
+    zeros on both sides.
+    """
 
     def __init__(self, n_in: int, n_out: int, stride: int):
         super().__init__()
@@ -25,7 +29,9 @@ class PadShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, parameter names as in akamaster's public checkpoints."""
+    """Two 3x3 convolutions and a shortcut, parameter names as in akamaster's public
+    checkpoints.
+    """
 
     def __init__(self, n_in: int, n_out: int, stride: int, option: str):
         super().__init__()
@@ -45,12 +51,14 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet for 32x32 images (He et al. 2016, section 4.2): 6n + 2 layers, widths 16, 32, 64.
+    """ResNet for 32x32 images (He et al. 2016, section 4.2): 6n + 2 layers, widths 16,
+    32, 64.
 
     Args:
         depth: 20, 32, 44, 56, 110 or any other 6n + 2.
         n_classes: Width of the head.
-        option: Shortcut where the width changes: "A" pads with zeros, "B" is a 1x1 convolution.
+        option: Shortcut where the width changes: "A" pads with zeros, "B" is a 1x1
+            convolution.
     """
 
     def __init__(self, depth: int, n_classes: int = 10, option: str = "A"):
@@ -95,7 +103,9 @@ class CifarVGG16(nn.Module):
 
 
 class CifarMobileNetV1(nn.Module):
-    """MobileNet (Howard et al. 2017) for 32x32 images: stride 1 in the stem and in the first strided block."""
+    """MobileNet (Howard et al. 2017) for 32x32 images: stride 1 in the stem and in the
+    first strided block.
+    """
 
     BLOCKS = ((64, 1), (128, 1), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 
@@ -114,7 +124,9 @@ class CifarMobileNetV1(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, depthwise, project; added to the input where the shape allows (Sandler et al. 2018)."""
+    """Expand, depthwise, project; added to the input where the shape allows (Sandler et
+    al. 2018).
+    """
 
     def __init__(self, n_in: int, n_out: int, stride: int, expansion: int):
         super().__init__()
@@ -129,7 +141,9 @@ class InvertedResidual(nn.Module):
 
 
 class CifarMobileNetV2(nn.Module):
-    """MobileNetV2 (Sandler et al. 2018) for 32x32 images: stride 1 in the stem and in the second stage."""
+    """MobileNetV2 (Sandler et al. 2018) for 32x32 images: stride 1 in the stem and in
+    the second stage.
+    """
 
     STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
@@ -149,6 +163,8 @@ class CifarMobileNetV2(nn.Module):
 
 
 def kaiming(module: nn.Module) -> None:
-    """He et al. 2015: draws the weight of a convolution or linear layer for its own fan-in; for `nn.Module.apply`."""
+    """He et al. 2015: draws the weight of a convolution or linear layer for its own
+    fan-in; for `nn.Module.apply`.
+    """
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.kaiming_normal_(module.weight)

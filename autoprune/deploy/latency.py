@@ -1,4 +1,6 @@
-"""Milliseconds of a forward pass, dense and pruned measured alternately, so that whatever else runs slows both."""
+"""Milliseconds of a forward pass, dense and pruned measured alternately, so that
+whatever else runs slows both.
+"""
 
 import copy
 import time
@@ -48,29 +50,35 @@ def measure_latency(
     batch_sizes: Sequence[int] = (1, 64),
     seconds: float = 6.0,
 ) -> list[Latency]:
-    """Both networks' latency on random images: float32, evaluation mode, channels last in PyTorch.
+    """Both networks' latency on random images: float32, evaluation mode, channels last
+    in PyTorch.
 
     Args:
         dense: The network before pruning; it is left as found.
         pruned: The network after pruning; it is left as found.
         example: One input, float32 `(1, 3, height, width)`.
-        onnx: The pruned network's ONNX file; the dense network is then exported to a temporary one (a few seconds).
-            Without it only PyTorch is measured.
+        onnx: The pruned network's ONNX file; the dense network is then exported to a
+            temporary one (a few seconds). Without it only PyTorch is measured.
         batch_sizes: Images in a forward pass, one row each and engine.
-        seconds: Time for all measurements together, exporting aside. A pair of passes that takes longer than its
-            share is still measured once after its warm-up.
+        seconds: Time for all measurements together, exporting aside. A pair of passes
+            that takes longer than its share is still measured once after its warm-up.
 
     Returns:
         One row for each engine and batch size.
     """
     engines = {"torch": [_torch_engine(dense), _torch_engine(pruned)]}
     if onnx is not None:
-        engines["onnxruntime"] = [_dense_onnx_engine(dense, example), _onnx_engine(onnx)]
+        engines["onnxruntime"] = [
+            _dense_onnx_engine(dense, example),
+            _onnx_engine(onnx),
+        ]
     share = seconds / (len(engines) * len(batch_sizes))
     rows = []
     for engine, (dense_on, pruned_on) in engines.items():
         for batch in batch_sizes:
-            images = torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+            images = torch.randn(
+                batch, *example.shape[1:], generator=torch.Generator().manual_seed(0)
+            )
             times = _alternate(dense_on(images), pruned_on(images), share)
             rows.append(Latency(engine, batch, torch.get_num_threads(), *times))
     return rows
@@ -91,7 +99,9 @@ def _onnx_engine(path: Path) -> Callable[[Tensor], Forward]:
     return lambda images: lambda: session.run(None, {"images": images.numpy()})
 
 
-def _dense_onnx_engine(dense: nn.Module, example: Tensor) -> Callable[[Tensor], Forward]:
+def _dense_onnx_engine(
+    dense: nn.Module, example: Tensor
+) -> Callable[[Tensor], Forward]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "dense.onnx"
         export_onnx(dense, example, path)
@@ -105,7 +115,9 @@ def _alternate(dense: Forward, pruned: Forward, seconds: float) -> tuple[float, 
     return median(dense_ms), median(pruned_ms)
 
 
-def _pairs(dense: Forward, pruned: Forward, seconds: float) -> list[tuple[float, float]]:
+def _pairs(
+    dense: Forward, pruned: Forward, seconds: float
+) -> list[tuple[float, float]]:
     pairs, deadline = [], time.perf_counter() + seconds
     while not pairs or time.perf_counter() < deadline:
         pairs.append((_milliseconds(dense), _milliseconds(pruned)))

@@ -1,8 +1,10 @@
-"""Proxy accuracy: how good a sub-model is before fine-tuning, measured on held-out training images. The hot path.
+"""Proxy accuracy: how good a sub-model is before fine-tuning, measured on held-out
+training images. The hot path.
 
-A sub-model is drawn, physically sliced into a reused copy of the network and scored with the batch-norm statistics of
-the very images that it is scored on, in one pass; or, if asked, with statistics measured before on other images.
-Several candidates are scored at once, each on a core of its own. An allocation that was scored before is looked up.
+A sub-model is drawn, physically sliced into a reused copy of the network and scored
+with the batch-norm statistics of the very images that it is scored on, in one pass; or,
+if asked, with statistics measured before on other images. Several candidates are scored
+at once, each on a core of its own. An allocation that was scored before is looked up.
 """
 
 import copy
@@ -23,7 +25,14 @@ from torch.nn import functional as F
 
 from autoprune.config import ProxyConfig
 from autoprune.data.datasets import Images, Splits
-from autoprune.evaluation.evaluate import Evaluation, Questions, answer, in_eval_mode, on_batch_statistics, recalibrate
+from autoprune.evaluation.evaluate import (
+    Evaluation,
+    Questions,
+    answer,
+    in_eval_mode,
+    on_batch_statistics,
+    recalibrate,
+)
 from autoprune.evaluation.image_blocks import ImageBlocks
 from autoprune.evaluation.importance import Importance
 from autoprune.evaluation.reconstruction import Reconstruction
@@ -35,18 +44,28 @@ SENSITIVITY_IMAGES = 64
 
 def available_cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
 
 
 @contextmanager
 def one_thread_each(n_workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Workers in which PyTorch's operations run on a single thread; outside nothing changes."""
+    """Workers in which PyTorch's operations run on a single thread; outside nothing
+    changes.
+    """
     n_threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(
+            n_workers, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             yield pool
     finally:
-        torch.set_num_threads(n_threads)  # a thread's own setting is the default of those to come
+        torch.set_num_threads(
+            n_threads
+        )  # a thread's own setting is the default of those to come
 
 
 def half(channels: int | np.ndarray) -> int | np.ndarray:
@@ -55,7 +74,8 @@ def half(channels: int | np.ndarray) -> int | np.ndarray:
 
 
 class ProxyAccuracy:
-    """Scores allocations of one network on the proxy split; equal allocations are scored once.
+    """Scores allocations of one network on the proxy split; equal allocations are
+    scored once.
 
     Args:
         model: The dense network; never changed.
@@ -63,9 +83,10 @@ class ProxyAccuracy:
         importance: Scores per group that decide which channels survive.
         splits: Proxy images for the score, calibration images for batch norm.
         config: Numbers of images and of sub-models, what the answers are held against.
-        reconstruction: Gives that of the network, where the config wants candidates reconstructed; None to measure one
-            on the calibration images.
-        reference: The network whose answers the loss "kl" is held against, in eval mode; None for `model`.
+        reconstruction: Gives that of the network, where the config wants candidates
+            reconstructed; None to measure one on the calibration images.
+        reference: The network whose answers the loss "kl" is held against, in eval
+            mode; None for `model`.
         blocks: Which images judge; None to divide them by this network's difficulties.
     """
 
@@ -88,23 +109,32 @@ class ProxyAccuracy:
         self._splits = splits
         self._dense = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
         self._reference = reference or self._dense
-        self._slicers = [Slicer(self._dense, groups, borrow=True) for _ in range(config.workers or available_cores())]
-        self._measured = reconstruction or partial(Reconstruction, self._dense, groups, splits.calibration.inputs)
+        self._slicers = [
+            Slicer(self._dense, groups, borrow=True)
+            for _ in range(config.workers or available_cores())
+        ]
+        self._measured = reconstruction or partial(
+            Reconstruction, self._dense, groups, splits.calibration.inputs
+        )
         self._reconstruction = self._measured() if config.reconstruct == "on" else None
         self._cache: dict[tuple[int, ...], Evaluation] = {}
         is_free = config.statistics == "batch" and not self.reconstructs
-        self.blocks = blocks or ImageBlocks(splits, config, is_free, self._questions, self._difficulty)
+        self.blocks = blocks or ImageBlocks(
+            splits, config, is_free, self._questions, self._difficulty
+        )
 
     def __call__(self, kept: Mapping[str, int]) -> Evaluation:
         """The proxy score of an allocation: the mean over its drawn sub-models."""
         return self.score_all([kept])[0]
 
     def suited_to(self, kept: Mapping[str, int]) -> "ProxyAccuracy":
-        """This proxy, or one that reconstructs, where `--proxy.reconstruct auto` is to decide and `kept` is beyond it.
+        """This proxy, or one that reconstructs, where `--proxy.reconstruct auto` is to
+        decide and `kept` is beyond it.
 
-        On ResNet-20 at 30 % of its MACs, where uniform pruning leaves a loss of 4.4 nats and a guess has 2.3, the loss
-        of sliced networks had a Kendall tau of 0.24 with their accuracy once fine-tuned, that of reconstructed ones
-        0.52. How confident a lost network is tells nothing of what can be made of it.
+        On ResNet-20 at 30 % of its MACs, where uniform pruning leaves a loss of 4.4
+        nats and a guess has 2.3, the loss of sliced networks had a Kendall tau of 0.24
+        with their accuracy once fine-tuned, that of reconstructed ones 0.52. How
+        confident a lost network is tells nothing of what can be made of it.
 
         Args:
             kept: What uniform pruning to the budget leaves. Scoring it isn't counted.
@@ -112,32 +142,58 @@ class ProxyAccuracy:
         if self.config.reconstruct != "auto" or self.reconstructs:
             return self
         images = Questions(self._splits.proxy[: self.config.images])
-        (score,) = self._on_all_cores(partial(self._proxy_score, images), [self.draw(kept)])
+        (score,) = self._on_all_cores(
+            partial(self._proxy_score, images), [self.draw(kept)]
+        )
         if score.loss <= math.log(len(self._splits.classes)):
             return self
-        own = (self._dense, self.groups, self.importance, self._splits, replace(self.config, reconstruct="on"))
+        own = (
+            self._dense,
+            self.groups,
+            self.importance,
+            self._splits,
+            replace(self.config, reconstruct="on"),
+        )
         return ProxyAccuracy(*own, self._measured, self._reference)
 
-    def score_all(self, allocations: Sequence[Mapping[str, int]], block: int = 0) -> list[Evaluation]:
-        """The proxy scores of several allocations, which share the cores; equal to those of one after the other.
+    def score_all(
+        self, allocations: Sequence[Mapping[str, int]], block: int = 0
+    ) -> list[Evaluation]:
+        """The proxy scores of several allocations, which share the cores; equal to
+        those of one after the other.
 
         Args:
             allocations: Group to kept channels.
-            block: Which block of images is asked, see `block_of`. An allocation that was scored before keeps its score.
+            block: Which block of images is asked, see `block_of`. An allocation that
+                was scored before keeps its score.
         """
         keys = [self.key(kept) for kept in allocations]
-        fresh = {key: kept for key, kept in zip(keys, allocations, strict=True) if key not in self._cache}
+        fresh = {
+            key: kept
+            for key, kept in zip(keys, allocations, strict=True)
+            if key not in self._cache
+        }
         score = partial(self._proxy_score, self.blocks[block]) if fresh else None
-        self._cache |= zip(fresh, self._side_by_side(score, list(fresh.values())), strict=True)
+        self._cache |= zip(
+            fresh, self._side_by_side(score, list(fresh.values())), strict=True
+        )
         self.evaluations += len(fresh)
         return [self._cache[key] for key in keys]
 
-    def survey_all(self, allocations: Sequence[Mapping[str, int]], batches: int = 0) -> list[Evaluation]:
-        """Scores on all images that judge a search of so many batches, in one pass, for those that may be finalists."""
-        return self._side_by_side(partial(self._proxy_score, self.blocks.all(batches)), allocations)
+    def survey_all(
+        self, allocations: Sequence[Mapping[str, int]], batches: int = 0
+    ) -> list[Evaluation]:
+        """Scores on all images that judge a search of so many batches, in one pass, for
+        those that may be finalists.
+        """
+        return self._side_by_side(
+            partial(self._proxy_score, self.blocks.all(batches)), allocations
+        )
 
     def select_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
-        """Scores on the larger selection split, for the finalists; calibrated on the whole calibration split."""
+        """Scores on the larger selection split, for the finalists; calibrated on the
+        whole calibration split.
+        """
         return self._side_by_side(self._selection_score, allocations)
 
     @property
@@ -160,19 +216,28 @@ class ProxyAccuracy:
         return self._splits.example
 
     def draw(self, kept: Mapping[str, int], draw: int = 0) -> Kept:
-        """The channels of one sub-model: the most important ones, or, with a temperature, a weighted sample.
+        """The channels of one sub-model: the most important ones, or, with a
+        temperature, a weighted sample.
 
-        A sample is drawn without replacement with probabilities in proportion to importance^(1 / temperature)
-        (Gumbel top-k); the same allocation and draw give the same channels.
+        A sample is drawn without replacement with probabilities in proportion to
+        importance^(1 / temperature) (Gumbel top-k); the same allocation and draw give
+        the same channels.
         """
         if self.config.temperature == 0:
             return top_channels(self.importance, kept)
         entropy = [self.config.seed, draw, *self.key(kept)]
         seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
         generator = torch.Generator().manual_seed(seed)
-        logits = {name: self.importance[name].clamp_min(1e-12).log() / self.config.temperature for name in kept}
+        logits = {
+            name: self.importance[name].clamp_min(1e-12).log() / self.config.temperature
+            for name in kept
+        }
         noise = {
-            name: -torch.rand(len(x), generator=generator).clamp_min(1e-12).log().neg().log()
+            name: -torch.rand(len(x), generator=generator)
+            .clamp_min(1e-12)
+            .log()
+            .neg()
+            .log()
             for name, x in logits.items()
         }
         return top_channels({name: logits[name] + noise[name] for name in kept}, kept)
@@ -182,17 +247,27 @@ class ProxyAccuracy:
         self._cache[self.key(kept)] = evaluation
 
     def key(self, kept: Mapping[str, int]) -> tuple[int, ...]:
-        """What tells networks apart: allocations with the same key are one network, scored once."""
+        """What tells networks apart: allocations with the same key are one network,
+        scored once.
+        """
         return tuple(kept[name] for name in self.groups.channels)
 
-    def _side_by_side(self, score: Callable[[Slicer, Kept], Evaluation], allocations: Sequence) -> list[Evaluation]:
+    def _side_by_side(
+        self, score: Callable[[Slicer, Kept], Evaluation], allocations: Sequence
+    ) -> list[Evaluation]:
         """The mean score over each allocation's drawn sub-models."""
         n_draws = self.config.sub_models if self.config.temperature > 0 else 1
         drawn = [(kept, draw) for kept in allocations for draw in range(n_draws)]
-        scores = self._on_all_cores(lambda slicer, of: score(slicer, self.draw(*of)), drawn)
-        return [_mean(scores[at : at + n_draws]) for at in range(0, len(scores), n_draws)]
+        scores = self._on_all_cores(
+            lambda slicer, of: score(slicer, self.draw(*of)), drawn
+        )
+        return [
+            _mean(scores[at : at + n_draws]) for at in range(0, len(scores), n_draws)
+        ]
 
-    def _on_all_cores(self, score: Callable[[Slicer, Any], Evaluation], candidates: Sequence) -> list[Evaluation]:
+    def _on_all_cores(
+        self, score: Callable[[Slicer, Any], Evaluation], candidates: Sequence
+    ) -> list[Evaluation]:
         if len(self._slicers) == 1:
             return [score(self._slicers[0], candidate) for candidate in candidates]
         idle: SimpleQueue[Slicer] = SimpleQueue()
@@ -206,7 +281,8 @@ class ProxyAccuracy:
             finally:
                 idle.put(slicer)
 
-        # One thread a candidate, also for a single one: the order of sums, and so the score, depends on the threads.
+        # One thread a candidate, also for a single one: the order of sums, and so the
+        # score, depends on the threads.
         with one_thread_each(len(self._slicers)) as pool:
             return list(pool.map(work, candidates))
 
@@ -215,10 +291,16 @@ class ProxyAccuracy:
         return self._score(images, calibration, slicer, kept)
 
     def _selection_score(self, slicer: Slicer, kept: Kept) -> Evaluation:
-        return self._score(self._selection, self._splits.calibration.inputs, slicer, kept)
+        return self._score(
+            self._selection, self._splits.calibration.inputs, slicer, kept
+        )
 
-    def _score(self, images: Questions, calibration: Tensor | None, slicer: Slicer, kept: Kept) -> Evaluation:
-        """Batch norm takes its statistics from `calibration`, or from the images that are scored."""
+    def _score(
+        self, images: Questions, calibration: Tensor | None, slicer: Slicer, kept: Kept
+    ) -> Evaluation:
+        """Batch norm takes its statistics from `calibration`, or from the images that
+        are scored.
+        """
         model, bf16 = slicer.apply(kept), self.config.bf16
         if self._reconstruction is not None:
             self._reconstruction.apply(model, kept)
@@ -229,14 +311,19 @@ class ProxyAccuracy:
 
     @cached_property
     def sensitivity(self) -> np.ndarray:
-        """Damage when each prunable group alone loses half of its channels, `(n_groups,)`, 0 or more.
+        """Damage when each prunable group alone loses half of its channels,
+        `(n_groups,)`, 0 or more.
 
-        It is the divergence from the dense network's answers on `SENSITIVITY_IMAGES` proxy images, in nats: about a
-        quarter of a usual evaluation for each group, measured once.
+        It is the divergence from the dense network's answers on `SENSITIVITY_IMAGES`
+        proxy images, in nats: about a quarter of a usual evaluation for each group,
+        measured once.
         """
         questions = Questions(self._splits.proxy[:SENSITIVITY_IMAGES])
         questions.hold_against(self._dense, self.config.bf16)
-        halves = [top_channels(self.importance, {group.name: half(group.channels)}) for group in self.groups]
+        halves = [
+            top_channels(self.importance, {group.name: half(group.channels)})
+            for group in self.groups
+        ]
         damaged = self._on_all_cores(partial(self._score, questions, None), halves)
         return np.array([evaluation.loss for evaluation in damaged])
 
@@ -245,8 +332,12 @@ class ProxyAccuracy:
         return self._splits.calibration.inputs[: self.config.recalibration_images]
 
     def _difficulty(self, images: Images) -> Tensor:
-        """The cross-entropy of each image, `(n_images,)`, of the network that keeps half of every group."""
-        model = self._slicers[0].apply(self.draw({group.name: half(group.channels) for group in self.groups}))
+        """The cross-entropy of each image, `(n_images,)`, of the network that keeps
+        half of every group.
+        """
+        model = self._slicers[0].apply(
+            self.draw({group.name: half(group.channels) for group in self.groups})
+        )
         with torch.no_grad(), on_batch_statistics(model):
             logits = [model(part.inputs) for part, _ in Questions(images)]
         return F.cross_entropy(torch.cat(logits), images.labels, reduction="none")
@@ -265,4 +356,9 @@ class ProxyAccuracy:
 def _mean(evaluations: list[Evaluation]) -> Evaluation:
     """Of the drawn sub-models of one allocation."""
     results = [asdict(evaluation) for evaluation in evaluations]
-    return Evaluation(*(float(np.mean([result[key] for result in results])) for key in ("accuracy", "loss")))
+    return Evaluation(
+        *(
+            float(np.mean([result[key] for result in results]))
+            for key in ("accuracy", "loss")
+        )
+    )

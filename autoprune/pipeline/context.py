@@ -1,4 +1,6 @@
-"""What every stage of a run works on: network, images, trace, costs and importance, made when they are asked for."""
+"""What every stage of a run works on: network, images, trace, costs and importance,
+made when they are asked for.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -30,7 +32,8 @@ from autoprune.tracing.trace import trace
 
 @dataclass(frozen=True)
 class Workspace:
-    """Network, images and trace of one run; made lazily, and none of it is ever changed.
+    """Network, images and trace of one run; made lazily, and none of it is ever
+    changed.
 
     Attributes:
         settings: What the run was started with.
@@ -56,9 +59,17 @@ class Workspace:
         return cls(settings, folder.sparse, folder.blocks)
 
     def after_sparse_training(self, sparse: Path) -> "Workspace":
-        """The workspace whose network is to be pruned, with the images and the dense network of this one."""
+        """The workspace whose network is to be pruned, with the images and the dense
+        network of this one.
+        """
         after = Workspace(self.settings, sparse, self.blocks)
-        vars(after).update({name: value for name, value in vars(self).items() if name in ("splits", "dense")})
+        vars(after).update(
+            {
+                name: value
+                for name, value in vars(self).items()
+                if name in ("splits", "dense")
+            }
+        )
         return after
 
     @cached_property
@@ -71,14 +82,17 @@ class Workspace:
         """The network with its trained weights, on the CPU in float32, in eval mode.
 
         Raises:
-            UserError: If it can't be built, or doesn't answer images of this size with one of these classes.
+            UserError: If it can't be built, or doesn't answer images of this size with
+                one of these classes.
         """
         network, classes = self.settings.network, self.splits.classes
         model = build(network.model, len(classes))
         path = _weights_file(network.model, network.weights, self.settings.data.data)
         if path is not None:
             load_weights(model, path)
-        model = model.eval().to("cpu", torch.float32).to(memory_format=torch.channels_last)
+        model = (
+            model.eval().to("cpu", torch.float32).to(memory_format=torch.channels_last)
+        )
         check_answers(model, network.model, self.splits.example, len(classes))
         return model
 
@@ -100,20 +114,35 @@ class Workspace:
         search, splits = self.settings.search, self.splits
         is_params = parse_budget(search.budget).metric == "params"
         fixed = {RESOLUTION: "smaller images save no parameters"} if is_params else {}
-        scaling = Scaling(self.model, self.traced, splits.example, splits.proxy, search.excluded, fixed)
+        scaling = Scaling(
+            self.model,
+            self.traced,
+            splits.example,
+            splits.proxy,
+            search.excluded,
+            fixed,
+        )
         if self.blocks and self.blocks.exists():
-            scaling.order = RunFolder(self.blocks.parent).read_json(self.blocks)["order"]
+            scaling.order = RunFolder(self.blocks.parent).read_json(self.blocks)[
+                "order"
+            ]
         return scaling
 
     @cached_property
     def groups(self) -> Groups:
         """What can be decided: the trace; what the settings exclude is pinned."""
-        return self.scaling.groups if self.scaling else pinned_by_user(self.traced, self.settings.search.excluded)
+        return (
+            self.scaling.groups
+            if self.scaling
+            else pinned_by_user(self.traced, self.settings.search.excluded)
+        )
 
     @property
     def widths(self) -> Groups:
         """Those of the groups that channels sit in."""
-        return self.traced.with_pins(self.groups.reasons) if self.scaling else self.groups
+        return (
+            self.traced.with_pins(self.groups.reasons) if self.scaling else self.groups
+        )
 
     @cached_property
     def costs(self) -> CostTable:
@@ -130,26 +159,39 @@ class Workspace:
     def importance(self) -> Importance:
         """Scores per channel by the configured criterion and seed."""
         search = self.settings.search
-        return importance(search.criterion, self.model, self.widths, self.splits.train, search.seed)
+        return importance(
+            search.criterion, self.model, self.widths, self.splits.train, search.seed
+        )
 
     def at(self, kept: Mapping[str, int], verify: bool = False) -> "Workspace":
-        """The workspace of the network with the depth and image size of an allocation, whose widths are to be decided.
+        """The workspace of the network with the depth and image size of an allocation,
+        whose widths are to be decided.
 
         Args:
             kept: An allocation in which depth and size take part.
             verify: Prove its groups.
         """
-        search = dataclasses.replace(self.settings.search, granularity="channel", exclude="")
-        scaled = Workspace(dataclasses.replace(self.settings, search=search), self.sparse)
+        search = dataclasses.replace(
+            self.settings.search, granularity="channel", exclude=""
+        )
+        scaled = Workspace(
+            dataclasses.replace(self.settings, search=search), self.sparse
+        )
         groups = self.scaling.trace(kept, verify)
         scores = {name: self.importance[name] for name in groups.channels}
-        own = {"model": self.scaling.network(kept), "groups": groups, "importance": scores}
+        own = {
+            "model": self.scaling.network(kept),
+            "groups": groups,
+            "importance": scores,
+        }
         vars(scaled).update(own | {"splits": self.splits, "dense": self.dense})
         return scaled
 
     @cached_property
     def reconstruction(self) -> Reconstruction | None:
-        """What weights of pruned layers are solved with; None where the settings forbid it."""
+        """What weights of pruned layers are solved with; None where the settings forbid
+        it.
+        """
         if self.settings.proxy.reconstruct == "off":
             return None
         return Reconstruction(self.model, self.groups, self.splits.calibration.inputs)
@@ -158,27 +200,61 @@ class Workspace:
     def network(self) -> dict:
         """What a plan says of the network that its weights are for."""
         classes = self.splits.classes
-        return {"model": self.settings.network.model, "n_classes": len(classes), "classes": list(classes)}
+        return {
+            "model": self.settings.network.model,
+            "n_classes": len(classes),
+            "classes": list(classes),
+        }
 
     @property
     def dense_costs(self) -> dict:
         """MACs, parameters and memory before anything goes, for results.json."""
-        return {f"{metric}_dense": cost(self.costs.dense) for metric, cost in self.costs.metrics.items()}
+        return {
+            f"{metric}_dense": cost(self.costs.dense)
+            for metric, cost in self.costs.metrics.items()
+        }
 
     def costs_of(self, kept: Mapping[str, int]) -> dict:
-        """MACs, parameters and memory before and after, and the table of groups, for results.json."""
-        results = {metric: cost(kept) for metric, cost in self.costs.metrics.items()} | self.dense_costs
+        """MACs, parameters and memory before and after, and the table of groups, for
+        results.json.
+        """
+        results = {
+            metric: cost(kept) for metric, cost in self.costs.metrics.items()
+        } | self.dense_costs
         there = self.scaling.there(kept) if self.scaling else kept
-        groups = [{"name": g.name, "channels": g.channels, "kept": there.get(g.name, 0)} for g in self.groups]
-        pinned = [{"name": g.name, "channels": g.channels, "reason": g.pinned} for g in self.groups.pinned]
-        return results | {"macs_ratio": results["macs"] / results["macs_dense"], "groups": groups, "pinned": pinned}
+        groups = [
+            {"name": g.name, "channels": g.channels, "kept": there.get(g.name, 0)}
+            for g in self.groups
+        ]
+        pinned = [
+            {"name": g.name, "channels": g.channels, "reason": g.pinned}
+            for g in self.groups.pinned
+        ]
+        return results | {
+            "macs_ratio": results["macs"] / results["macs_dense"],
+            "groups": groups,
+            "pinned": pinned,
+        }
 
     def proxy(self, blocks: ImageBlocks | None = None) -> ProxyAccuracy | ScaledProxy:
         """A fresh proxy with an empty cache; `blocks` as for `ProxyAccuracy`."""
         if self.scaling:
-            return ScaledProxy(self.scaling, lambda kept, blocks: self.at(kept).proxy(blocks), self.splits.proxy)
+            return ScaledProxy(
+                self.scaling,
+                lambda kept, blocks: self.at(kept).proxy(blocks),
+                self.splits.proxy,
+            )
         config, solve = self.settings.proxy, lambda: self.reconstruction
-        return ProxyAccuracy(self.model, self.groups, self.importance, self.splits, config, solve, self.dense, blocks)
+        return ProxyAccuracy(
+            self.model,
+            self.groups,
+            self.importance,
+            self.splits,
+            config,
+            solve,
+            self.dense,
+            blocks,
+        )
 
 
 def _weights_file(model: str, weights: str, data: str) -> Path | None:
@@ -189,5 +265,6 @@ def _weights_file(model: str, weights: str, data: str) -> Path | None:
     if ":" in model:
         return None
     raise UserError(
-        f"--weights: pruning starts from a trained network; give the trained weights of {model} on {data!r}"
+        f"--weights: pruning starts from a trained network; give the trained weights "
+        f"of {model} on {data!r}"
     )

@@ -1,7 +1,8 @@
-"""From an allocation to a finished network: prune, fine-tune, evaluate, export, report. Knows nothing of RL.
+"""From an allocation to a finished network: prune, fine-tune, evaluate, export, report.
+Knows nothing of RL.
 
-Each stage reads what it needs from the run folder, writes its artefacts there and adds its numbers to results.json; a
-stage that is done isn't done again.
+Each stage reads what it needs from the run folder, writes its artefacts there and adds
+its numbers to results.json; a stage that is done isn't done again.
 """
 
 import copy
@@ -15,7 +16,12 @@ from torch import nn
 
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import parse_budget
-from autoprune.deploy.export import export_onnx, export_program, load_pruned, save_pruned
+from autoprune.deploy.export import (
+    export_onnx,
+    export_program,
+    load_pruned,
+    save_pruned,
+)
 from autoprune.deploy.latency import measure_latency
 from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import accuracy
@@ -31,7 +37,9 @@ Say = Callable[[str], None]
 
 @contextmanager
 def timed(folder: RunFolder, stage: str) -> Iterator[None]:
-    """Adds the stage's wall time to results.json: over all attempts, but those that were refused."""
+    """Adds the stage's wall time to results.json: over all attempts, but those that
+    were refused.
+    """
     started, is_refused = time.perf_counter(), False
     try:
         yield
@@ -41,24 +49,34 @@ def timed(folder: RunFolder, stage: str) -> Iterator[None]:
     finally:
         if not is_refused:
             seconds = folder.known_results.get("seconds", {})
-            seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
-            folder.add_results(seconds=seconds, seconds_total=round(sum(seconds.values()), 2))
+            seconds[stage] = round(
+                seconds.get(stage, 0.0) + time.perf_counter() - started, 2
+            )
+            folder.add_results(
+                seconds=seconds, seconds_total=round(sum(seconds.values()), 2)
+            )
 
 
-def use_allocation(workspace: Workspace, allocation: Allocation, folder: RunFolder) -> None:
+def use_allocation(
+    workspace: Workspace, allocation: Allocation, folder: RunFolder
+) -> None:
     """Makes an allocation the run's own: checked against the network, costed, written.
 
     Raises:
         UserError: If it is for another network.
     """
     allocation.check(workspace.groups)
-    # The allocation comes last: its file says that the search is done, and a resumed run looks no further.
+    # The allocation comes last: its file says that the search is done, and a resumed
+    # run looks no further.
     folder.add_results(**workspace.costs_of(allocation.kept))
     write_json(folder.allocation, allocation.to_json())
 
 
-def sparse_stage(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallback) -> Workspace:
-    """Trains sparsely where the settings ask for it; returns the workspace whose network is to be pruned.
+def sparse_stage(
+    workspace: Workspace, folder: RunFolder, on_epoch: EpochCallback
+) -> Workspace:
+    """Trains sparsely where the settings ask for it; returns the workspace whose
+    network is to be pruned.
 
     Resumes after the last finished epoch; `sparse/` holds the result.
     """
@@ -71,22 +89,37 @@ def sparse_stage(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallbac
     return workspace.after_sparse_training(folder.sparse)
 
 
-def _train_sparsely(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallback) -> None:
-    settings, sparse, train = workspace.settings, workspace.settings.sparse, workspace.splits.train
+def _train_sparsely(
+    workspace: Workspace, folder: RunFolder, on_epoch: EpochCallback
+) -> None:
+    settings, sparse, train = (
+        workspace.settings,
+        workspace.settings.sparse,
+        workspace.splits.train,
+    )
     method = SPARSE[sparse.method]
     strength = method.strength if sparse.strength is None else sparse.strength
     config = settings.sparse_training
-    model, plug = copy.deepcopy(workspace.dense), method.plug(workspace.widths, strength, _share(workspace))
+    model, plug = (
+        copy.deepcopy(workspace.dense),
+        method.plug(workspace.widths, strength, _share(workspace)),
+    )
     checkpoint, seed = folder.checkpoints / "sparse.pt", settings.search.seed
     log = folder.logging("sparse epoch", on_epoch)
     finetune(model, train, config, seed, workspace.dense, checkpoint, log, plug)
     epochs = config.epochs_for(len(train))
-    folder.add_results(sparse_method=sparse.method, sparse_strength=strength, sparse_epochs=epochs)
-    save_pruned(model, folder.sparse, workspace.network | {"stage": "sparse", "epochs": epochs})
+    folder.add_results(
+        sparse_method=sparse.method, sparse_strength=strength, sparse_epochs=epochs
+    )
+    save_pruned(
+        model, folder.sparse, workspace.network | {"stage": "sparse", "epochs": epochs}
+    )
 
 
 def _share(workspace: Workspace) -> float:
-    """The share that sparse training works with: given, or the method's, or the budget's."""
+    """The share that sparse training works with: given, or the method's, or the
+    budget's.
+    """
     settings, costs = workspace.settings, workspace.costs
     for share in (settings.sparse.share, SPARSE[settings.sparse.method].share):
         if share is not None:
@@ -95,7 +128,9 @@ def _share(workspace: Workspace) -> float:
 
 
 def keep_order(workspace: Workspace, folder: RunFolder) -> None:
-    """Writes down in which order blocks go, where depth is decided: measured again, a tie might break otherwise."""
+    """Writes down in which order blocks go, where depth is decided: measured again, a
+    tie might break otherwise.
+    """
     if workspace.scaling and not folder.blocks.exists():
         write_json(folder.blocks, {"order": workspace.scaling.order})
 
@@ -106,26 +141,49 @@ def decide_stage(workspace: Workspace, folder: RunFolder, advance: Say) -> None:
         decided = removal(workspace, folder)
         decision, found = decided.decide(advance)
     seconds = folder.known_results["seconds"]["search"]
-    folder.add_results(**decided.costs(decision), **found, episodes=0, evaluations=0, seconds_search=seconds)
-    # The decision comes last: its file says that the search is done, and a resumed run looks no further.
+    folder.add_results(
+        **decided.costs(decision),
+        **found,
+        episodes=0,
+        evaluations=0,
+        seconds_search=seconds,
+    )
+    # The decision comes last: its file says that the search is done, and a resumed run
+    # looks no further.
     decided.keep(decision)
 
 
-def prune_stage(workspace: Workspace, folder: RunFolder, say: Say, on_epoch: EpochCallback) -> None:
-    """Applies what was decided; `pruned/` then holds the network, recalibrated but not fine-tuned."""
+def prune_stage(
+    workspace: Workspace, folder: RunFolder, say: Say, on_epoch: EpochCallback
+) -> None:
+    """Applies what was decided; `pruned/` then holds the network, recalibrated but not
+    fine-tuned.
+    """
     with timed(folder, "prune"):
         decided = removal(workspace, folder)
         decided.prepare(on_epoch)
         pruned = decided.network()
         plan = workspace.network | {"stage": "pruned"} | decided.plan()
         _replace(folder, pruned, plan, "accuracy_pruned", "finetune_epochs")
-        before, after = (sum(int(p.count_nonzero()) for p in m.parameters()) for m in (workspace.model, pruned))
+        before, after = (
+            sum(int(p.count_nonzero()) for p in m.parameters())
+            for m in (workspace.model, pruned)
+        )
         say(f"pruned: {before:,} -> {after:,} non-zero parameters")
 
 
 def _replace(folder: RunFolder, model: nn.Module, plan: dict, *forgotten: str) -> None:
-    """Writes another network into `pruned/`, after what was measured of, or exported from, the one before is gone."""
-    folder.forget("accuracy", "latency", "latency_ms", "latency_ms_dense", "onnx_max_relative_error", *forgotten)
+    """Writes another network into `pruned/`, after what was measured of, or exported
+    from, the one before is gone.
+    """
+    folder.forget(
+        "accuracy",
+        "latency",
+        "latency_ms",
+        "latency_ms_dense",
+        "onnx_max_relative_error",
+        *forgotten,
+    )
     for exported in (folder.onnx, folder.program):
         exported.unlink(missing_ok=True)
     save_pruned(model, folder.pruned, plan)
@@ -136,31 +194,52 @@ def read_plan(folder: RunFolder) -> dict:
     return folder.read_json(folder.pruned / "plan.json")
 
 
-def finetune_stage(workspace: Workspace, folder: RunFolder, on_epoch: EpochCallback) -> None:
-    """Fine-tunes the pruned network, resuming after the last finished epoch; `pruned/` then holds the result."""
+def finetune_stage(
+    workspace: Workspace, folder: RunFolder, on_epoch: EpochCallback
+) -> None:
+    """Fine-tunes the pruned network, resuming after the last finished epoch; `pruned/`
+    then holds the result.
+    """
     config, plan = workspace.settings.finetune, read_plan(folder)
     epochs = config.epochs_for(len(workspace.splits.train))
     with timed(folder, "finetune"):
-        # Always from the pruned network, whatever is stored: a second call with other settings must not train on top.
+        # Always from the pruned network, whatever is stored: a second call with other
+        # settings must not train on top.
         decided = removal(workspace, folder)
         model = decided.network()
         log = folder.logging("epoch", on_epoch)
         seed, train = workspace.settings.search.seed, workspace.splits.train
-        finetune(model, train, config, seed, workspace.dense, folder.finetune_checkpoint, log, decided.plug())
+        finetune(
+            model,
+            train,
+            config,
+            seed,
+            workspace.dense,
+            folder.finetune_checkpoint,
+            log,
+            decided.plug(),
+        )
         folder.add_results(finetune_epochs=epochs)
         _replace(folder, model, plan | {"stage": "finetuned", "epochs": epochs})
 
 
 def evaluate_stage(workspace: Workspace, folder: RunFolder) -> dict:
-    """Reads the test split, once: accuracy of the dense, the pruned and the fine-tuned network.
+    """Reads the test split, once: accuracy of the dense, the pruned and the fine-tuned
+    network.
 
     That of the dense network isn't measured again where the run knows it.
     """
     with timed(folder, "evaluate"):
-        plan, test, known = read_plan(folder), workspace.splits.test, folder.known_results
+        plan, test, known = (
+            read_plan(folder),
+            workspace.splits.test,
+            folder.known_results,
+        )
         pruned = removal(workspace, folder).network()
         scores = {
-            "accuracy_dense": known["accuracy_dense"] if "accuracy_dense" in known else accuracy(workspace.dense, test),
+            "accuracy_dense": known["accuracy_dense"]
+            if "accuracy_dense" in known
+            else accuracy(workspace.dense, test),
             "accuracy_pruned": accuracy(pruned, test),
             "test_images": len(test),
         }
@@ -170,7 +249,8 @@ def evaluate_stage(workspace: Workspace, folder: RunFolder) -> dict:
 
 
 def export_stage(workspace: Workspace, folder: RunFolder, format: str = "onnx") -> Path:
-    """Writes the network for use elsewhere: `model.onnx`, checked against PyTorch, or `model.pt2` (torch.export).
+    """Writes the network for use elsewhere: `model.onnx`, checked against PyTorch, or
+    `model.pt2` (torch.export).
 
     Raises:
         UserError: If the format is unknown.
@@ -188,11 +268,18 @@ def export_stage(workspace: Workspace, folder: RunFolder, format: str = "onnx") 
 
 
 def latency_stage(workspace: Workspace, folder: RunFolder, batch: int) -> None:
-    """Measures dense and pruned in torch and, where there is a file, ONNX Runtime, batch 1 and `batch`, alternating."""
+    """Measures dense and pruned in torch and, where there is a file, ONNX Runtime,
+    batch 1 and `batch`, alternating.
+    """
     with timed(folder, "latency"):
-        pruned, onnx = load_pruned(folder.pruned), folder.onnx if folder.onnx.exists() else None
+        pruned, onnx = (
+            load_pruned(folder.pruned),
+            folder.onnx if folder.onnx.exists() else None,
+        )
         sizes = sorted({1, batch})
-        rows = measure_latency(workspace.dense, pruned, workspace.splits.example, onnx, sizes)
+        rows = measure_latency(
+            workspace.dense, pruned, workspace.splits.example, onnx, sizes
+        )
     first = next((row for row in rows if row.engine == "onnxruntime"), rows[0])
     latency = {"latency_ms": first.pruned_ms, "latency_ms_dense": first.dense_ms}
     folder.add_results(latency=[asdict(row) for row in rows], **latency)

@@ -1,4 +1,6 @@
-"""The image size as something to prune: the network sees smaller images, callers give those that they always gave."""
+"""The image size as something to prune: the network sees smaller images, callers give
+those that they always gave.
+"""
 
 import copy
 
@@ -11,8 +13,8 @@ from autoprune.errors import UserError
 class Resize:
     """What a network does first with its images once it is `at_resolution`.
 
-    Bilinear and antialiased, so that a smaller image is a mean over the larger one's pixels. Images that have the size
-    already pass as they are.
+    Bilinear and antialiased, so that a smaller image is a mean over the larger one's
+    pixels. Images that have the size already pass as they are.
 
     Attributes:
         size: Height and width, in pixels.
@@ -26,16 +28,23 @@ class Resize:
         (images,), size = args, (self.size, self.size)
         if images.shape[-2:] == size:
             return args
-        return (F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True),)
+        return (
+            F.interpolate(
+                images, size, mode="bilinear", align_corners=False, antialias=True
+            ),
+        )
 
 
 def at_resolution(model: nn.Module, size: int) -> nn.Module:
-    """A copy of `model` that sees its images at `size` x `size`; a copy of one that is resized gets the new size.
+    """A copy of `model` that sees its images at `size` x `size`; a copy of one that is
+    resized gets the new size.
 
-    The resize is a forward hook, so that layers keep their names; it is copied, traced and exported with the network.
+    The resize is a forward hook, so that layers keep their names; it is copied, traced
+    and exported with the network.
 
     Args:
-        model: Any network that reads images of several sizes, such as one that ends in a mean over space.
+        model: Any network that reads images of several sizes, such as one that ends in
+            a mean over space.
         size: Height and width of what it sees, in pixels.
 
     Raises:

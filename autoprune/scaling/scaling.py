@@ -1,8 +1,11 @@
-"""Depth and image size as two more things to decide, beside the widths of the channel groups.
+"""Depth and image size as two more things to decide, beside the widths of the channel
+groups.
 
-They enter a search as groups that no tensor holds: `depth`, whose channels are the blocks that can be removed, and one
-for the rest of the network; and `resolution`, whose channels are the pixels of the image's side. So an agent, a budget
-and an allocation treat them as they treat widths, and costs stay those of the network that really comes out.
+They enter a search as groups that no tensor holds: `depth`, whose channels are the
+blocks that can be removed, and one for the rest of the network; and `resolution`, whose
+channels are the pixels of the image's side. So an agent, a budget and an allocation
+treat them as they treat widths, and costs stay those of the network that really comes
+out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +42,8 @@ class Scaling:
         traced: Its trace.
         example: One input.
         images: What the damage of a removed block is measured on.
-        excluded: Patterns of groups that stay whole, `depth` and `resolution` among them; see
+        excluded: Patterns of groups that stay whole, `depth` and `resolution` among
+            them; see
         `autoprune.costs.constraints`.
         fixed: `depth` or `resolution` to the reason why it must not change.
     """
@@ -53,21 +57,31 @@ class Scaling:
         excluded: Sequence[str] = (),
         fixed: Mapping[str, str] = MappingProxyType({}),
     ):
-        self.model, self.traced, self.example, self.excluded, self.fixed = model, traced, example, excluded, fixed
+        self.model, self.traced, self.example, self.excluded, self.fixed = (
+            model,
+            traced,
+            example,
+            excluded,
+            fixed,
+        )
         self._images = images[:RANKING_IMAGES]
         self._traces: dict[tuple[int, int], Groups] = {}
         self._tables: dict[tuple[int, int], CostTable] = {}
 
     @cached_property
     def order(self) -> list[str]:
-        """The removable blocks in the order in which they go, that of least damage per MAC; see `depth.shallower`."""
+        """The removable blocks in the order in which they go, that of least damage per
+        MAC; see `depth.shallower`.
+        """
         saved = sum(block.macs for block in removable_blocks(self.model, self.example))
         floor = CostTable(self.traced).macs({}) - saved
         return shallower(self.model, self.example, self._images, floor)
 
     @cached_property
     def groups(self) -> Groups:
-        """The trace with `depth` and `resolution` in front, each pinned where the network has no choice."""
+        """The trace with `depth` and `resolution` in front, each pinned where the
+        network has no choice.
+        """
         depth, side = self.whole
         reasons = dict(self.fixed)
         if not self.order:
@@ -75,25 +89,38 @@ class Scaling:
         unread = next((size for size in self._sizes if not self._reads(size)), None)
         if unread is not None:
             reasons[RESOLUTION] = f"the network doesn't read images of {unread} pixels"
-        added = [Group(n, count, (), reasons.get(n), 1.0) for n, count in ((DEPTH, depth), (RESOLUTION, side))]
-        taken = {group.name for group in added} & {group.name for group in self.traced.all}
+        added = [
+            Group(n, count, (), reasons.get(n), 1.0)
+            for n, count in ((DEPTH, depth), (RESOLUTION, side))
+        ]
+        taken = {group.name for group in added} & {
+            group.name for group in self.traced.all
+        }
         if taken:
             raise UserError(
-                f"--granularity: the network has channels called {min(taken)!r}, as is a dimension; rename them"
+                f"--granularity: the network has channels called {min(taken)!r}, as is "
+                f"a dimension; rename them"
             )
         # The labels of a trace count channels through all groups; nobody cuts by these.
-        groups = replace(self.traced, all=(*added, *self.traced.all), book=None, units=None)
+        groups = replace(
+            self.traced, all=(*added, *self.traced.all), book=None, units=None
+        )
         return pinned_by_user(groups, self.excluded)
 
     @property
     def steps(self) -> dict[str, int]:
         """By how many channels `depth` and `resolution` change at a time."""
-        sizes = {DEPTH: -(-len(self.order) // LEVELS), RESOLUTION: self.example.shape[-1] // LEVELS}
+        sizes = {
+            DEPTH: -(-len(self.order) // LEVELS),
+            RESOLUTION: self.example.shape[-1] // LEVELS,
+        }
         return {name: max(1, step) for name, step in sizes.items()}
 
     @property
     def least(self) -> dict[str, int]:
-        """Of how many channels no less is tried: smaller images than half the side say too little."""
+        """Of how many channels no less is tried: smaller images than half the side say
+        too little.
+        """
         return {RESOLUTION: half(self.example.shape[-1])}
 
     @property
@@ -111,18 +138,27 @@ class Scaling:
 
     def there(self, kept: Mapping[str, int]) -> dict[str, int]:
         """The counts of an allocation without those of groups in removed blocks."""
-        return {name: kept[name] for name in (DEPTH, RESOLUTION) if name in kept} | self.widths(kept)
+        return {
+            name: kept[name] for name in (DEPTH, RESOLUTION) if name in kept
+        } | self.widths(kept)
 
     def widths(self, kept: Mapping[str, int]) -> dict[str, int]:
         """The counts of the groups that there are at the depth of an allocation."""
-        return {name: kept[name] for name in self.costs(*self.of(kept)).names if name in kept}
+        return {
+            name: kept[name]
+            for name in self.costs(*self.of(kept)).names
+            if name in kept
+        }
 
     def network(self, kept: Mapping[str, int]) -> nn.Module:
-        """A copy of the network with the depth and image size of an allocation, all widths whole."""
+        """A copy of the network with the depth and image size of an allocation, all
+        widths whole.
+        """
         return scaled(self.model, self.removed(kept), self.of(kept)[1])
 
     def trace(self, kept: Mapping[str, int], verify: bool = False) -> Groups:
-        """The trace of that network; what is pinned in the whole one is pinned in it too.
+        """The trace of that network; what is pinned in the whole one is pinned in it
+        too.
 
         Without a proof it is made once.
 
@@ -131,25 +167,35 @@ class Scaling:
         """
         if not verify and self.of(kept) in self._traces:
             return self._traces[self.of(kept)]
-        found, known = trace(self.network(kept), self.example, verify), {g.name: g.pinned for g in self.groups.all}
+        found, known = (
+            trace(self.network(kept), self.example, verify),
+            {g.name: g.pinned for g in self.groups.all},
+        )
         strangers = [group.name for group in found if group.name not in known]
         if strangers:
             gone = ", ".join(self.removed(kept))
             raise UserError(
-                f"--granularity: without {gone} the network has other groups ({strangers[0]}); exclude depth"
+                f"--granularity: without {gone} the network has other groups "
+                f"({strangers[0]}); exclude depth"
             )
-        found = found.with_pins({name: reason for name, reason in known.items() if reason})
+        found = found.with_pins(
+            {name: reason for name, reason in known.items() if reason}
+        )
         return self._traces.setdefault(self.of(kept), found) if not verify else found
 
     def costs(self, depth: int, size: int) -> CostTable:
         """Costs of the widths at a depth and an image size."""
         if (depth, size) not in self._tables:
-            self._tables[depth, size] = CostTable(self.trace({DEPTH: depth, RESOLUTION: size}))
+            self._tables[depth, size] = CostTable(
+                self.trace({DEPTH: depth, RESOLUTION: size})
+            )
         return self._tables[depth, size]
 
     @property
     def _sizes(self) -> list[int]:
-        """The smaller image sizes that a search has to choose from if nothing else is asked for."""
+        """The smaller image sizes that a search has to choose from if nothing else is
+        asked for.
+        """
         step, least = self.steps[RESOLUTION], self.least[RESOLUTION]
         return [least, *range(-(-least // step) * step, self.example.shape[-1], step)]
 
@@ -168,7 +214,8 @@ def scaled(model: nn.Module, removed: Sequence[str], size: int) -> nn.Module:
 
 
 class ScaledCosts(CostTable):
-    """Costs of depth, image size and widths together, those of the network that comes out.
+    """Costs of depth, image size and widths together, those of the network that comes
+    out.
 
     At any count `continuous` takes the nearest of the depths and sizes that are usual.
 
@@ -180,19 +227,25 @@ class ScaledCosts(CostTable):
         super().__init__(scaling.groups)
         self.scaling = scaling
         self._whole = dict(zip((DEPTH, RESOLUTION), scaling.whole, strict=True))
-        self._columns = {name: self.names.index(name) for name in self._whole if name in self.names}
+        self._columns = {
+            name: self.names.index(name) for name in self._whole if name in self.names
+        }
 
     def memory_bytes(self, kept: Kept) -> int:
         """As in `CostTable`."""
         counts = dict(zip(self.names, self._array(kept).tolist(), strict=True))
-        return self.scaling.costs(*self.scaling.of(counts)).memory_bytes(self.scaling.widths(counts))
+        return self.scaling.costs(*self.scaling.of(counts)).memory_bytes(
+            self.scaling.widths(counts)
+        )
 
     def continuous(self, metric: str, kept: np.ndarray) -> np.ndarray:
         """As in `CostTable`, smooth in the widths."""
         snapped = np.array(kept, float)
         for name, column in self._columns.items():
             step, whole = self.scaling.steps[name], self._whole[name]
-            snapped[..., column] = np.minimum(np.maximum(1, np.rint(snapped[..., column] / step)) * step, whole)
+            snapped[..., column] = np.minimum(
+                np.maximum(1, np.rint(snapped[..., column] / step)) * step, whole
+            )
         return self._values(metric, snapped)
 
     def _exact(self, metric: str, kept: Kept) -> int | np.ndarray:
@@ -200,11 +253,15 @@ class ScaledCosts(CostTable):
         return value if value.ndim else int(value)
 
     def _values(self, metric: str, kept: np.ndarray) -> np.ndarray:
-        """Costs `(...)` of counts `(..., n_groups)`, those of each depth and size from its own table."""
+        """Costs `(...)` of counts `(..., n_groups)`, those of each depth and size from
+        its own table.
+        """
         rows = kept.reshape(-1, len(self.names))
         scales = np.empty((len(rows), 2), np.int64)
         for place, (name, whole) in enumerate(self._whole.items()):
-            scales[:, place] = rows[:, self._columns[name]] if name in self._columns else whole
+            scales[:, place] = (
+                rows[:, self._columns[name]] if name in self._columns else whole
+            )
         values = np.empty(len(rows))
         for scale in np.unique(scales, axis=0):
             table, alike = self.scaling.costs(*scale.tolist()), (scales == scale).all(1)

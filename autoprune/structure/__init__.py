@@ -1,1 +1,3 @@
-"""What a network is made of: groups of coupled channels, their labels, opened attention modules, and slicing."""
+"""What a network is made of: groups of coupled channels, their labels, opened attention
+modules, and slicing.
+"""

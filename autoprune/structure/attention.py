@@ -1,10 +1,13 @@
-"""Attention modules whose code insists that heads x width equals the embedding, with that insistence taken out.
+"""Attention modules whose code insists that heads x width equals the embedding, with
+that insistence taken out.
 
-`open_attention` exchanges their class for one of this module: same parameters, same function, but the number of heads
-and their width are read off the parameters. So heads, widths and the residual stream can be pruned independently.
-`OPEN` maps a module class to its open one; the entry of an own class is a subclass with another `forward`. timm's
-modules leave that freedom already; `FREED` makes them take heads and scale from tensors. Classes of other libraries go
-by their full names, so that nothing is imported for networks that don't use them.
+`open_attention` exchanges their class for one of this module: same parameters, same
+function, but the number of heads and their width are read off the parameters. So heads,
+widths and the residual stream can be pruned independently. `OPEN` maps a module class
+to its open one; the entry of an own class is a subclass with another `forward`. timm's
+modules leave that freedom already; `FREED` makes them take heads and scale from
+tensors. Classes of other libraries go by their full names, so that nothing is imported
+for networks that don't use them.
 """
 
 import functools
@@ -17,7 +20,9 @@ from torch.nn import functional as F
 
 
 def open_attention(model: nn.Module) -> nn.Module:
-    """Opens every attention module of `OPEN` inside `model`, in place; returns it. Open ones are left alone."""
+    """Opens every attention module of `OPEN` inside `model`, in place; returns it. Open
+    ones are left alone.
+    """
     for module in model.modules():
         home, _, name = OPEN.get(_full_name(type(module)), "").rpartition(".")
         opened = getattr(importlib.import_module(home), name) if home else None
@@ -31,7 +36,9 @@ def open_attention(model: nn.Module) -> nn.Module:
 
 
 def is_a(module: nn.Module, known: type[nn.Module] | str) -> bool:
-    """Whether a module is of a class, given as such or, for libraries that needn't be installed, by its full name."""
+    """Whether a module is of a class, given as such or, for libraries that needn't be
+    installed, by its full name.
+    """
     if isinstance(known, type):
         return isinstance(module, known)
     return known in _full_names(type(module))
@@ -48,7 +55,9 @@ def _full_name(kind: type) -> str:
 
 
 class Open:
-    """What an open class has to have beside its `forward`; this one takes every configuration and has nothing to do."""
+    """What an open class has to have beside its `forward`; this one takes every
+    configuration and has nothing to do.
+    """
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -60,16 +69,28 @@ class Open:
 
 
 class OpenMultiheadAttention(Open, nn.MultiheadAttention):
-    """`nn.MultiheadAttention` with packed projections. A buffer `scale`, one value a head, says how many there are."""
+    """`nn.MultiheadAttention` with packed projections. A buffer `scale`, one value a
+    head, says how many there are.
+    """
 
     @staticmethod
     def fits(module: nn.MultiheadAttention) -> bool:
-        """Whether this is the common configuration: one embedding, no extra key or value."""
-        return module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn
+        """Whether this is the common configuration: one embedding, no extra key or
+        value.
+        """
+        return (
+            module._qkv_same_embed_dim
+            and module.bias_k is None
+            and not module.add_zero_attn
+        )
 
     def prepare(self) -> None:
-        """Registers the dense network's scale; PyTorch's fused encoder layer steps aside."""
-        scale = self.in_proj_weight.detach().new_full((self.num_heads, 1, 1), self.head_dim**-0.5)
+        """Registers the dense network's scale; PyTorch's fused encoder layer steps
+        aside.
+        """
+        scale = self.in_proj_weight.detach().new_full(
+            (self.num_heads, 1, 1), self.head_dim**-0.5
+        )
         self.register_buffer("scale", scale)
         self._qkv_same_embed_dim = False
 
@@ -86,16 +107,26 @@ class OpenMultiheadAttention(Open, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`."""
         if query.dim() != 3:
-            raise ValueError(f"pruned attention takes batches of three axes, got {tuple(query.shape)}")
+            raise ValueError(
+                f"pruned attention takes batches of three axes, got "
+                f"{tuple(query.shape)}"
+            )
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if query is key is value:
-            q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, len(self.scale), -1)).permute(2, 0, 3, 1, 4)
+            q, k, v = (
+                F.linear(query, weight, bias)
+                .unflatten(-1, (3, len(self.scale), -1))
+                .permute(2, 0, 3, 1, 4)
+            )
         else:
             biases = bias.chunk(3) if bias is not None else [None] * 3
             parts = zip((query, key, value), weight.chunk(3), biases, strict=True)
-            q, k, v = (F.linear(x, w, b).unflatten(-1, (len(self.scale), -1)).transpose(1, 2) for x, w, b in parts)
+            q, k, v = (
+                F.linear(x, w, b).unflatten(-1, (len(self.scale), -1)).transpose(1, 2)
+                for x, w, b in parts
+            )
         q = q * self.scale.to(q.dtype)
         mask = _mask(attn_mask, key_padding_mask, q)
         if need_weights:
@@ -112,8 +143,12 @@ class OpenMultiheadAttention(Open, nn.MultiheadAttention):
         return x, weights.mean(1) if average_attn_weights else weights
 
 
-def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """What is added to the logits: a mask for all, or one a batch entry and head; and keys hidden from every query."""
+def _mask(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, like: Tensor
+) -> Tensor | None:
+    """What is added to the logits: a mask for all, or one a batch entry and head; and
+    keys hidden from every query.
+    """
     masks = []
     if attn_mask is not None:
         mask = _additive(attn_mask, like)
@@ -124,7 +159,9 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, like: Tenso
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """Minus infinity where a boolean mask hides a key; other masks are additive already."""
+    """Minus infinity where a boolean mask hides a key; other masks are additive
+    already.
+    """
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
@@ -146,9 +183,13 @@ OPEN: dict[str, str] = {
 
 
 def _scale_by_head(module: nn.Module) -> None:
-    """The scale becomes a buffer with one value a head; the fused path, which knows one scale only, is left."""
+    """The scale becomes a buffer with one value a head; the fused path, which knows one
+    scale only, is left.
+    """
     if "scale" not in module._buffers:
-        scale = module.qkv.weight.detach().new_full((module.num_heads, 1, 1), module.scale)
+        scale = module.qkv.weight.detach().new_full(
+            (module.num_heads, 1, 1), module.scale
+        )
         del module.scale
         module.register_buffer("scale", scale)
     module.fused_attn = False

@@ -1,11 +1,12 @@
 """Labels: one integer per channel, joined where channels can only be pruned together.
 
-A label tensor has the shape of the activation that it describes; stride 0 along the axes that don't matter keeps it
-small. Label 0 stands for constants that the code writes, zero padding for example.
+A label tensor has the shape of the activation that it describes; stride 0 along the
+axes that don't matter keeps it small. Label 0 stands for constants that the code
+writes, zero padding for example.
 
-Where channels lie on two axes, as attention's (heads, width) do, a channel is a cell: it goes when its row goes or when
-its column goes. `LabelBook.factor` makes such a lattice; `autoprune.tracing.constraint_solver` makes all lattices
-agree.
+Where channels lie on two axes, as attention's (heads, width) do, a channel is a cell:
+it goes when its row goes or when its column goes. `LabelBook.factor` makes such a
+lattice; `autoprune.tracing.constraint_solver` makes all lattices agree.
 """
 
 from collections.abc import Collection, Hashable
@@ -31,8 +32,8 @@ class Lattice:
 class Constraint(Enum):
     """What must hold for the channels that are kept.
 
-    GRID: The axes came from splitting one axis; what is kept must stay a product. PARTS: `(n_parts, n)`, one axis cut
-    into equal parts; all must keep equally many.
+    GRID: The axes came from splitting one axis; what is kept must stay a product.
+    PARTS: `(n_parts, n)`, one axis cut into equal parts; all must keep equally many.
     """
 
     GRID = "grid"
@@ -41,12 +42,16 @@ class Constraint(Enum):
 
 @dataclass
 class LabelBook:
-    """Hands out labels and remembers which were joined, pinned and laid out; settled once, after the forward pass.
+    """Hands out labels and remembers which were joined, pinned and laid out; settled
+    once, after the forward pass.
 
     Attributes:
-        records: Whether joins are remembered; a run that only follows labels needs none.
-        known: Labels by what they were handed out for, so that a second run of the network gets the same.
-        constraints: In the order of the forward pass, what the code's reshaping demands of labels: kind and labels.
+        records: Whether joins are remembered; a run that only follows labels needs
+            none.
+        known: Labels by what they were handed out for, so that a second run of the
+            network gets the same.
+        constraints: In the order of the forward pass, what the code's reshaping demands
+            of labels: kind and labels.
         lattices: Cells with their rows and columns.
     """
 
@@ -59,7 +64,9 @@ class LabelBook:
     _pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
 
     def new(self, n: int, purpose: Hashable = None) -> Tensor:
-        """`n` labels, `(n,)`: those that were handed out for the same purpose before, else fresh ones."""
+        """`n` labels, `(n,)`: those that were handed out for the same purpose before,
+        else fresh ones.
+        """
         if purpose in self.known:
             return self.known[purpose]
         self.n_labels += n
@@ -69,13 +76,22 @@ class LabelBook:
         return labels
 
     def again(self) -> "LabelBook":
-        """A book for another run of the same network, with the same labels and lattices."""
-        return LabelBook(self.n_labels, records=False, known=dict(self.known), lattices=list(self.lattices))
+        """A book for another run of the same network, with the same labels and
+        lattices.
+        """
+        return LabelBook(
+            self.n_labels,
+            records=False,
+            known=dict(self.known),
+            lattices=list(self.lattices),
+        )
 
     def join(self, a: Tensor, b: Tensor) -> None:
-        """Makes the channels behind two label tensors of equal shape the same, position by position.
+        """Makes the channels behind two label tensors of equal shape the same, position
+        by position.
 
-        A channel that meets a constant can't go, since the code would still write the constant.
+        A channel that meets a constant can't go, since the code would still write the
+        constant.
         """
         if not self.records:
             return
@@ -83,9 +99,14 @@ class LabelBook:
         constant = (pairs == CONSTANT).any(0)
         if constant.any():
             self._pins.append(
-                (pairs[:, constant].max(0), "meets a constant that the code writes, such as zero padding")
+                (
+                    pairs[:, constant].max(0),
+                    "meets a constant that the code writes, such as zero padding",
+                )
             )
-        if not constant.all():  # nor empty: settling stops when nothing is joined any more
+        if (
+            not constant.all()
+        ):  # nor empty: settling stops when nothing is joined any more
             self._edges.append(pairs[:, ~constant])
 
     def join_lines(self, lines: Tensor) -> None:
@@ -93,11 +114,15 @@ class LabelBook:
         self.join(lines[:1].expand_as(lines), lines)
 
     def pin(self, labels: Tensor, reason: str) -> None:
-        """Forbids pruning the channels behind `labels`; the first reason given is the one reported."""
+        """Forbids pruning the channels behind `labels`; the first reason given is the
+        one reported.
+        """
         self._pins.append((np.unique(labels.numpy()), reason))
 
     def factor(self, cells: Tensor) -> Tensor:
-        """One label per row of `(n_rows, n_columns)`: what goes when the whole row goes. Equal rows share theirs."""
+        """One label per row of `(n_rows, n_columns)`: what goes when the whole row
+        goes. Equal rows share theirs.
+        """
         if cells.shape[1] == 1:
             return cells[:, 0]
         distinct, row_of = torch.unique(cells, dim=0, return_inverse=True)
@@ -106,7 +131,9 @@ class LabelBook:
                 return known.rows[row_of]
             if torch.equal(known.cells.T, distinct):
                 return known.columns[row_of]
-        lattice = Lattice(distinct, self.new(len(distinct)), self.new(distinct.shape[1]))
+        lattice = Lattice(
+            distinct, self.new(len(distinct)), self.new(distinct.shape[1])
+        )
         self.lattices.append(lattice)
         return lattice.rows[row_of]
 
@@ -126,7 +153,9 @@ class LabelBook:
         if known is not None:
             root[: len(known)] = known
         edges = self._edges[since:]
-        a, b = np.concatenate(edges, axis=1) if edges else np.zeros((2, 0), dtype=np.int64)
+        a, b = (
+            np.concatenate(edges, axis=1) if edges else np.zeros((2, 0), dtype=np.int64)
+        )
         while True:
             low = np.minimum(root[a], root[b])
             before = root.copy()
@@ -146,7 +175,12 @@ class LabelBook:
 
     def pinned_for(self, reason: str, roots: np.ndarray) -> set[int]:
         """The roots that were pinned for one reason, whatever was said of them before."""
-        return {int(root) for labels, why in self._pins if why == reason for root in np.unique(roots[labels])}
+        return {
+            int(root)
+            for labels, why in self._pins
+            if why == reason
+            for root in np.unique(roots[labels])
+        }
 
 
 def distinct_pairs(a: Tensor, b: Tensor) -> np.ndarray:
@@ -157,7 +191,9 @@ def distinct_pairs(a: Tensor, b: Tensor) -> np.ndarray:
 
 
 def varying_axes(labels: Tensor) -> list[int]:
-    """The axes along which a label tensor isn't constant; decided by values, since copies lose their zero strides."""
+    """The axes along which a label tensor isn't constant; decided by values, since
+    copies lose their zero strides.
+    """
     labels = thin(labels)
     return [
         axis
@@ -167,8 +203,12 @@ def varying_axes(labels: Tensor) -> list[int]:
 
 
 def thin(labels: Tensor) -> Tensor:
-    """With length 1 along the axes of stride 0, which are constant; it broadcasts to the same."""
-    return labels[tuple(slice(None) if stride else slice(0, 1) for stride in labels.stride())]
+    """With length 1 along the axes of stride 0, which are constant; it broadcasts to
+    the same.
+    """
+    return labels[
+        tuple(slice(None) if stride else slice(0, 1) for stride in labels.stride())
+    ]
 
 
 def compressed(labels: Tensor) -> Tensor:
@@ -178,7 +218,9 @@ def compressed(labels: Tensor) -> Tensor:
 
 def at_origin(labels: Tensor, axes: Collection[int]) -> Tensor:
     """The labels along some axes, at the first position of all others."""
-    return labels[tuple(slice(None) if axis in axes else 0 for axis in range(labels.ndim))]
+    return labels[
+        tuple(slice(None) if axis in axes else 0 for axis in range(labels.ndim))
+    ]
 
 
 def along(labels: Tensor, axis: int) -> Tensor | None:
@@ -189,10 +231,14 @@ def along(labels: Tensor, axis: int) -> Tensor | None:
 
 
 def lines(labels: Tensor, axis: int) -> Tensor:
-    """The lines along one axis, `(n_lines, n)`, each distinct position of the other varying axes once."""
+    """The lines along one axis, `(n_lines, n)`, each distinct position of the other
+    varying axes once.
+    """
     axes = [other for other in varying_axes(labels) if other != axis]
     kept = at_origin(labels, [*axes, axis])
-    return kept.movedim(sum(other < axis for other in axes), -1).reshape(-1, labels.shape[axis])
+    return kept.movedim(sum(other < axis for other in axes), -1).reshape(
+        -1, labels.shape[axis]
+    )
 
 
 def spread(labels: Tensor, axis: int, shape: torch.Size) -> Tensor:

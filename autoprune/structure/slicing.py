@@ -1,7 +1,7 @@
 """Real structured pruning.
 
-A `Slicer` holds one copy of the network and lays the kept channels of the dense tensors into it, as often as asked:
-`prune` does so once, the proxy thousands of times.
+A `Slicer` holds one copy of the network and lays the kept channels of the dense tensors
+into it, as often as asked: `prune` does so once, the proxy thousands of times.
 """
 
 import copy
@@ -12,36 +12,54 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.structure.attention import OpenMultiheadAttention, is_a, open_attention
-from autoprune.structure.groups import Groups, loses_whole_conv_groups, own_tensors, removed
+from autoprune.structure.groups import (
+    Groups,
+    loses_whole_conv_groups,
+    own_tensors,
+    removed,
+)
 
 Kept = Mapping[str, Tensor]
 """Prunable group to the channels that survive, int64, ascending."""
 
 
-def top_channels(importance: Mapping[str, Tensor], kept: Mapping[str, int]) -> dict[str, Tensor]:
+def top_channels(
+    importance: Mapping[str, Tensor], kept: Mapping[str, int]
+) -> dict[str, Tensor]:
     """The `kept` most important channels of each group, ascending.
 
     Args:
         importance: Group to scores `(n_channels,)`, higher is kept.
         kept: Group to the number of channels to keep; groups left out keep all.
     """
-    return {name: importance[name].topk(count).indices.sort().values for name, count in kept.items()}
+    return {
+        name: importance[name].topk(count).indices.sort().values
+        for name, count in kept.items()
+    }
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are new objects over the same memory: cheap, as long as nobody writes."""
+    """A copy whose parameters and buffers are new objects over the same memory: cheap,
+    as long as nobody writes.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): _alias(tensor) for tensor in tensors})
 
 
 def _alias(tensor: Tensor) -> Tensor:
     alias = tensor.detach()
-    return nn.Parameter(alias, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
+    return (
+        nn.Parameter(alias, requires_grad=tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else alias
+    )
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """The positions of one axis on which groups sit: shared by all axes that are cut alike."""
+    """The positions of one axis on which groups sit: shared by all axes that are cut
+    alike.
+    """
 
     length: int
     members: list[tuple[str, Tensor]]
@@ -49,7 +67,9 @@ class _Cut:
 
     def survivors(self, gone: Mapping[str, Tensor]) -> Tensor | None:
         """Positions left when the marked channels go, ascending; None if all are."""
-        members = [(gone[group], index) for group, index in self.members if group in gone]
+        members = [
+            (gone[group], index) for group, index in self.members if group in gone
+        ]
         if not members:
             return None
         alive = torch.ones(self.length, dtype=torch.bool)
@@ -61,13 +81,14 @@ class _Cut:
 class Slicer:
     """Lays sub-models of one dense network into one reused copy of it.
 
-    Where each group's channels sit is looked up once; a sub-model is then an index for each kind of axis, and a
-    selection for each tensor.
+    Where each group's channels sit is looked up once; a sub-model is then an index for
+    each kind of axis, and a selection for each tensor.
 
     Args:
         model: The dense network; it is never changed.
         groups: Its trace.
-        borrow: Share the weights of `model`, which must stay as they are, rather than copy them.
+        borrow: Share the weights of `model`, which must stay as they are, rather than
+            copy them.
     """
 
     def __init__(self, model: nn.Module, groups: Groups, borrow: bool = False):
@@ -80,11 +101,19 @@ class Slicer:
         for (name, axis), cut in by_axis.items():
             axes[name].append((axis, cut))
         tensors = {name: tensor.detach() for name, tensor in own_tensors(dense).items()}
-        self._pieces = [(*owners[name], tensor, axes[name]) for name, tensor in tensors.items()]
+        self._pieces = [
+            (*owners[name], tensor, axes[name]) for name, tensor in tensors.items()
+        ]
 
     def apply(self, kept: Kept) -> nn.Module:
-        """The sub-model with exactly the kept channels; the same object at every call, valid until the next."""
-        marks = {group.name: removed(group, kept) for group in self.groups if group.name in kept}
+        """The sub-model with exactly the kept channels; the same object at every call,
+        valid until the next.
+        """
+        marks = {
+            group.name: removed(group, kept)
+            for group in self.groups
+            if group.name in kept
+        }
         gone = {name: mark for name, mark in marks.items() if mark.any()}
         survivors = [cut.survivors(gone) for cut in self._cuts]
         for module, attribute, dense, axes in self._pieces:
@@ -99,11 +128,15 @@ class Slicer:
 
 
 def _cuts(groups: Groups) -> tuple[list[_Cut], dict[tuple[str, int], int]]:
-    """The different cuts, and for each tensor and axis with a prunable group the number of its cut."""
+    """The different cuts, and for each tensor and axis with a prunable group the number
+    of its cut.
+    """
     members: dict[tuple[str, int], list[tuple[str, Tensor]]] = {}
     for group in groups:
         for member in group.members:
-            members.setdefault((member.tensor, member.axis), []).append((group.name, member.index.to(torch.int64)))
+            members.setdefault((member.tensor, member.axis), []).append(
+                (group.name, member.index.to(torch.int64))
+            )
     cuts, numbers, by_axis = [], {}, {}
     for (name, axis), cut in members.items():
         length = groups.shapes[name][axis]
@@ -116,24 +149,27 @@ def _cuts(groups: Groups) -> tuple[list[_Cut], dict[tuple[str, int], int]]:
 
 
 def prune(model: nn.Module, groups: Groups, kept: Kept) -> nn.Module:
-    """A new, smaller network of the same class with exactly the kept channels; the original is untouched.
+    """A new, smaller network of the same class with exactly the kept channels; the
+    original is untouched.
 
-    Attention modules come out as those of `autoprune.structure.attention`, where the number of heads and their width
-    are free.
+    Attention modules come out as those of `autoprune.structure.attention`, where the
+    number of heads and their width are free.
 
     Args:
         model: The dense network that `groups` was traced from.
         groups: Its trace.
-        kept: Prunable group to the surviving channels (`top_channels`); groups left out keep all.
+        kept: Prunable group to the surviving channels (`top_channels`); groups left out
+            keep all.
     """
     return Slicer(model, groups, borrow=True).apply(kept)
 
 
 def fit_shapes(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Gives every parameter and buffer of `model`, in place, the shape that it has in `state_dict`, and its values.
+    """Gives every parameter and buffer of `model`, in place, the shape that it has in
+    `state_dict`, and its values.
 
-    Module attributes that the code reads back (`out_channels`, `num_features`, ...) follow the shapes; attention
-    modules are opened as `prune` does.
+    Module attributes that the code reads back (`out_channels`, `num_features`, ...)
+    follow the shapes; attention modules are opened as `prune` does.
     """
     setters = _attribute_setters(open_attention(model))
     for name, (module, attribute) in _owners(model).items():
@@ -161,7 +197,9 @@ def _assign(module: nn.Module, attribute: str, value: Tensor) -> None:
 
 
 def _conv_setter(module: nn.modules.conv._ConvNd):
-    whole = loses_whole_conv_groups(module.in_channels, module.out_channels, module.groups)
+    whole = loses_whole_conv_groups(
+        module.in_channels, module.out_channels, module.groups
+    )
     first_axis = module.in_channels if module.transposed else module.out_channels
     per_group = first_axis // module.groups
 
@@ -169,7 +207,9 @@ def _conv_setter(module: nn.modules.conv._ConvNd):
         if whole:
             module.groups = module.weight.shape[0] // per_group
         ends = module.weight.shape[0], module.weight.shape[1] * module.groups
-        module.out_channels, module.in_channels = reversed(ends) if module.transposed else ends
+        module.out_channels, module.in_channels = (
+            reversed(ends) if module.transposed else ends
+        )
 
     return update
 
@@ -192,13 +232,17 @@ def _layer_norm_setter(module: nn.LayerNorm):
 
 
 def _group_norm_setter(module: nn.GroupNorm):
-    whole = loses_whole_conv_groups(module.num_channels, module.num_channels, module.num_groups)
+    whole = loses_whole_conv_groups(
+        module.num_channels, module.num_channels, module.num_groups
+    )
     per_group = module.num_channels // module.num_groups
 
     def update() -> None:
         if module.weight is not None:
             module.num_channels = len(module.weight)
-            module.num_groups = module.num_channels // per_group if whole else module.num_groups
+            module.num_groups = (
+                module.num_channels // per_group if whole else module.num_groups
+            )
 
     return update
 
@@ -228,7 +272,10 @@ def _vision_transformer_setter(module: nn.Module):
 
 def _timm_attention_setter(module: nn.Module):
     def update() -> None:
-        module.num_heads, module.attn_dim = len(module.scale), module.qkv.weight.shape[0] // 3
+        module.num_heads, module.attn_dim = (
+            len(module.scale),
+            module.qkv.weight.shape[0] // 3,
+        )
         module.head_dim = module.attn_dim // module.num_heads
 
     return update
@@ -241,9 +288,12 @@ def _timm_windows_setter(module: nn.Module):
     return update
 
 
-# What a module's code reads back besides its tensors: module class -> function that takes the dense module and returns
-# an update, called whenever its tensors have changed. An own module class, or its full name, needs one entry.
-ATTRIBUTE_SETTERS: dict[type[nn.Module] | str, Callable[[nn.Module], Callable[[], None]]] = {
+# What a module's code reads back besides its tensors: module class -> function that
+# takes the dense module and returns an update, called whenever its tensors have
+# changed. An own module class, or its full name, needs one entry.
+ATTRIBUTE_SETTERS: dict[
+    type[nn.Module] | str, Callable[[nn.Module], Callable[[], None]]
+] = {
     nn.modules.conv._ConvNd: _conv_setter,
     nn.modules.batchnorm._NormBase: _norm_setter,
     nn.LayerNorm: _layer_norm_setter,
@@ -257,7 +307,9 @@ ATTRIBUTE_SETTERS: dict[type[nn.Module] | str, Callable[[nn.Module], Callable[[]
 
 
 def _attribute_setters(model: nn.Module) -> list[Callable[[], None]]:
-    """The updates of all modules, inner ones first, so that an outer one may read what they have set."""
+    """The updates of all modules, inner ones first, so that an outer one may read what
+    they have set.
+    """
     return [
         make(module)
         for module in reversed(list(model.modules()))

@@ -1,7 +1,9 @@
-"""What the layers of a network read: sums over the activations of each channel, whatever the network looks like.
+"""What the layers of a network read: sums over the activations of each channel,
+whatever the network looks like.
 
-The network runs once more while labels follow its operations, so a channel is found wherever it is read: behind a
-flatten, in a slice of a concatenation, as a head of an attention module.
+The network runs once more while labels follow its operations, so a channel is found
+wherever it is read: behind a flatten, in a slice of a concatenation, as a head of an
+attention module.
 """
 
 from collections.abc import Callable
@@ -23,12 +25,16 @@ BATCH = 100
 
 @torch.no_grad()
 def mean_reading(
-    model: nn.Module, groups: Groups, inputs: Tensor, statistic: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    groups: Groups,
+    inputs: Tensor,
+    statistic: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Mean of a statistic over everything that is read of each channel, `(n_channels,)` per prunable group.
+    """Mean of a statistic over everything that is read of each channel, `(n_channels,)`
+    per prunable group.
 
-    What counts is what enters convolutions, linear layers and products of activations, behind batch norm and ReLU. A
-    channel that several layers read counts once for each.
+    What counts is what enters convolutions, linear layers and products of activations,
+    behind batch norm and ReLU. A channel that several layers read counts once for each.
 
     Args:
         model: The network that `groups` was traced from; left as found.
@@ -38,7 +44,9 @@ def mean_reading(
     """
     network = open_attention(shared_copy(model)).eval()
     n_channels = [group.channels for group in groups.all]
-    totals = torch.zeros(2, sum(n_channels) + 1, dtype=torch.float64)  # the last for what belongs to no group
+    totals = torch.zeros(
+        2, sum(n_channels) + 1, dtype=torch.float64
+    )  # the last for what belongs to no group
     for batch in inputs.split(BATCH):
         tracer = Tracer(network, groups.book.again())
         reader = _Reader(tracer, statistic)
@@ -48,7 +56,11 @@ def mean_reading(
             totals.index_add_(1, channels, reader.totals[:, : len(channels)])
     sums, counts = totals[:, :-1]
     means = (sums / counts.clamp_min(1)).float().split(n_channels)
-    return {group.name: mean for group, mean in zip(groups.all, means, strict=True) if group.pinned is None}
+    return {
+        group.name: mean
+        for group, mean in zip(groups.all, means, strict=True)
+        if group.pinned is None
+    }
 
 
 class _Reader(LabelMode):

@@ -1,7 +1,9 @@
-"""After the forward pass: joins what must be joined so that every tensor of the pruned network stays a box.
+"""After the forward pass: joins what must be joined so that every tensor of the pruned
+network stays a box.
 
-Lattices that share cells agree on rows and columns; an axis that was split keeps a product of what its parts keep; an
-axis that was cut into equal parts keeps equally many channels in each.
+Lattices that share cells agree on rows and columns; an axis that was split keeps a
+product of what its parts keep; an axis that was cut into equal parts keeps equally many
+channels in each.
 """
 
 import numpy as np
@@ -14,8 +16,8 @@ from autoprune.structure.labels import Constraint, LabelBook, Lattice, varying_a
 def settle(book: LabelBook) -> np.ndarray:
     """Joins until nothing changes. Returns the root of every label, `(n_labels,)`.
 
-    Constraints are met in the order of the forward pass, each with all joins before it made: what an earlier block
-    leaves apart, a later one can balance with less.
+    Constraints are met in the order of the forward pass, each with all joins before it
+    made: what an earlier block leaves apart, a later one can balance with less.
     """
     roots, factors = _aligned(book, book.roots(), 0)
     while True:
@@ -30,7 +32,9 @@ def settle(book: LabelBook) -> np.ndarray:
             return roots
 
 
-def _aligned(book: LabelBook, roots: np.ndarray, since: int) -> tuple[np.ndarray, np.ndarray]:
+def _aligned(
+    book: LabelBook, roots: np.ndarray, since: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Roots and factors after the joins since then, and those that make lattices agree."""
     while True:
         roots, since = book.roots(roots, since), book.n_joins
@@ -40,14 +44,18 @@ def _aligned(book: LabelBook, roots: np.ndarray, since: int) -> tuple[np.ndarray
 
 
 def factors_of(book: LabelBook, roots: np.ndarray) -> np.ndarray:
-    """Per root the roots of its row and its column, `(n_labels, 2)`; 0 for what is no cell.
+    """Per root the roots of its row and its column, `(n_labels, 2)`; 0 for what is no
+    cell.
 
-    A lattice whose rows are an earlier one's columns is turned, so that heads stay in the first place.
+    A lattice whose rows are an earlier one's columns is turned, so that heads stay in
+    the first place.
     """
     factors = np.zeros((len(roots), 2), np.int64)
     is_column = np.zeros(len(roots), bool)
     for lattice in book.lattices:
-        cells, rows, columns = (roots[x.numpy()] for x in (lattice.cells, lattice.rows, lattice.columns))
+        cells, rows, columns = (
+            roots[x.numpy()] for x in (lattice.cells, lattice.rows, lattice.columns)
+        )
         if is_column[rows].any():
             cells, rows, columns = cells.T, columns, rows
         factors[cells, 0], factors[cells, 1] = rows[:, None], columns[None, :]
@@ -57,8 +65,13 @@ def factors_of(book: LabelBook, roots: np.ndarray) -> np.ndarray:
 
 
 def _align_lattices(book: LabelBook, roots: np.ndarray) -> None:
-    """A cell that lies in several lattices, or twice in one, has one row and one column."""
-    places = [_places(number, roots[lattice.cells.numpy()]) for number, lattice in enumerate(book.lattices)]
+    """A cell that lies in several lattices, or twice in one, has one row and one
+    column.
+    """
+    places = [
+        _places(number, roots[lattice.cells.numpy()])
+        for number, lattice in enumerate(book.lattices)
+    ]
     if not places:
         return
     places = np.concatenate(places, axis=1)
@@ -68,12 +81,21 @@ def _align_lattices(book: LabelBook, roots: np.ndarray) -> None:
     meetings = np.concatenate([places[1:, first[cell]], places[1:]])[:, again]
     for number, other in np.unique(meetings[[0, 3]], axis=1).T:
         of_both = meetings[:, (meetings[0] == number) & (meetings[3] == other)]
-        _align(book, *(_rooted(book.lattices[n], roots) for n in (number, other)), of_both[[1, 2, 4, 5]])
+        _align(
+            book,
+            *(_rooted(book.lattices[n], roots) for n in (number, other)),
+            of_both[[1, 2, 4, 5]],
+        )
 
 
 def _rooted(lattice: Lattice, roots: np.ndarray) -> Lattice:
     """With roots for labels, so that nothing is joined twice."""
-    return Lattice(*(torch.from_numpy(roots[x.numpy()]) for x in (lattice.cells, lattice.rows, lattice.columns)))
+    return Lattice(
+        *(
+            torch.from_numpy(roots[x.numpy()])
+            for x in (lattice.cells, lattice.rows, lattice.columns)
+        )
+    )
 
 
 def _places(number: int, cells: np.ndarray) -> np.ndarray:
@@ -82,9 +104,12 @@ def _places(number: int, cells: np.ndarray) -> np.ndarray:
     return np.stack([cells.ravel(), np.full(cells.size, number), row, column])
 
 
-def _align(book: LabelBook, first: Lattice, second: Lattice, meetings: np.ndarray) -> None:
+def _align(
+    book: LabelBook, first: Lattice, second: Lattice, meetings: np.ndarray
+) -> None:
     row, column, other_row, other_column = torch.from_numpy(meetings)
-    # An axis of one lattice is the axis of the other with which it pairs up in fewer ways.
+    # An axis of one lattice is the axis of the other with which it pairs up in fewer
+    # ways.
     straight = _n_pairs(row, other_row) + _n_pairs(column, other_column)
     if straight > _n_pairs(row, other_column) + _n_pairs(column, other_row):
         book.join(first.rows[row], second.columns[other_column])
@@ -99,15 +124,22 @@ def _n_pairs(a: Tensor, b: Tensor) -> int:
 
 
 def planes(found: np.ndarray, factors: np.ndarray) -> list[Tensor]:
-    """What decides what is kept along a tensor's axes: its roots `found`, or the rows and the columns of its cells."""
+    """What decides what is kept along a tensor's axes: its roots `found`, or the rows
+    and the columns of its cells.
+    """
     if not factors[found].any():
         return [torch.from_numpy(found)]
     is_cell = factors[found, 0] > 0
-    return [torch.from_numpy(np.where(is_cell, factors[found, side], found)) for side in (0, 1)]
+    return [
+        torch.from_numpy(np.where(is_cell, factors[found, side], found))
+        for side in (0, 1)
+    ]
 
 
 def _keep_product(book: LabelBook, plane: Tensor) -> None:
-    """Of an axis that was split the longest part can shrink; the others, such as the 3 of q, k, v, are constants."""
+    """Of an axis that was split the longest part can shrink; the others, such as the 3
+    of q, k, v, are constants.
+    """
     axes = varying_axes(plane)
     if len(axes) > 1:
         longest = max(axes, key=lambda axis: plane.shape[axis])
@@ -118,7 +150,9 @@ def _balance(book: LabelBook, parts: Tensor) -> None:
     """Joins channels until each joined set has equally many positions in every part."""
     classes, index = np.unique(parts.numpy(), return_inverse=True)
     counts = np.zeros((len(classes), len(parts)), np.int64)
-    np.add.at(counts, (index.reshape(len(parts), -1), np.arange(len(parts))[:, None]), 1)
+    np.add.at(
+        counts, (index.reshape(len(parts), -1), np.arange(len(parts))[:, None]), 1
+    )
     excess = counts[:, 1:] - counts[:, :1]
     for together in _balanced_sets(excess):
         members = torch.from_numpy(classes[together])
@@ -126,7 +160,9 @@ def _balance(book: LabelBook, parts: Tensor) -> None:
 
 
 def _balanced_sets(excess: np.ndarray) -> list[list[int]]:
-    """Sets of rows that add up to zero, small ones: a set takes the next row that brings its sum nearer to zero."""
+    """Sets of rows that add up to zero, small ones: a set takes the next row that
+    brings its sum nearer to zero.
+    """
     queues: dict[tuple[int, ...], list[int]] = {}
     for row in reversed(np.flatnonzero(excess.any(1))):
         queues.setdefault(tuple(excess[row]), []).append(int(row))
@@ -135,7 +171,9 @@ def _balanced_sets(excess: np.ndarray) -> list[list[int]]:
         together: list[int] = []
         total = np.zeros(excess.shape[1], np.int64)
         while queues and (not together or total.any()):
-            nearest = min(queues, key=lambda step: (np.abs(total + step).sum(), -queues[step][-1]))
+            nearest = min(
+                queues, key=lambda step: (np.abs(total + step).sum(), -queues[step][-1])
+            )
             together.append(queues[nearest].pop())
             total = total + nearest
             if not queues[nearest]:

@@ -19,7 +19,8 @@ LAYER_TENSORS = (".weight", ".bias", ".in_proj_weight", ".in_proj_bias")
 
 @dataclass(frozen=True)
 class _Family:
-    """Channels that sit equally often in the same places and are pinned for the same reason, if for any.
+    """Channels that sit equally often in the same places and are pinned for the same
+    reason, if for any.
 
     A channel is a unit: a root, or the row or the column of cells.
     """
@@ -33,10 +34,15 @@ def derive(tracer: Tracer) -> Groups:
     """The groups of a finished trace."""
     roots = tracer.settle()
     factors = factors_of(tracer.book, roots)
-    # Per label the units with which it goes: its row and its column, or its root; 0 for none.
-    sides = np.where(factors[roots] > 0, factors[roots], np.stack([roots, np.zeros_like(roots)], 1))
+    # Per label the units with which it goes: its row and its column, or its root; 0 for
+    # none.
+    sides = np.where(
+        factors[roots] > 0, factors[roots], np.stack([roots, np.zeros_like(roots)], 1)
+    )
     reasons = _reasons(tracer, roots, sides)
-    places = [_sorted_places(sides[labels.numpy()]) for labels, _ in tracer.uses.values()]
+    places = [
+        _sorted_places(sides[labels.numpy()]) for labels, _ in tracer.uses.values()
+    ]
     families = _families(places, reasons)
     groups = _groups(tracer, sides, places, families)
 
@@ -52,10 +58,18 @@ def derive(tracer: Tracer) -> Groups:
     result = Groups(
         all=tuple(groups),
         layers=tuple(tracer.layers),
-        shapes={name: tuple(tensor.shape) for name, tensor in own_tensors(tracer.model).items()},
+        shapes={
+            name: tuple(tensor.shape)
+            for name, tensor in own_tensors(tracer.model).items()
+        },
         parameters=frozenset(name for name, _ in tracer.model.named_parameters()),
-        operations=tuple(_sum([_extent(x, 1, prunable_of, names) for x in alive]) for alive in tracer.operations),
-        products=tuple(_extent(x, times, prunable_of, names) for x, times in tracer.products),
+        operations=tuple(
+            _sum([_extent(x, 1, prunable_of, names) for x in alive])
+            for alive in tracer.operations
+        ),
+        products=tuple(
+            _extent(x, times, prunable_of, names) for x, times in tracer.products
+        ),
         cells=_cells(groups_of, names),
         book=tracer.book,
         units=torch.from_numpy(np.where(sides > 0, channel_of[sides], -1)),
@@ -74,14 +88,18 @@ def _reasons(tracer: Tracer, roots: np.ndarray, sides: np.ndarray) -> dict[int, 
 
 
 def _sorted_places(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Units on an axis and their positions, sorted by both; `units` is `(n_positions, 2)`."""
+    """Units on an axis and their positions, sorted by both; `units` is `(n_positions,
+    2)`.
+    """
     positions = np.broadcast_to(np.arange(len(units))[:, None], units.shape)[units > 0]
     units = units[units > 0]
     order = np.lexsort((positions, units))
     return units[order], positions[order]
 
 
-def _families(places: list[tuple[np.ndarray, np.ndarray]], reasons: dict[int, str]) -> list[_Family]:
+def _families(
+    places: list[tuple[np.ndarray, np.ndarray]], reasons: dict[int, str]
+) -> list[_Family]:
     triples = []
     for use, (units, _) in enumerate(places):
         distinct, counts = np.unique(units, return_counts=True)
@@ -96,21 +114,34 @@ def _families(places: list[tuple[np.ndarray, np.ndarray]], reasons: dict[int, st
         key = pattern.tobytes()
         uses.setdefault(key, tuple(pattern[0].tolist()))
         found[key, reasons.get(unit)].append(unit)
-    return [_Family(np.array(units), uses[key], reason) for (key, reason), units in found.items()]
+    return [
+        _Family(np.array(units), uses[key], reason)
+        for (key, reason), units in found.items()
+    ]
 
 
-def _groups(tracer: Tracer, sides: np.ndarray, places, families: list[_Family]) -> list[Group]:
+def _groups(
+    tracer: Tracer, sides: np.ndarray, places, families: list[_Family]
+) -> list[Group]:
     uses = list(tracer.uses.items())
-    read = {unit for labels in tracer.contracted for unit in np.unique(sides[labels.numpy()]).tolist()}
+    read = {
+        unit
+        for labels in tracer.contracted
+        for unit in np.unique(sides[labels.numpy()]).tolist()
+    }
     is_cell = sides[:, 1] > 0
-    suffixes = dict.fromkeys(sides[is_cell, 0].tolist(), ":heads") | dict.fromkeys(sides[is_cell, 1].tolist(), ":width")
+    suffixes = dict.fromkeys(sides[is_cell, 0].tolist(), ":heads") | dict.fromkeys(
+        sides[is_cell, 1].tolist(), ":width"
+    )
     groups, taken = [], set()
     for family in families:
         members = []
         for use in family.uses:
             (tensor, axis), (_, role) = uses[use]
             units, positions = places[use]
-            index = positions[np.isin(units, family.units)].reshape(len(family.units), -1)
+            index = positions[np.isin(units, family.units)].reshape(
+                len(family.units), -1
+            )
             members.append(Member(tensor, axis, role, torch.from_numpy(index)))
         first = int(family.units[0])
         name = _name(members, suffixes.get(first, ""), taken)
@@ -121,7 +152,11 @@ def _groups(tracer: Tracer, sides: np.ndarray, places, families: list[_Family]) 
 
 def _name(members: list[Member], suffix: str, taken: set[str]) -> str:
     first = next((m for m in members if m.role == "produce"), members[0])
-    name = first.tensor.rpartition(".")[0] if first.tensor.endswith(LAYER_TENSORS) else first.tensor
+    name = (
+        first.tensor.rpartition(".")[0]
+        if first.tensor.endswith(LAYER_TENSORS)
+        else first.tensor
+    )
     name += suffix if first.role != "consume" else f"{suffix}:input"
     unique, number = name, 2
     while unique in taken:
@@ -139,22 +174,29 @@ def _unprunable(members: list[Member], n_channels: int, is_read: bool) -> str | 
     return "is a single channel" if n_channels < 2 else None
 
 
-def _extent(labels: Tensor, times: int, group_of: np.ndarray, names: list[str]) -> Extent:
+def _extent(
+    labels: Tensor, times: int, group_of: np.ndarray, names: list[str]
+) -> Extent:
     """How many of the labelled elements each channel, or pair of channels, keeps.
 
     Args:
         labels: Of what is counted.
         times: How often each element counts.
-        group_of: Per label the numbers of its prunable groups, counted from 1; 0 for none.
+        group_of: Per label the numbers of its prunable groups, counted from 1; 0 for
+            none.
         names: Names of the groups.
     """
     cells = compressed(labels)
     times *= labels.numel() // cells.numel()
     found = group_of[cells.numpy().ravel()]
-    codes, counts = np.unique(found[:, 0] * (len(names) + 1) + found[:, 1], return_counts=True)
+    codes, counts = np.unique(
+        found[:, 0] * (len(names) + 1) + found[:, 1], return_counts=True
+    )
     fixed, elements = 0, {}
     for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
-        groups = tuple(names[number - 1] for number in divmod(code, len(names) + 1) if number)
+        groups = tuple(
+            names[number - 1] for number in divmod(code, len(names) + 1) if number
+        )
         if groups:
             elements[groups] = elements.get(groups, 0) + times * count
         else:
@@ -176,10 +218,17 @@ def _cells(groups: np.ndarray, names: list[str]) -> tuple[tuple[str, str], ...]:
     return tuple((names[row - 1], names[column - 1]) for row, column in pairs.tolist())
 
 
-def _unsupported(tracer: Tracer, roots: np.ndarray, groups: np.ndarray, names: list[str]) -> tuple[str, ...]:
-    """One line per operation that pinned what reached it: the operation, its module, the groups."""
+def _unsupported(
+    tracer: Tracer, roots: np.ndarray, groups: np.ndarray, names: list[str]
+) -> tuple[str, ...]:
+    """One line per operation that pinned what reached it: the operation, its module,
+    the groups.
+    """
     said = []
     for reason in dict.fromkeys(tracer.unsupported):
         pinned = np.unique(groups[sorted(tracer.book.pinned_for(reason, roots))])
-        said.append(f"{reason}; it pins {', '.join(names[number - 1] for number in pinned if number) or 'nothing'}")
+        said.append(
+            f"{reason}; it pins "
+            f"{', '.join(names[number - 1] for number in pinned if number) or 'nothing'}"
+        )
     return tuple(said)

@@ -1,9 +1,11 @@
-"""The numerical twin of pruning: the dense network, in which nothing reads the removed channels.
+"""The numerical twin of pruning: the dense network, in which nothing reads the removed
+channels.
 
-The network runs at full width while its labels are followed anew; whatever reads channels, sees only those that are
-left. Convolutions, linear layers and products of activations get zeros for the others; means, norms and softmax over
-channels are taken over what is left. So neither batch norm's shift nor a bias keeps a removed channel alive, and what
-the pruned network must compute follows without slicing a single weight.
+The network runs at full width while its labels are followed anew; whatever reads
+channels, sees only those that are left. Convolutions, linear layers and products of
+activations get zeros for the others; means, norms and softmax over channels are taken
+over what is left. So neither batch norm's shift nor a bias keeps a removed channel
+alive, and what the pruned network must compute follows without slicing a single weight.
 """
 
 import copy
@@ -17,8 +19,19 @@ from autoprune.structure.groups import Groups, loses_whole_conv_groups
 from autoprune.structure.labels import thin, varying_axes
 from autoprune.structure.slicing import Kept
 from autoprune.tracing.dispatch import LabelMode, following
-from autoprune.tracing.rules.contractions import attention, batched_product, convolution, linear
-from autoprune.tracing.rules.norms import along_axis, group_norm, layer_norm, reduced_axes, reduction
+from autoprune.tracing.rules.contractions import (
+    attention,
+    batched_product,
+    convolution,
+    linear,
+)
+from autoprune.tracing.rules.norms import (
+    along_axis,
+    group_norm,
+    layer_norm,
+    reduced_axes,
+    reduction,
+)
 from autoprune.tracing.rules.table import rule_for
 from autoprune.tracing.tracer import Call, Tracer
 
@@ -35,7 +48,8 @@ def mask(model: nn.Module, groups: Groups, kept: Kept) -> nn.Module:
 
 
 class Masked(nn.Module):
-    """A network with open attention, run at full width without the channels behind some labels.
+    """A network with open attention, run at full width without the channels behind some
+    labels.
 
     Args:
         model: The dense network.
@@ -62,18 +76,25 @@ class _MaskMode(LabelMode):
 
     @property
     def gone(self) -> Tensor:
-        """Per label whether its channel is removed; what this run labels beyond the trace, stays.
+        """Per label whether its channel is removed; what this run labels beyond the
+        trace, stays.
 
-        Another batch size can take other kernels: a bias that is added after the product is a bare parameter.
+        Another batch size can take other kernels: a bias that is added after the
+        product is a bare parameter.
         """
         missing = self.tracer.book.n_labels - len(self._known)
         if missing:
-            self._known = torch.cat([self._known, torch.zeros(missing, dtype=torch.bool)])
+            self._known = torch.cat(
+                [self._known, torch.zeros(missing, dtype=torch.bool)]
+            )
         return self._known
 
     def execute(self, func, args: tuple, kwargs: dict) -> object:
         """Runs an operation on what is left of its inputs."""
-        run, call = MASKED.get(rule_for(func)), Call(self.tracer, func, args, kwargs, None)
+        run, call = (
+            MASKED.get(rule_for(func)),
+            Call(self.tracer, func, args, kwargs, None),
+        )
         if run is None or not any(map(self.tracer.is_activation, call.tensors())):
             return func(*args, **kwargs)
         return run(call, self.gone)
@@ -91,10 +112,16 @@ def _with_zeros(call: Call, gone: Tensor) -> object:
 
 
 def _left_along(call: Call, axis: int, gone: Tensor) -> Tensor:
-    """Positions along an axis of the first argument that are left, whatever rows of cells are removed as a whole."""
-    removed = gone[thin(call.tracer.labels(call.args[0]))].movedim(axis, -1).flatten(0, -2)
+    """Positions along an axis of the first argument that are left, whatever rows of
+    cells are removed as a whole.
+    """
+    removed = (
+        gone[thin(call.tracer.labels(call.args[0]))].movedim(axis, -1).flatten(0, -2)
+    )
     rows = removed[~removed.all(1)]
-    return (~rows.any(0)).nonzero()[:, 0] if len(rows) else torch.arange(removed.shape[1])
+    return (
+        (~rows.any(0)).nonzero()[:, 0] if len(rows) else torch.arange(removed.shape[1])
+    )
 
 
 def _channel_axes(call: Call, axes: list[int]) -> list[int]:
@@ -124,7 +151,9 @@ def _layer_norm_over_the_rest(call: Call, gone: Tensor) -> object:
     own = [axis - first for axis in axes]
     vectors = [v if v is None else _selected(v, own, left) for v in call.args[2:-1]]
     shape = _selected(x, axes, left).shape[first:]
-    out, *statistics = call.func(_selected(x, axes, left), list(shape), *vectors, call.args[-1])
+    out, *statistics = call.func(
+        _selected(x, axes, left), list(shape), *vectors, call.args[-1]
+    )
     return _back_in_place(out, x.shape, axes, left), *statistics
 
 
@@ -134,7 +163,9 @@ def _group_norm_over_the_rest(call: Call, gone: Tensor) -> object:
     if weight is not None and loses_whole_conv_groups(n_channels, n_channels, n_groups):
         n_groups = len(left) * n_groups // n_channels
     vectors = [v if v is None else v[left] for v in (weight, bias)]
-    out, *statistics = call.func(x[:, left].contiguous(), *vectors, n, len(left), area, n_groups, eps)
+    out, *statistics = call.func(
+        x[:, left].contiguous(), *vectors, n, len(left), area, n_groups, eps
+    )
     return _back_in_place(out, x.shape, [1], [left]), *statistics
 
 
@@ -144,7 +175,9 @@ def _selected(x: Tensor, axes: list[int], left: list[Tensor]) -> Tensor:
     return x.contiguous()
 
 
-def _back_in_place(out: Tensor, shape: torch.Size, axes: list[int], left: list[Tensor]) -> Tensor:
+def _back_in_place(
+    out: Tensor, shape: torch.Size, axes: list[int], left: list[Tensor]
+) -> Tensor:
     """Zeros where nothing was computed."""
     for axis, index in reversed(list(zip(axes, left, strict=True))):
         size = list(out.shape)

@@ -1,7 +1,8 @@
 """Tracing: one forward pass in which the network's own operations move channel labels.
 
-No table of layer couplings and no list of architectures: what is added, concatenated, reshaped or padded in the forward
-pass decides which channels belong together. Every group found is then proven: pruned equals masked.
+No table of layer couplings and no list of architectures: what is added, concatenated,
+reshaped or padded in the forward pass decides which channels belong together. Every
+group found is then proven: pruned equals masked.
 """
 
 import torch
@@ -20,30 +21,46 @@ from autoprune.tracing.verify import failing_groups
 
 
 def trace(model: nn.Module, example: Tensor, verify: bool = True) -> Groups:
-    """The groups of channels that can only be pruned together. The model is left as found.
+    """The groups of channels that can only be pruned together. The model is left as
+    found.
 
     Args:
         model: Any network with one tensor input and float parameters.
         example: One input, `(batch, 3, height, width)`; only its first sample is used.
-        verify: Prove every group numerically and pin those that fail. Without it, trust the labels.
+        verify: Prove every group numerically and pin those that fail. Without it, trust
+            the labels.
 
     Raises:
-        UserError: If the network can't run on the example, its path depends on the values of activations, or its
-            parameters aren't finite.
+        UserError: If the network can't run on the example, its path depends on the
+            values of activations, or its parameters aren't finite.
     """
     twin = _private_copy(model)
     tracer = Tracer(twin)
     _run(tracer, example[:1].detach().to("cpu", torch.float32).contiguous())
     groups = derive(tracer)
-    return groups.with_pins(failing_groups(twin, groups, example[:1])) if verify else groups
+    return (
+        groups.with_pins(failing_groups(twin, groups, example[:1]))
+        if verify
+        else groups
+    )
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
-    # Channels-last tensors take other kernels (as_strided_), which say nothing about channels.
-    twin = shared_copy(model).eval().cpu().float().to(memory_format=torch.contiguous_format)
+    # Channels-last tensors take other kernels (as_strided_), which say nothing about
+    # channels.
+    twin = (
+        shared_copy(model)
+        .eval()
+        .cpu()
+        .float()
+        .to(memory_format=torch.contiguous_format)
+    )
     for name, tensor in twin.state_dict().items():
         if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
-            raise UserError(f"model: {name} holds NaN or infinite values; pruning needs a trained, finite network")
+            raise UserError(
+                f"model: {name} holds NaN or infinite values; pruning needs a trained, "
+                f"finite network"
+            )
     return open_attention(twin.requires_grad_(False))
 
 
@@ -56,7 +73,9 @@ def _run(tracer: Tracer, example: Tensor) -> None:
         raise
     except Exception as error:  # whatever the user's forward raises
         reason = str(error).splitlines()[0] if str(error) else ""
-        raise UserError(f"model: tracing failed in {tracer.where}: {type(error).__name__}: {reason}") from error
+        raise UserError(
+            f"model: tracing failed in {tracer.where}: {type(error).__name__}: {reason}"
+        ) from error
     for tensor in tensors_in(output):
         tracer.book.pin(tracer.labels(tensor), "feeds the network's output")
 
@@ -64,9 +83,9 @@ def _run(tracer: Tracer, example: Tensor) -> None:
 def describe(groups: Groups) -> dict:
     """A trace as plain data, for `autoprune trace --json`.
 
-    `prunable_macs_share` is the share of the MACs in layers of which a prunable group touches an axis,
-    `both_axes_macs_share` in those that shrink on both, `removable_macs_share` what goes with one channel left of each
-    group.
+    `prunable_macs_share` is the share of the MACs in layers of which a prunable group
+    touches an axis, `both_axes_macs_share` in those that shrink on both,
+    `removable_macs_share` what goes with one channel left of each group.
     """
     costs = CostTable(groups)
     entries = [
@@ -76,7 +95,10 @@ def describe(groups: Groups) -> dict:
             "prunable": group.pinned is None,
             "pinned": group.pinned,
             "macs_share": group.macs_share,
-            "members": [{"tensor": m.tensor, "axis": m.axis, "role": m.role} for m in group.members],
+            "members": [
+                {"tensor": m.tensor, "axis": m.axis, "role": m.role}
+                for m in group.members
+            ],
         }
         for group in groups.all
     ]
@@ -85,7 +107,8 @@ def describe(groups: Groups) -> dict:
         "params": costs.params(costs.dense),
         "prunable_macs_share": prunable_share(groups),
         "both_axes_macs_share": both_axes_share(groups),
-        "removable_macs_share": 1 - costs.macs(costs.dense * 0 + 1) / max(1, costs.macs(costs.dense)),
+        "removable_macs_share": 1
+        - costs.macs(costs.dense * 0 + 1) / max(1, costs.macs(costs.dense)),
         "groups": entries,
         "unsupported": list(groups.unsupported),
     }

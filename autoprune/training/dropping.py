@@ -1,9 +1,11 @@
-"""Drop Out and Drop Connect as pruning: neurons or connections that come and go at random while the network trains.
+"""Drop Out and Drop Connect as pruning: neurons or connections that come and go at
+random while the network trains.
 
-Targeted dropout (Gomez et al. 2019, "Learning Sparse Networks Using Targeted Dropout", section 3): in each step, of the
-least channels or weights of a layer, each is dropped with some probability. The network learns not to need what pruning
-will take. With a share of 1 it is plain Drop Out (Srivastava et al. 2014) or Drop Connect (Wan et al. 2013), unscaled:
-what is pruned later isn't made up for by a larger rest either.
+Targeted dropout (Gomez et al. 2019, "Learning Sparse Networks Using Targeted Dropout",
+section 3): in each step, of the least channels or weights of a layer, each is dropped
+with some probability. The network learns not to need what pruning will take. With a
+share of 1 it is plain Drop Out (Srivastava et al. 2014) or Drop Connect (Wan et al.
+2013), unscaled: what is pruned later isn't made up for by a larger rest either.
 """
 
 from collections.abc import Iterator
@@ -17,15 +19,18 @@ from autoprune.training.loop import Plug
 
 
 class Dropping(Plug):
-    """Multiplies weights by random masks for the forward and the backward pass of a step.
+    """Multiplies weights by random masks for the forward and the backward pass of a
+    step.
 
-    The weights are back, bit for bit, before the optimizer moves them; what was dropped has no gradient then. The masks
-    come from the global random generator, which the training loop seeds.
+    The weights are back, bit for bit, before the optimizer moves them; what was dropped
+    has no gradient then. The masks come from the global random generator, which the
+    training loop seeds.
 
     Args:
         groups: The network's trace.
         rate: Probability in [0, 1) with which a candidate is dropped.
-        share: Of a layer's weights or a group's channels, the least of which are candidates, in (0, 1].
+        share: Of a layer's weights or a group's channels, the least of which are
+            candidates, in (0, 1].
 
     Raises:
         UserError: If a number is out of its range.
@@ -33,12 +38,17 @@ class Dropping(Plug):
 
     def __init__(self, groups: Groups, rate: float, share: float):
         if not 0 <= rate < 1:
-            raise UserError(f"--sparse.strength: of dropping it is a probability, from 0 to below 1; got {rate:g}")
+            raise UserError(
+                f"--sparse.strength: of dropping it is a probability, from 0 to below "
+                f"1; got {rate:g}"
+            )
         check_share("sparse.share", share)
         self.groups, self.rate, self.share = groups, rate, share
         self._dropped: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
-    def masks(self, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def masks(
+        self, parameters: dict[str, nn.Parameter]
+    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Parameters, and what to multiply each with, 0 or 1."""
         raise NotImplementedError
 
@@ -57,7 +67,9 @@ class Dropping(Plug):
         self._dropped.clear()
 
     def _kept(self, sizes: Tensor) -> Tensor:
-        """Float 1 for what stays of things of these sizes, 0 for what is dropped among the least of them."""
+        """Float 1 for what stays of things of these sizes, 0 for what is dropped among
+        the least of them.
+        """
         n_candidates = round(self.share * sizes.numel())
         kept = torch.ones_like(sizes).flatten()
         candidates = sizes.flatten().argsort(stable=True)[:n_candidates]
@@ -66,9 +78,13 @@ class Dropping(Plug):
 
 
 class DropConnect(Dropping):
-    """Drops single weights of convolutions and linear layers, the least |w| of each layer first."""
+    """Drops single weights of convolutions and linear layers, the least |w| of each
+    layer first.
+    """
 
-    def masks(self, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def masks(
+        self, parameters: dict[str, nn.Parameter]
+    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for name in self.groups.applied:
             yield parameters[name], self._kept(parameters[name].detach().abs())
 
@@ -76,18 +92,28 @@ class DropConnect(Dropping):
 class DropOut(Dropping):
     """Drops whole channels of the prunable groups: no weight reads them.
 
-    The network then computes what the pruned one does, except where a norm, mean or softmax over channels, or the
-    product of attention's queries and keys, reads a dropped channel: there it still counts.
+    The network then computes what the pruned one does, except where a norm, mean or
+    softmax over channels, or the product of attention's queries and keys, reads a
+    dropped channel: there it still counts.
 
-    The least are those whose filters, of all layers that produce the channel, have the smallest L2 norm.
+    The least are those whose filters, of all layers that produce the channel, have the
+    smallest L2 norm.
     """
 
-    def masks(self, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def masks(
+        self, parameters: dict[str, nn.Parameter]
+    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for group in self.groups:
             kept = self._kept(self._norms(parameters, group))
             for member in group.consumers:
-                yield parameters[member.tensor], member.laid(kept, parameters[member.tensor], 1)
+                yield (
+                    parameters[member.tensor],
+                    member.laid(kept, parameters[member.tensor], 1),
+                )
 
     def _norms(self, parameters: dict[str, nn.Parameter], group: Group) -> Tensor:
-        rows = [m.rows(parameters[m.tensor].detach()).flatten(1) for m in self.groups.filters(group)]
+        rows = [
+            m.rows(parameters[m.tensor].detach()).flatten(1)
+            for m in self.groups.filters(group)
+        ]
         return torch.cat(rows, 1).norm(dim=1)

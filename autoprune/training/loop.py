@@ -1,6 +1,8 @@
-"""One plain training loop: fine-tuning, distillation, training from scratch; resumable at every epoch.
+"""One plain training loop: fine-tuning, distillation, training from scratch; resumable
+at every epoch.
 
-Methods that train differently (sparse training, masks, compactors) don't bring a loop of their own: each is a `Plug`.
+Methods that train differently (sparse training, masks, compactors) don't bring a loop
+of their own: each is a `Plug`.
 """
 
 import math
@@ -23,8 +25,9 @@ EpochCallback = Callable[[int, float], None]
 class Plug:
     """What a method adds to the training loop; this one adds nothing.
 
-    The hooks are called in the order in which they stand here, the three of a step with the network that is trained and
-    the number of the step from 0. What a plug draws at random comes from the global generator, which the loop seeds.
+    The hooks are called in the order in which they stand here, the three of a step with
+    the network that is trained and the number of the step from 0. What a plug draws at
+    random comes from the global generator, which the loop seeds.
     """
 
     def parameter_groups(self, model: nn.Module, config: FinetuneConfig) -> list[dict]:
@@ -38,7 +41,9 @@ class Plug:
         """A batch is about to be answered."""
 
     def before_step(self, model: nn.Module, step: int) -> None:
-        """Gradients of the loss are there; the optimizer is about to use them, weight decay and momentum included."""
+        """Gradients of the loss are there; the optimizer is about to use them, weight
+        decay and momentum included.
+        """
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """The optimizer has moved the weights."""
@@ -63,8 +68,9 @@ def finetune(
 ) -> nn.Module:
     """Trains `model` in place and returns it in eval mode.
 
-    With a `checkpoint` file the state after each epoch is kept there, and a call that finds one goes on after its
-    epoch. Order, crops and dropout depend on seed and epoch only, so a resumed run ends with the same weights.
+    With a `checkpoint` file the state after each epoch is kept there, and a call that
+    finds one goes on after its epoch. Order, crops and dropout depend on seed and epoch
+    only, so a resumed run ends with the same weights.
 
     Args:
         model: The network to train.
@@ -81,9 +87,17 @@ def finetune(
     epochs = config.epochs_for(len(images))
     n_steps = epochs * config.steps_per_epoch(len(images))
     groups, accelerated = plug.parameter_groups(model, config), config.momentum > 0
-    optimizer = torch.optim.SGD(groups, config.lr_for(n_steps), config.momentum, nesterov=accelerated)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _annealing(n_steps, config.warmup))
-    loss_of = _distilled(config, teacher) if teacher is not None and config.distillation > 0 else _plain
+    optimizer = torch.optim.SGD(
+        groups, config.lr_for(n_steps), config.momentum, nesterov=accelerated
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, _annealing(n_steps, config.warmup)
+    )
+    loss_of = (
+        _distilled(config, teacher)
+        if teacher is not None and config.distillation > 0
+        else _plain
+    )
     trained = _resume(checkpoint, epochs, model, optimizer, schedule, plug)
     plug.begin(model, n_steps, config)
     for epoch in range(trained, epochs):
@@ -102,7 +116,15 @@ def finetune(
     return model.eval()
 
 
-def _one_epoch(model, epoch_batches, optimizer, schedule, loss_of, config: FinetuneConfig, plug: Plug) -> float:
+def _one_epoch(
+    model,
+    epoch_batches,
+    optimizer,
+    schedule,
+    loss_of,
+    config: FinetuneConfig,
+    plug: Plug,
+) -> float:
     losses = []
     for inputs, labels in epoch_batches:
         step = schedule.last_epoch
@@ -123,8 +145,12 @@ def _plain(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(inputs).float(), labels)
 
 
-def _distilled(config: FinetuneConfig, teacher: nn.Module) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    """Hinton et al. 2015, section 2: the soft term is scaled by the squared temperature to keep its gradient."""
+def _distilled(
+    config: FinetuneConfig, teacher: nn.Module
+) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """Hinton et al. 2015, section 2: the soft term is scaled by the squared temperature
+    to keep its gradient.
+    """
     weight, temperature = config.distillation, config.temperature
     teacher.eval().to(memory_format=torch.channels_last)
 
@@ -132,8 +158,15 @@ def _distilled(config: FinetuneConfig, teacher: nn.Module) -> Callable[[nn.Modul
         with torch.no_grad():
             target = (teacher(inputs).float() / temperature).log_softmax(1)
         logits = model(inputs).float()
-        soft = F.kl_div((logits / temperature).log_softmax(1), target, log_target=True, reduction="batchmean")
-        return (1 - weight) * F.cross_entropy(logits, labels) + weight * temperature**2 * soft
+        soft = F.kl_div(
+            (logits / temperature).log_softmax(1),
+            target,
+            log_target=True,
+            reduction="batchmean",
+        )
+        return (1 - weight) * F.cross_entropy(
+            logits, labels
+        ) + weight * temperature**2 * soft
 
     return loss
 
@@ -143,7 +176,10 @@ def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.ndim > 1]
     exempt = [p for p in parameters if p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
 
 
 def _annealing(total: int, warmup: float) -> Callable[[int], float]:
@@ -157,8 +193,11 @@ def _annealing(total: int, warmup: float) -> Callable[[int], float]:
     return factor
 
 
-def pull_for(total: float, momentum: float, config: FinetuneConfig, n_steps: int, since: int = 0) -> float:
-    """The constant pull that, times the learning rate and accelerated by momentum, adds up to `total`.
+def pull_for(
+    total: float, momentum: float, config: FinetuneConfig, n_steps: int, since: int = 0
+) -> float:
+    """The constant pull that, times the learning rate and accelerated by momentum, adds
+    up to `total`.
 
     Over all steps of a training, or over those from one on.
     """
@@ -167,7 +206,14 @@ def pull_for(total: float, momentum: float, config: FinetuneConfig, n_steps: int
     return total * (1 - momentum) / max(rate, 1e-12)
 
 
-def _save(checkpoint: Path | None, epoch_of: tuple[int, int], model: nn.Module, optimizer, schedule, plug) -> None:
+def _save(
+    checkpoint: Path | None,
+    epoch_of: tuple[int, int],
+    model: nn.Module,
+    optimizer,
+    schedule,
+    plug,
+) -> None:
     if checkpoint is None:
         return
     state = {
@@ -180,8 +226,17 @@ def _save(checkpoint: Path | None, epoch_of: tuple[int, int], model: nn.Module, 
     write_state(checkpoint, state)
 
 
-def _resume(checkpoint: Path | None, epochs: int, model: nn.Module, optimizer, schedule, plug: Plug) -> int:
-    """The finished epochs; of a training of other length, whose rates are others, nothing can be used."""
+def _resume(
+    checkpoint: Path | None,
+    epochs: int,
+    model: nn.Module,
+    optimizer,
+    schedule,
+    plug: Plug,
+) -> int:
+    """The finished epochs; of a training of other length, whose rates are others,
+    nothing can be used.
+    """
     if checkpoint is None or not checkpoint.exists():
         return 0
     try:
@@ -194,10 +249,14 @@ def _resume(checkpoint: Path | None, epochs: int, model: nn.Module, optimizer, s
             plug.load_state_dict(state["plug"])
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"RUN: can't use checkpoint {str(checkpoint)!r} ({reason}); delete it to start over") from error
+        raise UserError(
+            f"RUN: can't use checkpoint {str(checkpoint)!r} ({reason}); delete it to "
+            f"start over"
+        ) from error
     if planned != epochs:
         raise UserError(
-            f"RUN: checkpoint {str(checkpoint)!r} is of a training of another length (epochs {planned}, asked for "
+            f"RUN: checkpoint {str(checkpoint)!r} is of a training of another length "
+            f"(epochs {planned}, asked for "
             f"{epochs}); ask for {planned} again, or delete it to start over"
         )
     return epoch

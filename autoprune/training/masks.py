@@ -1,7 +1,9 @@
-"""Pruning finer than channels: masks over weights, rows, columns, kernels or filters, and N of M.
+"""Pruning finer than channels: masks over weights, rows, columns, kernels or filters,
+and N of M.
 
-Masks leave the network's shapes as they are. Dense kernels multiply zeros as fast as anything else, so nothing runs
-faster here; the non-zero MACs that `Masks.costs` counts are what sparse hardware or a sparse format could save.
+Masks leave the network's shapes as they are. Dense kernels multiply zeros as fast as
+anything else, so nothing runs faster here; the non-zero MACs that `Masks.costs` counts
+are what sparse hardware or a sparse format could save.
 """
 
 import re
@@ -30,10 +32,12 @@ PATTERNS: dict[str, tuple[int, ...]] = {
     "kernel": (2, 3),
     "filter": (1, 2, 3),
 }
-"""Granularity to the axes of a convolution's weight `(n_out, n_in, height, width)` along which its units lie: a row is
-`weight[o, i, y, :]`, a column `weight[o, i, :, x]`. A linear weight has no kernel axes, so there a row, a column and a
-kernel are single weights. Weights that keep their inputs first, those of transposed convolutions and of `x @ weight`,
-are turned round before they are cut."""
+"""Granularity to the axes of a convolution's weight `(n_out, n_in, height, width)`
+along which its units lie: a row is `weight[o, i, y, :]`, a column `weight[o, i, :, x]`.
+A linear weight has no kernel axes, so there a row, a column and a kernel are single
+weights. Weights that keep their inputs first, those of transposed convolutions and of
+`x @ weight`, are turned round before they are cut.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,22 @@ class Masks:
         )
 
     def costs(self, groups: Groups) -> dict[str, int]:
-        """Non-zero "macs" and "params" of one sample; those of what isn't masked count in full."""
+        """Non-zero "macs" and "params" of one sample; those of what isn't masked count
+        in full.
+        """
         table, positions = CostTable(groups), groups.applied
         removed = {name: int((~kept).sum()) for name, kept in self.kept.items()}
         return {
-            "macs": table.macs({}) - sum(n * positions[name] for name, n in removed.items()),
+            "macs": table.macs({})
+            - sum(n * positions[name] for name, n in removed.items()),
             "params": table.params({}) - sum(removed.values()),
         }
 
     def save(self, path: Path) -> None:
         """Writes the masks as safetensors, a byte an element."""
-        tensors = {name: kept.to(torch.uint8).contiguous() for name, kept in self.kept.items()}
+        tensors = {
+            name: kept.to(torch.uint8).contiguous() for name, kept in self.kept.items()
+        }
         write_atomically(path, lambda partial: save_file(tensors, partial))
 
     @classmethod
@@ -82,20 +91,31 @@ class Masks:
             UserError: If the file is missing or damaged, or is for another network.
         """
         if not path.is_file():
-            raise UserError(f"RUN: no masks {str(path)!r}; write them with: autoprune prune RUN")
+            raise UserError(
+                f"RUN: no masks {str(path)!r}; write them with: autoprune prune RUN"
+            )
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"RUN: {str(path)!r} is damaged ({error}); write it with: autoprune prune RUN") from error
+            raise UserError(
+                f"RUN: {str(path)!r} is damaged ({error}); write it with: autoprune "
+                f"prune RUN"
+            ) from error
         own = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        strangers = [name for name, kept in tensors.items() if own.get(name) != kept.shape]
+        strangers = [
+            name for name, kept in tensors.items() if own.get(name) != kept.shape
+        ]
         if strangers:
-            raise UserError(f"RUN: {str(path)!r} is for another network ({strangers[0]} doesn't fit); prune anew")
+            raise UserError(
+                f"RUN: {str(path)!r} is for another network ({strangers[0]} doesn't "
+                f"fit); prune anew"
+            )
         return cls({name: kept.bool() for name, kept in tensors.items()})
 
 
 class KeepMasks(Plug):
-    """Masked weights are zero after every step, whatever momentum and decay make of them.
+    """Masked weights are zero after every step, whatever momentum and decay make of
+    them.
 
     Args:
         masks: For the network that is trained.
@@ -124,7 +144,9 @@ def _l2(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def _lamp(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Lee et al. 2021, eq. 6: a unit's square as a share of all squares in its layer that aren't smaller."""
+    """Lee et al. 2021, eq. 6: a unit's square as a share of all squares in its layer
+    that aren't smaller.
+    """
     squares = _l2(weight, axes).square()
     return share_left(squares.flatten().double()).view_as(squares)
 
@@ -144,13 +166,20 @@ UNIT_SCORES: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
 
 
 def _by_rank(scores: Tensor) -> Tensor:
-    """A unit's place in its layer, in (0, 1): one threshold then takes the same share of every layer."""
+    """A unit's place in its layer, in (0, 1): one threshold then takes the same share
+    of every layer.
+    """
     places = scores.flatten().argsort(stable=True).argsort(stable=True)
     return ((places.double() + 0.5) / places.numel()).view_as(scores)
 
 
-RANKINGS: dict[str, Callable[[Tensor], Tensor]] = {"global": lambda scores: scores, "uniform": _by_rank}
-"""Agent to what makes scores of different layers comparable: nothing, or their place in the layer."""
+RANKINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "global": lambda scores: scores,
+    "uniform": _by_rank,
+}
+"""Agent to what makes scores of different layers comparable: nothing, or their place in
+the layer.
+"""
 
 
 def ranked_masks(
@@ -163,10 +192,12 @@ def ranked_masks(
     agent: str = "global",
     seed: int = 0,
 ) -> Masks:
-    """The units of least score are removed until the network has at most `target` non-zero MACs or parameters.
+    """The units of least score are removed until the network has at most `target`
+    non-zero MACs or parameters.
 
-    All weights of convolutions and linear layers take part, the head included; each keeps its best unit, so none is cut
-    off. The removed unit with the highest score would exceed the target if it stayed.
+    All weights of convolutions and linear layers take part, the head included; each
+    keeps its best unit, so none is cut off. The removed unit with the highest score
+    would exceed the target if it stayed.
 
     Args:
         model: The dense network; left as found.
@@ -187,23 +218,41 @@ def ranked_masks(
     check_known("metric", metric, counts, "budget")
     with seeded(seed):
         scores = {
-            n: RANKINGS[agent](UNIT_SCORES[criterion](w, _axes(pattern, w))).double().contiguous()
+            n: RANKINGS[agent](UNIT_SCORES[criterion](w, _axes(pattern, w)))
+            .double()
+            .contiguous()
             for n, w in weights.items()
         }
     for unit_scores in scores.values():
         unit_scores.view(-1)[unit_scores.argmax()] = torch.inf
-    unit_costs = {name: weights[name].numel() // s.numel() * counts[metric][name] for name, s in scores.items()}
+    unit_costs = {
+        name: weights[name].numel() // s.numel() * counts[metric][name]
+        for name, s in scores.items()
+    }
     every = torch.cat([s.flatten() for s in scores.values()])
-    costs = torch.cat([torch.full((s.numel(),), unit_costs[name]) for name, s in scores.items()])
+    costs = torch.cat(
+        [torch.full((s.numel(),), unit_costs[name]) for name, s in scores.items()]
+    )
     gone = torch.zeros(len(every), dtype=torch.bool)
-    gone[_fewest(every, costs, CostTable(groups).metrics[metric]({}) - target, metric, target)] = True
+    gone[
+        _fewest(
+            every, costs, CostTable(groups).metrics[metric]({}) - target, metric, target
+        )
+    ] = True
     parts = gone.split([s.numel() for s in scores.values()])
-    kept = {n: ~part.view_as(s).expand_as(weights[n]) for (n, s), part in zip(scores.items(), parts, strict=True)}
+    kept = {
+        n: ~part.view_as(s).expand_as(weights[n])
+        for (n, s), part in zip(scores.items(), parts, strict=True)
+    }
     return _as_stored(kept, groups)
 
 
-def _fewest(scores: Tensor, costs: Tensor, excess: int, metric: str, target: int) -> Tensor:
-    """The units, from the least score up, that cost at least `excess` together, and no more of them than needed."""
+def _fewest(
+    scores: Tensor, costs: Tensor, excess: int, metric: str, target: int
+) -> Tensor:
+    """The units, from the least score up, that cost at least `excess` together, and no
+    more of them than needed.
+    """
     order = scores.argsort(stable=True)
     order = order[torch.isfinite(scores[order])]
     saved = costs[order].cumsum(0)
@@ -211,15 +260,22 @@ def _fewest(scores: Tensor, costs: Tensor, excess: int, metric: str, target: int
         return order[:0]
     if not len(saved) or saved[-1] < excess:
         floor = target + excess - (int(saved[-1]) if len(saved) else 0)
-        raise UserError(f"--budget: masks of this granularity leave at least {metric}={floor}, asked were {target}")
+        raise UserError(
+            f"--budget: masks of this granularity leave at least {metric}={floor}, "
+            f"asked were {target}"
+        )
     return order[: int(torch.searchsorted(saved, excess)) + 1]
 
 
-def n_of_m_masks(model: nn.Module, groups: Groups, n: int, m: int) -> tuple[Masks, list[str]]:
-    """Of every `m` consecutive inputs of a layer, at each output and kernel position, the `n` largest are kept.
+def n_of_m_masks(
+    model: nn.Module, groups: Groups, n: int, m: int
+) -> tuple[Masks, list[str]]:
+    """Of every `m` consecutive inputs of a layer, at each output and kernel position,
+    the `n` largest are kept.
 
     Returns:
-        The masks, and the names of the weights that are left whole because `m` doesn't divide their inputs.
+        The masks, and the names of the weights that are left whole because `m` doesn't
+        divide their inputs.
 
     Raises:
         UserError: Unless 1 <= n < m.
@@ -228,15 +284,23 @@ def n_of_m_masks(model: nn.Module, groups: Groups, n: int, m: int) -> tuple[Mask
         raise UserError(f"--granularity: N:M needs 1 <= N < M, got {n}:{m}; e.g. 2:4")
     weights = _weights(model, groups)
     whole = [name for name, weight in weights.items() if weight.shape[1] % m]
-    kept = {name: _n_of_m(weight, n, m) for name, weight in weights.items() if name not in whole}
+    kept = {
+        name: _n_of_m(weight, n, m)
+        for name, weight in weights.items()
+        if name not in whole
+    }
     if not kept:
-        raise UserError(f"--granularity: no layer's inputs are a multiple of {m}; use a smaller M")
+        raise UserError(
+            f"--granularity: no layer's inputs are a multiple of {m}; use a smaller M"
+        )
     return _as_stored(kept, groups), whole
 
 
 def _n_of_m(weight: Tensor, n: int, m: int) -> Tensor:
     parts = weight.detach().abs().movedim(1, -1).unflatten(-1, (-1, m))
-    kept = torch.zeros_like(parts, dtype=torch.bool).scatter_(-1, parts.topk(n, -1).indices, True)
+    kept = torch.zeros_like(parts, dtype=torch.bool).scatter_(
+        -1, parts.topk(n, -1).indices, True
+    )
     return kept.flatten(-2).movedim(-1, 1)
 
 
@@ -247,15 +311,23 @@ def n_of_m(granularity: str) -> tuple[int, int] | None:
 
 
 def check_mask_options(pattern: str, criterion: str, agent: str) -> None:
-    """Raises a `UserError` unless masks of a granularity can be made so; N:M keeps the largest weights everywhere."""
+    """Raises a `UserError` unless masks of a granularity can be made so; N:M keeps the
+    largest weights everywhere.
+    """
     scores = ("l1",)
     if n_of_m(pattern) is None:
         scores = UNIT_SCORES
         check_known("granularity", pattern, PATTERNS)
-    for flag, value, known in (("criterion", criterion, scores), ("agent", agent, RANKINGS)):
+    for flag, value, known in (
+        ("criterion", criterion, scores),
+        ("agent", agent, RANKINGS),
+    ):
         if value not in known:
             listed = " or ".join(known)
-            raise UserError(f"--{flag}: masks of granularity {pattern} go by {listed}, got {value!r}")
+            raise UserError(
+                f"--{flag}: masks of granularity {pattern} go by {listed}, got "
+                f"{value!r}"
+            )
 
 
 def _axes(pattern: str, weight: Tensor) -> tuple[int, ...]:
@@ -263,17 +335,30 @@ def _axes(pattern: str, weight: Tensor) -> tuple[int, ...]:
 
 
 def _weights(model: nn.Module, groups: Groups) -> dict[str, Tensor]:
-    """The weights of convolutions and linear layers, whatever they are called, outputs first, then inputs."""
+    """The weights of convolutions and linear layers, whatever they are called, outputs
+    first, then inputs.
+    """
     parameters, inputs = dict(model.named_parameters()), _input_axes(groups)
-    return {name: parameters[name].detach().movedim(inputs.get(name, 1), 1) for name in groups.applied}
+    return {
+        name: parameters[name].detach().movedim(inputs.get(name, 1), 1)
+        for name in groups.applied
+    }
 
 
 def _as_stored(kept: Mapping[str, Tensor], groups: Groups) -> Masks:
-    """Masks whose axes are those of the network's tensors, from axes as `_weights` gives them."""
+    """Masks whose axes are those of the network's tensors, from axes as `_weights`
+    gives them.
+    """
     inputs = _input_axes(groups)
-    return Masks({name: mask.movedim(1, inputs.get(name, 1)) for name, mask in kept.items()})
+    return Masks(
+        {name: mask.movedim(1, inputs.get(name, 1)) for name, mask in kept.items()}
+    )
 
 
 def _input_axes(groups: Groups) -> dict[str, int]:
-    """Weight to the axis of its inputs; those of depthwise layers, which have none, are left out."""
-    return {member.tensor: member.axis for group in groups.all for member in group.consumers}
+    """Weight to the axis of its inputs; those of depthwise layers, which have none, are
+    left out.
+    """
+    return {
+        member.tensor: member.axis for group in groups.all for member in group.consumers
+    }

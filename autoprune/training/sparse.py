@@ -1,10 +1,11 @@
-"""Sparse training: what a method adds to a step so that some weights or channels become dispensable.
+"""Sparse training: what a method adds to a step so that some weights or channels become
+dispensable.
 
-`SPARSE[name].plug(groups, strength, share)` takes part in `autoprune.training.loop.finetune`. Penalties add their
-gradient
-to that of the loss; it passes through momentum as in the papers' code. Global Sparse Momentum takes the loss's gradient
-away from all but the most useful weights. Afterwards the network has its old shape; a criterion and an allocation say
-what goes.
+`SPARSE[name].plug(groups, strength, share)` takes part in
+`autoprune.training.loop.finetune`. Penalties add their gradient to that of the loss; it
+passes through momentum as in the papers' code. Global Sparse Momentum takes the loss's
+gradient away from all but the most useful weights. Afterwards the network has its old
+shape; a criterion and an allocation say what goes.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,8 +28,8 @@ class Penalty(Plug):
     """Adds `strength` times a pull towards zero to the gradients of some parameters.
 
     Attributes:
-        strength: The penalty's factor; the weights shrink by learning rate times strength times the pull, and by
-            1 / (1 - momentum) as much in the long run.
+        strength: The penalty's factor; the weights shrink by learning rate times
+            strength times the pull, and by 1 / (1 - momentum) as much in the long run.
     """
 
     def __init__(self, groups: Groups, strength: float):
@@ -47,14 +48,18 @@ class Penalty(Plug):
 
 
 class L1(Penalty):
-    """The sum of |w| over convolutions and linear layers: a constant pull, which reaches zero."""
+    """The sum of |w| over convolutions and linear layers: a constant pull, which
+    reaches zero.
+    """
 
     def pulls(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         return [(weight, weight.sign()) for weight in _weights(model, self.groups)]
 
 
 class L2(Penalty):
-    """Half the sum of w^2, beside the usual weight decay: a pull in proportion, which never reaches zero."""
+    """Half the sum of w^2, beside the usual weight decay: a pull in proportion, which
+    never reaches zero.
+    """
 
     def pulls(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         return [(weight, weight.detach()) for weight in _weights(model, self.groups)]
@@ -64,50 +69,72 @@ class Slimming(Penalty):
     """Network Slimming, Liu et al. 2017, eq. 1: the sum of |gamma| over batch norms."""
 
     def pulls(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-        scales = [m.weight for m in model.modules() if isinstance(m, BatchNorm) and m.weight is not None]
+        scales = [
+            m.weight
+            for m in model.modules()
+            if isinstance(m, BatchNorm) and m.weight is not None
+        ]
         return [(scale, scale.sign()) for scale in scales]
 
 
 class GroupLasso(Penalty):
-    """The sum of channels' norms (Wen et al. 2016, eq. 2): a channel is pulled as a whole, with constant force.
+    """The sum of channels' norms (Wen et al. 2016, eq. 2): a channel is pulled as a
+    whole, with constant force.
 
-    A channel's weights are those of all filters that produce it, so that layers tied by a shortcut lose the same ones.
+    A channel's weights are those of all filters that produce it, so that layers tied by
+    a shortcut lose the same ones.
     """
 
     def pulls(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-        return _channel_pulls(model, self.groups, self.groups.filters, lambda squares: squares.add(EPSILON).rsqrt())
+        return _channel_pulls(
+            model,
+            self.groups,
+            self.groups.filters,
+            lambda squares: squares.add(EPSILON).rsqrt(),
+        )
 
 
 class GroupDecay(Penalty):
-    """DepGraph's group sparsity, Fang et al. 2023, eq. 4: all weights that go with a channel decay together.
+    """DepGraph's group sparsity, Fang et al. 2023, eq. 4: all weights that go with a
+    channel decay together.
 
-    The decay is 1 for a group's largest channel and 2^4 for its smallest. Usual weight decay is off meanwhile, as in
-    the paper's code, whose gradient (without the factor 2 of the square's derivative) this is.
+    The decay is 1 for a group's largest channel and 2^4 for its smallest. Usual weight
+    decay is off meanwhile, as in the paper's code, whose gradient (without the factor 2
+    of the square's derivative) this is.
     """
 
     GROWTH = 4.0
 
     def parameter_groups(self, model: nn.Module, config: FinetuneConfig) -> list[dict]:
         """The usual ones without weight decay."""
-        return [options | {"weight_decay": 0.0} for options in parameter_groups(model, config)]
+        return [
+            options | {"weight_decay": 0.0}
+            for options in parameter_groups(model, config)
+        ]
 
     def pulls(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-        return _channel_pulls(model, self.groups, lambda group: group.members, self._decay)
+        return _channel_pulls(
+            model, self.groups, lambda group: group.members, self._decay
+        )
 
     def _decay(self, squares: Tensor) -> Tensor:
         small, large = squares.aminmax()
-        return 2 ** (self.GROWTH * (large - squares) / (large - small).clamp_min(EPSILON))
+        return 2 ** (
+            self.GROWTH * (large - squares) / (large - small).clamp_min(EPSILON)
+        )
 
 
 class GlobalSparseMomentum(Plug):
-    """GSM-SGD, Ding et al. 2019, section 3.2: only the most useful weights are trained, all others decay to zero.
+    """GSM-SGD, Ding et al. 2019, section 3.2: only the most useful weights are trained,
+    all others decay to zero.
 
-    In each step |w dL/dw| ranks the weights of all convolutions and linear layers; the gradients of those beyond the
-    `share` are zeroed, so weight decay alone moves them, accelerated by a momentum of 0.98 without Nesterov's step.
-    A weight that becomes useful again is trained again.
+    In each step |w dL/dw| ranks the weights of all convolutions and linear layers; the
+    gradients of those beyond the `share` are zeroed, so weight decay alone moves them,
+    accelerated by a momentum of 0.98 without Nesterov's step. A weight that becomes
+    useful again is trained again.
 
-    A decaying weight approaches zero from its side only while learning rate times `strength` is at most
-    (1 - sqrt(0.98))^2, about 1e-4; above, it swings through.
+    A decaying weight approaches zero from its side only while learning rate times
+    `strength` is at most (1 - sqrt(0.98))^2, about 1e-4; above, it swings through.
 
     Args:
         groups: The network's trace.
@@ -125,23 +152,36 @@ class GlobalSparseMomentum(Plug):
         """The usual ones with this method's momentum, and its decay where there is any."""
         own = {"momentum": self.MOMENTUM, "nesterov": False}
         usual = parameter_groups(model, config)
-        return [group | own | {"weight_decay": self.strength if group["weight_decay"] else 0.0} for group in usual]
+        return [
+            group
+            | own
+            | {"weight_decay": self.strength if group["weight_decay"] else 0.0}
+            for group in usual
+        ]
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:
         """Zeroes the gradients of all but the most useful weights."""
-        weights = [weight for weight in _weights(model, self.groups) if weight.grad is not None]
-        saliency = torch.cat([(weight * weight.grad).abs().flatten() for weight in weights])
+        weights = [
+            weight for weight in _weights(model, self.groups) if weight.grad is not None
+        ]
+        saliency = torch.cat(
+            [(weight * weight.grad).abs().flatten() for weight in weights]
+        )
         active = torch.zeros_like(saliency, dtype=torch.bool)
         active[saliency.topk(max(1, round(self.share * len(saliency)))).indices] = True
-        for weight, mask in zip(weights, active.split([weight.numel() for weight in weights]), strict=True):
+        for weight, mask in zip(
+            weights, active.split([weight.numel() for weight in weights]), strict=True
+        ):
             weight.grad.mul_(mask.view_as(weight))
 
 
 def _weights(model: nn.Module, groups: Groups) -> list[nn.Parameter]:
     """The trained weights of convolutions and linear layers, whatever they are called."""
     parameters = dict(model.named_parameters())
-    return [parameters[name] for name in groups.applied if parameters[name].requires_grad]
+    return [
+        parameters[name] for name in groups.applied if parameters[name].requires_grad
+    ]
 
 
 def _channel_pulls(
@@ -150,13 +190,27 @@ def _channel_pulls(
     members_of: Callable[[Group], Iterable[Member]],
     factor: Callable[[Tensor], Tensor],
 ) -> list[tuple[nn.Parameter, Tensor]]:
-    """Each channel's weights, in some members of its group, times a factor of their summed squares `(n_channels,)`."""
+    """Each channel's weights, in some members of its group, times a factor of their
+    summed squares `(n_channels,)`.
+    """
     tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
     pulls = []
     for group in groups:
-        parts = [(m, tensors[m.tensor], tensors[m.tensor].detach()) for m in members_of(group) if m.tensor in tensors]
-        factors = factor(sum(member.rows(values).square().flatten(1).sum(1) for member, _, values in parts))
-        pulls += [(weight, values * member.laid(factors, values, 0)) for member, weight, values in parts]
+        parts = [
+            (m, tensors[m.tensor], tensors[m.tensor].detach())
+            for m in members_of(group)
+            if m.tensor in tensors
+        ]
+        factors = factor(
+            sum(
+                member.rows(values).square().flatten(1).sum(1)
+                for member, _, values in parts
+            )
+        )
+        pulls += [
+            (weight, values * member.laid(factors, values, 0))
+            for member, weight, values in parts
+        ]
     return pulls
 
 
@@ -165,8 +219,10 @@ class SparseMethod:
     """A way to train sparsely.
 
     Attributes:
-        plug: From trace, strength and share (see `SparseConfig`) to what takes part in the training.
-        strength: The usual one for a few epochs from a trained network; the papers train for hundreds, with less.
+        plug: From trace, strength and share (see `SparseConfig`) to what takes part in
+            the training.
+        strength: The usual one for a few epochs from a trained network; the papers
+            train for hundreds, with less.
         share: The usual one; None for that of the budget.
     """
 
@@ -192,5 +248,7 @@ SPARSE: dict[str, SparseMethod] = {
 
 
 def check_sparse(name: str) -> None:
-    """Raises a `UserError` that offers the nearest method unless `name` is known, or "none"."""
+    """Raises a `UserError` that offers the nearest method unless `name` is known, or
+    "none".
+    """
     check_known("method", name, ["none", *SPARSE], "sparse.method")

@@ -1,8 +1,10 @@
-"""The steps of which random networks are composed: plain data first, then a module each.
+"""The steps of which random networks are composed: plain data first, then a module
+each.
 
-A step's fields list their choices, the simplest first, so that shrinking ends with defaults and a printed step shows
-only what differs from them. Every step can follow every other: what doesn't fit is adapted, never refused, so that any
-list of steps is a network.
+A step's fields list their choices, the simplest first, so that shrinking ends with
+defaults and a printed step shows only what differs from them. Every step can follow
+every other: what doesn't fit is adapted, never refused, so that any list of steps is a
+network.
 """
 
 from steps.base import Step
@@ -52,4 +54,6 @@ STEPS: tuple[type[Step], ...] = (
 """Simplest first; those that networks are mostly made of come several times."""
 
 ANY_VALUE = (Linear,)
-"""Steps whose first operand may be a vector as well as a map; a modulation's second may, too."""
+"""Steps whose first operand may be a vector as well as a map; a modulation's second
+may, too.
+"""

@@ -1,4 +1,6 @@
-"""What steps are made of: fields that list their choices, and modules that hold a function."""
+"""What steps are made of: fields that list their choices, and modules that hold a
+function.
+"""
 
 import math
 from collections.abc import Callable
@@ -21,7 +23,18 @@ NORMS = (
     "plain",
     "plain_group",
 )
-ACTS = ("none", "relu", "relu", "relu", "silu", "sigmoid", "gelu", "hardswish", "prelu", "tanh")
+ACTS = (
+    "none",
+    "relu",
+    "relu",
+    "relu",
+    "silu",
+    "sigmoid",
+    "gelu",
+    "hardswish",
+    "prelu",
+    "tanh",
+)
 STATISTICS = {"group", "layer", "group_of_all", "plain_group"}
 """Norms whose statistics are taken over channels."""
 
@@ -33,18 +46,29 @@ def among(*choices):
 
 @dataclass(frozen=True, repr=False)
 class Step:
-    """One operation on a value that the network has made before, counted back from the newest."""
+    """One operation on a value that the network has made before, counted back from the
+    newest.
+    """
 
     source: int = among(0, 0, 0, 0, 1, 2, 4)
 
     def __repr__(self) -> str:
-        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        changed = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        ]
         return f"{type(self).__name__}({', '.join(changed)})"
 
     @property
     def sees_channels_together(self) -> bool:
-        """Whether it takes statistics over channels: a channel of zeros isn't the same as none."""
-        return {getattr(self, "norm", "none"), getattr(self, "kind", "none")} & STATISTICS != set()
+        """Whether it takes statistics over channels: a channel of zeros isn't the same
+        as none.
+        """
+        return {
+            getattr(self, "norm", "none"),
+            getattr(self, "kind", "none"),
+        } & STATISTICS != set()
 
     def build(self, x: Tensor) -> nn.Module:
         """The module for an operand of this shape."""
@@ -72,7 +96,9 @@ class Do(nn.Module):
 class Parameterised(nn.Module):
     """An elementwise operation with a bare parameter, or a buffer."""
 
-    def __init__(self, shape: tuple[int, ...], operation: Callable, learned: bool = True):
+    def __init__(
+        self, shape: tuple[int, ...], operation: Callable, learned: bool = True
+    ):
         super().__init__()
         self.operation = operation
         if learned:
@@ -86,7 +112,10 @@ class Parameterised(nn.Module):
 
 def norm(kind: str, n: int) -> nn.Module:
     """A normalisation of `n` channels."""
-    channels_last = Do(lambda inner, x: inner(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), nn.LayerNorm(n))
+    channels_last = Do(
+        lambda inner, x: inner(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+        nn.LayerNorm(n),
+    )
     return {
         "none": nn.Identity(),
         "batch": nn.BatchNorm2d(n),
@@ -101,7 +130,12 @@ def norm(kind: str, n: int) -> nn.Module:
 
 def act(kind: str, n: int, inplace: bool = False) -> nn.Module:
     """An activation of `n` channels."""
-    plain = {"none": nn.Identity, "sigmoid": nn.Sigmoid, "gelu": nn.GELU, "tanh": nn.Tanh}
+    plain = {
+        "none": nn.Identity,
+        "sigmoid": nn.Sigmoid,
+        "gelu": nn.GELU,
+        "tanh": nn.Tanh,
+    }
     if kind in plain:
         return plain[kind]()
     if kind == "prelu":

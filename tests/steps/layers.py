@@ -8,7 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steps.base import ACTS, NORMS, Do, Meeting, Parameterised, Step, act, among, norm, pooled, projection
+from steps.base import (
+    ACTS,
+    NORMS,
+    Do,
+    Meeting,
+    Parameterised,
+    Step,
+    act,
+    among,
+    norm,
+    pooled,
+    projection,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,16 +39,29 @@ class Conv(Step):
 
     def build(self, x: Tensor) -> nn.Module:
         n_in, n_out = x.shape[1], self.width or x.shape[1]
-        groups, padding = math.gcd(self.groups, n_in, n_out), self.dilation * (self.kernel // 2)
+        groups, padding = (
+            math.gcd(self.groups, n_in, n_out),
+            self.dilation * (self.kernel // 2),
+        )
         conv = nn.Conv2d(
-            n_in, n_out, self.kernel, self.stride, padding, self.dilation, groups, self.bias, self.padding_mode
+            n_in,
+            n_out,
+            self.kernel,
+            self.stride,
+            padding,
+            self.dilation,
+            groups,
+            self.bias,
+            self.padding_mode,
         )
         return nn.Sequential(conv, norm(self.norm, n_out), act(self.act, n_out))
 
 
 @dataclass(frozen=True, repr=False)
 class Depthwise(Step):
-    """Depthwise convolution with as many outputs a channel as `multiplier`, norm, activation."""
+    """Depthwise convolution with as many outputs a channel as `multiplier`, norm,
+    activation.
+    """
 
     multiplier: int = among(1, 1, 2)
     stride: int = among(1, 1, 2)
@@ -60,7 +85,10 @@ class Transposed(Step):
     def build(self, x: Tensor) -> nn.Module:
         n_out = self.width if self.groups else x.shape[1]
         groups = math.gcd(self.groups, x.shape[1], n_out)
-        return nn.Sequential(nn.ConvTranspose2d(x.shape[1], n_out, 2, 2, groups=groups), norm(self.norm, n_out))
+        return nn.Sequential(
+            nn.ConvTranspose2d(x.shape[1], n_out, 2, 2, groups=groups),
+            norm(self.norm, n_out),
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,7 +133,9 @@ class Residual(Step):
 
 @dataclass(frozen=True, repr=False)
 class ConvNeXt(Step):
-    """Depthwise convolution, layer norm and an inverted bottleneck of linear layers, channels last; layer scale."""
+    """Depthwise convolution, layer norm and an inverted bottleneck of linear layers,
+    channels last; layer scale.
+    """
 
     inner: int = among(6, 12)
 
@@ -115,7 +145,12 @@ class ConvNeXt(Step):
 
     def build(self, x: Tensor) -> nn.Module:
         n = x.shape[1]
-        mlp = nn.Sequential(nn.LayerNorm(n), nn.Linear(n, self.inner), nn.GELU(), nn.Linear(self.inner, n))
+        mlp = nn.Sequential(
+            nn.LayerNorm(n),
+            nn.Linear(n, self.inner),
+            nn.GELU(),
+            nn.Linear(self.inner, n),
+        )
         return Do(
             lambda conv, mlp, scale, x: x + scale(mlp(conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
             nn.Conv2d(n, n, 3, padding=1, groups=n), mlp, Parameterised((n, 1, 1), torch.mul),
@@ -129,9 +164,15 @@ class Scale(Step):
     how: str = among("channel", "buffer", "scalar", "shift", "position")
 
     def build(self, x: Tensor) -> nn.Module:
-        shapes = {"scalar": (1,), "position": tuple(x.shape[1:]), "shift": (1, x.shape[1], 1, 1)}
+        shapes = {
+            "scalar": (1,),
+            "position": tuple(x.shape[1:]),
+            "shift": (1, x.shape[1], 1, 1),
+        }
         operation = torch.add if self.how in ("shift", "position") else torch.mul
-        return Parameterised(shapes.get(self.how, (x.shape[1], 1, 1)), operation, self.how != "buffer")
+        return Parameterised(
+            shapes.get(self.how, (x.shape[1], 1, 1)), operation, self.how != "buffer"
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -143,18 +184,27 @@ class SqueezeExcite(Step):
     gate: str = among("sigmoid", "hardsigmoid")
 
     def build(self, x: Tensor) -> nn.Module:
-        n, gate = x.shape[1], {"sigmoid": nn.Sigmoid(), "hardsigmoid": nn.Hardsigmoid()}[self.gate]
+        n, gate = (
+            x.shape[1],
+            {"sigmoid": nn.Sigmoid(), "hardsigmoid": nn.Hardsigmoid()}[self.gate],
+        )
         if self.form == "conv":
             ends = nn.Conv2d(n, self.hidden, 1), nn.Conv2d(self.hidden, n, 1)
-            path = nn.Sequential(nn.AdaptiveAvgPool2d(1), ends[0], nn.ReLU(), ends[1], gate)
+            path = nn.Sequential(
+                nn.AdaptiveAvgPool2d(1), ends[0], nn.ReLU(), ends[1], gate
+            )
             return Do(lambda path, x: x * path(x), path)
-        path = nn.Sequential(nn.Linear(n, self.hidden), nn.ReLU(), nn.Linear(self.hidden, n), gate)
+        path = nn.Sequential(
+            nn.Linear(n, self.hidden), nn.ReLU(), nn.Linear(self.hidden, n), gate
+        )
         return Do(lambda path, x: x * path(x.mean((2, 3))).view(len(x), -1, 1, 1), path)
 
 
 @dataclass(frozen=True, repr=False)
 class SpatialGate(Step):
-    """A map of one channel gates all, made by a convolution or from the channels' mean and maximum."""
+    """A map of one channel gates all, made by a convolution or from the channels' mean
+    and maximum.
+    """
 
     form: str = among("conv", "statistics")
 
@@ -164,9 +214,16 @@ class SpatialGate(Step):
 
     def build(self, x: Tensor) -> nn.Module:
         if self.form == "conv":
-            return Do(lambda conv, x: x * conv(x).sigmoid(), nn.Conv2d(x.shape[1], 1, 1))
-        maps = lambda x: torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # noqa: E731
-        return Do(lambda conv, x: x * conv(maps(x)).sigmoid(), nn.Conv2d(2, 1, 3, padding=1))
+            return Do(
+                lambda conv, x: x * conv(x).sigmoid(), nn.Conv2d(x.shape[1], 1, 1)
+            )
+
+        def maps(x):
+            return torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+
+        return Do(
+            lambda conv, x: x * conv(maps(x)).sigmoid(), nn.Conv2d(2, 1, 3, padding=1)
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -197,19 +254,27 @@ class Twice(Step):
 
     def build(self, x: Tensor) -> nn.Module:
         n = x.shape[1]
-        shared = nn.Sequential(nn.Conv2d(n, n, 3, padding=1), norm(self.norm, n), nn.SiLU())
+        shared = nn.Sequential(
+            nn.Conv2d(n, n, 3, padding=1), norm(self.norm, n), nn.SiLU()
+        )
         return Do(lambda shared, x: shared(shared(x)), shared)
 
 
 @dataclass(frozen=True, repr=False)
 class Siamese(Meeting):
-    """One convolution and norm used on two maps, as heads are that several scales share."""
+    """One convolution and norm used on two maps, as heads are that several scales
+    share.
+    """
 
     width: int = among(4, 6)
     norm: str = among(*NORMS)
 
     def build(self, x: Tensor, y: Tensor) -> nn.Module:
-        shared = nn.Sequential(nn.Conv2d(x.shape[1], self.width, 3, padding=1), norm(self.norm, self.width), nn.ReLU())
+        shared = nn.Sequential(
+            nn.Conv2d(x.shape[1], self.width, 3, padding=1),
+            norm(self.norm, self.width),
+            nn.ReLU(),
+        )
         fit = projection(y.shape[1], x.shape[1])
         return Do(lambda shared, fit, a, b: (shared(a), shared(fit(b))), shared, fit)
 
@@ -218,7 +283,8 @@ class Siamese(Meeting):
 class Matmul(Step):
     """A 1x1 convolution written with a bare parameter.
 
-    Not as `torch.einsum`: from a single channel it multiplies elementwise, which PyTorch's counter doesn't count.
+    Not as `torch.einsum`: from a single channel it multiplies elementwise, which
+    PyTorch's counter doesn't count.
     """
 
     how: str = among("matmul", "linear")
@@ -226,15 +292,21 @@ class Matmul(Step):
 
     def build(self, x: Tensor) -> nn.Module:
         operation = {
-            "matmul": lambda x, weight: (weight @ x.flatten(2)).view(len(x), -1, *x.shape[2:]),
-            "linear": lambda x, weight: F.linear(x.movedim(1, -1), weight).movedim(-1, 1),
+            "matmul": lambda x, weight: (weight @ x.flatten(2)).view(
+                len(x), -1, *x.shape[2:]
+            ),
+            "linear": lambda x, weight: F.linear(x.movedim(1, -1), weight).movedim(
+                -1, 1
+            ),
         }[self.how]
         return Parameterised((self.width, x.shape[1]), operation)
 
 
 @dataclass(frozen=True, repr=False)
 class Attention(Step):
-    """Every pixel attends to every other: PyTorch's module, fused qkv, or 1x1 convolutions with matrix products."""
+    """Every pixel attends to every other: PyTorch's module, fused qkv, or 1x1
+    convolutions with matrix products.
+    """
 
     form: str = among("convs", "module", "with_weights", "fused")
     heads: int = among(1, 2, 4)
@@ -251,12 +323,18 @@ class Attention(Step):
             return Do(_non_local, q, k, v, nn.Conv2d(self.width, n, 1))
         if self.form == "fused":
             inner = self.heads * self.width
-            return Do(partial(_fused, self.heads), nn.Linear(n, 3 * inner), nn.Linear(inner, n))
+            return Do(
+                partial(_fused, self.heads),
+                nn.Linear(n, 3 * inner),
+                nn.Linear(inner, n),
+            )
         attention = nn.MultiheadAttention(n, math.gcd(self.heads, n), batch_first=True)
         return Do(partial(_attended, self.form == "with_weights"), attention)
 
 
-def _non_local(q: nn.Module, k: nn.Module, v: nn.Module, out: nn.Module, x: Tensor) -> Tensor:
+def _non_local(
+    q: nn.Module, k: nn.Module, v: nn.Module, out: nn.Module, x: Tensor
+) -> Tensor:
     weights = torch.softmax(q(x).flatten(2).transpose(1, 2) @ k(x).flatten(2), -1)
     values = v(x).flatten(2) @ weights.transpose(1, 2)
     return x + out(values.view(len(x), -1, *x.shape[2:]))
@@ -265,7 +343,9 @@ def _non_local(q: nn.Module, k: nn.Module, v: nn.Module, out: nn.Module, x: Tens
 def _fused(heads: int, qkv: nn.Module, out: nn.Module, x: Tensor) -> Tensor:
     tokens = x.flatten(2).transpose(1, 2)
     q, k, v = qkv(tokens).view(*tokens.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).flatten(2)
+    mixed = (
+        F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).flatten(2)
+    )
     return x + out(mixed).transpose(1, 2).reshape(x.shape)
 
 
@@ -290,7 +370,11 @@ class Flatten(Step):
         }
         shrink = nn.AdaptiveAvgPool2d(2) if x[0].numel() > 512 else nn.Identity()
         n = ways[self.how](shrink(x)).shape[1]
-        return Do(lambda shrink, linear, x: linear(ways[self.how](shrink(x))), shrink, nn.Linear(n, self.width))
+        return Do(
+            lambda shrink, linear, x: linear(ways[self.how](shrink(x))),
+            shrink,
+            nn.Linear(n, self.width),
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -303,7 +387,19 @@ class Linear(Step):
     act: str = among("none", "relu", "silu")
 
     def build(self, x: Tensor) -> nn.Module:
-        norms = {"none": nn.Identity(), "batch": nn.BatchNorm1d(self.width), "layer": nn.LayerNorm(self.width)}
-        tail = nn.Sequential(nn.Linear(x.shape[1], self.width), norms[self.norm], act(self.act, self.width))
-        pool = (lambda x: x.amax((2, 3)) if x.ndim == 4 else x) if self.pool == "maximum" else pooled
+        norms = {
+            "none": nn.Identity(),
+            "batch": nn.BatchNorm1d(self.width),
+            "layer": nn.LayerNorm(self.width),
+        }
+        tail = nn.Sequential(
+            nn.Linear(x.shape[1], self.width),
+            norms[self.norm],
+            act(self.act, self.width),
+        )
+        pool = (
+            (lambda x: x.amax((2, 3)) if x.ndim == 4 else x)
+            if self.pool == "maximum"
+            else pooled
+        )
         return Do(lambda tail, x: tail(pool(x)), tail)

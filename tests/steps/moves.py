@@ -15,7 +15,18 @@ from steps.base import Do, Meeting, Step, among, projection, resized
 class Add(Meeting):
     """Two maps meet element by element, the second brought to the first one's shape."""
 
-    how: str = among("add", "add", "add", "mul", "maximum", "sub", "stack", "weighted", "where", "inplace")
+    how: str = among(
+        "add",
+        "add",
+        "add",
+        "mul",
+        "maximum",
+        "sub",
+        "stack",
+        "weighted",
+        "where",
+        "inplace",
+    )
 
     def build(self, x: Tensor, y: Tensor) -> nn.Module:
         meet = {
@@ -23,12 +34,17 @@ class Add(Meeting):
             "stack": lambda a, b: torch.stack([a, b]).sum(0), "weighted": lambda a, b: 0.3 * a + 0.7 * b,
             "where": lambda a, b: torch.where(a > 0, a, b), "inplace": lambda a, b: a.clone().add_(b),
         }[self.how]  # fmt: skip
-        return Do(lambda fit, a, b: meet(a, resized(fit(b), a)), projection(y.shape[1], x.shape[1]))
+        return Do(
+            lambda fit, a, b: meet(a, resized(fit(b), a)),
+            projection(y.shape[1], x.shape[1]),
+        )
 
 
 @dataclass(frozen=True, repr=False)
 class Broadcast(Meeting):
-    """A map meets another's mean over space, its mean over channels, or one channel made of it."""
+    """A map meets another's mean over space, its mean over channels, or one channel
+    made of it.
+    """
 
     how: str = among("space", "one", "channels")
 
@@ -38,10 +54,15 @@ class Broadcast(Meeting):
 
     def build(self, x: Tensor, y: Tensor) -> nn.Module:
         if self.how == "one":
-            return Do(lambda conv, a, b: a + resized(conv(b), a), nn.Conv2d(y.shape[1], 1, 1))
+            return Do(
+                lambda conv, a, b: a + resized(conv(b), a), nn.Conv2d(y.shape[1], 1, 1)
+            )
         if self.how == "channels":
             return Do(lambda a, b: a + resized(b.mean(1, keepdim=True), a))
-        return Do(lambda fit, a, b: a + fit(b).mean((2, 3), keepdim=True), projection(y.shape[1], x.shape[1]))
+        return Do(
+            lambda fit, a, b: a + fit(b).mean((2, 3), keepdim=True),
+            projection(y.shape[1], x.shape[1]),
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +72,9 @@ class Concat(Meeting):
     again: bool = among(False, False, True)
 
     def build(self, x: Tensor, y: Tensor) -> nn.Module:
-        return Do(lambda a, b: torch.cat([a, resized(b, a), *([a] if self.again else [])], 1))
+        return Do(
+            lambda a, b: torch.cat([a, resized(b, a), *([a] if self.again else [])], 1)
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,7 +105,12 @@ class Gated(Step):
 
     def build(self, x: Tensor) -> nn.Module:
         expand = nn.Identity() if x.shape[1] % 2 == 0 else nn.Conv2d(x.shape[1], 8, 1)
-        return Do(_halves_gated if self.how == "chunk" else lambda expand, x: F.glu(expand(x), 1), expand)
+        return Do(
+            _halves_gated
+            if self.how == "chunk"
+            else lambda expand, x: F.glu(expand(x), 1),
+            expand,
+        )
 
 
 def _halves_gated(expand: nn.Module, x: Tensor) -> Tensor:
@@ -135,18 +163,28 @@ class Shuffle(Step):
         groups = math.gcd(self.groups, x.shape[1])
         if self.how == "module":
             return nn.ChannelShuffle(groups)
-        return Do(lambda x: x.view(len(x), groups, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2))
+        return Do(
+            lambda x: (
+                x.view(len(x), groups, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+            )
+        )
 
 
 @dataclass(frozen=True, repr=False)
 class PixelShuffle(Step):
-    """Channels become space, after a convolution that makes them divisible, or space becomes channels."""
+    """Channels become space, after a convolution that makes them divisible, or space
+    becomes channels.
+    """
 
     how: str = among("shuffle", "unshuffle")
 
     def build(self, x: Tensor) -> nn.Module:
         if self.how == "unshuffle":
-            return nn.PixelUnshuffle(2) if all(size % 2 == 0 for size in x.shape[2:]) else nn.Identity()
+            return (
+                nn.PixelUnshuffle(2)
+                if all(size % 2 == 0 for size in x.shape[2:])
+                else nn.Identity()
+            )
         fit = nn.Identity() if x.shape[1] % 4 == 0 else nn.Conv2d(x.shape[1], 16, 1)
         return nn.Sequential(fit, nn.PixelShuffle(2))
 
@@ -187,7 +225,9 @@ class ChannelOrder(Step):
 
     def build(self, x: Tensor) -> nn.Module:
         if self.how == "permuted":
-            return Permuted(torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0)))
+            return Permuted(
+                torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))
+            )
         return Do(lambda x: x.flip(1) if self.how == "flip" else x.roll(1, 1))
 
 
@@ -227,7 +267,16 @@ class AcrossChannels(Step):
     """Functions that see all channels at once, or their number."""
 
     how: str = among(
-        "softmax", "normalize", "centre", "centre_all", "cumsum", "width", "ramp", "mean_map", "gram", "neighbours"
+        "softmax",
+        "normalize",
+        "centre",
+        "centre_all",
+        "cumsum",
+        "width",
+        "ramp",
+        "mean_map",
+        "gram",
+        "neighbours",
     )
 
     @property
@@ -250,7 +299,12 @@ _ACROSS = {
     "centre_all": lambda x: x - x.mean(),
     "cumsum": lambda x: 0.3 * x.cumsum(1),
     "width": lambda x: 3 * x / x.shape[1],
-    "ramp": lambda x: x * torch.linspace(1, 2, x.shape[1], dtype=x.dtype, device=x.device)[:, None, None],
+    "ramp": lambda x: (
+        x
+        * torch.linspace(1, 2, x.shape[1], dtype=x.dtype, device=x.device)[
+            :, None, None
+        ]
+    ),
     "mean_map": lambda x: x.mean(1, keepdim=True),
     "gram": _gram,
     "neighbours": lambda x: F.local_response_norm(x, 3, alpha=1.0),
@@ -271,9 +325,15 @@ class SpaceMoves(Step):
 
 def _windows_normed(x: Tensor) -> Tensor:
     batch, n, height, width = x.shape
-    windows = x.view(batch, n, height // 2, 2, width // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, n)
+    windows = (
+        x.view(batch, n, height // 2, 2, width // 2, 2)
+        .permute(0, 2, 4, 3, 5, 1)
+        .reshape(-1, 4, n)
+    )
     windows = windows - windows.amax(1, keepdim=True)
-    back = windows.view(batch, height // 2, width // 2, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
+    back = windows.view(batch, height // 2, width // 2, 2, 2, -1).permute(
+        0, 5, 1, 3, 2, 4
+    )
     return back.reshape(batch, -1, height, width)
 
 
@@ -282,5 +342,7 @@ _MOVES = {
     "roll": lambda x: x.roll((1, 1), (2, 3)),
     "transpose": lambda x: x.transpose(2, 3),
     "windows": _windows_normed,
-    "patches": lambda x: F.unfold(x, 3, padding=1).view(len(x), -1, 9, *x.shape[2:])[:, :, 0::4].mean(2),
+    "patches": lambda x: (
+        F.unfold(x, 3, padding=1).view(len(x), -1, 9, *x.shape[2:])[:, :, 0::4].mean(2)
+    ),
 }

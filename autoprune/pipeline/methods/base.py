@@ -1,4 +1,6 @@
-"""From a decision to a network: what was decided, the network that follows, how it is trained; the seam of them all."""
+"""From a decision to a network: what was decided, the network that follows, how it is
+trained; the seam of them all.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -29,7 +31,9 @@ class Removal:
         self.workspace, self.folder = workspace, folder
 
     def check(self) -> None:
-        """Raises a `UserError` unless the network can meet the budget so; before the run has a folder."""
+        """Raises a `UserError` unless the network can meet the budget so; before the
+        run has a folder.
+        """
 
     @property
     def is_decided(self) -> bool:
@@ -51,7 +55,8 @@ class Removal:
     """Of how many long steps `decide` consists; 0 if it is done at once."""
 
     def decide(self, advance: Callable[[str], None]) -> tuple[Any, dict]:
-        """Decides what goes, and what else results.json shall say of it; writes neither down.
+        """Decides what goes, and what else results.json shall say of it; writes neither
+        down.
 
         Args:
             advance: Called after each long step with what it has found.
@@ -80,7 +85,9 @@ class Removal:
         return 0
 
     def prepare(self, on_epoch: EpochCallback) -> None:
-        """Trains what has to be trained before anything can go; resumable, and nothing the second time."""
+        """Trains what has to be trained before anything can go; resumable, and nothing
+        the second time.
+        """
 
 
 class Channels(Removal):
@@ -113,7 +120,9 @@ class Channels(Removal):
         return self.decision.kept
 
     def network(self) -> nn.Module:
-        """The sub-model with the most important channels; with reconstructed weights if that helps."""
+        """The sub-model with the most important channels; with reconstructed weights if
+        that helps.
+        """
         return sliced(self.workspace, self.widths)
 
     def plan(self) -> dict:
@@ -124,21 +133,29 @@ class Channels(Removal):
 
 
 def sliced(workspace: Workspace, counts: Mapping[str, int]) -> nn.Module:
-    """The network of a workspace with the most important channels of each group, batch norm recalibrated.
+    """The network of a workspace with the most important channels of each group, batch
+    norm recalibrated.
 
-    Its weights are reconstructed where the settings ask for it and that makes it better.
+    Its weights are reconstructed where the settings ask for it and that makes it
+    better.
     """
     pruned = recalibrated(workspace, counts)
     if workspace.reconstruction is None:
         return pruned
     solved = recalibrated(workspace, counts, workspace.reconstruction)
-    return min(solved, pruned, key=lambda model: score(model, workspace.splits.proxy).loss)
+    return min(
+        solved, pruned, key=lambda model: score(model, workspace.splits.proxy).loss
+    )
 
 
 def recalibrated(
-    workspace: Workspace, counts: Mapping[str, int], reconstruction: Reconstruction | None = None
+    workspace: Workspace,
+    counts: Mapping[str, int],
+    reconstruction: Reconstruction | None = None,
 ) -> nn.Module:
-    """As `sliced`, with the weights as they are, or all solved anew by a reconstruction."""
+    """As `sliced`, with the weights as they are, or all solved anew by a
+    reconstruction.
+    """
     kept = top_channels(workspace.importance, counts)
     pruned = prune(workspace.model, workspace.groups, kept)
     if reconstruction is not None:
@@ -148,8 +165,9 @@ def recalibrated(
 
 
 class Trained(Removal):
-    """Mixed into a removal whose units leave by training, see `autoprune.pipeline.methods.trained`; `merged/` holds
-    what remains."""
+    """Mixed into a removal whose units leave by training, see
+    `autoprune.pipeline.methods.trained`; `merged/` holds what remains.
+    """
 
     def check(self) -> None:
         """Looks also whether the network can have that training."""
@@ -165,7 +183,9 @@ class Trained(Removal):
         """Passes over the training split, none where it is done."""
         if self._is_done:
             return 0
-        return self.workspace.settings.removal_training.epochs_for(len(self.workspace.splits.train))
+        return self.workspace.settings.removal_training.epochs_for(
+            len(self.workspace.splits.train)
+        )
 
     def prepare(self, on_epoch: EpochCallback) -> None:
         """Trains; the decision is then what remained."""
@@ -173,16 +193,34 @@ class Trained(Removal):
             return
         workspace, settings = self.workspace, self.workspace.settings
         course = MERGINGS[settings.removal.method].course(workspace, self.decision)
-        checkpoint, how = self.folder.checkpoints / "removal.pt", settings.removal_training
+        checkpoint, how = (
+            self.folder.checkpoints / "removal.pt",
+            settings.removal_training,
+        )
         train, seed = workspace.splits.train, settings.search.seed
         log = self.folder.logging("removal epoch", on_epoch)
-        finetune(course.model, train, how, seed, workspace.dense, checkpoint, log, course.plug)
+        finetune(
+            course.model,
+            train,
+            how,
+            seed,
+            workspace.dense,
+            checkpoint,
+            log,
+            course.plug,
+        )
         merged, decision = course.finish(course.model)
         self.keep(decision)
-        self.folder.add_results(removal_method=settings.removal.method, **self.costs(decision))
+        self.folder.add_results(
+            removal_method=settings.removal.method, **self.costs(decision)
+        )
         recalibrate(merged, workspace.splits.calibration.inputs)
         # The network comes last: its plan says that the training is done.
-        save_pruned(merged, self.folder.merged, workspace.network | {"stage": "merged"} | self.plan())
+        save_pruned(
+            merged,
+            self.folder.merged,
+            workspace.network | {"stage": "merged"} | self.plan(),
+        )
 
     def network(self) -> nn.Module:
         """What remained after the training."""

@@ -1,4 +1,6 @@
-"""What is removed as one, from a single weight to a layer: for each granularity how it is decided and carried out."""
+"""What is removed as one, from a single weight to a layer: for each granularity how it
+is decided and carried out.
+"""
 
 import copy
 from collections.abc import Callable
@@ -20,7 +22,14 @@ from autoprune.runs import RunFolder, write_json
 from autoprune.scaling.depth import Block, removable_blocks, remove_blocks, shallower
 from autoprune.tracing.trace import trace
 from autoprune.training.loop import Plug
-from autoprune.training.masks import PATTERNS, KeepMasks, Masks, check_mask_options, n_of_m, n_of_m_masks
+from autoprune.training.masks import (
+    PATTERNS,
+    KeepMasks,
+    Masks,
+    check_mask_options,
+    n_of_m,
+    n_of_m_masks,
+)
 
 
 class TrainedChannels(Trained, Channels):
@@ -28,11 +37,16 @@ class TrainedChannels(Trained, Channels):
 
     def plan(self) -> dict:
         """The allocation, and how it came about."""
-        return {"allocation": self.decision.to_json(), "removal": self.workspace.settings.removal.method}
+        return {
+            "allocation": self.decision.to_json(),
+            "removal": self.workspace.settings.removal.method,
+        }
 
 
 class Weights(Removal):
-    """Weights, rows, columns, kernels or filters, as masks that leave the shapes as they are."""
+    """Weights, rows, columns, kernels or filters, as masks that leave the shapes as
+    they are.
+    """
 
     @property
     def is_decided(self) -> bool:
@@ -60,18 +74,28 @@ class Weights(Removal):
     def costs(self, decision: Masks) -> dict:
         """What isn't zero; layers that N:M leaves whole are."""
         groups, dense = self.workspace.groups, self.workspace.dense_costs
-        nonzero, sizes = decision.costs(groups), {name: prod(groups.shapes[name]) for name in groups.applied}
+        nonzero, sizes = (
+            decision.costs(groups),
+            {name: prod(groups.shapes[name]) for name in groups.applied},
+        )
         layers = [
             {
                 "name": name.removesuffix(".weight"),
                 "channels": size,
-                "kept": int(decision.kept[name].sum()) if name in decision.kept else size,
+                "kept": int(decision.kept[name].sum())
+                if name in decision.kept
+                else size,
             }
             for name, size in sizes.items()
         ]
-        shares = {"macs_ratio": nonzero["macs"] / dense["macs_dense"], "sparsity": decision.sparsity}
+        shares = {
+            "macs_ratio": nonzero["macs"] / dense["macs_dense"],
+            "sparsity": decision.sparsity,
+        }
         same = {"memory_bytes": dense["memory_bytes_dense"]}
-        return nonzero | dense | same | shares | {"groups": layers, "counted": "weights"}
+        return (
+            nonzero | dense | same | shares | {"groups": layers, "counted": "weights"}
+        )
 
     def masks(self) -> Masks:
         """What the settings ask for, made anew.
@@ -79,7 +103,11 @@ class Weights(Removal):
         Raises:
             UserError: If it doesn't fit the budget.
         """
-        search, groups, costs = self.workspace.settings.search, self.workspace.groups, self.workspace.costs
+        search, groups, costs = (
+            self.workspace.settings.search,
+            self.workspace.groups,
+            self.workspace.costs,
+        )
         model, budget = self.workspace.model, check_granularity(search)
         target, pair = budget.target(costs), n_of_m(search.granularity)
         if pair is None:
@@ -89,7 +117,8 @@ class Weights(Removal):
         if left > target:
             share = left / costs.metrics[budget.metric](costs.dense)
             raise UserError(
-                f"--budget: {search.granularity} leaves {budget.metric}={share:.1%}; allow that, not {budget}"
+                f"--budget: {search.granularity} leaves {budget.metric}={share:.1%}; "
+                f"allow that, not {budget}"
             )
         return masks
 
@@ -102,7 +131,10 @@ class Weights(Removal):
 
     def plan(self) -> dict:
         """The granularity; the masks lie beside the pruned network's folder."""
-        return {"granularity": self.workspace.settings.search.granularity, "sparsity": self.decision.sparsity}
+        return {
+            "granularity": self.workspace.settings.search.granularity,
+            "sparsity": self.decision.sparsity,
+        }
 
     def plug(self) -> Plug:
         """Fine-tuning under the masks."""
@@ -128,14 +160,20 @@ class Blocks(Removal):
         if self._target < floor:
             share = floor / (floor + saved)
             raise UserError(
-                f"--budget: {self.workspace.settings.search.budget} is below the reachable floor; without its "
-                f"{len(self._all)} removable blocks this network has macs={floor} ({share:.1%})"
+                f"--budget: {self.workspace.settings.search.budget} is below the "
+                f"reachable floor; without its "
+                f"{len(self._all)} removable blocks this network has macs={floor} "
+                f"({share:.1%})"
             )
 
     def decide(self, advance: Callable[[str], None]) -> tuple[list[str], dict]:
-        """Removes the block of least damage per MAC, again and again, on the proxy split."""
+        """Removes the block of least damage per MAC, again and again, on the proxy
+        split.
+        """
         splits = self.workspace.splits
-        return shallower(self.workspace.model, splits.example, splits.proxy, self._target), {}
+        return shallower(
+            self.workspace.model, splits.example, splits.proxy, self._target
+        ), {}
 
     @cached_property
     def decision(self) -> list[str]:
@@ -150,13 +188,25 @@ class Blocks(Removal):
     def costs(self, decision: list[str]) -> dict:
         """Those of the shallower network."""
         workspace = self.workspace
-        smaller = CostTable(trace(remove_blocks(workspace.model, decision), workspace.splits.example))
-        results = {metric: cost(smaller.dense) for metric, cost in smaller.metrics.items()} | workspace.dense_costs
+        smaller = CostTable(
+            trace(remove_blocks(workspace.model, decision), workspace.splits.example)
+        )
+        results = {
+            metric: cost(smaller.dense) for metric, cost in smaller.metrics.items()
+        } | workspace.dense_costs
         blocks = [
-            {"name": block.name, "channels": block.macs, "kept": 0 if block.name in decision else block.macs}
+            {
+                "name": block.name,
+                "channels": block.macs,
+                "kept": 0 if block.name in decision else block.macs,
+            }
             for block in self._all
         ]
-        return results | {"macs_ratio": results["macs"] / results["macs_dense"], "groups": blocks, "counted": "MACs"}
+        return results | {
+            "macs_ratio": results["macs"] / results["macs_dense"],
+            "groups": blocks,
+            "counted": "MACs",
+        }
 
     def network(self) -> nn.Module:
         """The shallower network."""
@@ -170,7 +220,9 @@ class Blocks(Removal):
 
     @property
     def _target(self) -> int:
-        return check_granularity(self.workspace.settings.search).target(self.workspace.costs)
+        return check_granularity(self.workspace.settings.search).target(
+            self.workspace.costs
+        )
 
     @cached_property
     def _all(self) -> list[Block]:
@@ -184,7 +236,10 @@ GRANULARITIES: dict[str, type[Removal]] = {
     **dict.fromkeys(PATTERNS, Weights),
 }
 """Besides N:M, such as 2:4."""
-TRAINED: dict[type[Removal], type[Removal]] = {Channels: TrainedChannels, Weights: TrainedWeights}
+TRAINED: dict[type[Removal], type[Removal]] = {
+    Channels: TrainedChannels,
+    Weights: TrainedWeights,
+}
 """What stands in where units leave by training."""
 
 
@@ -192,11 +247,15 @@ def removal(workspace: Workspace, folder: RunFolder) -> Removal:
     """What the run removes, at the granularity of its settings."""
     granularity = workspace.settings.search.granularity
     kind = Weights if n_of_m(granularity) else GRANULARITIES[granularity]
-    return (kind if workspace.settings.removal.method == "slice" else TRAINED[kind])(workspace, folder)
+    return (kind if workspace.settings.removal.method == "slice" else TRAINED[kind])(
+        workspace, folder
+    )
 
 
 def check_removal(settings: Settings) -> None:
-    """Raises a `UserError` unless how units leave is known and goes with the granularity and the budget."""
+    """Raises a `UserError` unless how units leave is known and goes with the
+    granularity and the budget.
+    """
     method, search = settings.removal.method, settings.search
     check_known("method", method, ["slice", *MERGINGS], "removal.method")
     budget = check_granularity(search)
@@ -204,29 +263,47 @@ def check_removal(settings: Settings) -> None:
         if isinstance(budget, BudgetRange) and method == "resrep":
             raise UserError(f"--budget: resrep trains for one budget, got {budget}")
     elif method != "gradual" or search.granularity not in PATTERNS:
-        raise UserError(f"--removal.method: {method} is not for granularity {search.granularity}; use slice")
+        raise UserError(
+            f"--removal.method: {method} is not for granularity {search.granularity}; "
+            f"use slice"
+        )
 
 
 def check_granularity(search: SearchConfig) -> Budget | BudgetRange:
-    """The budget of a search, after a look at whether its granularity can be decided so.
+    """The budget of a search, after a look at whether its granularity can be decided
+    so.
 
     Raises:
-        UserError: If the granularity is unknown, or criterion, agent or budget don't go with it.
+        UserError: If the granularity is unknown, or criterion, agent or budget don't go
+            with it.
     """
     budget, granularity = parse_budget(search.budget), search.granularity
     if not n_of_m(granularity):
-        check_known("granularity", granularity, GRANULARITIES, others=", or N:M as in 2:4")
+        check_known(
+            "granularity", granularity, GRANULARITIES, others=", or N:M as in 2:4"
+        )
     if search.agent == FITTED and granularity != "dimensions":
-        raise UserError(f"--agent: {FITTED} is for --granularity dimensions, got {granularity}")
+        raise UserError(
+            f"--agent: {FITTED} is for --granularity dimensions, got {granularity}"
+        )
     if granularity == "dimensions" and search.agent in ("global", "cost_aware"):
-        raise UserError(f"--agent: {search.agent} ranks channels, and depth and image size have no rank; use dyna")
-    if granularity == "channel" or (granularity == "dimensions" and search.agent != FITTED):
+        raise UserError(
+            f"--agent: {search.agent} ranks channels, and depth and image size have no "
+            f"rank; use dyna"
+        )
+    if granularity == "channel" or (
+        granularity == "dimensions" and search.agent != FITTED
+    ):
         return budget
     if isinstance(budget, BudgetRange):
-        raise UserError(f"--budget: a range is for agents; {granularity} takes one budget, got {budget}")
+        raise UserError(
+            f"--budget: a range is for agents; {granularity} takes one budget, got "
+            f"{budget}"
+        )
     if granularity == "layer" and (budget.metric, search.agent) != ("macs", "global"):
         raise UserError(
-            f"--granularity: blocks are ranked by damage per MAC; use --agent global and a budget of macs, "
+            f"--granularity: blocks are ranked by damage per MAC; use --agent global "
+            f"and a budget of macs, "
             f"got {search.agent} and {budget}"
         )
     if granularity in PATTERNS or n_of_m(granularity):

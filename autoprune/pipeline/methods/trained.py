@@ -1,4 +1,6 @@
-"""Channels that leave by training: they merge with others, are forgotten and folded away, or go a little at a time."""
+"""Channels that leave by training: they merge with others, are forgotten and folded
+away, or go a little at a time.
+"""
 
 import copy
 from collections.abc import Callable
@@ -31,7 +33,8 @@ class Course:
     Attributes:
         model: What is trained.
         plug: What takes part.
-        finish: From the trained model to what remains of it, and the decision that this amounts to.
+        finish: From the trained model to what remains of it, and the decision that this
+            amounts to.
     """
 
     model: nn.Module
@@ -40,7 +43,8 @@ class Course:
 
 
 def masks_within(workspace: Workspace, network: nn.Module, target: int) -> Masks:
-    """Masks of the run's granularity by its criterion, agent and seed, so that `target` is left of what it counts.
+    """Masks of the run's granularity by its criterion, agent and seed, so that `target`
+    is left of what it counts.
 
     Args:
         workspace: The run's.
@@ -54,42 +58,76 @@ def masks_within(workspace: Workspace, network: nn.Module, target: int) -> Masks
 
 
 def _gradual(workspace: Workspace, decision: Decision) -> Course:
-    """Iterative pruning, or AGP: towards the allocation, or the budget that masks have to meet."""
+    """Iterative pruning, or AGP: towards the allocation, or the budget that masks have
+    to meet.
+    """
     make = _gradual_masks if isinstance(decision, Masks) else _gradual_channels
-    return make(workspace, decision, workspace.settings.removal.schedule, workspace.settings.removal.prunings)
+    return make(
+        workspace,
+        decision,
+        workspace.settings.removal.schedule,
+        workspace.settings.removal.prunings,
+    )
 
 
-def _gradual_channels(workspace: Workspace, allocation: Allocation, *how: object) -> Course:
-    search, groups, train = workspace.settings.search, workspace.groups, workspace.splits.train
+def _gradual_channels(
+    workspace: Workspace, allocation: Allocation, *how: object
+) -> Course:
+    search, groups, train = (
+        workspace.settings.search,
+        workspace.groups,
+        workspace.splits.train,
+    )
 
     def ranked(network: nn.Module) -> Importance:
         return importance(search.criterion, network, groups, train, search.seed)
 
     plug = GradualChannels(*how, groups, allocation.kept, ranked)
-    return Course(copy.deepcopy(workspace.model), plug, lambda trained: (prune(trained, groups, plug.kept), allocation))
+    return Course(
+        copy.deepcopy(workspace.model),
+        plug,
+        lambda trained: (prune(trained, groups, plug.kept), allocation),
+    )
 
 
 def _gradual_masks(workspace: Workspace, masks: Masks, *how: object) -> Course:
     costs, budget = workspace.costs, parse_budget(workspace.settings.search.budget)
     dense = costs.metrics[budget.metric](costs.dense)
-    plug = GradualWeights(*how, dense, budget.target(costs), partial(masks_within, workspace))
-    return Course(copy.deepcopy(workspace.model), plug, lambda trained: (trained, plug.masks))
+    plug = GradualWeights(
+        *how, dense, budget.target(costs), partial(masks_within, workspace)
+    )
+    return Course(
+        copy.deepcopy(workspace.model), plug, lambda trained: (trained, plug.masks)
+    )
 
 
 def _centripetal(workspace: Workspace, allocation: Allocation) -> Course:
-    """C-SGD: as many clusters as the allocation keeps channels; none of them is torn out."""
+    """C-SGD: as many clusters as the allocation keeps channels; none of them is torn
+    out.
+    """
     search, removal = workspace.settings.search, workspace.settings.removal
     model, groups = copy.deepcopy(workspace.model), workspace.groups
-    counts = {name: kept for name, kept in allocation.kept.items() if kept < groups[name].channels}
-    clusters = centripetal.clusters_of(model, groups, counts, removal.clusters, search.seed)
+    counts = {
+        name: kept
+        for name, kept in allocation.kept.items()
+        if kept < groups[name].channels
+    }
+    clusters = centripetal.clusters_of(
+        model, groups, counts, removal.clusters, search.seed
+    )
     plug = centripetal.Centripetal(groups, clusters, removal.strength)
-    return Course(model, plug, lambda trained: (centripetal.merge(trained, groups, clusters), allocation))
+    return Course(
+        model,
+        plug,
+        lambda trained: (centripetal.merge(trained, groups, clusters), allocation),
+    )
 
 
 def _compactors(workspace: Workspace, allocation: Allocation) -> Course:
     """ResRep that forgets as many rows as the allocation says.
 
-    Groups that can't have compactors are sliced first, so that the training makes up for it.
+    Groups that can't have compactors are sliced first, so that the training makes up
+    for it.
     """
     groups, splits = workspace.groups, workspace.splits
     pairs = compactors.eligible(workspace.model, groups, splits.example)
@@ -98,15 +136,21 @@ def _compactors(workspace: Workspace, allocation: Allocation) -> Course:
     recalibrate(sliced, splits.calibration.inputs)
     narrower = trace(sliced, splits.example).with_pins(groups.reasons)
     goal = resrep.Goal(CostTable(narrower), counts=allocation.kept)
-    return _resrep_course(workspace, (sliced, narrower, pairs), goal, lambda counts: allocation)
+    return _resrep_course(
+        workspace, (sliced, narrower, pairs), goal, lambda counts: allocation
+    )
 
 
 def _resrep(workspace: Workspace, allocation: Allocation | None) -> Course:
-    """ResRep as published: rows of all compactors compete until the budget is met; the allocation is what remains."""
+    """ResRep as published: rows of all compactors compete until the budget is met; the
+    allocation is what remains.
+    """
     groups, asked = workspace.groups, workspace.settings.search.budget
     budget = parse_budget(asked)
     goal = resrep.Goal(workspace.costs, budget.metric, budget.target(workspace.costs))
-    found = partial(Allocation, network=groups.fingerprint, budget=asked, source="resrep")
+    found = partial(
+        Allocation, network=groups.fingerprint, budget=asked, source="resrep"
+    )
     pairs = compactors.eligible(workspace.model, groups, workspace.splits.example)
     return _resrep_course(workspace, (workspace.model, groups, pairs), goal, found)
 
@@ -117,27 +161,40 @@ def _resrep_course(
     goal: resrep.Goal,
     decision: Callable[[dict[str, int]], Allocation],
 ) -> Course:
-    """From a network, its trace and its eligible groups; `decision` is told how many channels each group has left."""
+    """From a network, its trace and its eligible groups; `decision` is told how many
+    channels each group has left.
+    """
     model, groups, pairs = start
     grown = compactors.insert_compactors(model, groups, pairs)
     plug = resrep.Compaction(groups, pairs, goal, workspace.settings.removal.strength)
 
     def finish(trained: nn.Module) -> tuple[nn.Module, Allocation]:
-        inputs, folded = workspace.splits.calibration.inputs, compactors.fold(trained, pairs)
+        inputs, folded = (
+            workspace.splits.calibration.inputs,
+            compactors.fold(trained, pairs),
+        )
         compactors.standardise(folded, [norm for _, norm in pairs.values()], inputs)
-        counts = dict(groups.channels) | {name: len(rows) for name, rows in plug.kept.items()}
+        counts = dict(groups.channels) | {
+            name: len(rows) for name, rows in plug.kept.items()
+        }
         return prune(folded, groups, plug.kept), decision(counts)
 
     return Course(grown, plug, finish)
 
 
 def _check_centripetal(workspace: Workspace) -> None:
-    names = centripetal.mergeable(workspace.model, workspace.groups, workspace.splits.example)
-    centripetal.check_mergeable([group.name for group in workspace.groups if group.channels > 1], names)
+    names = centripetal.mergeable(
+        workspace.model, workspace.groups, workspace.splits.example
+    )
+    centripetal.check_mergeable(
+        [group.name for group in workspace.groups if group.channels > 1], names
+    )
 
 
 def _check_compactors(workspace: Workspace) -> None:
-    pairs = compactors.eligible(workspace.model, workspace.groups, workspace.splits.example)
+    pairs = compactors.eligible(
+        workspace.model, workspace.groups, workspace.splits.example
+    )
     compactors.insert_compactors(workspace.model, workspace.groups, pairs)
 
 

@@ -1,6 +1,7 @@
 """Rules of operations that move data: they are executed on the labels themselves.
 
-What the code's cuts and regroupings demand of the channels that are left goes to the label book as a constraint.
+What the code's cuts and regroupings demand of the channels that are left goes to the
+label book as a constraint.
 """
 
 import math
@@ -9,7 +10,14 @@ import torch
 from torch import Tensor
 
 from autoprune.structure.groups import tensors_in
-from autoprune.structure.labels import CONSTANT, Constraint, compressed, lines, spread, varying_axes
+from autoprune.structure.labels import (
+    CONSTANT,
+    Constraint,
+    compressed,
+    lines,
+    spread,
+    varying_axes,
+)
 from autoprune.tracing.tracer import Call, ParameterView
 
 MAX_PARTS = 8
@@ -25,15 +33,23 @@ def movement(call: Call) -> str | None:
     moved = [call.func(index, *call.args[1:], **call.kwargs) for index in view.index]
     outputs = tensors_in(call.out)
     for position, out in enumerate(outputs):
-        pieces = moved if isinstance(call.out, Tensor) else [parts[position] for parts in moved]
+        pieces = (
+            moved
+            if isinstance(call.out, Tensor)
+            else [parts[position] for parts in moved]
+        )
         tracer.see(out, ParameterView(view.name, view.shape, tuple(pieces)))
 
 
 def split(call: Call) -> str | None:
-    """Equal parts of the channel axis keep equally many channels; the code is trusted to compute its sizes."""
+    """Equal parts of the channel axis keep equally many channels; the code is trusted
+    to compute its sizes.
+    """
     movement(call)
     axis, outputs = call["dim"], tensors_in(call.out)
-    labels = [call.tracer.labels(out) for out in outputs if call.tracer.is_activation(out)]
+    labels = [
+        call.tracer.labels(out) for out in outputs if call.tracer.is_activation(out)
+    ]
     if len(labels) > 1 and len({part.shape for part in labels}) == 1:
         if axis % labels[0].ndim in varying_axes(call.tracer.labels(call.args[0])):
             parts = compressed(torch.stack(labels)).reshape(len(labels), -1)
@@ -41,16 +57,21 @@ def split(call: Call) -> str | None:
 
 
 def cut(call: Call) -> str | None:
-    """`slice`: where the code cuts a channel axis, the cut has to move with what is left.
+    """`slice`: where the code cuts a channel axis, the cut has to move with what is
+    left.
 
-    A cut at a quarter needs equally many channels in every quarter, every second channel needs whole pairs. Whether the
-    code computes the place from the width, as this takes for granted, the proof decides; of a cut at 16 of 27 it
-    doesn't.
+    A cut at a quarter needs equally many channels in every quarter, every second
+    channel needs whole pairs. Whether the code computes the place from the width, as
+    this takes for granted, the proof decides; of a cut at 16 of 27 it doesn't.
     """
     movement(call)
     tracer, x = call.tracer, call.args[0]
     axis, n = call["dim"] % x.ndim, x.shape[call["dim"]]
-    if not tracer.is_activation(x) or call.out.shape == x.shape or axis not in varying_axes(tracer.labels(x)):
+    if (
+        not tracer.is_activation(x)
+        or call.out.shape == x.shape
+        or axis not in varying_axes(tracer.labels(x))
+    ):
         return None
     start, end, _ = slice(call["start"], call["end"]).indices(n)
     step = call["step"]
@@ -66,16 +87,22 @@ def cut(call: Call) -> str | None:
 
 
 def rolled(call: Call) -> str | None:
-    """`roll` by a number of places: of the channel axis that number would have to shrink with the channels."""
+    """`roll` by a number of places: of the channel axis that number would have to
+    shrink with the channels.
+    """
     movement(call)
     tracer, x = call.tracer, call.args[0]
     axes = [axis % x.ndim for axis in call["dims"]] or range(x.ndim)
-    moves_channels = tracer.is_activation(x) and set(axes) & set(varying_axes(tracer.labels(x)))
+    moves_channels = tracer.is_activation(x) and set(axes) & set(
+        varying_axes(tracer.labels(x))
+    )
     return "moves channels by a fixed number of places" if moves_channels else None
 
 
 def reshape(call: Call) -> str | None:
-    """`view` and its kin; labels with zero strides may need a copy, so they are reshaped."""
+    """`view` and its kin; labels with zero strides may need a copy, so they are
+    reshaped.
+    """
     tracer, shape = call.tracer, call.out.shape
     view = tracer.parameter(call.args[0])
     if view is not None:
@@ -98,9 +125,13 @@ def same(call: Call) -> str | None:
 
 
 def restrided(call: Call) -> str | None:
-    """`as_strided_` to the same shape changes the layout in memory alone, as pooling does for channels-last tensors."""
+    """`as_strided_` to the same shape changes the layout in memory alone, as pooling
+    does for channels-last tensors.
+    """
     tracer, tensor = call.tracer, call.args[0]
-    return None if tracer.labels(tensor).shape == call.out.shape else "regroups elements"
+    return (
+        None if tracer.labels(tensor).shape == call.out.shape else "regroups elements"
+    )
 
 
 def shaped_alike(call: Call) -> str | None:
@@ -114,7 +145,9 @@ def constant(call: Call) -> str | None:
 
 
 def blank(call: Call) -> str | None:
-    """A buffer to be filled: its labels are memory of their own, of which slices are views as the tensor's are."""
+    """A buffer to be filled: its labels are memory of their own, of which slices are
+    views as the tensor's are.
+    """
     labels = torch.zeros(call.out.shape, dtype=torch.int64)
     call.tracer.blanks[labels.untyped_storage().data_ptr()] = labels
     call.tracer.label(call.out, labels)
@@ -123,13 +156,24 @@ def blank(call: Call) -> str | None:
 def indexed(call: Call) -> str | None:
     """Reading at constant positions is executed on the labels."""
     tracer, data = call.tracer, call.args[0]
-    positions = [tensor for tensor in call.tensors() if tensor is not data and tracer.is_activation(tensor)]
+    positions = [
+        tensor
+        for tensor in call.tensors()
+        if tensor is not data and tracer.is_activation(tensor)
+    ]
     if any(tensor.dtype == torch.bool for tensor in positions):
         call.refuse()
     if positions:
         return "reads at positions that are computed"
     is_embedding = call.func.overloadpacket is torch.ops.aten.embedding
-    read = lambda x: x[call.args[1]] if is_embedding else call.func(x, *call.args[1:], **call.kwargs)  # noqa: E731
+
+    def read(x):
+        return (
+            x[call.args[1]]
+            if is_embedding
+            else call.func(x, *call.args[1:], **call.kwargs)
+        )
+
     view = tracer.parameter(data)
     if view is not None:
         tracer.see(call.out, view.moved(read))
@@ -138,7 +182,9 @@ def indexed(call: Call) -> str | None:
 
 
 def concatenation(call: Call) -> str | None:
-    """Tensors side by side on an axis without channels, such as tokens, have the same channels on every other axis."""
+    """Tensors side by side on an axis without channels, such as tokens, have the same
+    channels on every other axis.
+    """
     tracer, tensors = call.tracer, call.args[0]
     labels = [tracer.labels(tensor) for tensor in tensors]
     if call.func.overloadpacket is torch.ops.aten.stack:
@@ -155,7 +201,9 @@ def concatenation(call: Call) -> str | None:
 
 
 def pad(call: Call) -> str | None:
-    """Padding along the channel axis adds constants; along any other it keeps the channel."""
+    """Padding along the channel axis adds constants; along any other it keeps the
+    channel.
+    """
     x, amounts = call.args[:2]
     labels = call.tracer.labels(x)
     varying = varying_axes(labels)
@@ -163,7 +211,9 @@ def pad(call: Call) -> str | None:
         axis = labels.ndim - 1 - position
         before, after = amounts[2 * position], amounts[2 * position + 1]
         if axis in varying:
-            labels = torch.constant_pad_nd(labels, [*[0] * (2 * position), before, after], CONSTANT)
+            labels = torch.constant_pad_nd(
+                labels, [*[0] * (2 * position), before, after], CONSTANT
+            )
         elif before or after:
             shape = list(labels.shape)
             shape[axis] += before + after
@@ -195,7 +245,10 @@ def pixel_unshuffle(call: Call) -> str | None:
     """A channel's pixels become channels that go together."""
     shape = call.out.shape
     channels = call.tracer.line(call.args[0], -3 % len(shape))
-    call.tracer.label(call.out, spread(channels.repeat_interleave(call.args[1] ** 2), len(shape) - 3, shape))
+    call.tracer.label(
+        call.out,
+        spread(channels.repeat_interleave(call.args[1] ** 2), len(shape) - 3, shape),
+    )
 
 
 def channel_shuffle(call: Call) -> str | None:

@@ -1,6 +1,7 @@
 """Rules of operations that read across channels: norms, means, softmax.
 
-The pruned network takes its statistics over the channels that are left, so nothing has to stay for them.
+The pruned network takes its statistics over the channels that are left, so nothing has
+to stay for them.
 """
 
 import torch
@@ -21,10 +22,16 @@ def batch_norm(call: Call) -> str | None:
 
 
 def layer_norm(call: Call) -> str | None:
-    """Statistics over channels: those of the pruned network are taken over the channels that are left."""
+    """Statistics over channels: those of the pruned network are taken over the channels
+    that are left.
+    """
     tracer, labels = call.tracer, call.tracer.labels(call.args[0])
     first = labels.ndim - len(call["normalized_shape"])
-    for name in ("weight", "bias") if call.func.overloadpacket is torch.ops.aten.native_layer_norm else ("weight",):
+    for name in (
+        ("weight", "bias")
+        if call.func.overloadpacket is torch.ops.aten.native_layer_norm
+        else ("weight",)
+    ):
         view = tracer.parameter(call[name])
         for axis in varying_axes(labels) if view is not None else ():
             if axis >= first:
@@ -34,12 +41,16 @@ def layer_norm(call: Call) -> str | None:
 
 
 def group_norm(call: Call) -> str | None:
-    """As layer norm, over groups of channels that stay equal: whole norm groups go, or the same positions of each."""
+    """As layer norm, over groups of channels that stay equal: whole norm groups go, or
+    the same positions of each.
+    """
     tracer, n_groups, shape = call.tracer, call["group"], call.args[0].shape
     channels = tracer.line(call.args[0], 1)
     rows = channels.view(n_groups, -1)
     # Without a weight nothing tells a pruned module how many norm groups are left.
-    whole = call["weight"] is not None and loses_whole_conv_groups(shape[1], shape[1], n_groups)
+    whole = call["weight"] is not None and loses_whole_conv_groups(
+        shape[1], shape[1], n_groups
+    )
     if whole:
         tracer.book.join(rows[:, :1].expand_as(rows), rows)
     else:
@@ -52,14 +63,18 @@ def group_norm(call: Call) -> str | None:
 
 
 def along_axis(call: Call) -> str | None:
-    """Softmax and running sums: shape and labels stay; over channels they see those that are left."""
+    """Softmax and running sums: shape and labels stay; over channels they see those
+    that are left.
+    """
     labels = call.tracer.labels(call.args[0])
     for out in tensors_in(call.out):
         call.tracer.label(out, labels)
 
 
 def reduction(call: Call) -> str | None:
-    """A mean or sum over space keeps the channel; over channels it reads them, and leaves the rows of cells."""
+    """A mean or sum over space keeps the channel; over channels it reads them, and
+    leaves the rows of cells.
+    """
     tracer, x = call.tracer, call.args[0]
     labels, axes = tracer.labels(x), reduced_axes(call)
     varying = varying_axes(labels)
@@ -70,7 +85,9 @@ def reduction(call: Call) -> str | None:
     for out in tensors_in(call.out):
         left = labels.expand(x.shape)
         for axis in sorted(axes, reverse=True):
-            left = left.narrow(axis, 0, 1) if out.ndim == x.ndim else left.select(axis, 0)
+            left = (
+                left.narrow(axis, 0, 1) if out.ndim == x.ndim else left.select(axis, 0)
+            )
         tracer.label(out, left)
 
 
@@ -86,12 +103,16 @@ def reduced_axes(call: Call) -> list[int]:
 
 
 def rows_of(tracer: Tracer, labels: Tensor, axes: list[int]) -> Tensor:
-    """Labels that vary along `axes` alone: one for all the cells that share a position there."""
+    """Labels that vary along `axes` alone: one for all the cells that share a position
+    there.
+    """
     if not axes:
         return torch.zeros([1] * labels.ndim, dtype=torch.int64)
     varying = varying_axes(labels)
     cells = compressed(labels)
-    cells = cells.permute([varying.index(axis) for axis in [*axes, *(set(varying) - set(axes))]])
+    cells = cells.permute(
+        [varying.index(axis) for axis in [*axes, *(set(varying) - set(axes))]]
+    )
     rows = tracer.book.factor(cells.reshape(cells.shape[: len(axes)].numel(), -1))
     shape = [labels.shape[axis] if axis in axes else 1 for axis in range(labels.ndim)]
     return rows.view(cells.shape[: len(axes)]).view(shape)

@@ -1,8 +1,9 @@
 """How each operation moves labels: a table from ATen operation to a small function.
 
-A rule returns None, or the reason why it can't tell what happens to the channels; then every channel that reaches the
-operation is pinned. An operation without an entry that PyTorch tags as pointwise joins the labels that meet, any other
-has no rule. `RULES[torch.ops.aten.my_op] = my_rule` teaches the tracer a new operation.
+A rule returns None, or the reason why it can't tell what happens to the channels; then
+every channel that reaches the operation is pinned. An operation without an entry that
+PyTorch tags as pointwise joins the labels that meet, any other has no rule.
+`RULES[torch.ops.aten.my_op] = my_rule` teaches the tracer a new operation.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,12 @@ import torch
 from torch import Tensor
 
 from autoprune.structure.labels import at_origin, varying_axes
-from autoprune.tracing.rules.contractions import attention, batched_product, convolution, linear
+from autoprune.tracing.rules.contractions import (
+    attention,
+    batched_product,
+    convolution,
+    linear,
+)
 from autoprune.tracing.rules.movements import (
     blank,
     channel_shuffle,
@@ -33,7 +39,14 @@ from autoprune.tracing.rules.movements import (
     spatial,
     split,
 )
-from autoprune.tracing.rules.norms import along_axis, batch_norm, group_norm, layer_norm, reduction, rows_of
+from autoprune.tracing.rules.norms import (
+    along_axis,
+    batch_norm,
+    group_norm,
+    layer_norm,
+    reduction,
+    rows_of,
+)
 from autoprune.tracing.tracer import Call
 
 aten = torch.ops.aten
@@ -47,14 +60,19 @@ def apply_rule(call: Call) -> Rule:
     if failure is not None:
         reason = f"operation {call.tracer.place(call.func)} {failure}"
         for tensor in call.tensors():
-            if call.tracer.is_activation(tensor) or call.tracer.parameter(tensor) is not None:
+            if (
+                call.tracer.is_activation(tensor)
+                or call.tracer.parameter(tensor) is not None
+            ):
                 call.tracer.book.pin(call.tracer.labels(tensor), reason)
         call.tracer.unsupported.append(reason)
     return rule
 
 
 def rule_for(func: Any) -> Rule:
-    """The rule of an ATen overload: the table, else PyTorch's pointwise tag, else `unknown`."""
+    """The rule of an ATen overload: the table, else PyTorch's pointwise tag, else
+    `unknown`.
+    """
     rule = RULES.get(func.overloadpacket)
     if rule is None:
         rule = pointwise if torch.Tag.pointwise in func.tags else unknown
@@ -73,7 +91,9 @@ def depends_on_values(call: Call) -> str | None:
 
 
 def pointwise(call: Call) -> str | None:
-    """Elementwise operations join the labels that meet, those of bare parameters included."""
+    """Elementwise operations join the labels that meet, those of bare parameters
+    included.
+    """
     tracer, out = call.tracer, call.out
     if not isinstance(out, Tensor):
         return "has no rule"
@@ -81,25 +101,36 @@ def pointwise(call: Call) -> str | None:
         tracer.label(out, torch.zeros((), dtype=torch.int64))
         return None
     operands = [tensor for tensor in call.tensors() if tensor.ndim]
-    if not any(tracer.is_activation(t) or tracer.parameter(t) is not None for t in operands):
+    if not any(
+        tracer.is_activation(t) or tracer.parameter(t) is not None for t in operands
+    ):
         return None
     if not any(map(tracer.is_activation, operands)) and len(operands) == 1:
         tracer.label(out, tracer.labels(operands[0]))
         return None
-    return _meet(call, operands, [tracer.labels(tensor).expand(out.shape) for tensor in operands])
+    return _meet(
+        call, operands, [tracer.labels(tensor).expand(out.shape) for tensor in operands]
+    )
 
 
 def _meet(call: Call, operands: list[Tensor], spreads: list[Tensor]) -> str | None:
     """All operands meet the one that tells most channels apart."""
     tracer, n_axes = call.tracer, call.out.ndim
     axes = [varying_axes(labels) for labels in spreads]
-    main = max(range(len(operands)), key=lambda i: (tracer.is_activation(operands[i]), len(axes[i])))
+    main = max(
+        range(len(operands)),
+        key=lambda i: (tracer.is_activation(operands[i]), len(axes[i])),
+    )
     for i in range(len(operands)):
         if i == main:
             continue
         if not axes[i] and tracer.is_activation(operands[i]):
-            # Gone, it would take the whole product with it: one channel that meets many.
-            tracer.book.pin(spreads[i], f"is broadcast over other channels by {tracer.place(call.func)}")
+            # Gone, it would take the whole product with it: one channel that meets
+            # many.
+            tracer.book.pin(
+                spreads[i],
+                f"is broadcast over other channels by {tracer.place(call.func)}",
+            )
             continue
         sizes = (1,) * (n_axes - operands[i].ndim) + tuple(operands[i].shape)
         met = axes[i] or [axis for axis in axes[main] if sizes[axis] > 1]
@@ -115,7 +146,9 @@ def _meet(call: Call, operands: list[Tensor], spreads: list[Tensor]) -> str | No
 
 
 def written(call: Call) -> str | None:
-    """`copy_` fills a blank buffer with the source's labels; anything else it overwrites in place, and joins."""
+    """`copy_` fills a blank buffer with the source's labels; anything else it
+    overwrites in place, and joins.
+    """
     tracer, (target, source) = call.tracer, call.args[:2]
     labels = tracer.labels(target)
     if labels.untyped_storage().data_ptr() in tracer.blanks and not labels.any():
