@@ -11,10 +11,10 @@ from math import sqrt
 import gymnasium
 import numpy as np
 
-from autoprune.agents.rankings import RANKINGS
+from autoprune.agents.rankings import ONE_SHOT
 from autoprune.agents.recorder import LANES, START_STD, Recorder
 from autoprune.agents.replay import check_installed
-from autoprune.envs.batch import Walks, along, uniformly
+from autoprune.envs.batch import BatchedEpisodes, fixed_policy, uniform_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import check_known
 
@@ -24,21 +24,21 @@ GRID = 200
 
 def uniform(recorder: Recorder) -> None:
     """One episode: the same sparsity everywhere."""
-    recorder.walk(uniformly, 1)
+    recorder.run_episodes(uniform_policy, 1)
 
 
 def random(recorder: Recorder) -> None:
     """Every sparsity drawn uniformly from its feasible interval."""
     generator = np.random.default_rng(recorder.config.seed)
 
-    def act(walks: Walks) -> np.ndarray:
-        lowest, highest = walks.state.bounds
-        return walks.actions_of(
+    def act(batch: BatchedEpisodes) -> np.ndarray:
+        lowest, highest = batch.state.bounds
+        return batch.actions_of(
             generator.uniform(lowest, highest), np.zeros(len(lowest))
         )
 
     while recorder.remaining:
-        recorder.walk(act, min(LANES, recorder.remaining))
+        recorder.run_episodes(act, min(LANES, recorder.remaining))
 
 
 def sensitivity(recorder: Recorder) -> None:
@@ -62,7 +62,7 @@ def sensitivity(recorder: Recorder) -> None:
     for transform in (lambda damage: damage, sqrt):
         table = [[transform(max(0.0, damage)) for damage in row] for row in damages]
         sparsities = 1 - _allocate(core, levels, table) / core.space.costs.dense
-        recorder.walk(along(sparsities[None]), 1)
+        recorder.run_episodes(fixed_policy(sparsities[None]), 1)
 
 
 def evolution(recorder: Recorder) -> None:
@@ -87,8 +87,8 @@ def evolution(recorder: Recorder) -> None:
     while recorder.remaining:
         population = strategy.ask()
         wishes = np.array(population)[: recorder.remaining]
-        rewards = recorder.walk(
-            lambda walks, wishes=wishes: wishes[:, walks.state.index], len(wishes)
+        rewards = recorder.run_episodes(
+            lambda batch, wishes=wishes: wishes[:, batch.state.index], len(wishes)
         )
         if len(rewards) == len(population):
             strategy.tell(population, (-rewards).tolist())
@@ -113,13 +113,13 @@ def tpe(recorder: Recorder) -> None:
     while recorder.remaining:
         trials = [study.ask() for _ in range(min(LANES, recorder.remaining))]
 
-        def act(walks: Walks, trials: list = trials) -> np.ndarray:
+        def act(batch: BatchedEpisodes, trials: list = trials) -> np.ndarray:
             return np.array(
-                [trial.suggest_float(str(walks.state.index), -1, 1) for trial in trials]
+                [trial.suggest_float(str(batch.state.index), -1, 1) for trial in trials]
             )
 
         for trial, reward in zip(
-            trials, recorder.walk(act, len(trials)).tolist(), strict=True
+            trials, recorder.run_episodes(act, len(trials)).tolist(), strict=True
         ):
             study.tell(trial, reward)
 
@@ -130,7 +130,7 @@ BASELINES: dict[str, Callable[[Recorder], None]] = {
     "sensitivity": sensitivity,
     "evolution": evolution,
     "tpe": tpe,
-    **RANKINGS,
+    **ONE_SHOT,
 }
 
 
@@ -161,7 +161,7 @@ def check_baselines(text: str | None, agent: str) -> list[str]:
     return names
 
 
-def walk(env: gymnasium.Env, action: Callable[[int], float]) -> dict:
+def run_episode(env: gymnasium.Env, action: Callable[[int], float]) -> dict:
     """One episode of actions chosen by position; returns the last info."""
     env.reset()
     done, position, info = False, 0, {}

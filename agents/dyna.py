@@ -25,14 +25,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from autoprune.agents.recorder import LANES, Recorder, near
 from autoprune.agents.replay import Policy, acting
-from autoprune.agents.sb3_env import Walkers
-from autoprune.agents.surrogate import Surrogate, Usual
+from autoprune.agents.sb3_env import SB3VecEnv
+from autoprune.agents.surrogate import CostBaseline, Surrogate
 from autoprune.agents.training import make_learner, policy_of
-from autoprune.costs.budget import Budget, BudgetRange, spread_to_learn
-from autoprune.envs.batch import Walks, along
+from autoprune.costs.budget import Budget, BudgetRange, chebyshev_spaced
+from autoprune.envs.batch import BatchedEpisodes, fixed_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 
-IMAGINED = 64
+MODEL_EPISODES = 64
 """Imagined episodes between two updates."""
 PROPOSALS = 150
 """Episodes that the policy proposes for a batch."""
@@ -60,7 +60,7 @@ half.
 """
 
 
-class Imagination(Walkers):
+class ModelEnv(SB3VecEnv):
     """Lanes whose finished networks are not scored but predicted.
 
     Under a range of budgets that are used up the reward is how much better than usual
@@ -77,31 +77,35 @@ class Imagination(Walkers):
         self.surrogate = Surrogate(
             env.space.costs.dense, env.space.low, env.space.cost, likeness
         )
-        self.usual: Usual | None = None
+        self.cost_baseline: CostBaseline | None = None
         self.generator = np.random.default_rng(0)
 
-    def draw(self) -> list[Budget]:
+    def next_budgets(self) -> list[Budget]:
         """Spread over the range."""
-        return spread_to_learn(self.env.budget, self.num_envs, self.generator.random())
+        return chebyshev_spaced(self.env.budget, self.num_envs, self.generator.random())
 
-    def judge(self) -> np.ndarray:
+    def rewards(self) -> np.ndarray:
         """What the surrogate expects."""
-        return self.surrogate.mean(self.walks.state.kept)
+        return self.surrogate.mean(self.batch.state.kept)
 
     def learn_from(self, recorder: Recorder) -> None:
         """Fits the surrogate to everything evaluated so far; a walk that was repeated
         has told nothing new.
         """
         kept, rewards, blocks = recorder.evaluated
-        self.usual = recorder.usual
-        if self.usual is not None:
-            rewards = self.usual.relative(rewards, self.env.space.cost(kept))
+        self.cost_baseline = recorder.cost_baseline
+        if self.cost_baseline is not None:
+            rewards = self.cost_baseline.relative(rewards, self.env.space.cost(kept))
         self.surrogate.fit(kept, rewards, blocks)
 
     def expected(self, kept: np.ndarray) -> np.ndarray:
         """Expected rewards `(n,)` of allocations `(n, n_groups)`."""
         rewards, costs = self.surrogate.mean(kept), self.env.space.cost(kept)
-        return rewards if self.usual is None else self.usual.absolute(rewards, costs)
+        return (
+            rewards
+            if self.cost_baseline is None
+            else self.cost_baseline.absolute(rewards, costs)
+        )
 
 
 def train_dyna(
@@ -126,20 +130,20 @@ def train_dyna(
         The policy after the last update.
     """
     n_steps = len(recorder.env.groups)
-    imagination = Imagination(recorder.env, IMAGINED)
+    model_env = ModelEnv(recorder.env, MODEL_EPISODES)
     if log is not None:
         shutil.rmtree(log / "dyna", ignore_errors=True)
-    learner = make_learner("dyna", imagination, n_steps, recorder.config.seed, log)
-    recorder.expected = imagination.expected
-    lead = _leading(start, recorder.env) if start is not None else None
+    learner = make_learner("dyna", model_env, n_steps, recorder.config.seed, log)
+    recorder.expected = model_env.expected
+    warm_start = _leading(start, recorder.env) if start is not None else None
     while recorder.remaining:
         budgets = recorder.budgets(min(LANES, recorder.remaining))
         if recorder.episodes:
-            walks = _promising(learner, imagination, budgets, recorder)
+            batch = _promising(learner, model_env, budgets, recorder)
         else:
-            walks = _first(learner, budgets, lead)
-        recorder.score(walks, budgets, len(budgets))
-        imagination.learn_from(recorder)
+            batch = _first(learner, budgets, warm_start)
+        recorder.score(batch, budgets, len(budgets))
+        model_env.learn_from(recorder)
         _practise(learner, UPDATES)
     if isinstance(recorder.env.budget, BudgetRange):
         recorder.on_pause("practising for all budgets")
@@ -149,7 +153,7 @@ def train_dyna(
 
 
 def _practise(learner: BaseAlgorithm, updates: int, *callbacks: BaseCallback) -> None:
-    steps = updates * IMAGINED * learner.n_steps
+    steps = updates * MODEL_EPISODES * learner.n_steps
     learner.learn(steps, [_Spread(), *callbacks], reset_num_timesteps=False)
 
 
@@ -187,23 +191,25 @@ class _FadingRate(BaseCallback):
         return True
 
 
-def _leading(start: Policy, env: LayerPruningEnv) -> Callable[[Walks], np.ndarray]:
+def _leading(
+    start: Policy, env: LayerPruningEnv
+) -> Callable[[BatchedEpisodes], np.ndarray]:
     """What a policy to start from does in the first batch: a stranger's deeds are mixed
     with the guide's.
 
     Not those of one that knows most groups, since the guide's measurements are missing
     later.
     """
-    if start.is_stranger(env.observer):
+    if start.is_out_of_distribution(env.observer):
         return acting(start, env)
-    return lambda walks: start.act(walks.observe())[:, 0]
+    return lambda batch: start.act(batch.observe())[:, 0]
 
 
 def _first(
     learner: BaseAlgorithm,
     budgets: list[Budget],
-    lead: Callable[[Walks], np.ndarray] | None,
-) -> Walks:
+    warm_start: Callable[[BatchedEpisodes], np.ndarray] | None,
+) -> BatchedEpisodes:
     """Before anything is known: samples of the policy, and what it thinks best for
     every budget or every other one.
 
@@ -213,15 +219,15 @@ def _first(
         [budget not in budgets[:lane] for lane, budget in enumerate(budgets)]
     )
     is_even = np.arange(len(budgets)) % 2 == 0
-    return _walked(learner, budgets, is_new & is_even, lead, is_even)
+    return _walked(learner, budgets, is_new & is_even, warm_start, is_even)
 
 
 def _promising(
     learner: BaseAlgorithm,
-    imagination: Imagination,
+    model_env: ModelEnv,
     budgets: list[Budget],
     recorder: Recorder,
-) -> Walks:
+) -> BatchedEpisodes:
     """Of many proposals, one a budget: the best new one by a draw from the posterior.
 
     Thompson 1933: a draw for each lane tries what may be good in proportion to the
@@ -233,13 +239,13 @@ def _promising(
         learner, proposed, np.arange(len(proposed)) % (PROPOSALS // len(budgets)) == 0
     ).state
     varied = _variations(
-        own.kept, imagination, budgets, recorder, np.random.default_rng(seed)
+        own.kept, model_env, budgets, recorder, np.random.default_rng(seed)
     ).state
     kept, targets = (
         np.concatenate([getattr(own, name), getattr(varied, name)])
         for name in ("kept", "targets")
     )
-    draws = imagination.surrogate.samples(
+    draws = model_env.surrogate.samples(
         kept, len(budgets), torch.Generator().manual_seed(seed)
     )
     env = recorder.env
@@ -253,16 +259,18 @@ def _promising(
         # walked again.
         chosen.append(int(np.where(new if new.any() else fits, draw, -np.inf).argmax()))
         known.add(keys[chosen[-1]])
-    return env.walks(budgets).follow(along(1 - kept[chosen] / env.space.costs.dense))
+    return env.start_episodes(budgets).rollout(
+        fixed_policy(1 - kept[chosen] / env.space.costs.dense)
+    )
 
 
 def _variations(
     proposed: np.ndarray,
-    imagination: Imagination,
+    model_env: ModelEnv,
     budgets: list[Budget],
     recorder: Recorder,
     generator: np.random.Generator,
-) -> Walks:
+) -> BatchedEpisodes:
     """Changed copies of what promises most within a budget, evaluated or proposed by
     the policy, as many a budget.
 
@@ -273,22 +281,22 @@ def _variations(
     pool = np.unique(
         [*proposed, *(episode.counts for episode in recorder.episodes)], axis=0
     )
-    pool = pool[np.argsort(-imagination.surrogate.mean(pool), kind="stable")]
+    pool = pool[np.argsort(-model_env.surrogate.mean(pool), kind="stable")]
     costs, n = space.cost(pool), VARIATIONS // len(budgets)
     parents = [
         generator.choice(pool[near(env, costs, budget)][:PARENTS], n)
         for budget in budgets
     ]
-    walks = env.walks([budget for budget in budgets for _ in range(n)])
+    batch = env.start_episodes([budget for budget in budgets for _ in range(n)])
     sparsities = 1 - np.concatenate(parents) / space.costs.dense
     shape, column = sparsities.shape, (len(sparsities), 1)
     is_changed = generator.random(shape) < generator.choice(CHANGED, column) / shape[1]
     changes = is_changed * generator.normal(0, generator.choice(STEPS, column), shape)
     sparsities += changes
-    return walks.follow(
-        along(
-            space.shifted(sparsities, walks.state.targets)
-            if walks.uses_up_budget
+    return batch.rollout(
+        fixed_policy(
+            space.shifted(sparsities, batch.state.targets)
+            if batch.uses_up_budget
             else sparsities
         )
     )
@@ -298,24 +306,24 @@ def _walked(
     learner: BaseAlgorithm,
     budgets: list[Budget],
     is_best: np.ndarray,
-    lead: Callable[[Walks], np.ndarray] | None = None,
+    warm_start: Callable[[BatchedEpisodes], np.ndarray] | None = None,
     is_led: np.ndarray | None = None,
-) -> Walks:
+) -> BatchedEpisodes:
     """Episodes of the policy, or in some lanes of what leads: sampled, or in marked
     lanes the deterministic one.
     """
     env = learner.get_env().env
 
-    def act(walks: Walks) -> np.ndarray:
-        observations = walks.observe()
+    def act(batch: BatchedEpisodes) -> np.ndarray:
+        observations = batch.observe()
         with torch.no_grad():
             actions = learner.policy.get_distribution(torch.from_numpy(observations))
             best, tried = (
                 values[:, 0].numpy() for values in (actions.mode(), actions.sample())
             )
-        if lead is not None:
-            away = np.where(is_led, lead(walks) - best, 0)
+        if warm_start is not None:
+            away = np.where(is_led, warm_start(batch) - best, 0)
             best, tried = best + away, tried + away
         return np.where(is_best, best, tried)
 
-    return env.walks(budgets).follow(act)
+    return env.start_episodes(budgets).rollout(act)

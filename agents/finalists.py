@@ -12,7 +12,7 @@ from autoprune.agents.recorder import Episode, Recorder, counts_of, near
 from autoprune.agents.replay import Policy, acting
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget, BudgetRange
-from autoprune.envs.batch import Walks, along, uniformly
+from autoprune.envs.batch import BatchedEpisodes, fixed_policy, uniform_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.evaluation.evaluate import Evaluation
 
@@ -76,7 +76,7 @@ def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
     if policy is not None:
         its = own(policy, env, env.budget)
         chosen = [its, *(episode for episode in chosen if episode.counts != its.counts)]
-    return judge(chosen, env)
+    return rank_on_selection(chosen, env)
 
 
 def front(
@@ -94,7 +94,7 @@ def front(
     """
     env = recorder.env
     budgets = [env.budget.at(position) for position in np.linspace(0, 1, FRONT_BUDGETS)]
-    uniform = rolled_out(uniformly, env, budgets, "uniform")
+    uniform = rolled_out(uniform_policy, env, budgets, "uniform")
     rivals = [
         [even, *within(recorder, policy, budget)]
         for budget, even in zip(budgets, uniform, strict=True)
@@ -139,12 +139,12 @@ def _resized(episodes: list[Episode], recorder: Recorder, budget: Budget) -> Epi
     the budget is used up.
     """
     env, counts = recorder.env, counts_of(episodes)
-    walks = env.walks([budget] * len(episodes))
-    if walks.uses_up_budget:
+    batch = env.start_episodes([budget] * len(episodes))
+    if batch.uses_up_budget:
         sparsities = env.space.shifted(
-            1 - counts / env.space.costs.dense, walks.state.targets
+            1 - counts / env.space.costs.dense, batch.state.targets
         )
-        counts = walks.follow(along(sparsities)).state.kept
+        counts = batch.rollout(fixed_policy(sparsities)).state.kept
     resized = [
         episode if tuple(row) == episode.counts else _changed(episode, row, env, budget)
         for episode, row in zip(episodes, counts, strict=True)
@@ -179,7 +179,9 @@ def _changed(
     return replace(episode, allocation=allocation, macs=env.space.costs.macs(counts))
 
 
-def judge(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]:
+def rank_on_selection(
+    candidates: Iterable[Episode], env: LayerPruningEnv
+) -> list[Finalist]:
     """The candidates with their scores on the selection split, best first."""
     return sorted(_judged(candidates, env), key=lambda finalist: -finalist.reward)
 
@@ -190,7 +192,7 @@ def own(policy: Policy, env: LayerPruningEnv, budget: Budget | BudgetRange) -> E
 
 
 def rolled_out(
-    act: Callable[[Walks], np.ndarray],
+    act: Callable[[BatchedEpisodes], np.ndarray],
     env: LayerPruningEnv,
     budgets: list[Budget],
     source: str,
@@ -198,7 +200,7 @@ def rolled_out(
     """Where `act` goes under each budget: roll-outs that nobody learned from, as
     episodes 0.
     """
-    rewards, infos = env.score(env.walks(budgets).follow(act), budgets)
+    rewards, infos = env.score(env.start_episodes(budgets).rollout(act), budgets)
     named = [
         info | {"allocation": replace(info["allocation"], source=source)}
         for info in infos
@@ -251,9 +253,11 @@ def _promise(
         np.array([episode.reward for episode in episodes]),
         np.full(len(episodes), -np.inf),
     )
-    usual = recorder.usual
-    if usual is not None:
-        rewards = usual.relative(rewards, recorder.env.space.cost(counts_of(episodes)))
+    cost_baseline = recorder.cost_baseline
+    if cost_baseline is not None:
+        rewards = cost_baseline.relative(
+            rewards, recorder.env.space.cost(counts_of(episodes))
+        )
     places = [episode.number - 1 for episode in episodes]
     is_first, blocks = recorder.is_first[places], recorder.blocks[places]
     for block in np.unique(blocks):

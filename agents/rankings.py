@@ -11,7 +11,7 @@ import numpy as np
 
 from autoprune.agents.recorder import LANES, Recorder
 from autoprune.costs.allocation import SearchSpace
-from autoprune.envs.batch import along
+from autoprune.envs.batch import fixed_policy
 
 SHARES = 10_000
 """Allocations that EagleEye's sampler draws at once."""
@@ -55,10 +55,10 @@ def eagleeye(recorder: Recorder) -> None:
     while recorder.remaining:
         sparsities = _sampled(core.space, target, widest, generator)
         n_lanes = min(LANES, recorder.remaining)
-        recorder.walk(along(sparsities[:n_lanes]), n_lanes)
+        recorder.run_episodes(fixed_policy(sparsities[:n_lanes]), n_lanes)
 
 
-RANKINGS: dict[str, Callable[[Recorder], None]] = {
+ONE_SHOT: dict[str, Callable[[Recorder], None]] = {
     "global": global_ranking,
     "cost_aware": cost_aware,
     "eagleeye": eagleeye,
@@ -77,7 +77,7 @@ def _by_threshold(
     savings = space.cost(dense) - space.cost(dense - np.eye(len(dense), dtype=np.int64))
     scores = [weigh(own, saved) for own, saved in zip(importance, savings, strict=True)]
     kept = _above(space, scores, target)
-    recorder.walk(along(1 - kept[None] / dense), 1)
+    recorder.run_episodes(fixed_policy(1 - kept[None] / dense), 1)
 
 
 def _above(space: SearchSpace, scores: list[np.ndarray], target: int) -> np.ndarray:

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from autoprune.agents.surrogate import Usual
+from autoprune.agents.surrogate import CostBaseline
 from autoprune.config import SearchConfig
 from autoprune.costs.allocation import Allocation
-from autoprune.costs.budget import Budget, BudgetRange, spread_to_learn
-from autoprune.envs.batch import Walks
+from autoprune.costs.budget import Budget, BudgetRange, chebyshev_spaced
+from autoprune.envs.batch import BatchedEpisodes
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.evaluation.evaluate import Evaluation
 from autoprune.runs import RunFolder
@@ -160,7 +160,7 @@ class Recorder:
         )
 
     @property
-    def usual(self) -> Usual | None:
+    def cost_baseline(self) -> CostBaseline | None:
         """What reward is usual at a cost; None without a range of budgets, or where the
         reward weighs the cost too.
         """
@@ -170,7 +170,7 @@ class Recorder:
         ):
             return None
         kept, rewards, _ = self.evaluated
-        return Usual(self.env.space.cost(kept), rewards)
+        return CostBaseline(self.env.space.cost(kept), rewards)
 
     @property
     def blocks(self) -> np.ndarray:
@@ -206,12 +206,14 @@ class Recorder:
         same seed and episode.
         """
         offset = np.random.default_rng([self.config.seed, len(self.episodes)]).random()
-        return spread_to_learn(self.env.budget, n, offset)
+        return chebyshev_spaced(self.env.budget, n, offset)
 
-    def score(self, walks: Walks, budgets: Sequence[Budget], live: int) -> np.ndarray:
+    def score(
+        self, batch: BatchedEpisodes, budgets: Sequence[Budget], live: int
+    ) -> np.ndarray:
         """Rewards `(n_lanes,)` of finished walks; the first `live` ones are recorded."""
         rewards, infos = self.env.score(
-            walks, budgets, block=self.env.proxy.block_of(len(self.episodes) // LANES)
+            batch, budgets, block=self.env.proxy.block_of(len(self.episodes) // LANES)
         )
         for reward, info in zip(rewards[:live].tolist(), infos[:live], strict=True):
             episode = Episode.of(len(self.episodes) + 1, reward, info)
@@ -221,9 +223,13 @@ class Recorder:
             self.on_episode(episode)
         return rewards
 
-    def walk(self, act: Callable[[Walks], np.ndarray], n_lanes: int) -> np.ndarray:
+    def run_episodes(
+        self, act: Callable[[BatchedEpisodes], np.ndarray], n_lanes: int
+    ) -> np.ndarray:
         """Walks and records an episode a lane; `act` wishes actions `(n_lanes,)`.
         Returns their rewards.
         """
         budgets = self.budgets(n_lanes)
-        return self.score(self.env.walks(budgets).follow(act), budgets, n_lanes)
+        return self.score(
+            self.env.start_episodes(budgets).rollout(act), budgets, n_lanes
+        )

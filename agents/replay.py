@@ -18,7 +18,7 @@ from stable_baselines3.common.policies import BasePolicy
 
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget
-from autoprune.envs.batch import Walks
+from autoprune.envs.batch import BatchedEpisodes
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.envs.observation import FEATURES, OBSERVATION_SPACE, STATIC, Observer
 from autoprune.errors import UserError, missing_package
@@ -78,7 +78,7 @@ class Policy:
     algorithm: str
     network: BasePolicy
     policy_kwargs: dict
-    kinds: np.ndarray | None = None
+    group_features: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -86,16 +86,16 @@ class Policy:
         algorithm: str,
         learner: BaseAlgorithm,
         policy_kwargs: dict,
-        kinds: np.ndarray | None = None,
+        group_features: np.ndarray | None = None,
     ) -> "Policy":
         """The policy of a learner."""
-        return cls(algorithm, learner.policy, policy_kwargs, kinds)
+        return cls(algorithm, learner.policy, policy_kwargs, group_features)
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """The deterministic action, `(1,)`."""
         return self.network.predict(observation, deterministic=True)[0]
 
-    def trust(self, observer: Observer) -> np.ndarray:
+    def similarity(self, observer: Observer) -> np.ndarray:
         """How far the policy's word counts for each group of a network, `(n_groups,)`
         within [0, 1].
 
@@ -103,20 +103,22 @@ class Policy:
         Networks extrapolate wildly: the policies of a ResNet-20, whose blocks may be
         cut to an eighth, leave a MobileNet at chance.
         """
-        if self.kinds is None:
+        if self.group_features is None:
             return np.ones(len(observer.groups))
-        nearest = np.linalg.norm(observer.kinds[:, None] - self.kinds, axis=-1).min(1)
+        nearest = np.linalg.norm(
+            observer.group_features[:, None] - self.group_features, axis=-1
+        ).min(1)
         return np.where(
             nearest <= THE_SAME, 1.0, np.exp(-0.5 * (nearest / FAMILIAR) ** 2)
         )
 
-    def familiarity(self, observer: Observer) -> float:
-        """How much of a network the policy knows: the mean of its `trust`."""
-        return float(self.trust(observer).mean())
+    def mean_similarity(self, observer: Observer) -> float:
+        """How much of a network the policy knows: the mean of its `similarity`."""
+        return float(self.similarity(observer).mean())
 
-    def is_stranger(self, observer: Observer) -> bool:
+    def is_out_of_distribution(self, observer: Observer) -> bool:
         """Whether it knows too little of a network to be learned on from there."""
-        return self.familiarity(observer) < FAMILIAR_ENOUGH
+        return self.mean_similarity(observer) < FAMILIAR_ENOUGH
 
     def save(self, folder: Path, **about: object) -> None:
         """Writes `policy.safetensors` and `policy.json`; `about` is stored beside."""
@@ -132,8 +134,10 @@ class Policy:
             "policy_kwargs": self.policy_kwargs,
             "features": _feature_names(),
         }
-        if self.kinds is not None:
-            description["kinds"] = dict(zip(STATIC, self.kinds.T.tolist(), strict=True))
+        if self.group_features is not None:
+            description["kinds"] = dict(
+                zip(STATIC, self.group_features.T.tolist(), strict=True)
+            )
         write_json(folder / "policy.json", description | about)
 
     @classmethod
@@ -156,17 +160,21 @@ class Policy:
                 OBSERVATION_SPACE, action_space, lambda _: 0.0, **kwargs
             )
             network.load_state_dict(load_file(folder / "policy.safetensors"))
-            kinds = _kinds(description["kinds"]) if "kinds" in description else None
+            group_features = (
+                _group_features(description["kinds"])
+                if "kinds" in description
+                else None
+            )
         except Exception as error:  # a damaged file can fail in any of these steps
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(
                 f"{flag}: the policy in {str(folder)!r} is damaged ({reason}); search "
                 f"anew"
             ) from error
-        return cls(algorithm, network, kwargs, kinds)
+        return cls(algorithm, network, kwargs, group_features)
 
 
-def _kinds(columns: dict[str, list[float]]) -> np.ndarray:
+def _group_features(columns: dict[str, list[float]]) -> np.ndarray:
     if not isinstance(columns, dict) or columns.keys() != set(STATIC):
         raise ValueError(f"kinds that aren't told by {', '.join(STATIC)}")
     return np.column_stack([np.array(columns[name], float) for name in STATIC])
@@ -215,7 +223,9 @@ def _feature_names() -> list[str]:
     return [feature.name for feature in FEATURES]
 
 
-def acting(policy: Policy, env: LayerPruningEnv) -> Callable[[Walks], np.ndarray]:
+def acting(
+    policy: Policy, env: LayerPruningEnv
+) -> Callable[[BatchedEpisodes], np.ndarray]:
     """What a policy does in an environment without learning or chance, as something to
     `follow`.
 
@@ -223,16 +233,21 @@ def acting(policy: Policy, env: LayerPruningEnv) -> Callable[[Walks], np.ndarray
     those of a `Guide`, as far as it can't be trusted there. The guide's measurements
     are evaluations of the environment's proxy.
     """
-    trust = policy.trust(env.observer)
-    guide = (
-        env.guide if (trust < 1).any() else None
+    similarity = policy.similarity(env.observer)
+    greedy_allocator = (
+        env.greedy_allocator if (similarity < 1).any() else None
     )  # measures already here, so that a resumed search does it too
 
-    def act(walks: Walks) -> np.ndarray:
-        learned, share = policy.act(walks.observe())[:, 0], trust[walks.state.index]
+    def act(batch: BatchedEpisodes) -> np.ndarray:
+        learned, share = (
+            policy.act(batch.observe())[:, 0],
+            similarity[batch.state.index],
+        )
         if share == 1:
             return learned
-        guided = walks.actions_of(guide.suggest(walks.state), otherwise=share * learned)
+        guided = batch.actions_of(
+            greedy_allocator.suggest(batch.state), otherwise=share * learned
+        )
         return (share * learned + (1 - share) * guided).astype(np.float32)
 
     return act
@@ -258,5 +273,5 @@ def replay(
     env.reset(options={"budget": budget or bare.budget.at(0.5)})
     act, done = acting(policy, bare), False
     while not done:
-        _, _, done, _, info = env.step(act(bare.walk))
+        _, _, done, _, info = env.step(act(bare.episode))
     return info["allocation"], info

@@ -8,11 +8,11 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from autoprune.agents.recorder import LANES, Recorder
 from autoprune.costs.budget import Budget, BudgetRange
-from autoprune.envs.batch import Walks, uniformly
+from autoprune.envs.batch import BatchedEpisodes, uniform_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 
 
-class Walkers(VecEnv):
+class SB3VecEnv(VecEnv):
     """Lanes of one environment that end together, as Stable-Baselines3 wants them. How
     they are judged is left open.
 
@@ -25,22 +25,22 @@ class Walkers(VecEnv):
         self.env = env  # first: the parent asks for attributes of the environment
         super().__init__(n_lanes, env.observation_space, env.action_space)
         self.budgets: list[Budget] = []
-        self.walks: Walks
+        self.batch: BatchedEpisodes
         self._actions = np.zeros(n_lanes)
 
-    def draw(self) -> list[Budget]:
+    def next_budgets(self) -> list[Budget]:
         """The budgets of the next episodes, one a lane."""
         raise NotImplementedError
 
-    def judge(self) -> np.ndarray:
+    def rewards(self) -> np.ndarray:
         """Rewards `(n_lanes,)` of the finished walks."""
         raise NotImplementedError
 
     def reset(self) -> np.ndarray:
         """Starts the next episodes."""
-        self.budgets = self.draw()
-        self.walks = self.env.walks(self.budgets)
-        return self.walks.observe()
+        self.budgets = self.next_budgets()
+        self.batch = self.env.start_episodes(self.budgets)
+        return self.batch.observe()
 
     def step_async(self, actions: np.ndarray) -> None:
         """Takes one action a lane, `(n_lanes, 1)`."""
@@ -50,14 +50,14 @@ class Walkers(VecEnv):
         """Decides a group in every lane; after the last one all are judged and start
         anew.
         """
-        executed, _ = self.walks.step(self._actions)
+        executed, _ = self.batch.step(self._actions)
         infos: list[dict] = [
             {"executed_action": action} for action in executed.tolist()
         ]
-        observations, n = self.walks.observe(), self.num_envs
-        if not self.walks.is_over:
+        observations, n = self.batch.observe(), self.num_envs
+        if not self.batch.is_over:
             return observations, np.zeros(n, np.float32), np.zeros(n, bool), infos
-        rewards = self.judge()
+        rewards = self.rewards()
         for info, observation, reward in zip(
             infos, observations, rewards.tolist(), strict=True
         ):
@@ -89,7 +89,7 @@ class Walkers(VecEnv):
         return [False] * self.num_envs
 
 
-class Lanes(Walkers):
+class RecordedVecEnv(SB3VecEnv):
     """Lanes whose networks are really scored, side by side, and recorded.
 
     Where fewer episodes are asked for than there are lanes, the surplus lanes shadow
@@ -112,13 +112,13 @@ class Lanes(Walkers):
         self,
         recorder: Recorder,
         n_lanes: int = LANES,
-        lead: Callable[[Walks], np.ndarray] | None = None,
+        warm_start: Callable[[BatchedEpisodes], np.ndarray] | None = None,
     ):
         super().__init__(recorder.env, n_lanes)
-        self.recorder, self._lead = recorder, lead
+        self.recorder, self._warm_start = recorder, warm_start
         self._shadows = np.arange(n_lanes)
 
-    def draw(self) -> list[Budget]:
+    def next_budgets(self) -> list[Budget]:
         """Spread over the range, and the same in a lane and its shadow."""
         live = min(self.num_envs, self.recorder.remaining) or self.num_envs
         self._shadows = np.arange(self.num_envs) % live
@@ -130,40 +130,40 @@ class Lanes(Walkers):
         of the first batch are led.
         """
         super().step_async(np.asarray(actions)[self._shadows])
-        if self._lead is not None and not self.recorder.episodes:
-            self._actions = self._lead(self.walks) + np.where(
+        if self._warm_start is not None and not self.recorder.episodes:
+            self._actions = self._warm_start(self.batch) + np.where(
                 self._shadows == 0, 0, self._actions
             )
 
-    def judge(self) -> np.ndarray:
+    def rewards(self) -> np.ndarray:
         """Scores the networks."""
         # Par first: a resumed search then sees it scored before its episodes too, on
         # the same block of images.
         expected = (
-            self._par.at(self.budgets, self._par_rewards)
+            self._uniform.at(self.budgets, self._uniform_rewards)
             if isinstance(self.env.budget, BudgetRange)
             else 0.0
         )
         return (
             self.recorder.score(
-                self.walks, self.budgets, min(self.num_envs, self.recorder.remaining)
+                self.batch, self.budgets, min(self.num_envs, self.recorder.remaining)
             )
             - expected
         )
 
     @cached_property
-    def _par(self) -> "Par":
-        return Par(self.env)
+    def _uniform(self) -> "UniformBaseline":
+        return UniformBaseline(self.env)
 
     @cached_property
-    def _par_rewards(self) -> np.ndarray:
-        return self.env.score(self._par.walks, self._par.budgets)[0]
+    def _uniform_rewards(self) -> np.ndarray:
+        return self.env.score(self._uniform.batch, self._uniform.budgets)[0]
 
 
-PAR_POINTS = 6
+UNIFORM_POINTS = 6
 
 
-class Par:
+class UniformBaseline:
     """What a budget of an environment's range is worth to uniform pruning, which is
     judged at a few of them.
 
@@ -177,9 +177,9 @@ class Par:
 
     def __init__(self, env: LayerPruningEnv):
         self.budgets = [
-            env.budget.at(position) for position in np.linspace(0, 1, PAR_POINTS)
+            env.budget.at(position) for position in np.linspace(0, 1, UNIFORM_POINTS)
         ]
-        self.walks = env.walks(self.budgets).follow(uniformly)
+        self.batch = env.start_episodes(self.budgets).rollout(uniform_policy)
 
     def at(self, budgets: Sequence[Budget], rewards: np.ndarray) -> np.ndarray:
         """What uniform pruning earns under `budgets`, linear between its `rewards` in

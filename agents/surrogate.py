@@ -50,7 +50,7 @@ count as that: how bad a bad network is tells nothing about the good ones.
 """
 
 
-class Usual:
+class CostBaseline:
     """What reward is usual at a cost, and how far rewards there lie apart.
 
     Under a range of budgets rewards differ by more between tight and loose ones than
@@ -74,7 +74,7 @@ class Usual:
         """The usual reward, a parabola in the octaves of cost."""
         return np.polyval(self._centre, self._place(costs))
 
-    def spread(self, costs: np.ndarray) -> np.ndarray:
+    def scale(self, costs: np.ndarray) -> np.ndarray:
         """A typical distance from it, a line in octaves of both."""
         return np.exp(np.polyval(self._spread, self._place(costs)))
 
@@ -82,11 +82,11 @@ class Usual:
         """How far above the usual rewards `(n,)` are, in units of the spread at their
         costs `(n,)`.
         """
-        return (rewards - self.centre(costs)) / self.spread(costs)
+        return (rewards - self.centre(costs)) / self.scale(costs)
 
     def absolute(self, relative: np.ndarray, costs: np.ndarray) -> np.ndarray:
         """The rewards again."""
-        return self.centre(costs) + self.spread(costs) * relative
+        return self.centre(costs) + self.scale(costs) * relative
 
     def _place(self, costs: np.ndarray) -> np.ndarray:
         return (np.log2(costs) - self._middle) / self._scale

@@ -24,7 +24,7 @@ from torch import nn
 from autoprune.agents.checkpoint import restore_learner, save_learner
 from autoprune.agents.recorder import LANES, START_STD, Recorder
 from autoprune.agents.replay import ALGORITHMS, Policy, acting
-from autoprune.agents.sb3_env import Lanes
+from autoprune.agents.sb3_env import RecordedVecEnv
 
 
 def hyperparameters(name: str) -> dict:
@@ -265,11 +265,11 @@ def train(
         UserError: If the checkpoint is damaged.
     """
     config, n_steps = recorder.config, len(recorder.env.groups)
-    lead = None
-    if start is not None and start.is_stranger(recorder.env.observer):
-        lead, start = acting(start, recorder.env), None
-    lanes = Lanes(
-        recorder, min(LANES, max(2, config.episodes)), lead
+    warm_start = None
+    if start is not None and start.is_out_of_distribution(recorder.env.observer):
+        warm_start, start = acting(start, recorder.env), None
+    lanes = RecordedVecEnv(
+        recorder, min(LANES, max(2, config.episodes)), warm_start
     )  # of a single step no advantage can be told
     learner = make_learner(name, lanes, n_steps, config.seed, log, start)
     done = (
@@ -300,4 +300,6 @@ def train(
 def policy_of(name: str, learner: BaseAlgorithm, start: Policy | None = None) -> Policy:
     """The policy of a learner, maybe one that was made from `start`."""
     kwargs = start.policy_kwargs if start else hyperparameters(name)["policy_kwargs"]
-    return Policy.of(name, learner, kwargs, learner.get_env().env.observer.kinds)
+    return Policy.of(
+        name, learner, kwargs, learner.get_env().env.observer.group_features
+    )

@@ -14,7 +14,7 @@ FLAT = 1e-6
 """Width below which one side of the feasible interval counts as a point."""
 
 
-class Walks:
+class BatchedEpisodes:
     """Lanes that decide the same group at the same time, each under a budget of its
     own.
 
@@ -37,7 +37,7 @@ class Walks:
         kept = np.repeat(self.space.costs.dense[None], len(targets), 0)
         self._look(0, kept, np.asarray(targets), np.zeros(len(targets)))
 
-    def follow(self, act: Callable[["Walks"], np.ndarray]) -> "Walks":
+    def rollout(self, act: Callable[["BatchedEpisodes"], np.ndarray]) -> "BatchedEpisodes":
         """Goes to the end; `act` wishes actions `(n_lanes,)` at every step. Returns
         itself.
         """
@@ -132,14 +132,14 @@ class Walks:
         )
 
 
-def uniformly(walks: Walks) -> np.ndarray:
-    """Uniform pruning, as something to `follow`."""
-    return np.zeros(len(walks.state.kept))
+def uniform_policy(batch: BatchedEpisodes) -> np.ndarray:
+    """Uniform pruning, as something to `rollout`."""
+    return np.zeros(len(batch.state.kept))
 
 
-def along(sparsities: np.ndarray) -> Callable[[Walks], np.ndarray]:
+def fixed_policy(sparsities: np.ndarray) -> Callable[[BatchedEpisodes], np.ndarray]:
     """Given sparsities `(n_lanes, n_groups)`, as far as they are feasible, as something
-    to `follow`.
+    to `rollout`.
     """
     nothing = np.zeros(len(sparsities))
-    return lambda walks: walks.actions_of(sparsities[:, walks.state.index], nothing)
+    return lambda batch: batch.actions_of(sparsities[:, batch.state.index], nothing)

@@ -23,7 +23,7 @@ path that is kept.
 """
 
 
-class Guide:
+class GreedyAllocator:
     """Suggests sparsities on a network from what each group alone is worth there;
     nothing is learned.
 
@@ -49,7 +49,7 @@ class Guide:
 
     def __init__(self, space: SearchSpace, losses: Callable[[np.ndarray], np.ndarray]):
         self._space = space
-        self.worth = self._measured(losses)
+        self.marginal_gain = self._measured(losses)
         self.path = self._greedy()
 
     def _measured(self, losses: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -67,7 +67,7 @@ class Guide:
     def _greedy(self) -> np.ndarray:
         space, dense = self._space, self._space.costs.dense
         damages, step = (
-            self.worth + FLOOR * self.worth.mean() + 1e-12,
+            self.marginal_gain + FLOOR * self.marginal_gain.mean() + 1e-12,
             np.maximum(dense / STEPS, 1),
         )
         kept, walked = space.high.astype(float), []

@@ -13,8 +13,8 @@ from torch import nn
 from autoprune.costs.allocation import Allocation, SearchSpace
 from autoprune.costs.budget import Budget, BudgetRange, parse_budget
 from autoprune.costs.cost import CostTable
-from autoprune.envs.batch import Walks
-from autoprune.envs.greedy_allocator import Guide
+from autoprune.envs.batch import BatchedEpisodes
+from autoprune.envs.greedy_allocator import GreedyAllocator
 from autoprune.envs.observation import OBSERVATION_SPACE, Observer
 from autoprune.envs.rewards import Outcome, reward_named
 from autoprune.errors import UserError
@@ -147,14 +147,14 @@ class LayerPruningEnv(gymnasium.Env):
         self._start(
             Budget.parse(asked) if asked else self.budget.at(self.np_random.random())
         )
-        return self.walk.observe()[0], {"budget": str(self.episode_budget)}
+        return self.episode.observe()[0], {"budget": str(self.episode_budget)}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Prunes the current group by the feasible sparsity that `action` stands for."""
-        if self.walk.is_over:
+        if self.episode.is_over:
             raise RuntimeError("step() after the episode's end; call reset() first")
-        group = self.groups[self.walk.state.index].name
-        (executed,), (sparsity,) = self.walk.step(
+        group = self.groups[self.episode.state.index].name
+        (executed,), (sparsity,) = self.episode.step(
             np.asarray(action, np.float64).reshape(-1)[:1]
         )
         info, reward = (
@@ -165,10 +165,16 @@ class LayerPruningEnv(gymnasium.Env):
             },
             0.0,
         )
-        if self.walk.is_over:
-            (reward,), (outcome,) = self.score(self.walk, [self.episode_budget])
+        if self.episode.is_over:
+            (reward,), (outcome,) = self.score(self.episode, [self.episode_budget])
             info |= outcome
-        return self.walk.observe()[0], float(reward), self.walk.is_over, False, info
+        return (
+            self.episode.observe()[0],
+            float(reward),
+            self.episode.is_over,
+            False,
+            info,
+        )
 
     def render(self) -> np.ndarray | None:
         """The allocation so far, uint8 `(height, width, 3)`; undecided groups are drawn
@@ -178,17 +184,20 @@ class LayerPruningEnv(gymnasium.Env):
             return None
         from autoprune.reporting.figures import allocation_bars, render_rgb
 
-        dense, kept = self.space.costs.dense.tolist(), self.walk.state.kept[0].tolist()
+        dense, kept = (
+            self.space.costs.dense.tolist(),
+            self.episode.state.kept[0].tolist(),
+        )
         return render_rgb(
             allocation_bars([group.name for group in self.groups], dense, kept)
         )
 
     @cached_property
-    def guide(self) -> Guide:
+    def greedy_allocator(self) -> GreedyAllocator:
         """What helps a policy where it doesn't know the network; it measures once, when
         it is first asked for.
         """
-        return Guide(self.space, self._losses)
+        return GreedyAllocator(self.space, self._losses)
 
     def _losses(self, kept: np.ndarray) -> np.ndarray:
         """Proxy losses `(n,)` of allocations `(n, n_groups)`."""
@@ -202,12 +211,12 @@ class LayerPruningEnv(gymnasium.Env):
     @property
     def target(self) -> int:
         """The episode's budget as an absolute cost."""
-        return int(self.walk.state.targets[0])
+        return int(self.episode.state.targets[0])
 
     @property
     def bounds(self) -> tuple[float, float]:
         """Lowest and highest feasible sparsity of the current group."""
-        lowest, highest = self.walk.state.bounds
+        lowest, highest = self.episode.state.bounds
         return float(lowest[0]), float(highest[0])
 
     def action_of(self, sparsity: float, otherwise: float = 0.0) -> float:
@@ -220,19 +229,19 @@ class LayerPruningEnv(gymnasium.Env):
                 so that any action would do.
         """
         return float(
-            self.walk.actions_of(np.array([sparsity]), np.array([otherwise]))[0]
+            self.episode.actions_of(np.array([sparsity]), np.array([otherwise]))[0]
         )
 
-    def walks(self, budgets: Sequence[Budget]) -> Walks:
+    def start_episodes(self, budgets: Sequence[Budget]) -> BatchedEpisodes:
         """Lanes of this environment, one a budget, at the start of their episodes.
 
         Raises:
             UserError: If a budget is of another metric or can't be reached.
         """
         targets = np.array([self.target_of(budget) for budget in budgets])
-        walks = Walks(self.space, self.observer, self.reward.uses_up_budget)
-        walks.start(targets)
-        return walks
+        batch = BatchedEpisodes(self.space, self.observer, self.reward.uses_up_budget)
+        batch.start(targets)
+        return batch
 
     def target_of(self, budget: Budget) -> int:
         """A budget as an absolute cost.
@@ -255,7 +264,7 @@ class LayerPruningEnv(gymnasium.Env):
         return dict(zip(self.space.costs.names, map(int, kept), strict=True))
 
     def score(
-        self, walks: Walks, budgets: Sequence[Budget], block: int = 0
+        self, batch: BatchedEpisodes, budgets: Sequence[Budget], block: int = 0
     ) -> tuple[np.ndarray, list[dict]]:
         """Rewards `(n_lanes,)` of finished walks, scored side by side, and what is told
         about each.
@@ -265,10 +274,10 @@ class LayerPruningEnv(gymnasium.Env):
             budgets: What each was walked for.
             block: Which block of images scores them, see `ProxyAccuracy.block_of`.
         """
-        counts = [self.counts(kept) for kept in walks.state.kept]
+        counts = [self.counts(kept) for kept in batch.state.kept]
         rewards, infos = [], []
         for lane, evaluation in enumerate(self.proxy.score_all(counts, block)):
-            kept = walks.state.kept[lane]
+            kept = batch.state.kept[lane]
             macs = self.space.costs.macs(kept)
             rewards.append(self.reward_of(evaluation, macs))
             allocation = Allocation(
@@ -277,7 +286,7 @@ class LayerPruningEnv(gymnasium.Env):
             costs = {
                 "macs": macs,
                 "cost": self.space.cost(kept),
-                "target": int(walks.state.targets[lane]),
+                "target": int(batch.state.targets[lane]),
             }
             infos.append({"allocation": allocation, **costs, **asdict(evaluation)})
         return np.array(rewards), infos
@@ -289,7 +298,7 @@ class LayerPruningEnv(gymnasium.Env):
         )
 
     def _start(self, budget: Budget) -> None:
-        self.walk, self.episode_budget = self.walks([budget]), budget
+        self.episode, self.episode_budget = self.start_episodes([budget]), budget
 
 
 def _check_network(model: nn.Module, groups: Groups, proxy: ProxyAccuracy) -> None:

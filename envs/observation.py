@@ -101,7 +101,7 @@ class Observer:
         return (dense - low) / self.dense_cost
 
     @property
-    def kinds(self) -> np.ndarray:
+    def group_features(self) -> np.ndarray:
         """The features of `STATIC` of each group, `(n_groups, n_static)`: groups alike
         in these are of one kind.
         """

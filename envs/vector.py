@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from autoprune.costs.budget import Budget, parse_budget, spread
+from autoprune.costs.budget import Budget, evenly_spaced, parse_budget
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError
 
@@ -72,17 +72,17 @@ class LayerPruningVectorEnv(VectorEnv):
         """Prunes the current group in every lane, by the feasible sparsity that its
         action stands for.
         """
-        n, group = self.num_envs, self.env.groups[self.walks.state.index].name
-        executed, sparsities = self.walks.step(np.asarray(actions)[:, 0])
+        n, group = self.num_envs, self.env.groups[self.batch.state.index].name
+        executed, sparsities = self.batch.step(np.asarray(actions)[:, 0])
         infos = {
             "group": np.full(n, group, object),
             "executed_action": executed,
             "sparsity": sparsities,
         }
-        observations, rewards = self.walks.observe(), np.zeros(n)
-        is_over = self.walks.is_over
+        observations, rewards = self.batch.observe(), np.zeros(n)
+        is_over = self.batch.is_over
         if is_over:
-            rewards, outcomes = self.env.score(self.walks, self.budgets)
+            rewards, outcomes = self.env.score(self.batch, self.budgets)
             final = {
                 name: np.array([outcome[name] for outcome in outcomes], object)
                 for name in outcomes[0]
@@ -96,16 +96,16 @@ class LayerPruningVectorEnv(VectorEnv):
         return observations, rewards, np.full(n, is_over), np.zeros(n, bool), infos
 
     def _start(self, budgets: list[Budget] | None) -> np.ndarray:
-        self.budgets = budgets or spread(
+        self.budgets = budgets or evenly_spaced(
             self.env.budget, self.num_envs, self.np_random.random()
         )
-        self.walks = self.env.walks(self.budgets)
-        return self.walks.observe()
+        self.batch = self.env.start_episodes(self.budgets)
+        return self.batch.observe()
 
 
 def _asked(options: dict, n: int) -> list[Budget] | None:
     if "budget" in options:
-        return spread(parse_budget(options["budget"]), n)
+        return evenly_spaced(parse_budget(options["budget"]), n)
     if "budgets" not in options:
         return None
     if len(options["budgets"]) != n:

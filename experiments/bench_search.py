@@ -48,7 +48,7 @@ from autoprune.reporting.console import say
 from autoprune.structure.groups import Groups
 from autoprune.structure.slicing import Slicer, top_channels
 from experiments import rival_proxies
-from experiments.rival_proxies import Contender, Draws, Ground, Kept, one_by_one
+from experiments.rival_proxies import Contender, Draws, Ground, KeptCounts, one_by_one
 from experiments.script import run
 from experiments.tables import add_rows
 
@@ -148,16 +148,16 @@ def arguments() -> argparse.Namespace:
 
 def draw(
     groups: Groups, args: argparse.Namespace, candidates: int
-) -> list[Sequence[Kept]]:
+) -> list[Sequence[KeptCounts]]:
     """Different allocations at the budget, close around uniform: for each repetition,
     and once more to warm up.
     """
     space = SearchSpace(CostTable(groups), args.budget.metric)
     target, rng = args.budget.target(space.costs), np.random.default_rng(args.seed)
     space.check(target, args.budget)
-    different: dict[tuple[int, ...], Kept] = {}
+    different: dict[tuple[int, ...], KeptCounts] = {}
     while len(different) < candidates * (args.repeats + 1):
-        kept = space.walk(
+        kept = space.allocate(
             target, lambda _, uniform: uniform + rng.normal(0, SPREAD)
         ).tolist()
         different[tuple(kept)] = dict(zip(space.costs.names, kept, strict=True))
@@ -190,7 +190,9 @@ def ours(ground: Ground, proxy: ProxyAccuracy, drawn: Draws) -> dict[str, Conten
     }
 
 
-def candidates_per_second(proxy: ProxyAccuracy, allocations: Sequence[Kept]) -> float:
+def candidates_per_second(
+    proxy: ProxyAccuracy, allocations: Sequence[KeptCounts]
+) -> float:
     """How fast the proxy scores allocations, handed to it in batches; what it finds in
     its cache doesn't count.
     """
@@ -200,7 +202,9 @@ def candidates_per_second(proxy: ProxyAccuracy, allocations: Sequence[Kept]) -> 
     return (proxy.evaluations - before) / (time.perf_counter() - started)
 
 
-def floor(ground: Ground, proxy: ProxyAccuracy, allocations: Sequence[Kept]) -> float:
+def floor(
+    ground: Ground, proxy: ProxyAccuracy, allocations: Sequence[KeptCounts]
+) -> float:
     """Seconds per candidate of the bare forward passes of networks that are pruned
     already.
     """
@@ -223,7 +227,7 @@ def floor(ground: Ground, proxy: ProxyAccuracy, allocations: Sequence[Kept]) -> 
     return seconds / len(networks)
 
 
-def slicing(slicer: Slicer, ground: Ground, kept: Kept) -> float:
+def slicing(slicer: Slicer, ground: Ground, kept: KeptCounts) -> float:
     """Seconds of choosing a candidate's channels and laying them into the reused copy."""
     started = time.perf_counter()
     slicer.apply(top_channels(ground.importance, kept))

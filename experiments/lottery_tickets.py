@@ -158,9 +158,9 @@ def trained(
     """The network after a training from given values under masks, and what was seen on
     the way.
     """
-    model, plug = lenet(0), Training(masks, splits, config)
+    model, callback = lenet(0), Training(masks, splits, config)
     model.load_state_dict(start)
-    return finetune(model, splits.train, config, seed, plug=plug), plug
+    return finetune(model, splits.train, config, seed, callback=callback), callback
 
 
 def row(

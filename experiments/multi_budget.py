@@ -19,7 +19,12 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from autoprune.agents.finalists import FRONT_BUDGETS, Finalist, judge, within
+from autoprune.agents.finalists import (
+    FRONT_BUDGETS,
+    Finalist,
+    rank_on_selection,
+    within,
+)
 from autoprune.agents.search import search
 from autoprune.config import (
     DataConfig,
@@ -121,7 +126,7 @@ def measure(
         folder.policy, network=workspace.groups.fingerprint, budget=trained_on
     )
     for cell in cells:
-        finalists = judge(
+        finalists = rank_on_selection(
             within(result.recorder, result.policy, Budget.parse(cell["budget"])), env
         )
         costs = {"evaluations": result.evaluations, "seconds": round(result.seconds, 1)}

@@ -225,7 +225,7 @@ def around_uniform(
     space: SearchSpace, target: int, spread: float, generator: np.random.Generator
 ) -> tuple[int, ...]:
     """Counts of a walk whose wishes are uniform-to-go and a random offset."""
-    counts = space.walk(
+    counts = space.allocate(
         target, lambda index, uniform: uniform + generator.normal(0, spread)
     )
     return tuple(map(int, counts))

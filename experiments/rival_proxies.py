@@ -36,8 +36,8 @@ EAGLEEYE_IMAGES, EAGLEEYE_CALIBRATION, EAGLEEYE_BATCH = 10_000, 12_800, 128
 BATCH_SIZES = (50, 100, 250, 500)
 PROBE_IMAGES = 1_000
 
-Kept = Mapping[str, int]
-Draws = Sequence[Sequence[Kept]]
+KeptCounts = Mapping[str, int]
+Draws = Sequence[Sequence[KeptCounts]]
 """For each repetition its allocations."""
 
 
@@ -78,7 +78,7 @@ class Ground:
             share_run,
         )
 
-    def sliced(self, kept: Kept) -> nn.Module:
+    def sliced(self, kept: KeptCounts) -> nn.Module:
         """A new network with the most important channels, in eval mode."""
         pruned = prune(self.model, self.groups, top_channels(self.importance, kept))
         return pruned.eval().to(memory_format=torch.channels_last)
@@ -109,7 +109,7 @@ class Contender:
     precision: str
     threads: str
     drawn: Draws
-    seconds: Callable[[Sequence[Kept]], float]
+    seconds: Callable[[Sequence[KeptCounts]], float]
     share_run: float = 1.0
 
 
@@ -160,14 +160,14 @@ def rivals(
 
 def one_by_one(
     score: Callable[..., float], *fixed: object
-) -> Callable[[Sequence[Kept]], float]:
+) -> Callable[[Sequence[KeptCounts]], float]:
     """The mean seconds of several candidates, each scored with the `fixed` arguments
     before it.
     """
     return lambda allocations: mean(score(*fixed, kept) for kept in allocations)
 
 
-def amc_style(ground: Ground, batch: int, kept: Kept) -> float:
+def amc_style(ground: Ground, batch: int, kept: KeptCounts) -> float:
     """Seconds of AMC's evaluation of one allocation."""
     started = time.perf_counter()
     model = ground.sliced(kept)
@@ -178,7 +178,7 @@ def amc_style(ground: Ground, batch: int, kept: Kept) -> float:
     )
 
 
-def eagleeye_style(ground: Ground, batch: int, kept: Kept) -> float:
+def eagleeye_style(ground: Ground, batch: int, kept: KeptCounts) -> float:
     """Seconds of EagleEye's evaluation of one allocation."""
     started = time.perf_counter()
     model = ground.sliced(kept)
@@ -195,7 +195,7 @@ def eagleeye_style(ground: Ground, batch: int, kept: Kept) -> float:
     )
 
 
-def torch_pruning(ground: Ground, images: int, kept: Kept) -> float:
+def torch_pruning(ground: Ground, images: int, kept: KeptCounts) -> float:
     """Seconds of an evaluation with Torch-Pruning of one allocation of `cut_by_layer`'s
     groups.
     """
@@ -206,7 +206,7 @@ def torch_pruning(ground: Ground, images: int, kept: Kept) -> float:
     )
 
 
-def pruned_by_torch_pruning(ground: Ground, kept: Kept) -> nn.Module:
+def pruned_by_torch_pruning(ground: Ground, kept: KeptCounts) -> nn.Module:
     """A copy of the dense network in which the layers named have so many outputs left."""
     model = copy.deepcopy(ground.model)
     layers = {model.get_submodule(name): count for name, count in kept.items()}
@@ -245,7 +245,7 @@ def cut_by_layer(groups: Groups) -> Groups:
     return groups.with_pins(dict.fromkeys(shared, "several layers produce it"))
 
 
-def fastest_batch(ground: Ground, kept: Kept) -> int:
+def fastest_batch(ground: Ground, kept: KeptCounts) -> int:
     """Of `BATCH_SIZES` the one at which a pruned network scores images fastest, the
     better of two tries each.
     """

@@ -17,7 +17,7 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from autoprune.agents.finalists import Finalist, judge, own, rolled_out
+from autoprune.agents.finalists import Finalist, own, rank_on_selection, rolled_out
 from autoprune.agents.policies import find_policy
 from autoprune.agents.replay import Policy
 from autoprune.agents.search import search
@@ -28,7 +28,7 @@ from autoprune.config import (
     SearchConfig,
     Settings,
 )
-from autoprune.envs.batch import uniformly
+from autoprune.envs.batch import uniform_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.pipeline.context import Workspace
 from autoprune.runs import RunFolder
@@ -112,10 +112,10 @@ def measure(
     if cell["kind"] == WARM:
         return searched(workspace, policy, env, cell, args)
     if cell["kind"] == "uniform":
-        (episode,) = rolled_out(uniformly, env, [env.budget], "uniform")
+        (episode,) = rolled_out(uniform_policy, env, [env.budget], "uniform")
     else:
         episode = own(policy, env, env.budget)
-    return figures(judge([episode], env)[0], env) | {
+    return figures(rank_on_selection([episode], env)[0], env) | {
         "evaluations": env.proxy.evaluations
     }
 
@@ -138,7 +138,7 @@ def searched(
     folder.root.mkdir(parents=True, exist_ok=True)
     measured_first = sensitivity_cost(workspace) + (
         len(env.groups) + 1
-    ) * policy.is_stranger(env.observer)
+    ) * policy.is_out_of_distribution(env.observer)
     episodes = (
         EVALUATIONS - measured_first - 1
     )  # the last one is the policy's own allocation

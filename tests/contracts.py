@@ -25,7 +25,7 @@ NUDGE = 1e-3
 off.
 """
 
-Kept = dict[str, Tensor]
+KeptIndices = dict[str, Tensor]
 
 
 @dataclass
@@ -78,7 +78,7 @@ def check(recipe: Recipe, max_single: int = 4) -> Findings:
     return findings
 
 
-def allocations(groups: Groups, max_single: int) -> Iterable[Kept]:
+def allocations(groups: Groups, max_single: int) -> Iterable[KeptIndices]:
     """All groups jointly, twice, one channel of each, and single groups."""
     if len(groups):
         yield from (random_kept(groups, seed) for seed in range(2))
@@ -91,7 +91,11 @@ def allocations(groups: Groups, max_single: int) -> Iterable[Kept]:
 
 
 def check_allocation(
-    model: nn.Module, groups: Groups, kept: Kept, findings: Findings, size: int = SIZE
+    model: nn.Module,
+    groups: Groups,
+    kept: KeptIndices,
+    findings: Findings,
+    size: int = SIZE,
 ) -> None:
     """Adds to `findings` what one allocation of a float64 network says."""
     pruned, counts = (
@@ -126,7 +130,7 @@ def check_allocation(
 
 
 def check_zeroed(
-    model: nn.Module, groups: Groups, kept: Kept, findings: Findings
+    model: nn.Module, groups: Groups, kept: KeptIndices, findings: Findings
 ) -> None:
     """Compares with a reference that follows no labels: weights that read a removed
     channel are zero.
@@ -141,7 +145,7 @@ def check_zeroed(
         )
 
 
-def is_ignored(model: nn.Module, groups: Groups, kept: Kept, x: Tensor) -> bool:
+def is_ignored(model: nn.Module, groups: Groups, kept: KeptIndices, x: Tensor) -> bool:
     """Whether the output is the same when the layers that produce the removed channels
     compute something else.
     """
@@ -159,5 +163,5 @@ def is_ignored(model: nn.Module, groups: Groups, kept: Kept, x: Tensor) -> bool:
     return difference(outputs(other, x), outputs(model, x)) < CHANGED
 
 
-def _listed(kept: Kept) -> str:
+def _listed(kept: KeptIndices) -> str:
     return ", ".join(f"{name}={channels.tolist()}" for name, channels in kept.items())

@@ -23,10 +23,10 @@ def kill_after(
 
 def interrupted_finetune(*args):
     """`finetune`, called as the stages do, with a Ctrl-C after its second epoch."""
-    *before, on_epoch, plug = args
+    *before, on_epoch, callback = args
 
     def die(epoch: int, loss: float) -> None:
         on_epoch(epoch, loss)
         kill_after(2, KeyboardInterrupt)(epoch, loss)
 
-    return finetune(*before, die, plug)
+    return finetune(*before, die, callback)

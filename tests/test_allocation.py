@@ -174,7 +174,9 @@ def test_every_walk_meets_the_budget_and_leaves_no_room_for_a_step(
     for episode in range(200 if len(space.levels) < 12 else 60):
         target = int(generator.uniform(floor, dense)) if episode else floor
         wishes = generator.uniform(-0.5, 1.5, len(space.levels))
-        kept = space.walk(target, lambda index, uniform, wishes=wishes: wishes[index])
+        kept = space.allocate(
+            target, lambda index, uniform, wishes=wishes: wishes[index]
+        )
         assert_meets(space, kept, target)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toys import digits_env, fake_env, target_env
 
-from autoprune.agents.baselines import AT_ONCE, BASELINES, check_baselines, walk
+from autoprune.agents.baselines import AT_ONCE, BASELINES, check_baselines, run_episode
 from autoprune.agents.recorder import Recorder
 from autoprune.agents.search import check_agent
 from autoprune.config import SearchConfig
@@ -93,7 +93,7 @@ def test_sensitivity_comes_close_to_the_optimum_of_an_additive_damage(weights, b
     losses = [
         episode.evaluation.loss for episode in run("sensitivity", env, episodes=100)
     ]
-    plain, best = walk(env, lambda _: 0.0)["loss"], best_of_all(env)
+    plain, best = run_episode(env, lambda _: 0.0)["loss"], best_of_all(env)
     # Damages add up here but costs don't: what is saved in one group depends on its
     # neighbours.
     assert best <= losses[0] < plain - 0.65 * (plain - best)
@@ -139,7 +139,7 @@ def test_sensitivity_beats_uniform_on_a_trained_network():
     losses = [
         episode.evaluation.loss for episode in run("sensitivity", env, episodes=40)
     ]
-    assert min(losses) < walk(env, lambda _: 0.0)["loss"]
+    assert min(losses) < run_episode(env, lambda _: 0.0)["loss"]
 
 
 @pytest.mark.parametrize("name", list(BASELINES))
@@ -169,7 +169,7 @@ def test_model_based_baselines_are_reproducible_by_seed_and_come_close_to_a_know
     )
     assert first == again
     assert [counts(e) for e in first] != [counts(e) for e in other]
-    uniform = walk(target_env(), lambda _: 0.0)["loss"]
+    uniform = run_episode(target_env(), lambda _: 0.0)["loss"]
     assert min(episode.evaluation.loss for episode in first) < 0.3 * uniform
 
 

@@ -119,7 +119,7 @@ def steps(
     model: nn.Module, groups: Groups, clusters: dict[str, Tensor], n: int, **options
 ) -> None:
     """Steps of SGD on gradients that are random, as those of any loss."""
-    plug, generator = (
+    callback, generator = (
         Centripetal(groups, clusters, PULL),
         torch.Generator().manual_seed(1),
     )
@@ -129,7 +129,7 @@ def steps(
             parameter.grad = torch.randn(
                 parameter.shape, generator=generator, dtype=parameter.dtype
             )
-        plug.before_step(model, 0)
+        callback.before_step(model, 0)
         optimizer.step()
 
 
@@ -368,7 +368,7 @@ def test_training_draws_clusters_together_until_merging_is_free(digits):
         model,
         digits,
         replace(CONFIG, momentum=0.5),
-        plug=Centripetal(groups, clusters, 2.0),
+        callback=Centripetal(groups, clusters, 2.0),
     )
     end = [
         spread(model[n][0].weight.detach(), clusters[f"{n}.0"]).norm() for n in (0, 1)
@@ -401,7 +401,7 @@ def test_the_usual_pull_draws_as_much_in_a_training_of_any_length_as_in_the_pape
     config = replace(
         CONFIG, epochs=epochs, lr=lr, momentum=0.0, weight_decay=0.0, batch_size=16
     )
-    finetune(model, digits, config, plug=Centripetal(groups, clusters))
+    finetune(model, digits, config, callback=Centripetal(groups, clusters))
     end = [
         spread(model[n][0].weight.detach(), clusters[f"{n}.0"]).norm() for n in (0, 1)
     ]
@@ -412,7 +412,7 @@ def test_the_usual_pull_draws_as_much_in_a_training_of_any_length_as_in_the_pape
 
 def test_killed_training_goes_on_to_bit_identical_weights(digits, tmp_path):
     model, groups, clusters = small()
-    plug = Centripetal(groups, clusters)
+    callback = Centripetal(groups, clusters)
     with pytest.raises(Killed):
         finetune(
             model,
@@ -420,16 +420,16 @@ def test_killed_training_goes_on_to_bit_identical_weights(digits, tmp_path):
             CONFIG,
             checkpoint=tmp_path / "merging.pt",
             on_epoch=kill_after(2),
-            plug=plug,
+            callback=callback,
         )
     resumed = finetune(
         small(seed=7)[0],
         digits[:64],
         CONFIG,
         checkpoint=tmp_path / "merging.pt",
-        plug=plug,
+        callback=callback,
     )
-    whole = finetune(small()[0], digits[:64], CONFIG, plug=plug)
+    whole = finetune(small()[0], digits[:64], CONFIG, callback=callback)
     assert all(
         torch.equal(a, b)
         for a, b in zip(resumed.parameters(), whole.parameters(), strict=True)

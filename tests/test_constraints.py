@@ -11,7 +11,7 @@ import torch
 from nets import NETS, build, images
 from toys import fake_env, traced
 
-from autoprune.agents.baselines import walk
+from autoprune.agents.baselines import run_episode
 from autoprune.config import SearchConfig
 from autoprune.costs.allocation import SearchSpace
 from autoprune.costs.budget import Budget
@@ -210,7 +210,7 @@ def test_walks_meet_every_budget_down_to_the_floor_within_the_limits_of_each_gro
     for episode in range(40):
         target = int(generator.uniform(floor, full)) if episode else floor
         wishes = generator.uniform(-0.5, 1.5, len(dense))
-        kept = space.walk(target, lambda index, _, wishes=wishes: wishes[index])
+        kept = space.allocate(target, lambda index, _, wishes=wishes: wishes[index])
         assert space.cost(kept) <= target
         assert ((kept % multiples == 0) | (kept == dense)).all() and (
             kept >= np.minimum(widths, dense)
@@ -266,7 +266,7 @@ def test_episodes_keep_excluded_groups_out_and_the_others_within_their_limits():
     )
     generator = np.random.default_rng(3)
     for _ in range(30):
-        info = walk(env, lambda _: generator.uniform(-1, 1))
+        info = run_episode(env, lambda _: generator.uniform(-1, 1))
         kept = info["allocation"].kept
         assert info["cost"] <= info["target"]
         assert kept[names[1]] >= 24 and all(count % 4 == 0 for count in kept.values())

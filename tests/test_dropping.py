@@ -33,13 +33,13 @@ def test_drop_connects_preactivation_has_bernoullis_mean_and_variance():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False))
     groups, x = trace(model, torch.randn(1, 3, 2, 2)), torch.randn(1, 3, 2, 2)
     weight, n, keep = model[1].weight.detach().clone(), 10_000, 0.7
-    plug, draws = DropConnect(groups, 1 - keep, 1.0), []
+    callback, draws = DropConnect(groups, 1 - keep, 1.0), []
     torch.manual_seed(0)
     with torch.no_grad():
         for _ in range(n):
-            plug.before_forward(model, 0)
+            callback.before_forward(model, 0)
             draws.append(model(x)[0])
-            plug.before_step(model, 0)
+            callback.before_step(model, 0)
     draws, flat = torch.stack(draws).double(), x.flatten()
     variance = (keep * (1 - keep) * (weight**2 @ flat**2)).double()
     assert (
@@ -55,14 +55,14 @@ def test_weights_come_back_bit_by_bit_and_the_dropped_have_no_gradient(
 ):
     model, groups = traced(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    plug = kind(groups, 0.5, 1.0)
+    callback = kind(groups, 0.5, 1.0)
     torch.manual_seed(1)
-    plug.before_forward(model, 0)
+    callback.before_forward(model, 0)
     dropped = {
         key: (p == 0) & (before[key] != 0) for key, p in model.named_parameters()
     }
     model(images(4, NETS[name].size)).sum().backward()
-    plug.before_step(model, 0)
+    callback.before_step(model, 0)
     assert any(mark.any() for mark in dropped.values())
     for key, parameter in model.named_parameters():
         assert torch.equal(parameter, before[key]), key
@@ -72,15 +72,15 @@ def test_weights_come_back_bit_by_bit_and_the_dropped_have_no_gradient(
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_an_earlier_step_dropped_has_a_gradient_again(kind: type[Dropping]):
     model, groups = traced("residual")
-    plug, x, weight = kind(groups, 0.5, 1.0), images(4, 8), model.outer.weight
+    callback, x, weight = kind(groups, 0.5, 1.0), images(4, 8), model.outer.weight
     torch.manual_seed(1)
     dropped = []
     for step in range(2):
-        plug.before_forward(model, step)
+        callback.before_forward(model, step)
         dropped.append((weight == 0).clone())
         model.zero_grad()
         model(x).square().sum().backward()
-        plug.before_step(model, step)
+        callback.before_step(model, step)
     again = dropped[0] & ~dropped[1]
     assert (
         again.any()
@@ -111,16 +111,16 @@ class Noting(DropOut):
 )
 def test_a_dropped_channel_is_a_pruned_one(name):
     model, groups = traced(name)
-    x, plug, compared = images(4, NETS[name].size), Noting(groups, 0.4, 1.0), 0
+    x, callback, compared = images(4, NETS[name].size), Noting(groups, 0.4, 1.0), 0
     for seed in range(6):
-        plug.noted = []
+        callback.noted = []
         torch.manual_seed(seed)
-        plug.before_forward(model, 0)
+        callback.before_forward(model, 0)
         dropped = outputs(model, x)
-        plug.before_step(model, 0)
+        callback.before_step(model, 0)
         kept = {
             group.name: marks.nonzero()[:, 0]
-            for group, marks in zip(groups, plug.noted, strict=True)
+            for group, marks in zip(groups, callback.noted, strict=True)
         }
         if all(
             map(len, kept.values())
@@ -135,14 +135,17 @@ def test_a_dropped_channel_is_a_pruned_one(name):
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_only_the_least_share_of_each_layer_is_ever_dropped(share):
     model, groups = traced()
-    weight, plug = model.conv2.weight.detach().clone(), DropConnect(groups, 0.9, share)
+    weight, callback = (
+        model.conv2.weight.detach().clone(),
+        DropConnect(groups, 0.9, share),
+    )
     n_candidates = round(share * weight.numel())
     least = weight.abs() <= weight.abs().flatten().sort().values[n_candidates - 1]
     ever = torch.zeros_like(least)
     for _ in range(30):
-        plug.before_forward(model, 0)
+        callback.before_forward(model, 0)
         ever |= model.conv2.weight.detach() == 0
-        plug.before_step(model, 0)
+        callback.before_step(model, 0)
     assert torch.equal(ever, least)
 
 
@@ -154,11 +157,11 @@ def test_only_channels_with_the_smallest_filters_of_all_their_layers_are_dropped
         model.outer.weight.fill_(0.1)
         model.outer.weight[4:] = 0
         model.outer.weight[4:, 0, 0, 0] = 4.0  # a small sum of |w|, and a large norm
-    plug, ever = DropOut(groups, 0.9, 0.5), torch.zeros(8, dtype=torch.bool)
+    callback, ever = DropOut(groups, 0.9, 0.5), torch.zeros(8, dtype=torch.bool)
     for _ in range(30):
-        plug.before_forward(model, 0)
+        callback.before_forward(model, 0)
         ever |= model.inner.weight.detach().abs().sum((0, 2, 3)) == 0
-        plug.before_step(model, 0)
+        callback.before_step(model, 0)
     assert ever.nonzero()[:, 0].tolist() == [0, 1, 2, 3]
 
 
@@ -180,7 +183,7 @@ def trained(digits: Images, plug_of, seed: int = 0) -> tuple[nn.Module, Groups]:
     config = FinetuneConfig(
         epochs=8, batch_size=64, lr=0.1, distillation=0.0, bf16="off"
     )
-    return finetune(model, digits, config, seed, plug=plug_of(groups)), groups
+    return finetune(model, digits, config, seed, callback=plug_of(groups)), groups
 
 
 def test_targeted_training_makes_magnitude_pruning_cost_less(digits):

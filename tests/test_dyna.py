@@ -9,7 +9,7 @@ import pytest
 from toys import fake_env, target_env
 
 from autoprune.agents import dyna
-from autoprune.agents.dyna import Imagination, train_dyna
+from autoprune.agents.dyna import ModelEnv, train_dyna
 from autoprune.agents.recorder import Recorder
 from autoprune.agents.replay import Policy, replay
 from autoprune.agents.search import search
@@ -110,19 +110,19 @@ def test_a_search_over_a_range_ends_with_a_front_within_it():
 def test_imagined_episodes_end_with_the_predicted_reward_and_cost_no_evaluation():
     env = target_env("wide")
     recorder = Recorder(env, SearchConfig(episodes=20))
-    recorder.walk(lambda walks: np.linspace(-1, 1, 20), 20)
-    imagination = Imagination(env, 8)
-    imagination.learn_from(recorder)
+    recorder.run_episodes(lambda batch: np.linspace(-1, 1, 20), 20)
+    model_env = ModelEnv(env, 8)
+    model_env.learn_from(recorder)
     paid = env.proxy.evaluations
-    imagination.reset()
-    generator, single = np.random.default_rng(0), env.walks([env.budget] * 8)
+    model_env.reset()
+    generator, single = np.random.default_rng(0), env.start_episodes([env.budget] * 8)
     actions = generator.uniform(-1, 1, (5, 8))
     for row in actions:
-        _, rewards, dones, _ = imagination.step(row[:, None])
+        _, rewards, dones, _ = model_env.step(row[:, None])
     for row in actions:
         single.step(row)
     assert dones.all() and rewards == pytest.approx(
-        imagination.surrogate.mean(single.state.kept), rel=1e-5
+        model_env.surrogate.mean(single.state.kept), rel=1e-5
     )
     assert env.proxy.evaluations == paid
 
@@ -130,25 +130,25 @@ def test_imagined_episodes_end_with_the_predicted_reward_and_cost_no_evaluation(
 def test_imagined_rewards_under_a_range_are_expected_ones_relative_to_the_usual_at_their_cost():
     env = weighted()
     recorder = Recorder(env, SearchConfig(episodes=40))
-    recorder.walk(
-        lambda walks: np.random.default_rng(walks.state.index).uniform(-1, 1, 40), 40
+    recorder.run_episodes(
+        lambda batch: np.random.default_rng(batch.state.index).uniform(-1, 1, 40), 40
     )
-    imagination = Imagination(env, 6)
-    imagination.learn_from(recorder)
-    imagination.reset()
-    budgets = list(imagination.budgets)
+    model_env = ModelEnv(env, 6)
+    model_env.learn_from(recorder)
+    model_env.reset()
+    budgets = list(model_env.budgets)
     assert len({str(budget) for budget in budgets}) == 6
     for _ in env.groups:
-        _, rewards, *_ = imagination.step(np.zeros((6, 1)))
+        _, rewards, *_ = model_env.step(np.zeros((6, 1)))
     uniform = np.array([env.space.uniform(env.target_of(budget)) for budget in budgets])
-    costs, usual = env.space.cost(uniform), imagination.usual
-    relative = (imagination.expected(uniform) - usual.centre(costs)) / usual.spread(
-        costs
-    )
+    costs, cost_baseline = env.space.cost(uniform), model_env.cost_baseline
+    relative = (
+        model_env.expected(uniform) - cost_baseline.centre(costs)
+    ) / cost_baseline.scale(costs)
     assert rewards == pytest.approx(relative, abs=1e-5)
     known = np.array([episode.counts for episode in recorder.episodes])
     earned = [episode.reward for episode in recorder.episodes]
-    assert np.corrcoef(imagination.expected(known), earned)[0, 1] > 0.9
+    assert np.corrcoef(model_env.expected(known), earned)[0, 1] > 0.9
 
 
 def test_the_policy_keeps_trying():

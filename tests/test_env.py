@@ -24,7 +24,7 @@ from toys import (
     traced,
 )
 
-from autoprune.agents.baselines import walk
+from autoprune.agents.baselines import run_episode
 from autoprune.costs.budget import Budget
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError
@@ -142,7 +142,7 @@ def test_random_episodes_meet_the_budget_and_leave_no_room_for_a_step(network):
     env = fake_env(network)
     for _ in range(200):
         spread = generator.choice([0.1, 0.5, 1.0])
-        info = walk(
+        info = run_episode(
             env, lambda position, spread=spread: generator.uniform(-spread, spread)
         )
         assert_budget_is_met_and_used_up(env, info)
@@ -159,14 +159,14 @@ def test_every_kind_of_budget_is_met_even_by_extreme_actions(network, budget):
         lambda p: (-1.0) ** p,
         lambda _: generator.uniform(-1, 1),
     ):
-        assert_budget_is_met_and_used_up(env, walk(env, action))
+        assert_budget_is_met_and_used_up(env, run_episode(env, action))
 
 
 @pytest.mark.parametrize("metric", ["macs", "params"])
 def test_absolute_budget_is_the_target_itself(metric):
     dense = fake_env("resnet20", budget=f"{metric}=100%").target
     env = fake_env("resnet20", budget=f"{metric}={dense // 2 + 7}")
-    info = walk(env, lambda _: 0.1)
+    info = run_episode(env, lambda _: 0.1)
     assert info["target"] == dense // 2 + 7
     assert_budget_is_met_and_used_up(env, info)
 
@@ -175,7 +175,7 @@ def test_budget_above_the_dense_cost_prunes_nothing():
     for budget in ("macs=100%", "macs=99G"):
         env = fake_env("wide", budget=budget)
         assert (
-            kept_of(env, walk(env, lambda _: 0.5)).tolist()
+            kept_of(env, run_episode(env, lambda _: 0.5)).tolist()
             == env.space.costs.dense.tolist()
         )
 
@@ -186,7 +186,7 @@ def test_budget_at_the_reachable_floor_leaves_one_allocation():
     env = fake_env("wide", budget=f"macs={floor}")
     for action in (-1.0, 0.0, 1.0):
         assert (
-            kept_of(env, walk(env, lambda _, action=action: action)).tolist()
+            kept_of(env, run_episode(env, lambda _, action=action: action)).tolist()
             == env.space.low.tolist()
         )
 
@@ -198,7 +198,7 @@ def test_counts_are_multiples_within_the_largest_sparsity(round_to, max_sparsity
     )
     generator = np.random.default_rng(2)
     for _ in range(20):
-        info = walk(env, lambda _: generator.uniform(-1, 1))
+        info = run_episode(env, lambda _: generator.uniform(-1, 1))
         assert_budget_is_met_and_used_up(env, info)
         for kept, dense in zip(kept_of(env, info), env.space.costs.dense, strict=True):
             assert kept == dense or (
@@ -210,7 +210,7 @@ def test_counts_are_multiples_within_the_largest_sparsity(round_to, max_sparsity
 @pytest.mark.parametrize("budget", ["macs=30%", "macs=50%", "params=70%"])
 def test_zero_actions_are_uniform_pruning(network, budget):
     env = fake_env(network, budget=budget)
-    info = walk(env, lambda _: 0.0)
+    info = run_episode(env, lambda _: 0.0)
     kept = kept_of(env, info)
     assert kept.tolist() == env.space.uniform(env.target).tolist()
     steps = 2 * env.space.round_to / env.space.costs.dense
@@ -315,20 +315,20 @@ def test_accuracy_guaranteed_treats_the_budget_as_a_ceiling():
     env = fake_env(
         "wide", reward="accuracy_guaranteed", accuracy_floor=0.0, budget="macs=80%"
     )
-    info = walk(env, lambda _: 1.0)
+    info = run_episode(env, lambda _: 1.0)
     assert kept_of(env, info).tolist() == env.space.low.tolist()
     assert info["cost"] < 0.1 * info["target"]
     generator = np.random.default_rng(4)
-    costs = [walk(env, lambda _: generator.uniform(-1, 1)) for _ in range(50)]
+    costs = [run_episode(env, lambda _: generator.uniform(-1, 1)) for _ in range(50)]
     assert all(info["cost"] <= info["target"] for info in costs)
-    assert walk(env, lambda _: -1.0)["cost"] > 0.9 * info["target"]
+    assert run_episode(env, lambda _: -1.0)["cost"] > 0.9 * info["target"]
 
 
 def test_model_is_left_as_found():
     model, groups, _ = digits()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    walk(LayerPruningEnv(model, groups, digits_proxy()), lambda _: 0.1)
-    walk(LayerPruningEnv(model, None, digits_proxy()), lambda _: 0.1)
+    run_episode(LayerPruningEnv(model, groups, digits_proxy()), lambda _: 0.1)
+    run_episode(LayerPruningEnv(model, None, digits_proxy()), lambda _: 0.1)
     assert all(
         torch.equal(before[name], value) for name, value in model.state_dict().items()
     )
@@ -400,7 +400,7 @@ def test_a_network_with_tied_weights_is_accepted_and_its_cost_is_that_of_the_pru
         FakeProxy(groups, example, lambda kept: 1 / kept.sum()),
         "params=60%",
     )
-    kept = walk(env, lambda _: 0.0)["allocation"].kept
+    kept = run_episode(env, lambda _: 0.0)["allocation"].kept
     pruned = prune(
         model, groups, {name: torch.arange(count) for name, count in kept.items()}
     )
@@ -429,7 +429,7 @@ def test_unknown_reward_is_refused_with_the_nearest():
 
 def test_step_after_the_end_is_refused():
     env = fake_env()
-    walk(env, lambda _: 0.0)
+    run_episode(env, lambda _: 0.0)
     with pytest.raises(
         RuntimeError, match=r"step\(\) after the episode's end; call reset\(\) first"
     ):

@@ -96,29 +96,29 @@ class Schedule(Gradual):
 def test_prunings_are_spread_over_the_first_two_thirds_and_the_last_reaches_the_goal(
     n_prunings, n_steps, moments
 ):
-    plug = Schedule("linear", n_prunings)
-    plug.asked = []
-    plug.begin(nn.Identity(), n_steps, FinetuneConfig())
-    for plug.step in range(n_steps):
-        plug.before_forward(nn.Identity(), plug.step)
-    assert [step for step, _ in plug.asked] == moments
-    shares = [share for _, share in plug.asked]
+    callback = Schedule("linear", n_prunings)
+    callback.asked = []
+    callback.begin(nn.Identity(), n_steps, FinetuneConfig())
+    for callback.step in range(n_steps):
+        callback.before_forward(nn.Identity(), callback.step)
+    assert [step for step, _ in callback.asked] == moments
+    shares = [share for _, share in callback.asked]
     assert shares == sorted(shares) and shares[-1] == 1
 
 
 def test_weights_go_on_schedule_never_come_back_and_stay_zero():
     model, groups = traced()
     dense, target = CostTable(groups).params({}), 90
-    plug = WatchedWeights(
+    callback = WatchedWeights(
         "cubic",
         5,
         dense,
         target,
         lambda net, left: ranked_masks(net, groups, "weight", left, "params"),
     )
-    finetune(model, data(), CONFIG, plug=plug)
-    before = {name: torch.ones_like(kept) for name, kept in plug.masks.kept.items()}
-    for share, masks, seen in plug.prunings:
+    finetune(model, data(), CONFIG, callback=callback)
+    before = {name: torch.ones_like(kept) for name, kept in callback.masks.kept.items()}
+    for share, masks, seen in callback.prunings:
         due = round(dense - share * (dense - target))
         left = masks.costs(groups)["params"]
         assert due - 1 <= left <= due  # a unit is one weight
@@ -129,21 +129,23 @@ def test_weights_go_on_schedule_never_come_back_and_stay_zero():
         stay = torch.cat([seen[n][k].abs() for n, k in masks.kept.items()])
         assert len(gone) and gone.max() <= stay.max()
         before = masks.kept
-    assert len(plug.prunings) == 5 and plug.masks.costs(groups)["params"] == target
+    assert (
+        len(callback.prunings) == 5 and callback.masks.costs(groups)["params"] == target
+    )
     assert all(
         (model.get_parameter(name)[~kept] == 0).all()
-        for name, kept in plug.masks.kept.items()
+        for name, kept in callback.masks.kept.items()
     )
 
 
 def test_channels_go_on_schedule_never_come_back_and_are_ranked_on_the_weights_of_the_moment():
     model, groups = traced()
-    plug = WatchedChannels(
+    callback = WatchedChannels(
         "linear", 4, groups, GOAL, lambda net: importance("l1", net, groups, data())
     )
-    finetune(model, data(), CONFIG, plug=plug)
+    finetune(model, data(), CONFIG, callback=callback)
     rows = {name: torch.ones(groups[name].channels, dtype=torch.bool) for name in GOAL}
-    for share, masks, seen in plug.prunings:
+    for share, masks, seen in callback.prunings:
         for name, goal in GOAL.items():
             norms = seen[f"{name}.weight"].flatten(1).abs().sum(1)
             n_kept = round(len(norms) - share * (len(norms) - goal))
@@ -155,27 +157,27 @@ def test_channels_go_on_schedule_never_come_back_and_are_ranked_on_the_weights_o
             )
             assert sorted(kept.nonzero()[:, 0].tolist()) == sorted(expected.tolist())
             rows[name] = kept
-    assert {name: len(kept) for name, kept in plug.kept.items()} == GOAL
+    assert {name: len(kept) for name, kept in callback.kept.items()} == GOAL
 
 
 def test_filters_that_saved_more_than_was_due_stay_gone():
     model, groups = traced()
     dense = CostTable(groups).macs({})
-    plug = WatchedWeights(
+    callback = WatchedWeights(
         "cubic",
         10,
         dense,
         dense // 2,
         lambda net, left: ranked_masks(net, groups, "filter", left),
     )
-    finetune(model, data(), CONFIG, plug=plug)
-    masks = [masks.kept for _, masks, _ in plug.prunings]
+    finetune(model, data(), CONFIG, callback=callback)
+    masks = [masks.kept for _, masks, _ in callback.prunings]
     assert all(
         (after[n] <= kept).all()
         for before, after in pairwise(masks)
         for n, kept in before.items()
     )
-    assert plug.masks.costs(groups)["macs"] <= dense // 2
+    assert callback.masks.costs(groups)["macs"] <= dense // 2
 
 
 def test_channels_that_are_gone_stay_gone_whatever_is_said_of_them_later():
@@ -188,24 +190,24 @@ def test_channels_that_are_gone_stay_gone_whatever_is_said_of_them_later():
             name: sign * torch.arange(1.0, groups[name].channels + 1) for name in GOAL
         }
 
-    plug = GradualChannels("linear", 2, groups, GOAL, importance_of)
-    plug.masks_at(model, 0.5)
-    left = plug.kept
-    plug.masks_at(model, 1.0)
-    assert {name: kept.tolist() for name, kept in plug.kept.items()} == {
+    callback = GradualChannels("linear", 2, groups, GOAL, importance_of)
+    callback.masks_at(model, 0.5)
+    left = callback.kept
+    callback.masks_at(model, 1.0)
+    assert {name: kept.tolist() for name, kept in callback.kept.items()} == {
         n: left[n][: GOAL[n]].tolist() for n in GOAL
     }
 
 
 def test_what_goes_is_gone_before_the_next_batch_is_answered():
     model, groups = traced()
-    plug = channels(model, groups)
-    plug.begin(model, N_STEPS, FinetuneConfig())
-    plug.before_forward(model, 0)
-    assert plug.masks.kept
+    callback = channels(model, groups)
+    callback.begin(model, N_STEPS, FinetuneConfig())
+    callback.before_forward(model, 0)
+    assert callback.masks.kept
     assert all(
         (model.get_parameter(name)[~kept] == 0).all()
-        for name, kept in plug.masks.kept.items()
+        for name, kept in callback.masks.kept.items()
     )
 
 
@@ -244,16 +246,21 @@ def test_a_killed_training_goes_on_with_its_masks_and_ends_the_same(
     def trained(checkpoint, on_epoch=lambda epoch, loss: None):
         model, groups = traced()
         if kind == "channels":
-            plug = channels(model, groups, "cubic")
+            callback = channels(model, groups, "cubic")
         else:
             ranked = lambda net, left: ranked_masks(net, groups, "kernel", left)  # noqa: E731
-            plug = GradualWeights(
+            callback = GradualWeights(
                 "linear", 4, CostTable(groups).macs({}), 6_000, ranked
             )
         finetune(
-            model, data(), CONFIG, checkpoint=checkpoint, on_epoch=on_epoch, plug=plug
+            model,
+            data(),
+            CONFIG,
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+            callback=callback,
         )
-        return model, plug
+        return model, callback
 
     whole, masks = trained(None)
     with pytest.raises(Killed):

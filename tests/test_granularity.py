@@ -342,7 +342,7 @@ def train(model: nn.Module, digits: Images, masks: Masks, **options) -> nn.Modul
     config = FinetuneConfig(
         epochs=3, batch_size=64, lr=0.1, weight_decay=0.01, distillation=0.0, bf16="off"
     )
-    return finetune(model, digits, config, plug=KeepMasks(masks), **options)
+    return finetune(model, digits, config, callback=KeepMasks(masks), **options)
 
 
 def small(seed: int = 0) -> tuple[nn.Module, Masks]:

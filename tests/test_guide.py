@@ -13,7 +13,7 @@ from autoprune.agents.replay import FAMILIAR, Policy, acting, replay
 from autoprune.agents.search import SearchResult, search
 from autoprune.config import SearchConfig
 from autoprune.costs.budget import Budget
-from autoprune.envs.batch import Walks, uniformly
+from autoprune.envs.batch import BatchedEpisodes, uniform_policy
 from autoprune.envs.greedy_allocator import POWER
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.runs import RunFolder
@@ -33,27 +33,27 @@ def additive_env(
     )
 
 
-def guided(env: LayerPruningEnv, budgets=None) -> Walks:
-    guide = env.guide
+def guided(env: LayerPruningEnv, budgets=None) -> BatchedEpisodes:
+    greedy_allocator = env.greedy_allocator
 
-    def act(walks: Walks) -> np.ndarray:
-        return walks.actions_of(
-            guide.suggest(walks.state), np.zeros(len(walks.state.kept))
+    def act(batch: BatchedEpisodes) -> np.ndarray:
+        return batch.actions_of(
+            greedy_allocator.suggest(batch.state), np.zeros(len(batch.state.kept))
         ).astype(np.float32)
 
-    return env.walks(budgets or [env.budget]).follow(act)
+    return env.start_episodes(budgets or [env.budget]).rollout(act)
 
 
 def test_a_group_is_worth_what_it_loses_at_half_where_damage_adds_up():
     env = additive_env()
-    np.testing.assert_allclose(env.guide.worth, HARMS, rtol=1e-6)
+    np.testing.assert_allclose(env.greedy_allocator.marginal_gain, HARMS, rtol=1e-6)
     assert env.proxy.evaluations == len(env.groups) + 1
 
 
 def test_a_group_whose_return_does_harm_is_worth_nothing():
     env = fake_env("wide", lambda kept: float(kept[0] - kept[1:].sum()))
-    worth = env.guide.worth
-    assert worth[0] == 0 and (worth[1:] > 0).all()
+    marginal_gain = env.greedy_allocator.marginal_gain
+    assert marginal_gain[0] == 0 and (marginal_gain[1:] > 0).all()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_group_whose_return_does_harm_is_worth_nothing():
 )
 def test_the_path_goes_from_dense_to_the_least_and_never_back(harms):
     env = additive_env(harms)
-    space, path = env.space, env.guide.path
+    space, path = env.space, env.greedy_allocator.path
     np.testing.assert_allclose(path[0], 1 - space.high / space.costs.dense, atol=1e-9)
     np.testing.assert_allclose(path[-1], 1 - space.low / space.costs.dense, atol=1e-9)
     assert (np.diff(path, axis=0) >= -1e-9).all()
@@ -76,12 +76,12 @@ def test_where_its_assumption_holds_the_guide_is_in_the_best_hundredth_of_random
     env = additive_env(budget=budget)
     generator = np.random.default_rng(0)
     (even,), (found,) = (
-        env.walks([env.budget]).follow(uniformly).state.kept,
+        env.start_episodes([env.budget]).rollout(uniform_policy).state.kept,
         guided(env).state.kept,
     )
     others = (
-        env.walks([env.budget] * 300)
-        .follow(lambda walks: generator.uniform(-1, 1, 300))
+        env.start_episodes([env.budget] * 300)
+        .rollout(lambda batch: generator.uniform(-1, 1, 300))
         .state.kept
     )
     losses = [env.proxy.loss_of(kept) for kept in (found, even, *others)]
@@ -106,7 +106,9 @@ def test_the_guide_measures_a_real_network_in_the_company_of_halves():
         env.proxy(halves | {group.name: group.channels}).loss for group in env.groups
     ]
     evaluated = env.proxy.evaluations
-    np.testing.assert_allclose(env.guide.worth, np.maximum(before - np.array(whole), 0))
+    np.testing.assert_allclose(
+        env.greedy_allocator.marginal_gain, np.maximum(before - np.array(whole), 0)
+    )
     assert env.proxy.evaluations == evaluated
 
 
@@ -114,7 +116,10 @@ def trained(env: LayerPruningEnv) -> Policy:
     """A policy that knows the groups of an environment."""
     policy = some_policy()
     return Policy(
-        policy.algorithm, policy.network, policy.policy_kwargs, env.observer.kinds
+        policy.algorithm,
+        policy.network,
+        policy.policy_kwargs,
+        env.observer.group_features,
     )
 
 
@@ -122,34 +127,43 @@ def stranger(env: LayerPruningEnv, name: str = "ppo") -> Policy:
     """A policy that knows nothing like the groups of an environment."""
     policy = some_policy(name)
     return Policy(
-        policy.algorithm, policy.network, policy.policy_kwargs, env.observer.kinds + 5
+        policy.algorithm,
+        policy.network,
+        policy.policy_kwargs,
+        env.observer.group_features + 5,
     )
 
 
 def test_on_its_own_network_a_policy_acts_alone_and_nothing_is_measured():
     env = target_env("wide")
     policy = trained(env)
-    assert (policy.trust(env.observer) == 1).all()
-    (kept,) = env.walks([env.budget]).follow(acting(policy, env)).state.kept
+    assert (policy.similarity(env.observer) == 1).all()
+    (kept,) = env.start_episodes([env.budget]).rollout(acting(policy, env)).state.kept
     (alone,) = (
-        env.walks([env.budget])
-        .follow(lambda walks: policy.act(walks.observe())[:, 0])
+        env.start_episodes([env.budget])
+        .rollout(lambda batch: policy.act(batch.observe())[:, 0])
         .state.kept
     )
     assert kept.tolist() == alone.tolist() and env.proxy.evaluations == 0
 
 
 def test_a_policy_that_says_nothing_of_what_it_knows_is_trusted():
-    assert (some_policy().trust(fake_env("mobilenet_v2_cifar").observer) == 1).all()
+    assert (
+        some_policy().similarity(fake_env("mobilenet_v2_cifar").observer) == 1
+    ).all()
 
 
 def test_trust_falls_with_the_distance_to_the_nearest_group_that_is_known():
     env = fake_env("wide")
-    kinds = env.observer.kinds[[0]]
-    away = np.linalg.norm(env.observer.kinds - kinds, axis=1)
-    trust = Policy("ppo", some_policy().network, {}, kinds).trust(env.observer)
-    np.testing.assert_allclose(trust[1:], np.exp(-0.5 * (away[1:] / FAMILIAR) ** 2))
-    assert trust[0] == 1 and (trust[1:] < 1).all()
+    group_features = env.observer.group_features[[0]]
+    away = np.linalg.norm(env.observer.group_features - group_features, axis=1)
+    similarity = Policy("ppo", some_policy().network, {}, group_features).similarity(
+        env.observer
+    )
+    np.testing.assert_allclose(
+        similarity[1:], np.exp(-0.5 * (away[1:] / FAMILIAR) ** 2)
+    )
+    assert similarity[0] == 1 and (similarity[1:] < 1).all()
 
 
 def test_far_from_what_it_knows_a_policy_does_what_the_guide_suggests():
@@ -163,7 +177,9 @@ def test_far_from_what_it_knows_a_policy_does_what_the_guide_suggests():
 @pytest.mark.parametrize("shift", [0, 0.05, 5])
 def test_a_wrapped_environment_is_replayed_like_the_bare_one(shift):
     env = additive_env()
-    policy = Policy("ppo", some_policy().network, {}, env.observer.kinds + shift)
+    policy = Policy(
+        "ppo", some_policy().network, {}, env.observer.group_features + shift
+    )
     options = {"model": traced("wide")[0], "groups": env.groups, "proxy": env.proxy}
     wrapped = gymnasium.make("autoprune/LayerPruning-v0", **options)
     assert (
@@ -175,16 +191,16 @@ def test_a_wrapped_environment_is_replayed_like_the_bare_one(shift):
 def test_what_a_policy_knows_is_saved_with_it(tmp_path):
     policy = trained(fake_env("wide"))
     policy.save(tmp_path)
-    assert np.array_equal(Policy.load(tmp_path).kinds, policy.kinds)
+    assert np.array_equal(Policy.load(tmp_path).group_features, policy.group_features)
     some_policy().save(tmp_path / "silent")
-    assert Policy.load(tmp_path / "silent").kinds is None
+    assert Policy.load(tmp_path / "silent").group_features is None
 
 
 @pytest.mark.parametrize("agent", ["dyna", "ppo", "sac"])
 def test_a_search_leaves_a_policy_that_knows_its_network(agent):
     env = target_env("wide")
     policy = search(env, SearchConfig(agent=agent, episodes=12, finalists=1)).policy
-    assert np.array_equal(policy.kinds, env.observer.kinds)
+    assert np.array_equal(policy.group_features, env.observer.group_features)
 
 
 @pytest.mark.parametrize(

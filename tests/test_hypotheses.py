@@ -78,10 +78,10 @@ def test_rewinding_is_bit_exact(splits, monkeypatch):
     starts = []
     original = lottery_tickets.finetune
 
-    def seen(model, images, config, seed, plug):
-        plug.begin(model, 1, config)
-        starts.append((copied(model), plug.masks))
-        return original(model, images, config, seed, plug=plug)
+    def seen(model, images, config, seed, callback):
+        callback.begin(model, 1, config)
+        starts.append((copied(model), callback.masks))
+        return original(model, images, config, seed, callback=callback)
 
     monkeypatch.setattr(lottery_tickets, "finetune", seen)
     rows = list(itertools.islice(tickets(splits, CONFIG, 3), 4))
@@ -112,7 +112,7 @@ def test_rewinding_is_bit_exact(splits, monkeypatch):
 def test_the_early_values_are_those_after_the_first_epoch(splits):
     first = copied(lenet(0))
     _, watched = trained(first, Masks({}), splits, CONFIG, 0)
-    plug = Training(Masks({}), splits, CONFIG)
+    callback = Training(Masks({}), splits, CONFIG)
     seen = {}
 
     class Stop(Exception):
@@ -125,7 +125,7 @@ def test_the_early_values_are_those_after_the_first_epoch(splits):
     model = lenet(0)
     with pytest.raises(Stop):
         lottery_tickets.finetune(
-            model, splits.train, CONFIG, 0, plug=plug, on_epoch=after
+            model, splits.train, CONFIG, 0, callback=callback, on_epoch=after
         )
     assert all(torch.equal(watched.early[name], seen[name]) for name in seen)
     assert not torch.equal(watched.early["1.weight"], first["1.weight"])

@@ -15,7 +15,7 @@ from toys import digits, fake_env
 from autoprune.agents.finalists import finalists
 from autoprune.agents.recorder import LANES, Recorder
 from autoprune.config import ProxyConfig, SearchConfig
-from autoprune.evaluation.evaluate import Questions, answer, on_batch_statistics
+from autoprune.evaluation.evaluate import EvalBatches, evaluate, on_batch_statistics
 from autoprune.evaluation.image_blocks import MOVES_ON, ImageBlocks
 from autoprune.evaluation.importance import importance
 from autoprune.evaluation.proxy import ProxyAccuracy
@@ -30,7 +30,7 @@ EIGHT = replace(CONFIG, images=10, blocks=4)
 def blocks_of(
     config: ProxyConfig = CONFIG, is_free: bool = True, difficulty=lambda x: x.labels
 ) -> ImageBlocks:
-    return ImageBlocks(SPLITS, config, is_free, Questions, difficulty)
+    return ImageBlocks(SPLITS, config, is_free, EvalBatches, difficulty)
 
 
 def rows(images) -> torch.Tensor:
@@ -106,7 +106,8 @@ def test_a_late_batch_scores_on_calibration_images_alone():
     assert is_among(images, splits.calibration)
     with on_batch_statistics(pruned):
         assert_close(
-            proxy.score_all([half], block)[0], answer(pruned, Questions(images), "off")
+            proxy.score_all([half], block)[0],
+            evaluate(pruned, EvalBatches(images), "off"),
         )
 
 
@@ -157,8 +158,8 @@ def test_every_batch_asks_its_block_and_each_block_sends_as_many_however_many_th
     generator = np.random.default_rng(0)
     while recorder.remaining:
         n_lanes = min(LANES, recorder.remaining)
-        recorder.walk(
-            lambda walks: generator.uniform(-1, 1, len(walks.state.kept)), n_lanes
+        recorder.episode(
+            lambda batch: generator.uniform(-1, 1, len(batch.state.kept)), n_lanes
         )
     n_batches = -(-episodes // LANES)
     assert env.proxy.asked == [

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from toys import fake_env
 
-from autoprune.agents.baselines import walk
+from autoprune.agents.baselines import run_episode
 from autoprune.agents.dyna import train_dyna
 from autoprune.agents.recorder import Recorder
 from autoprune.agents.replay import Policy, replay
@@ -53,7 +53,7 @@ def optimum() -> tuple[float, float]:
     every = np.array(list(itertools.product(*env.space.levels)))
     affordable = every[env.space.costs.macs(every) <= env.target]
     assert len(affordable) > 1000
-    return damage(affordable).min(), walk(env, lambda _: 0.0)["loss"]
+    return damage(affordable).min(), run_episode(env, lambda _: 0.0)["loss"]
 
 
 def lost(loss: float) -> float:
@@ -110,7 +110,7 @@ def test_no_policy_that_ignores_its_observation_comes_close():
     # Without chance and without an observation a policy is one action, the same for
     # every group.
     losses = [
-        walk(pruning_env(), lambda _, action=action: action)["loss"]
+        run_episode(pruning_env(), lambda _, action=action: action)["loss"]
         for action in np.linspace(-1, 1, 401)
     ]
     assert min(map(lost, losses)) > BLIND

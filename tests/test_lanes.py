@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from toys import fake_env, target_env
 
-from autoprune.agents.baselines import walk
+from autoprune.agents.baselines import run_episode
 from autoprune.agents.recorder import Recorder, near
-from autoprune.agents.sb3_env import Lanes
+from autoprune.agents.sb3_env import RecordedVecEnv
 from autoprune.agents.search import search
 from autoprune.config import SearchConfig
 from autoprune.costs.budget import Budget
@@ -23,7 +23,7 @@ def recorder_of(env, episodes: int = 100, seed: int = 0) -> Recorder:
     return Recorder(env, SearchConfig(episodes=episodes, seed=seed))
 
 
-def walked(lanes: Lanes, n_batches: int, seed: int = 0) -> list[tuple]:
+def walked(lanes: RecordedVecEnv, n_batches: int, seed: int = 0) -> list[tuple]:
     """What the last step of each batch returned, under random actions."""
     generator, last = np.random.default_rng(seed), []
     lanes.reset()
@@ -50,7 +50,7 @@ def test_exactly_the_asked_episodes_are_recorded_and_surplus_lanes_shadow_the_fi
         return float(1 / kept.sum())
 
     env = fake_env("wide", loss_of, budget=budget)
-    lanes = Lanes(recorder_of(env, episodes), n_lanes=10)
+    lanes = RecordedVecEnv(recorder_of(env, episodes), n_lanes=10)
     last = walked(lanes, -(-episodes // 10))
     assert [episode.number for episode in lanes.recorder.episodes] == list(
         range(1, episodes + 1)
@@ -108,7 +108,7 @@ def test_budgets_of_a_range_follow_from_seed_and_episode_alone():
     def drawn(seed: int, n_walked: int = 0) -> list[Budget]:
         recorder = recorder_of(fake_env("wide", budget=RANGE), seed=seed)
         if n_walked:
-            recorder.walk(lambda walks: np.zeros(n_walked), n_walked)
+            recorder.episode(lambda batch: np.zeros(n_walked), n_walked)
         np.random.seed(n_walked)  # other generators don't matter
         return recorder.budgets(10)
 
@@ -129,7 +129,7 @@ def test_every_allocation_meets_the_budget_of_its_own_lane_and_leaves_no_room_fo
     network, budget
 ):
     env = fake_env(network, budget=budget)
-    lanes = Lanes(recorder_of(env, 20), 10)
+    lanes = RecordedVecEnv(recorder_of(env, 20), 10)
     walked(lanes, 2)
     shares = []
     for episode in lanes.recorder.episodes:
@@ -144,7 +144,7 @@ def test_every_allocation_meets_the_budget_of_its_own_lane_and_leaves_no_room_fo
 
 
 def test_under_one_budget_a_learner_sees_the_reward_as_it_is():
-    lanes = Lanes(recorder_of(target_env("wide")), 10)
+    lanes = RecordedVecEnv(recorder_of(target_env("wide")), 10)
     ((_, rewards, *_),) = walked(lanes, 1)
     assert rewards == pytest.approx(
         [episode.reward for episode in lanes.recorder.episodes], rel=1e-6
@@ -156,7 +156,7 @@ def test_under_a_range_a_learner_sees_how_much_better_than_uniform_it_did():
         return float(100 / kept.sum())
 
     env = fake_env("wide", loss, budget="macs=30%..31%", round_to=1)
-    lanes = Lanes(recorder_of(env), 10)
+    lanes = RecordedVecEnv(recorder_of(env), 10)
     ((_, rewards, _, infos),) = walked(lanes, 1)
     single = fake_env("wide", loss, round_to=1)
     for reward, episode in zip(rewards, lanes.recorder.episodes, strict=True):
@@ -168,10 +168,10 @@ def test_under_a_range_a_learner_sees_how_much_better_than_uniform_it_did():
 
 
 def test_an_episodes_last_observation_is_told_beside_the_next_ones_first():
-    lanes = Lanes(recorder_of(fake_env("wide")), 3)
+    lanes = RecordedVecEnv(recorder_of(fake_env("wide")), 3)
     first = lanes.reset()
     for step in range(5):
-        before = lanes.walks.observe()
+        before = lanes.batch.observe()
         observations, _, dones, infos = lanes.step(np.full((3, 1), 0.3))
         assert dones.tolist() == [step == 4] * 3
     assert np.array_equal(observations, first)
@@ -184,14 +184,14 @@ def test_an_episodes_last_observation_is_told_beside_the_next_ones_first():
 def test_lanes_do_what_the_environment_does_one_by_one():
     env = target_env("wide")
     lanes, actions = (
-        Lanes(recorder_of(env), 4),
+        RecordedVecEnv(recorder_of(env), 4),
         np.random.default_rng(0).uniform(-1, 1, (5, 4)),
     )
     lanes.reset()
     for row in actions:
         lanes.step(row[:, None])
     for lane, episode in enumerate(lanes.recorder.episodes):
-        info = walk(
+        info = run_episode(
             target_env("wide"), lambda position, lane=lane: actions[position, lane]
         )
         assert (info["allocation"], info["loss"]) == (
@@ -203,13 +203,13 @@ def test_lanes_do_what_the_environment_does_one_by_one():
 def test_recorded_episodes_are_read_back_and_not_paid_for_again(tmp_path):
     config = SearchConfig(episodes=20)
     first = Recorder(fake_env("wide"), config, RunFolder(tmp_path))
-    walked(Lanes(first, 10), 2)
+    walked(RecordedVecEnv(first, 10), 2)
     env, seen = fake_env("wide"), []
     again = Recorder(env, config, RunFolder(tmp_path), seen.append)
     assert again.n_restored == len({tuple(kept(episode)) for episode in first.episodes})
     again.resume_at(10)
     assert again.episodes == seen == first.episodes[:10]
-    lanes = Lanes(again, 10)
+    lanes = RecordedVecEnv(again, 10)
     generator = np.random.default_rng(0)
     generator.uniform(-1, 1, (5, 10, 1))  # the actions of the first batch
     lanes.reset()
@@ -221,7 +221,7 @@ def test_recorded_episodes_are_read_back_and_not_paid_for_again(tmp_path):
 
 
 def test_lanes_are_no_place_for_attributes_of_their_own():
-    lanes = Lanes(recorder_of(fake_env("wide")), 3)
+    lanes = RecordedVecEnv(recorder_of(fake_env("wide")), 3)
     assert lanes.get_attr("target") == [lanes.env.target] * 3
     assert lanes.env_is_wrapped(object) == [False] * 3
     with pytest.raises(

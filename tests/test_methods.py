@@ -19,7 +19,7 @@ from autoprune.deploy.export import load_pruned
 from autoprune.pipeline import stages
 from autoprune.pipeline.context import Workspace
 from autoprune.pipeline.methods import base
-from autoprune.pipeline.methods.trained import MERGINGS
+from autoprune.pipeline.methods.trained import TRAINED_PRUNERS
 from autoprune.training.masks import Masks
 
 TINY = [
@@ -246,7 +246,7 @@ def test_removed_blocks_stay_gone_through_fine_tuning_saving_and_loading_with_tr
     )
 
 
-@pytest.mark.parametrize("method", MERGINGS)
+@pytest.mark.parametrize("method", TRAINED_PRUNERS)
 def test_what_leaves_by_training_ends_within_the_budget_with_true_costs_whether_killed_or_not(
     method, tmp_path, monkeypatch
 ):
@@ -290,10 +290,10 @@ def test_groups_that_can_have_no_compactors_are_narrow_before_the_training_that_
     allocation = Allocation(
         {n: c // 2 for n, c in space.groups.channels.items()}, space.groups.fingerprint
     )
-    course = MERGINGS["compactors"].course(space, allocation)
+    course = TRAINED_PRUNERS["compactors"].course(space, allocation)
     stream, inner = course.model.conv1, course.model.layer1[0].conv1
     assert (stream.out_channels, inner.out_channels) == (allocation.kept["conv1"], 16)
-    course.plug.select(course.model, 1.0)
+    course.callback.select(course.model, 1.0)
     network, decision = course.finish(course.model)
     assert decision == allocation
     assert sum(p.numel() for p in network.parameters()) == space.costs.params(

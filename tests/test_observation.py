@@ -64,7 +64,7 @@ def test_observations_stay_within_the_bounds_without_being_clipped(network, budg
         for _ in env.groups:
             for feature in FEATURES:
                 if feature.name != "budget" or budget != "macs=99G":
-                    assert 0 <= feature.value(env.observer, env.walk.state) <= 1, (
+                    assert 0 <= feature.value(env.observer, env.episode.state) <= 1, (
                         feature.name
                     )
             env.step(np.array([generator.uniform(-1, 1)]))
@@ -204,21 +204,25 @@ def test_sensitivity_is_measured_no_earlier_than_for_the_first_observation():
         env.groups, env.space, SimpleNamespace(importance=env.proxy.importance)
     )
     with pytest.raises(AttributeError, match="sensitivity"):
-        observer.observe(env.walk.state)
+        observer.observe(env.episode.state)
 
 
 def test_lanes_are_observed_as_each_would_be_alone():
     env, generator = fake_env("resnet20"), np.random.default_rng(0)
     budgets = [Budget("macs", share) for share in np.linspace(0.3, 0.8, 6).tolist()]
-    together, alone = env.walks(budgets), [env.walks([budget]) for budget in budgets]
+    together, alone = (
+        env.start_episodes(budgets),
+        [env.start_episodes([budget]) for budget in budgets],
+    )
     for _ in env.groups:
         actions = generator.uniform(-1, 1, 6)
         assert np.array_equal(
-            together.observe(), np.concatenate([walk.observe() for walk in alone])
+            together.observe(),
+            np.concatenate([run_episode.observe() for run_episode in alone]),
         )
         together.step(actions)
-        for walk, action in zip(alone, actions, strict=True):
-            walk.step(np.array([action]))
+        for run_episode, action in zip(alone, actions, strict=True):
+            run_episode.step(np.array([action]))
 
 
 def test_documented_table_is_that_of_the_code():

@@ -18,10 +18,10 @@ from toys import digits
 from autoprune.config import ProxyConfig
 from autoprune.data.datasets import Images, Splits
 from autoprune.evaluation.evaluate import (
+    EvalBatches,
     Evaluation,
-    Questions,
     accuracy,
-    answer,
+    evaluate,
     on_batch_statistics,
     recalibrate,
     score,
@@ -268,7 +268,7 @@ def test_blocks_are_disjoint_of_equal_difficulty_and_asked_in_turn():
     half = {group.name: group.channels // 2 for group in groups}
     pruned = prune(model, groups, top_channels(l1, half))
     with on_batch_statistics(pruned):
-        expected = [answer(pruned, Questions(block), "off") for block in blocks]
+        expected = [evaluate(pruned, EvalBatches(block), "off") for block in blocks]
     asked = [scorer.block_of(batch) for batch in range(4)]
     first = [
         ProxyAccuracy(model, groups, l1, splits, scorer.config).score_all(
@@ -310,13 +310,13 @@ def test_survey_scores_the_whole_proxy_split_in_one_pass_and_counts_as_no_evalua
 
 @pytest.mark.parametrize("batch_size", [10, 20, 60])
 def test_in_several_batches_each_has_its_own_statistics(residual, batch_size):
-    model, questions = residual[0], Questions(SPLITS.proxy, batch_size)
+    model, eval_batches = residual[0], EvalBatches(SPLITS.proxy, batch_size)
     parts = [
         on_their_own_statistics(model, x) for x in SPLITS.proxy.inputs.split(batch_size)
     ]
     with on_batch_statistics(model):
         assert_close(
-            answer(model, questions, "off"),
+            evaluate(model, eval_batches, "off"),
             by_hand(torch.cat(parts), SPLITS.proxy.labels),
         )
 

@@ -53,14 +53,16 @@ def test_a_policy_acts_at_the_middle_of_a_range_unless_told_otherwise_and_always
 
 def test_what_is_known_of_groups_is_kept_by_name(tmp_path):
     env = target_env("wide")
-    policy = replace(some_policy(), kinds=env.observer.kinds)
+    policy = replace(some_policy(), group_features=env.observer.group_features)
     policy.save(tmp_path)
     stored = json.loads((tmp_path / "policy.json").read_text())["kinds"]
     assert (
         stored == {name: env.observer.static[name].tolist() for name in stored}
         and len(stored) == 12
     )
-    assert np.array_equal(Policy.load(tmp_path).kinds, env.observer.kinds)
+    assert np.array_equal(
+        Policy.load(tmp_path).group_features, env.observer.group_features
+    )
 
 
 def test_saved_policy_is_json_and_safetensors_only(saved, monkeypatch):

@@ -21,7 +21,7 @@ from autoprune.structure.groups import Groups
 from autoprune.structure.slicing import prune
 from autoprune.tracing.trace import trace
 from autoprune.training.compactors import eligible, fold, insert_compactors, standardise
-from autoprune.training.loop import Plug, finetune
+from autoprune.training.loop import TrainingCallback, finetune
 from autoprune.training.resrep import Compaction, Goal
 
 
@@ -174,10 +174,12 @@ def plug_of(
     return Compaction(groups, eligible(model, groups, x), goal, **options)
 
 
-def gradients(grown: nn.Module, x: Tensor, plug: Plug) -> dict[str, Tensor]:
+def gradients(
+    grown: nn.Module, x: Tensor, callback: TrainingCallback
+) -> dict[str, Tensor]:
     grown.zero_grad()
     grown(x).square().mean().backward()
-    plug.before_step(grown, 0)
+    callback.before_step(grown, 0)
     return {name: p.grad.clone() for name, p in grown.named_parameters()}
 
 
@@ -187,9 +189,12 @@ def test_the_penalty_leaves_all_other_gradients_bit_by_bit_and_selected_rows_non
         insert_compactors(model, groups, eligible(model, groups, x)),
         eligible(model, groups, x),
     )
-    plug = plug_of(model, groups, x, strength=0.1)
-    plug.masked["conv1"][[1, 4]] = True
-    plain, penalised = gradients(grown, x, Plug()), gradients(grown, x, plug)
+    callback = plug_of(model, groups, x, strength=0.1)
+    callback.masked["conv1"][[1, 4]] = True
+    plain, penalised = (
+        gradients(grown, x, TrainingCallback()),
+        gradients(grown, x, callback),
+    )
     for name in plain:
         if name not in ("bn1.1.weight", "bn2.1.weight"):
             assert torch.equal(plain[name], penalised[name]), name
@@ -206,10 +211,13 @@ def test_however_short_the_training_rows_that_stay_feel_the_papers_pull():
         insert_compactors(model, groups, eligible(model, groups, x)),
         eligible(model, groups, x),
     )
-    plug = plug_of(model, groups, x)
-    plug.begin(grown, 40, FinetuneConfig())
-    plain, penalised = gradients(grown, x, Plug()), gradients(grown, x, plug)
-    mask, rows = plug.masked["conv1"], grown.bn1[1].weight.detach().flatten(1)
+    callback = plug_of(model, groups, x)
+    callback.begin(grown, 40, FinetuneConfig())
+    plain, penalised = (
+        gradients(grown, x, TrainingCallback()),
+        gradients(grown, x, callback),
+    )
+    mask, rows = callback.masked["conv1"], grown.bn1[1].weight.detach().flatten(1)
     unit = rows / rows.norm(dim=1, keepdim=True)
     loss, got = plain["bn1.1.weight"].flatten(1), penalised["bn1.1.weight"].flatten(1)
     torch.testing.assert_close(got[~mask], (loss + 1e-4 * unit)[~mask])
@@ -221,16 +229,16 @@ def test_a_selected_row_keeps_its_direction_and_the_others_turn():
         insert_compactors(model, groups, eligible(model, groups, x)),
         eligible(model, groups, x),
     )
-    plug = plug_of(model, groups, x, strength=1e-2)
-    plug.masked["conv1"][[1, 4]] = True
+    callback = plug_of(model, groups, x, strength=1e-2)
+    callback.masked["conv1"][[1, 4]] = True
     optimizer = torch.optim.SGD(
-        plug.parameter_groups(grown, FinetuneConfig()), 1e-3, 0.9, nesterov=True
+        callback.parameter_groups(grown, FinetuneConfig()), 1e-3, 0.9, nesterov=True
     )
     before = grown.bn1[1].weight.detach().clone().flatten(1)
     for step in range(20):
-        gradients(grown, x, plug)
+        gradients(grown, x, callback)
         optimizer.step()
-        plug.after_step(grown, step)
+        callback.after_step(grown, step)
     after = grown.bn1[1].weight.detach().flatten(1)
     turned = 1 - torch.cosine_similarity(before, after, dim=1)
     assert (turned[[1, 4]] < 1e-6).all() and (turned[[0, 2, 3, 5]] > 1e-5).all()
@@ -248,21 +256,21 @@ def test_the_shortest_rows_are_selected_until_the_budget_is_met_and_no_further(
         disturbed(insert_compactors(model, groups, pairs), pairs),
         int(table.metrics[metric]({}) * share),
     )
-    plug = Compaction(groups, pairs, Goal(table, metric, target))
-    plug.select(grown, 1.0)
-    kept = {name: len(rows) for name, rows in plug.kept.items()}
+    callback = Compaction(groups, pairs, Goal(table, metric, target))
+    callback.select(grown, 1.0)
+    kept = {name: len(rows) for name, rows in callback.kept.items()}
     assert table.metrics[metric](kept) <= target and min(kept.values()) >= 1
     norms = {
         name: grown.get_submodule(norm)[1].norms for name, (_, norm) in pairs.items()
     }
     longest = max(
         (norms[name][mask].max().item(), name)
-        for name, mask in plug.masked.items()
+        for name, mask in callback.masked.items()
         if mask.any()
     )
     assert table.metrics[metric](kept | {longest[1]: kept[longest[1]] + 1}) > target
     could_go = torch.cat(
-        [norms[name][~plug.masked[name]] for name in norms if kept[name] > 1]
+        [norms[name][~callback.masked[name]] for name in norms if kept[name] > 1]
     )
     assert could_go.min() >= longest[0]
 
@@ -270,18 +278,18 @@ def test_the_shortest_rows_are_selected_until_the_budget_is_met_and_no_further(
 @pytest.mark.parametrize("n_steps", [1, 2, 7, 1000])
 def test_the_goal_is_met_by_the_end_of_the_shortest_training(n_steps):
     model, groups, x = traced()
-    grown, plug = (
+    grown, callback = (
         insert_compactors(model, groups, eligible(model, groups, x)),
         plug_of(model, groups, x),
     )
-    plug.begin(grown, n_steps, FinetuneConfig())
+    callback.begin(grown, n_steps, FinetuneConfig())
     for parameter in grown.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for step in range(n_steps):
-        plug.before_step(grown, step)
+        callback.before_step(grown, step)
     table = CostTable(groups)
     assert (
-        table.macs({name: len(rows) for name, rows in plug.kept.items()})
+        table.macs({name: len(rows) for name, rows in callback.kept.items()})
         <= table.macs({}) // 2
     )
 
@@ -289,11 +297,11 @@ def test_the_goal_is_met_by_the_end_of_the_shortest_training(n_steps):
 def test_an_allocations_counts_are_met_group_by_group():
     model, groups, x = traced()
     pairs = eligible(model, groups, x)
-    plug = Compaction(
+    callback = Compaction(
         groups, pairs, Goal(CostTable(groups), counts={"conv1": 2, "conv2": 7})
     )
-    plug.select(disturbed(insert_compactors(model, groups, pairs), pairs), 1.0)
-    assert {name: len(rows) for name, rows in plug.kept.items()} == {
+    callback.select(disturbed(insert_compactors(model, groups, pairs), pairs), 1.0)
+    assert {name: len(rows) for name, rows in callback.kept.items()} == {
         "conv1": 2,
         "conv2": 7,
     }
@@ -342,27 +350,27 @@ def small(seed: int = 0) -> tuple[nn.Module, Groups, Compaction, dict]:
     groups = trace(model, x[:1])
     pairs = eligible(model, groups, x)
     table = CostTable(groups)
-    plug = Compaction(groups, pairs, Goal(table, "macs", table.macs({}) // 2))
+    callback = Compaction(groups, pairs, Goal(table, "macs", table.macs({}) // 2))
     return (
         insert_compactors(model, groups, eligible(model, groups, x)),
         groups,
-        plug,
+        callback,
         pairs,
     )
 
 
 def test_training_makes_the_selected_rows_vanish_so_that_merging_is_free(digits):
-    grown, groups, plug, pairs = small()
-    finetune(grown, digits, CONFIG, plug=plug)
+    grown, groups, callback, pairs = small()
+    finetune(grown, digits, CONFIG, callback=callback)
     for name, (_, norm) in pairs.items():
-        norms, mask = grown.get_submodule(norm)[1].norms, plug.masked[name]
+        norms, mask = grown.get_submodule(norm)[1].norms, callback.masked[name]
         assert (norms[mask] == 0).all() and (norms[~mask] > 1e-3).all()
-    merged, table = merge(grown, groups, pairs, plug.kept), CostTable(groups)
+    merged, table = merge(grown, groups, pairs, callback.kept), CostTable(groups)
     with torch.no_grad():
         torch.testing.assert_close(
             merged(digits.inputs), grown(digits.inputs), rtol=1e-4, atol=1e-4
         )
-    kept = {name: len(rows) for name, rows in plug.kept.items()}
+    kept = {name: len(rows) for name, rows in callback.kept.items()}
     assert (
         table.macs(kept) <= table.macs({}) // 2
         and merged[0][0].out_channels == kept["0.0"]
@@ -372,27 +380,30 @@ def test_training_makes_the_selected_rows_vanish_so_that_merging_is_free(digits)
 def test_a_selected_row_stops_at_zero_although_momentum_would_carry_it_through():
     model, groups, x = traced()
     grown = insert_compactors(model, groups, eligible(model, groups, x))
-    plug = plug_of(model, groups, x, strength=0.3)
-    plug.masked["conv1"][2] = True
+    callback = plug_of(model, groups, x, strength=0.3)
+    callback.masked["conv1"][2] = True
     optimizer = torch.optim.SGD(
-        plug.parameter_groups(grown, FinetuneConfig(lr=1e-3)), 1e-3, 0.9, nesterov=True
+        callback.parameter_groups(grown, FinetuneConfig(lr=1e-3)),
+        1e-3,
+        0.9,
+        nesterov=True,
     )
     norms = []
     for step in range(600):
-        gradients(grown, x, plug)
+        gradients(grown, x, callback)
         optimizer.step()
-        plug.after_step(grown, step)
+        callback.after_step(grown, step)
         norms.append(grown.bn1[1].norms[2].item())
     assert norms == sorted(norms, reverse=True) and norms[-1] == 0
 
 
 @pytest.mark.parametrize("epochs", [6, 25])
 def test_the_usual_pull_lets_rows_vanish_in_a_training_of_any_length(epochs, digits):
-    grown, groups, plug, pairs = small()
-    plug = Compaction(groups, pairs, plug.goal)
-    finetune(grown, digits, replace(CONFIG, epochs=epochs), plug=plug)
+    grown, groups, callback, pairs = small()
+    callback = Compaction(groups, pairs, callback.goal)
+    finetune(grown, digits, replace(CONFIG, epochs=epochs), callback=callback)
     left = [
-        grown.get_submodule(norm)[1].norms[plug.masked[name]]
+        grown.get_submodule(norm)[1].norms[callback.masked[name]]
         for name, (_, norm) in pairs.items()
     ]
     assert torch.cat(left).max() == 0
@@ -414,7 +425,7 @@ def test_goals_that_can_not_be_are_refused():
 
 
 def test_killed_training_goes_on_to_bit_identical_weights_and_rows(digits, tmp_path):
-    grown, _, plug, _ = small()
+    grown, _, callback, _ = small()
     with pytest.raises(Killed):
         finetune(
             grown,
@@ -422,18 +433,20 @@ def test_killed_training_goes_on_to_bit_identical_weights_and_rows(digits, tmp_p
             CONFIG,
             checkpoint=tmp_path / "rows.pt",
             on_epoch=kill_after(6),
-            plug=plug,
+            callback=callback,
         )
     resumed, _, again, _ = small(seed=9)
-    finetune(resumed, digits[:64], CONFIG, checkpoint=tmp_path / "rows.pt", plug=again)
-    whole, _, plug, _ = small()
-    finetune(whole, digits[:64], CONFIG, plug=plug)
+    finetune(
+        resumed, digits[:64], CONFIG, checkpoint=tmp_path / "rows.pt", callback=again
+    )
+    whole, _, callback, _ = small()
+    finetune(whole, digits[:64], CONFIG, callback=callback)
     assert all(
         torch.equal(a, b)
         for a, b in zip(resumed.parameters(), whole.parameters(), strict=True)
     )
     assert all(
-        torch.equal(again.masked[name], mask) for name, mask in plug.masked.items()
+        torch.equal(again.masked[name], mask) for name, mask in callback.masked.items()
     )
 
 

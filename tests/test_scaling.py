@@ -31,9 +31,9 @@ from autoprune.deploy.export import load_pruned
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import (
+    EvalBatches,
     Evaluation,
-    Questions,
-    answer,
+    evaluate,
     on_batch_statistics,
     score,
 )
@@ -340,12 +340,12 @@ def test_answers_are_held_against_the_whole_network():
     proxy = ProxyConfig(images=40, workers=1, loss="kl", bf16="off")
     space = Workspace(dataclasses.replace(space.settings, proxy=proxy))
     kept = dict(space.groups.channels) | {DEPTH: 1}
-    at, questions = space.at(kept), Questions(space.splits.proxy)
+    at, eval_batches = space.at(kept), EvalBatches(space.splits.proxy)
     with on_batch_statistics(at.model):
-        questions.hold_against(space.model, "off")
-        expected = answer(at.model, questions, "off")
-        questions.hold_against(at.model, "off")
-        own = answer(at.model, questions, "off")
+        eval_batches.set_soft_targets(space.model, "off")
+        expected = evaluate(at.model, eval_batches, "off")
+        eval_batches.set_soft_targets(at.model, "off")
+        own = evaluate(at.model, eval_batches, "off")
     (scored,) = space.proxy().survey_all([kept])
     assert (
         scored.loss == pytest.approx(expected.loss, rel=1e-4)

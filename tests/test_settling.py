@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from autoprune.structure.labels import Constraint, LabelBook
-from autoprune.tracing.constraint_solver import factors_of, settle
+from autoprune.tracing.constraint_solver import factors_of, solve_constraints
 
 
-def classes(roots: np.ndarray, labels: torch.Tensor) -> list[list[int]]:
+def classes(representatives: np.ndarray, labels: torch.Tensor) -> list[list[int]]:
     """Positions of `labels` that ended in one set, as sorted lists."""
-    line = roots[labels.flatten().numpy()]
+    line = representatives[labels.flatten().numpy()]
     return sorted(np.flatnonzero(line == root).tolist() for root in np.unique(line))
 
 
@@ -18,14 +18,14 @@ def test_of_a_split_axis_the_longest_part_can_shrink():
     book = LabelBook()
     labels = book.new(6)
     book.constraints.append((Constraint.GRID, labels.view(2, 3)))
-    assert classes(settle(book), labels) == [[0, 3], [1, 4], [2, 5]]
+    assert classes(solve_constraints(book), labels) == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_halves_are_balanced_pair_by_pair():
     book = LabelBook()
     labels = book.new(8)
     book.constraints.append((Constraint.PARTS, labels.view(2, 4)))
-    assert classes(settle(book), labels) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert classes(solve_constraints(book), labels) == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
 def test_channels_in_all_parts_already_stay_free():
@@ -34,7 +34,7 @@ def test_channels_in_all_parts_already_stay_free():
     book.constraints.append(
         (Constraint.PARTS, torch.stack([labels, labels.flip(0), labels]))
     )
-    assert classes(settle(book), labels) == [[0], [1], [2]]
+    assert classes(solve_constraints(book), labels) == [[0], [1], [2]]
 
 
 def test_a_later_balance_uses_what_an_earlier_one_left():
@@ -46,7 +46,7 @@ def test_a_later_balance_uses_what_an_earlier_one_left():
     book.constraints.append((Constraint.GRID, torch.stack([stream[:4], new])))
     shuffled = torch.stack([stream[:4], new]).T.flatten()
     book.constraints.append((Constraint.PARTS, shuffled.view(2, 4)))
-    assert classes(settle(book), stream) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert classes(solve_constraints(book), stream) == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -56,7 +56,7 @@ def test_every_balanced_set_has_equally_many_channels_in_every_part(n_parts, see
     book = LabelBook()
     labels = book.new(7)[torch.randint(7, (n_parts, 12), generator=generator)]
     book.constraints.append((Constraint.PARTS, labels))
-    found = settle(book)[labels.numpy()]
+    found = solve_constraints(book)[labels.numpy()]
     for root in np.unique(found):
         counts = (found == root).sum(1)
         assert len(set(counts.tolist())) == 1
@@ -67,13 +67,18 @@ def test_lattices_that_share_cells_share_rows_and_columns_even_when_turned():
     queries, keys = book.new(6).view(2, 3), book.new(6).view(2, 3)
     heads, turned = book.factor(queries), book.factor(keys.T)
     book.join(queries, keys)
-    roots = settle(book)
+    representatives = solve_constraints(book)
     columns = book.lattices[0].columns
-    assert roots[turned].tolist() == roots[columns].tolist()
-    assert roots[book.lattices[1].columns].tolist() == roots[heads].tolist()
-    factors = factors_of(book, roots)
-    assert [tuple(factors[roots[cell]]) for cell in queries.flatten()] == [
-        (roots[head], roots[column]) for head in heads for column in columns
+    assert representatives[turned].tolist() == representatives[columns].tolist()
+    assert (
+        representatives[book.lattices[1].columns].tolist()
+        == representatives[heads].tolist()
+    )
+    factors = factors_of(book, representatives)
+    assert [tuple(factors[representatives[cell]]) for cell in queries.flatten()] == [
+        (representatives[head], representatives[column])
+        for head in heads
+        for column in columns
     ]
 
 

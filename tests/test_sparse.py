@@ -17,7 +17,7 @@ from autoprune.data.networks import conv_bn
 from autoprune.errors import UserError
 from autoprune.structure.groups import Groups
 from autoprune.tracing.trace import trace
-from autoprune.training.loop import Plug, finetune
+from autoprune.training.loop import TrainingCallback, finetune
 from autoprune.training.sparse import (
     L1,
     L2,
@@ -38,19 +38,21 @@ def traced(name: str) -> tuple[nn.Module, Groups]:
     return model, trace(model, images(1, NETS[name].size))
 
 
-def step(model: nn.Module, plug: Plug, lr: float = LR, **options) -> None:
+def step(
+    model: nn.Module, callback: TrainingCallback, lr: float = LR, **options
+) -> None:
     """One step of plain SGD on a loss of zero."""
     optimizer = torch.optim.SGD(model.parameters(), lr, **options)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    plug.before_step(model, 0)
+    callback.before_step(model, 0)
     optimizer.step()
 
 
-def gradients(model: nn.Module, plug: Plug) -> dict[str, Tensor]:
+def gradients(model: nn.Module, callback: TrainingCallback) -> dict[str, Tensor]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    plug.before_step(model, 0)
+    callback.before_step(model, 0)
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -96,12 +98,12 @@ def test_slimming_drives_every_batch_norm_scale_to_zero_in_the_closed_forms_step
         model.stem.weight.detach().clone(),
         model.inner.weight.detach().clone(),
     ]
-    plug = Slimming(groups, 0.3)
+    callback = Slimming(groups, 0.3)
     for _ in range(needed):
-        step(model, plug)
+        step(model, callback)
     for _ in range(10):
         assert all((scale.abs() <= LR * 0.3 + 1e-6).all() for scale in scales)
-        step(model, plug)
+        step(model, callback)
     assert torch.equal(model.stem.weight, convolutions[0]) and torch.equal(
         model.inner.weight, convolutions[1]
     )
@@ -257,16 +259,16 @@ def run_gsm(decay: float, n_steps: int) -> Tensor:
     )
     groups = trace(model, torch.randn(1, 3, 8, 8))
     model.double()
-    plug = GlobalSparseMomentum(groups, decay, 0.5)
+    callback = GlobalSparseMomentum(groups, decay, 0.5)
     optimizer = torch.optim.SGD(
-        plug.parameter_groups(model, FinetuneConfig()), 1e-2, 0.9, nesterov=True
+        callback.parameter_groups(model, FinetuneConfig()), 1e-2, 0.9, nesterov=True
     )
     values = []
     for _ in range(n_steps):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         model[0].weight.grad[0, 0, 0, 0] = 0
-        plug.before_step(model, 0)
+        callback.before_step(model, 0)
         optimizer.step()
         values.append(model[0].weight[0, 0, 0, 0].item())
     return torch.tensor(values, dtype=torch.float64)
@@ -299,13 +301,13 @@ def test_gsm_decays_monotonically_inside_its_bound_and_swings_through_zero_above
 
 def test_gsm_trains_a_weight_again_once_it_is_useful():
     model, groups = with_gradients()
-    plug = GlobalSparseMomentum(groups, 0.1, 0.01)
-    plug.before_step(model, 0)
+    callback = GlobalSparseMomentum(groups, 0.1, 0.01)
+    callback.before_step(model, 0)
     idle = (model.conv1.weight.grad == 0).nonzero()[0]
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     model.conv1.weight.grad[tuple(idle)] = 1e6
-    plug.before_step(model, 1)
+    callback.before_step(model, 1)
     assert model.conv1.weight.grad[tuple(idle)] == 1e6
 
 
@@ -355,7 +357,7 @@ def test_more_slimming_leaves_more_scales_near_zero(digits):
     near_zero = []
     for strength in (0.0, 0.02, 0.2):
         model, groups = small()
-        finetune(model, digits, config, plug=Slimming(groups, strength))
+        finetune(model, digits, config, callback=Slimming(groups, strength))
         near_zero.append(
             sum((model[n][1].weight.abs() < 0.1).sum().item() for n in (0, 1))
         )
@@ -372,8 +374,8 @@ def test_killed_sparse_training_goes_on_to_bit_identical_weights(
 
     def train(seed: int, **options) -> nn.Module:
         model, groups = small(seed)
-        plug = SPARSE[name].plug(groups, SPARSE[name].strength, 0.3)
-        return finetune(model, digits[:128], config, plug=plug, **options)
+        callback = SPARSE[name].callback(groups, SPARSE[name].strength, 0.3)
+        return finetune(model, digits[:128], config, callback=callback, **options)
 
     with pytest.raises(Killed):
         train(0, checkpoint=tmp_path / "sparse.pt", on_epoch=kill_after(1))

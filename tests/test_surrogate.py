@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autoprune.agents import surrogate
-from autoprune.agents.surrogate import MAX_POINTS, WINSOR, Surrogate, Usual
+from autoprune.agents.surrogate import MAX_POINTS, WINSOR, CostBaseline, Surrogate
 
 DENSE, LOW = np.array([16, 40, 24]), np.array([2, 4, 4])
 LIKENESS = np.array([[0.1, 0.9], [0.2, 0.8], [1.0, 0.0]])
@@ -339,8 +339,8 @@ def heap(n: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_relative_to_the_usual_at_their_cost_rewards_of_all_budgets_count_alike():
     costs, rewards, deviations = heap()
-    usual = Usual(costs, rewards)
-    relative = (rewards - usual.centre(costs)) / usual.spread(costs)
+    cost_baseline = CostBaseline(costs, rewards)
+    relative = (rewards - cost_baseline.centre(costs)) / cost_baseline.scale(costs)
     cheap, dear = costs < np.quantile(costs, 0.25), costs > np.quantile(costs, 0.75)
     assert np.std(rewards[cheap]) > 5 * np.std(rewards[dear])
     assert 1 / 1.5 < np.std(relative[cheap]) / np.std(relative[dear]) < 1.5
@@ -351,7 +351,8 @@ def test_relative_to_the_usual_at_their_cost_rewards_of_all_budgets_count_alike(
 def test_the_usual_of_few_or_equal_costs_is_finite(n):
     costs, rewards, _ = heap(n)
     for some in (costs, np.full(n, costs[0])):
-        usual = Usual(some, rewards)
+        cost_baseline = CostBaseline(some, rewards)
         assert (
-            np.isfinite(usual.centre(costs)).all() and (usual.spread(costs) > 0).all()
+            np.isfinite(cost_baseline.centre(costs)).all()
+            and (cost_baseline.scale(costs) > 0).all()
         )

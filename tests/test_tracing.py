@@ -417,8 +417,12 @@ def test_joined_labels_share_the_smallest_as_root_and_the_first_reason():
     a, b, c = book.new(3), book.new(3), book.new(3)
     book.join(b, c)
     book.join(a, b.flip(0))
-    assert book.roots()[7:10].tolist() == [3, 2, 1]
+    assert book.representatives()[7:10].tolist() == [3, 2, 1]
     book.pin(c[:1], "first")
     book.pin(a, "second")
     book.join(a[1:2], torch.tensor([CONSTANT]))
-    assert book.reasons(book.roots()) == {1: "second", 2: "second", 3: "first"}
+    assert book.reasons(book.representatives()) == {
+        1: "second",
+        2: "second",
+        3: "first",
+    }

@@ -14,11 +14,11 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from toys import fake_env, target_env
 
-from autoprune.agents.baselines import walk
+from autoprune.agents.baselines import run_episode
 from autoprune.agents.dyna import train_dyna
 from autoprune.agents.recorder import Recorder
 from autoprune.agents.replay import Policy, replay
-from autoprune.agents.sb3_env import Lanes
+from autoprune.agents.sb3_env import RecordedVecEnv
 from autoprune.agents.search import search
 from autoprune.agents.training import (
     ALGORITHMS,
@@ -39,7 +39,7 @@ class Interrupted(Exception):
     pass
 
 
-class Noted(Lanes):
+class Noted(RecordedVecEnv):
     """Keeps what was wished and what was executed at every step."""
 
     def __init__(self, recorder: Recorder, n_lanes: int):
@@ -62,7 +62,7 @@ def lanes_of(
     return Noted(Recorder(env, SearchConfig(episodes=episodes, seed=seed)), n_lanes)
 
 
-def learner_on(name: str, lanes: Lanes, seed: int = 0):
+def learner_on(name: str, lanes: RecordedVecEnv, seed: int = 0):
     return make_learner(name, lanes, len(lanes.env.groups), seed)
 
 
@@ -139,12 +139,12 @@ def walked_anew(lanes: Noted) -> Iterator[tuple[tuple[float, ...], float]]:
     """
     rewards, n_steps = [episode.reward for episode in lanes.recorder.episodes], 4
     for batch in range(len(lanes.executed) // n_steps):
-        walks = lanes.env.walks([lanes.env.budget] * lanes.num_envs)
+        batch = lanes.env.start_episodes([lanes.env.budget] * lanes.num_envs)
         ends = rewards[batch * lanes.num_envs :][: lanes.num_envs]
         for executed in np.array(lanes.executed[n_steps * batch :][:n_steps]):
-            steps = np.column_stack([walks.observe(), executed.astype(np.float32)])
+            steps = np.column_stack([batch.observe(), executed.astype(np.float32)])
             yield from zip(map(tuple, steps), ends, strict=True)
-            walks.step(executed)
+            batch.step(executed)
 
 
 def test_rollout_buffer_holds_the_executed_actions_and_the_first_ratio_is_one():
@@ -211,7 +211,7 @@ def test_agent_learns_an_allocation_clearly_better_than_uniform(name):
         3 if name in ("ppo", "dyna") else 1
     ):  # three pass for the others too, but take long
         env = target_env(round_to=1)
-        uniform = walk(env, lambda _: 0.0)["loss"]
+        uniform = run_episode(env, lambda _: 0.0)["loss"]
         policy, episodes = trained(name, env, SearchConfig(episodes=60, seed=seed))
         assert len(episodes) == 60
         assert replay(policy, env)[1]["loss"] < 0.7 * uniform

@@ -8,7 +8,7 @@ from toys import fake_env, traced
 
 from autoprune.costs.allocation import SearchSpace
 from autoprune.costs.cost import CostTable
-from autoprune.envs.batch import along
+from autoprune.envs.batch import fixed_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 
 NETWORKS = ("one", "chain", "wide", "resnet20", "mobilenet_v2_cifar")
@@ -39,19 +39,19 @@ def test_lanes_end_where_the_environment_does(network, metric, options):
         -1.3, 1.3, (len(env.groups), len(budgets))
     )
     actions[:, 1], actions[:, 2], actions[:, 3] = 0, 1, -1
-    walks = env.walks(budgets)
-    steps = [walks.step(row) for row in actions]
-    assert walks.is_over
+    batch = env.start_episodes(budgets)
+    steps = [batch.step(row) for row in actions]
+    assert batch.is_over
     for lane, budget in enumerate(budgets):
         kept, infos = one_by_one(env, budget, actions[:, lane])
-        assert walks.state.kept[lane].tolist() == kept.tolist()
+        assert batch.state.kept[lane].tolist() == kept.tolist()
         assert [executed[lane] for executed, _ in steps] == [
             info["executed_action"] for info in infos
         ]
         assert [sparsities[lane] for _, sparsities in steps] == [
             info["sparsity"] for info in infos
         ]
-        assert env.space.cost(kept) <= walks.state.targets[lane] == infos[-1]["target"]
+        assert env.space.cost(kept) <= batch.state.targets[lane] == infos[-1]["target"]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -63,20 +63,24 @@ def test_an_allocation_that_a_walk_reached_is_reached_again_along_its_sparsities
     budgets = parsed(metric, np.linspace(0.45, 1, 12))
     actions = np.random.default_rng(1).uniform(-1, 1, (len(env.groups), 12))
     kept = (
-        env.walks(budgets).follow(lambda walks: actions[walks.state.index]).state.kept
+        env.start_episodes(budgets)
+        .rollout(lambda batch: actions[batch.state.index])
+        .state.kept
     )
     assert np.array_equal(
-        env.walks(budgets).follow(along(1 - kept / env.space.costs.dense)).state.kept,
+        env.start_episodes(budgets)
+        .rollout(fixed_policy(1 - kept / env.space.costs.dense))
+        .state.kept,
         kept,
     )
 
 
 def test_a_walk_leaves_what_others_have_seen_of_it_as_it_was():
     env = fake_env("wide")
-    walks = env.walks(parsed("macs", (0.4, 0.6)))
-    before, kept = walks.state, walks.state.kept.copy()
-    walks.step(np.array([0.3, -0.3]))
-    assert np.array_equal(before.kept, kept) and walks.state is not before
+    batch = env.start_episodes(parsed("macs", (0.4, 0.6)))
+    before, kept = batch.state, batch.state.kept.copy()
+    batch.step(np.array([0.3, -0.3]))
+    assert np.array_equal(before.kept, kept) and batch.state is not before
 
 
 @pytest.mark.parametrize("network", NETWORKS)

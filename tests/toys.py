@@ -11,10 +11,10 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor, nn
 
-from autoprune.agents.dyna import Imagination
+from autoprune.agents.dyna import ModelEnv
 from autoprune.agents.recorder import Recorder
 from autoprune.agents.replay import Policy
-from autoprune.agents.sb3_env import Lanes
+from autoprune.agents.sb3_env import RecordedVecEnv
 from autoprune.agents.training import hyperparameters, make_learner
 from autoprune.config import DataConfig, FinetuneConfig, ProxyConfig, SearchConfig
 from autoprune.costs.budget import Budget
@@ -161,7 +161,7 @@ def target_env(
         np.linspace(-0.35, 0.35, len(space.costs.dense))
     )
     target = Budget.parse(budget).target(space.costs)
-    best = space.walk(target, lambda index, uniform: uniform + offsets[index])
+    best = space.allocate(target, lambda index, uniform: uniform + offsets[index])
 
     def loss(kept: np.ndarray) -> float:
         return scale * float((((kept - best) / space.costs.dense) ** 2).mean())
@@ -203,7 +203,7 @@ def digits_env(budget: str = "macs=50%", **options) -> LayerPruningEnv:
 def learner_of(name: str, start: Policy | None = None) -> BaseAlgorithm:
     """An agent's untrained learner on a toy, at uniform pruning or at `start`."""
     recorder = Recorder(fake_env(), SearchConfig())
-    lanes = Imagination(recorder.env, 10) if name == "dyna" else Lanes(recorder)
+    lanes = ModelEnv(recorder.env, 10) if name == "dyna" else RecordedVecEnv(recorder)
     return make_learner(name, lanes, len(recorder.env.groups), 0, start=start)
 
 

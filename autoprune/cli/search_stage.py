@@ -96,7 +96,7 @@ def _warn_of_strangeness(
     env: LayerPruningEnv, config: SearchConfig, folder: RunFolder
 ) -> None:
     start = starting_policy(config.agent, config.policy, folder.start)
-    if start is not None and start.is_stranger(env.observer):
+    if start is not None and start.is_out_of_distribution(env.observer):
         say(
             f"--policy: {config.policy!r} was trained on groups unlike most of this "
             f"network's (it knows "
@@ -251,7 +251,7 @@ def act(
     pruning; for a range the front of what it does at the budgets of it, uniform pruning
     in the places where that is better.
     """
-    familiar = round(policy.familiarity(env.observer), 3)
+    familiar = round(policy.mean_similarity(env.observer), 3)
     if familiar < 1:
         say(
             f"policy trusted to {familiar:.0%}: not all groups are like those it "

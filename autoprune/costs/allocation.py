@@ -353,9 +353,9 @@ class SearchSpace:
         """The allocation with one sparsity for all groups, rounded and filled so that
         it meets the budget.
         """
-        return self.walk(target, lambda index, uniform: uniform)
+        return self.allocate(target, lambda index, uniform: uniform)
 
-    def walk(self, target: int, choose) -> np.ndarray:
+    def allocate(self, target: int, choose) -> np.ndarray:
         """Decides all groups in order: `choose(index, uniform_to_go)` wishes a
         sparsity, the budget bounds it.
         """

@@ -132,17 +132,19 @@ def parse_budget(text: str | Budget | BudgetRange) -> Budget | BudgetRange:
     return BudgetRange(low, high)
 
 
-def spread(budget: Budget | BudgetRange, n: int, offset: float = 0.5) -> list[Budget]:
+def evenly_spaced(
+    budget: Budget | BudgetRange, n: int, offset: float = 0.5
+) -> list[Budget]:
     """`n` budgets evenly over a range, each `offset` in [0, 1] into its part of it; a
     single one `n` times.
     """
     return [budget.at((place + offset) / n) for place in range(n)]
 
 
-def spread_to_learn(
+def chebyshev_spaced(
     budget: Budget | BudgetRange, n: int, offset: float
 ) -> list[Budget]:
-    """As `spread`, but denser towards the range's ends, as Chebyshev's points: there
+    """As `evenly_spaced`, but denser towards the range's ends, as Chebyshev's points: there
     one learns from one side only.
     """
     return [

@@ -20,7 +20,7 @@ BYTES = 4
 """Size of a float32 element; activations and weights are counted in it."""
 
 
-Kept = Mapping[str, int] | np.ndarray
+KeptCounts = Mapping[str, int] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,21 @@ class CostTable:
             "params": self._form([counted[name] for name in names]),
         }
         self._alive_fixed, self._alive_by = self._extents(groups, groups.operations)
-        self.metrics: dict[str, Callable[[Kept], int]] = {
+        self.metrics: dict[str, Callable[[KeptCounts], int]] = {
             "macs": self.macs,
             "params": self.params,
             "memory_bytes": self.memory_bytes,
         }
 
-    def macs(self, kept: Kept) -> int | np.ndarray:
+    def macs(self, kept: KeptCounts) -> int | np.ndarray:
         """Multiply-accumulates of one sample."""
         return self._exact("macs", kept)
 
-    def params(self, kept: Kept) -> int | np.ndarray:
+    def params(self, kept: KeptCounts) -> int | np.ndarray:
         """Number of trainable values."""
         return self._exact("params", kept)
 
-    def memory_bytes(self, kept: Kept) -> int:
+    def memory_bytes(self, kept: KeptCounts) -> int:
         """Parameters and buffers, and the inputs and outputs of the hungriest single
         operation, for one sample.
         """
@@ -96,13 +96,13 @@ class CostTable:
         """
         return self._forms[metric](self._terms(kept))
 
-    def _exact(self, metric: str, kept: Kept) -> int | np.ndarray:
+    def _exact(self, metric: str, kept: KeptCounts) -> int | np.ndarray:
         value = np.rint(self._forms[metric](self._terms(self._array(kept)))).astype(
             np.int64
         )
         return value if value.ndim else int(value)
 
-    def _array(self, kept: Kept) -> np.ndarray:
+    def _array(self, kept: KeptCounts) -> np.ndarray:
         if isinstance(kept, np.ndarray):
             return kept
         return np.array(

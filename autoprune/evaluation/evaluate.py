@@ -47,10 +47,10 @@ def score(
     are left as found.
     """
     with in_eval_mode(model):
-        return answer(model, Questions(images, batch_size), bf16)
+        return evaluate(model, EvalBatches(images, batch_size), bf16)
 
 
-class Questions:
+class EvalBatches:
     """Images to be scored, and what the answers are held against.
 
     Args:
@@ -61,7 +61,7 @@ class Questions:
 
     def __init__(self, images: Images, batch_size: int | None = None):
         self.images = images
-        self.dense_answers: list[Tensor] | None = None
+        self.soft_targets: list[Tensor] | None = None
         """Log-probabilities of the dense network for each batch; None to use the
         labels.
         """
@@ -82,29 +82,29 @@ class Questions:
             if self._n_parts == 1
             else (self.images[part] for part in index)
         )
-        return zip(parts, self.dense_answers or repeat(None))  # noqa: B905, repeat has no end
+        return zip(parts, self.soft_targets or repeat(None))  # noqa: B905, repeat has no end
 
     @torch.no_grad()
-    def hold_against(self, dense: nn.Module, bf16: str) -> None:
+    def set_soft_targets(self, dense: nn.Module, bf16: str) -> None:
         """From now on the loss is the divergence from the answers of `dense`, in eval
         mode, instead of the labels.
         """
         with autocast(bf16):
-            self.dense_answers = [
+            self.soft_targets = [
                 dense(part.inputs).float().log_softmax(1) for part, _ in self
             ]
 
 
 @torch.no_grad()
-def answer(model: nn.Module, questions: Questions, bf16: str) -> Evaluation:
+def evaluate(model: nn.Module, eval_batches: EvalBatches, bf16: str) -> Evaluation:
     """Scores `model` in the mode that it is in."""
     correct = loss = 0
     with autocast(bf16):
-        for part, dense in questions:
+        for part, dense in eval_batches:
             logits = model(part.inputs).float()
             correct += (logits.argmax(1) == part.labels).sum().item()
             loss += _loss(logits, part.labels, dense).item()
-    return Evaluation(correct / len(questions), loss / len(questions))
+    return Evaluation(correct / len(eval_batches), loss / len(eval_batches))
 
 
 def _loss(logits: Tensor, labels: Tensor, dense: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoprune.config import ProxyConfig
 from autoprune.data.datasets import Images, Splits
-from autoprune.evaluation.evaluate import Questions
+from autoprune.evaluation.evaluate import EvalBatches
 
 MOVES_ON = 40
 """Batches after which other images have their turn."""
@@ -38,7 +38,7 @@ class ImageBlocks:
         splits: Splits,
         config: ProxyConfig,
         is_free: bool,
-        prepare: Callable[[Images], Questions],
+        prepare: Callable[[Images], EvalBatches],
         difficulty: Callable[[Images], Tensor],
     ):
         self._splits, self._size, self._prepare, self._difficulty = (
@@ -56,7 +56,7 @@ class ImageBlocks:
         )
         """Blocks of calibration images, whose numbers follow."""
 
-    def __getitem__(self, block: int) -> Questions:
+    def __getitem__(self, block: int) -> EvalBatches:
         return (
             self._first[block]
             if block < self.n_blocks
@@ -71,26 +71,26 @@ class ImageBlocks:
             return self.n_blocks + batch % self.n_further
         return batch % self.n_blocks
 
-    def all(self, batches: int) -> Questions:
+    def all(self, batches: int) -> EvalBatches:
         """The images that judge a search of so many batches: the whole proxy split, and
         maybe the calibration split.
         """
         return self._both if self.n_further and batches > MOVES_ON else self._whole
 
     @cached_property
-    def _first(self) -> list[Questions]:
+    def _first(self) -> list[EvalBatches]:
         return self._divided(self._splits.proxy, self.n_blocks)
 
     @cached_property
-    def _further(self) -> list[Questions]:
+    def _further(self) -> list[EvalBatches]:
         return self._divided(self._splits.calibration, self.n_further)
 
     @cached_property
-    def _whole(self) -> Questions:
+    def _whole(self) -> EvalBatches:
         return self._prepare(self._splits.proxy)
 
     @cached_property
-    def _both(self) -> Questions:
+    def _both(self) -> EvalBatches:
         parts = self._splits.proxy, self._splits.calibration
         pixels, labels = (
             torch.cat([getattr(part, name) for part in parts])
@@ -98,7 +98,7 @@ class ImageBlocks:
         )
         return self._prepare(Images(pixels, labels))
 
-    def _divided(self, images: Images, n_blocks: int) -> list[Questions]:
+    def _divided(self, images: Images, n_blocks: int) -> list[EvalBatches]:
         """Blocks in which one network scores about the same: sorted by difficulty,
         images are dealt out in turns.
         """

@@ -104,7 +104,7 @@ def _lamp(model: nn.Module, groups: Groups, images: Images) -> Importance:
     return {
         g.name: torch.stack(
             [
-                share_left(rows.square().sum(1))
+                lamp_scores(rows.square().sum(1))
                 for rows in _weights(model, groups.filters(g))
             ]
         ).mean(0)
@@ -112,7 +112,7 @@ def _lamp(model: nn.Module, groups: Groups, images: Images) -> Importance:
     }
 
 
-def share_left(squares: Tensor) -> Tensor:
+def lamp_scores(squares: Tensor) -> Tensor:
     """Each of the squares `(n,)` as a share of all that aren't smaller."""
     ordered, order = squares.sort(descending=True, stable=True)
     shares = ordered / ordered.cumsum(0).clamp_min(torch.finfo(squares.dtype).tiny)

@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from autoprune.config import ProxyConfig
 from autoprune.data.datasets import Images, Splits
 from autoprune.evaluation.evaluate import (
+    EvalBatches,
     Evaluation,
-    Questions,
-    answer,
+    evaluate,
     in_eval_mode,
     on_batch_statistics,
     recalibrate,
@@ -37,7 +37,7 @@ from autoprune.evaluation.image_blocks import ImageBlocks
 from autoprune.evaluation.importance import Importance
 from autoprune.evaluation.reconstruction import Reconstruction
 from autoprune.structure.groups import Groups
-from autoprune.structure.slicing import Kept, Slicer, top_channels
+from autoprune.structure.slicing import KeptIndices, Slicer, top_channels
 
 SENSITIVITY_IMAGES = 64
 
@@ -120,7 +120,7 @@ class ProxyAccuracy:
         self._cache: dict[tuple[int, ...], Evaluation] = {}
         is_free = config.statistics == "batch" and not self.reconstructs
         self.blocks = blocks or ImageBlocks(
-            splits, config, is_free, self._questions, self._difficulty
+            splits, config, is_free, self._eval_batches, self._difficulty
         )
 
     def __call__(self, kept: Mapping[str, int]) -> Evaluation:
@@ -141,7 +141,7 @@ class ProxyAccuracy:
         """
         if self.config.reconstruct != "auto" or self.reconstructs:
             return self
-        images = Questions(self._splits.proxy[: self.config.images])
+        images = EvalBatches(self._splits.proxy[: self.config.images])
         (score,) = self._on_all_cores(
             partial(self._proxy_score, images), [self.draw(kept)]
         )
@@ -215,7 +215,7 @@ class ProxyAccuracy:
         """One normalised input of the network."""
         return self._splits.example
 
-    def draw(self, kept: Mapping[str, int], draw: int = 0) -> Kept:
+    def draw(self, kept: Mapping[str, int], draw: int = 0) -> KeptIndices:
         """The channels of one sub-model: the most important ones, or, with a
         temperature, a weighted sample.
 
@@ -253,7 +253,7 @@ class ProxyAccuracy:
         return tuple(kept[name] for name in self.groups.channels)
 
     def _side_by_side(
-        self, score: Callable[[Slicer, Kept], Evaluation], allocations: Sequence
+        self, score: Callable[[Slicer, KeptIndices], Evaluation], allocations: Sequence
     ) -> list[Evaluation]:
         """The mean score over each allocation's drawn sub-models."""
         n_draws = self.config.sub_models if self.config.temperature > 0 else 1
@@ -286,17 +286,23 @@ class ProxyAccuracy:
         with one_thread_each(len(self._slicers)) as pool:
             return list(pool.map(work, candidates))
 
-    def _proxy_score(self, images: Questions, slicer: Slicer, kept: Kept) -> Evaluation:
+    def _proxy_score(
+        self, images: EvalBatches, slicer: Slicer, kept: KeptIndices
+    ) -> Evaluation:
         calibration = None if self.config.statistics == "batch" else self._calibration
         return self._score(images, calibration, slicer, kept)
 
-    def _selection_score(self, slicer: Slicer, kept: Kept) -> Evaluation:
+    def _selection_score(self, slicer: Slicer, kept: KeptIndices) -> Evaluation:
         return self._score(
             self._selection, self._splits.calibration.inputs, slicer, kept
         )
 
     def _score(
-        self, images: Questions, calibration: Tensor | None, slicer: Slicer, kept: Kept
+        self,
+        images: EvalBatches,
+        calibration: Tensor | None,
+        slicer: Slicer,
+        kept: KeptIndices,
     ) -> Evaluation:
         """Batch norm takes its statistics from `calibration`, or from the images that
         are scored.
@@ -307,7 +313,7 @@ class ProxyAccuracy:
         if calibration is not None:
             recalibrate(model, calibration, bf16=bf16)
         with on_batch_statistics(model) if calibration is None else in_eval_mode(model):
-            return answer(model, images, bf16)
+            return evaluate(model, images, bf16)
 
     @cached_property
     def sensitivity(self) -> np.ndarray:
@@ -318,13 +324,13 @@ class ProxyAccuracy:
         proxy images, in nats: about a quarter of a usual evaluation for each group,
         measured once.
         """
-        questions = Questions(self._splits.proxy[:SENSITIVITY_IMAGES])
-        questions.hold_against(self._dense, self.config.bf16)
+        eval_batches = EvalBatches(self._splits.proxy[:SENSITIVITY_IMAGES])
+        eval_batches.set_soft_targets(self._dense, self.config.bf16)
         halves = [
             top_channels(self.importance, {group.name: half(group.channels)})
             for group in self.groups
         ]
-        damaged = self._on_all_cores(partial(self._score, questions, None), halves)
+        damaged = self._on_all_cores(partial(self._score, eval_batches, None), halves)
         return np.array([evaluation.loss for evaluation in damaged])
 
     @cached_property
@@ -339,18 +345,18 @@ class ProxyAccuracy:
             self.draw({group.name: half(group.channels) for group in self.groups})
         )
         with torch.no_grad(), on_batch_statistics(model):
-            logits = [model(part.inputs) for part, _ in Questions(images)]
+            logits = [model(part.inputs) for part, _ in EvalBatches(images)]
         return F.cross_entropy(torch.cat(logits), images.labels, reduction="none")
 
     @cached_property
-    def _selection(self) -> Questions:
-        return self._questions(self._splits.selection)
+    def _selection(self) -> EvalBatches:
+        return self._eval_batches(self._splits.selection)
 
-    def _questions(self, images: Images) -> Questions:
-        questions = Questions(images)
+    def _eval_batches(self, images: Images) -> EvalBatches:
+        eval_batches = EvalBatches(images)
         if self.config.loss == "kl":
-            questions.hold_against(self._reference, self.config.bf16)
-        return questions
+            eval_batches.set_soft_targets(self._reference, self.config.bf16)
+        return eval_batches
 
 
 def _mean(evaluations: list[Evaluation]) -> Evaluation:

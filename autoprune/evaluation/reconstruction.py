@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from autoprune.errors import UserError
 from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import Groups, positions, removed
-from autoprune.structure.slicing import Kept, shared_copy
+from autoprune.structure.slicing import KeptIndices, shared_copy
 
 BATCH = 100
 """Images of one forward pass."""
@@ -121,7 +121,7 @@ class Reconstruction:
                 )
         return moments
 
-    def apply(self, model: nn.Module, kept: Kept) -> None:
+    def apply(self, model: nn.Module, kept: KeptIndices) -> None:
         """Exchanges weights and biases of the layers of a sub-model that lost inputs;
         recalibrate batch norm then.
 

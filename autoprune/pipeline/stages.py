@@ -100,13 +100,13 @@ def _train_sparsely(
     method = SPARSE[sparse.method]
     strength = method.strength if sparse.strength is None else sparse.strength
     config = settings.sparse_training
-    model, plug = (
+    model, callback = (
         copy.deepcopy(workspace.dense),
-        method.plug(workspace.widths, strength, _share(workspace)),
+        method.callback(workspace.widths, strength, _share(workspace)),
     )
     checkpoint, seed = folder.checkpoints / "sparse.pt", settings.search.seed
     log = folder.logging("sparse epoch", on_epoch)
-    finetune(model, train, config, seed, workspace.dense, checkpoint, log, plug)
+    finetune(model, train, config, seed, workspace.dense, checkpoint, log, callback)
     epochs = config.epochs_for(len(train))
     folder.add_results(
         sparse_method=sparse.method, sparse_strength=strength, sparse_epochs=epochs
@@ -217,7 +217,7 @@ def finetune_stage(
             workspace.dense,
             folder.finetune_checkpoint,
             log,
-            decided.plug(),
+            decided.callback(),
         )
         folder.add_results(finetune_epochs=epochs)
         _replace(folder, model, plan | {"stage": "finetuned", "epochs": epochs})

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.data.datasets import Images
 from autoprune.errors import UserError, nearest_names
-from autoprune.evaluation.evaluate import Questions, answer, on_batch_statistics
+from autoprune.evaluation.evaluate import EvalBatches, evaluate, on_batch_statistics
 from autoprune.structure.attention import open_attention
 from autoprune.structure.slicing import shared_copy
 
@@ -133,10 +133,10 @@ def shallower(
     saved = {block.name: block.macs for block in removable_blocks(model, example)}
     macs = _macs(model, example)
     _check_reachable(target_macs, macs, saved)
-    questions, damage_so_far, removed = _answered(model, images), 0.0, []
+    eval_batches, damage_so_far, removed = _answered(model, images), 0.0, []
     while macs > target_macs:
         damage = _damage(
-            model, [name for name in saved if name not in removed], questions
+            model, [name for name in saved if name not in removed], eval_batches
         )
         name = min(
             damage, key=lambda name: (damage[name] - damage_so_far) / saved[name]
@@ -284,16 +284,16 @@ def _count(model: nn.Module, example: Tensor, counter: FlopCounterMode) -> None:
         open_attention(model)(example)
 
 
-def _answered(model: nn.Module, images: Images) -> Questions:
+def _answered(model: nn.Module, images: Images) -> EvalBatches:
     """Questions with the answers that `model` gives on batch statistics."""
-    questions, twin = Questions(images), shared_copy(model)
+    eval_batches, twin = EvalBatches(images), shared_copy(model)
     with on_batch_statistics(twin):
-        questions.hold_against(twin, "off")
-    return questions
+        eval_batches.set_soft_targets(twin, "off")
+    return eval_batches
 
 
 def _damage(
-    model: nn.Module, names: Sequence[str], questions: Questions
+    model: nn.Module, names: Sequence[str], eval_batches: EvalBatches
 ) -> dict[str, float]:
     """Divergence from the answers that the questions hold when each named block alone
     leaves `model`.
@@ -302,5 +302,5 @@ def _damage(
     for name in names:
         shorter = _without(shared_copy(model), [name])
         with on_batch_statistics(shorter):
-            damage[name] = answer(shorter, questions, "off").loss
+            damage[name] = evaluate(shorter, eval_batches, "off").loss
     return damage

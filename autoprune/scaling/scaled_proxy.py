@@ -10,9 +10,9 @@ import torch
 
 from autoprune.data.datasets import Images
 from autoprune.evaluation.evaluate import (
+    EvalBatches,
     Evaluation,
-    Questions,
-    answer,
+    evaluate,
     on_batch_statistics,
 )
 from autoprune.evaluation.image_blocks import ImageBlocks
@@ -135,12 +135,12 @@ class ScaledProxy:
             for name, count in self.groups.channels.items()
             if name not in known
         }
-        questions = Questions(self._images)
-        questions.hold_against(self.scaling.model, self.config.bf16)
+        eval_batches = EvalBatches(self._images)
+        eval_batches.set_soft_targets(self.scaling.model, self.config.bf16)
         for name, kept in halves.items():
             network = self.scaling.network(kept)
             with on_batch_statistics(network):
-                known[name] = answer(network, questions, self.config.bf16).loss
+                known[name] = evaluate(network, eval_batches, self.config.bf16).loss
         return np.array([known[name] for name in self.groups.channels])
 
     def _each(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.costs.constraints import pinned_by_user
-from autoprune.costs.cost import CostTable, Kept
+from autoprune.costs.cost import CostTable, KeptCounts
 from autoprune.data.datasets import Images
 from autoprune.errors import UserError
 from autoprune.evaluation.proxy import half
@@ -231,7 +231,7 @@ class ScaledCosts(CostTable):
             name: self.names.index(name) for name in self._whole if name in self.names
         }
 
-    def memory_bytes(self, kept: Kept) -> int:
+    def memory_bytes(self, kept: KeptCounts) -> int:
         """As in `CostTable`."""
         counts = dict(zip(self.names, self._array(kept).tolist(), strict=True))
         return self.scaling.costs(*self.scaling.of(counts)).memory_bytes(
@@ -248,7 +248,7 @@ class ScaledCosts(CostTable):
             )
         return self._values(metric, snapped)
 
-    def _exact(self, metric: str, kept: Kept) -> int | np.ndarray:
+    def _exact(self, metric: str, kept: KeptCounts) -> int | np.ndarray:
         value = np.rint(self._values(metric, self._array(kept))).astype(np.int64)
         return value if value.ndim else int(value)
 

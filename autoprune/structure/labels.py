@@ -142,7 +142,9 @@ class LabelBook:
         """How many joins were made; grows with each that may change a root."""
         return len(self._edges)
 
-    def roots(self, known: np.ndarray | None = None, since: int = 0) -> np.ndarray:
+    def representatives(
+        self, known: np.ndarray | None = None, since: int = 0
+    ) -> np.ndarray:
         """Per label the smallest label of its joined set, `(n_labels,)`.
 
         Args:
@@ -165,21 +167,21 @@ class LabelBook:
             if np.array_equal(root, before):
                 return root
 
-    def reasons(self, roots: np.ndarray) -> dict[int, str]:
+    def reasons(self, representatives: np.ndarray) -> dict[int, str]:
         """Pinned root to the first reason that was given for one of its labels."""
         reasons: dict[int, str] = {}
         for labels, reason in self._pins:
-            for root in np.unique(roots[labels]):
+            for root in np.unique(representatives[labels]):
                 reasons.setdefault(int(root), reason)
         return reasons
 
-    def pinned_for(self, reason: str, roots: np.ndarray) -> set[int]:
+    def pinned_for(self, reason: str, representatives: np.ndarray) -> set[int]:
         """The roots that were pinned for one reason, whatever was said of them before."""
         return {
             int(root)
             for labels, why in self._pins
             if why == reason
-            for root in np.unique(roots[labels])
+            for root in np.unique(representatives[labels])
         }
 
 
@@ -223,7 +225,7 @@ def at_origin(labels: Tensor, axes: Collection[int]) -> Tensor:
     ]
 
 
-def along(labels: Tensor, axis: int) -> Tensor | None:
+def labels_on_axis(labels: Tensor, axis: int) -> Tensor | None:
     """The labels along one axis, `(n,)`, or None where they also vary along another."""
     if any(other != axis for other in varying_axes(labels)):
         return None
@@ -241,7 +243,7 @@ def lines(labels: Tensor, axis: int) -> Tensor:
     )
 
 
-def spread(labels: Tensor, axis: int, shape: torch.Size) -> Tensor:
+def broadcast_labels(labels: Tensor, axis: int, shape: torch.Size) -> Tensor:
     """Labels `(n,)` laid along `axis` of a tensor of `shape`, without copies."""
     view = [1] * len(shape)
     view[axis] = -1

@@ -19,7 +19,7 @@ from autoprune.structure.groups import (
     removed,
 )
 
-Kept = Mapping[str, Tensor]
+KeptIndices = Mapping[str, Tensor]
 """Prunable group to the channels that survive, int64, ascending."""
 
 
@@ -105,7 +105,7 @@ class Slicer:
             (*owners[name], tensor, axes[name]) for name, tensor in tensors.items()
         ]
 
-    def apply(self, kept: Kept) -> nn.Module:
+    def apply(self, kept: KeptIndices) -> nn.Module:
         """The sub-model with exactly the kept channels; the same object at every call,
         valid until the next.
         """
@@ -148,7 +148,7 @@ def _cuts(groups: Groups) -> tuple[list[_Cut], dict[tuple[str, int], int]]:
     return cuts, by_axis
 
 
-def prune(model: nn.Module, groups: Groups, kept: Kept) -> nn.Module:
+def prune(model: nn.Module, groups: Groups, kept: KeptIndices) -> nn.Module:
     """A new, smaller network of the same class with exactly the kept channels; the
     original is untouched.
 

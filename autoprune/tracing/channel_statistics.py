@@ -15,7 +15,7 @@ from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import Groups
 from autoprune.structure.labels import thin
 from autoprune.structure.slicing import shared_copy
-from autoprune.tracing.dispatch import COUNTED, LabelMode, following
+from autoprune.tracing.dispatch import COUNTED, LabelDispatchMode, track_labels
 from autoprune.tracing.rules.table import rule_for
 from autoprune.tracing.tracer import Call, Tracer
 
@@ -50,7 +50,7 @@ def mean_reading(
     for batch in inputs.split(BATCH):
         tracer = Tracer(network, groups.book.again())
         reader = _Reader(tracer, statistic)
-        with following(tracer, batch), reader:
+        with track_labels(tracer, batch), reader:
             network(batch)
         for channels in groups.units.T % totals.shape[1]:  # -1, for none, is the last
             totals.index_add_(1, channels, reader.totals[:, : len(channels)])
@@ -63,7 +63,7 @@ def mean_reading(
     }
 
 
-class _Reader(LabelMode):
+class _Reader(LabelDispatchMode):
     """Adds up, per label, the statistic and the number of values that are read.
 
     Attributes:

@@ -13,48 +13,52 @@ from torch import Tensor
 from autoprune.structure.labels import Constraint, LabelBook, Lattice, varying_axes
 
 
-def settle(book: LabelBook) -> np.ndarray:
+def solve_constraints(book: LabelBook) -> np.ndarray:
     """Joins until nothing changes. Returns the root of every label, `(n_labels,)`.
 
     Constraints are met in the order of the forward pass, each with all joins before it
     made: what an earlier block leaves apart, a later one can balance with less.
     """
-    roots, factors = _aligned(book, book.roots(), 0)
+    representatives, factors = _aligned(book, book.representatives(), 0)
     while True:
-        before = roots
+        before = representatives
         for constraint, labels in book.constraints:
             n_joins = book.n_joins
-            for plane in planes(roots[labels.numpy()], factors):
+            for plane in planes(representatives[labels.numpy()], factors):
                 MEET[constraint](book, plane)
             if book.n_joins > n_joins:
-                roots, factors = _aligned(book, roots, n_joins)
-        if np.array_equal(before, roots):
-            return roots
+                representatives, factors = _aligned(book, representatives, n_joins)
+        if np.array_equal(before, representatives):
+            return representatives
 
 
 def _aligned(
-    book: LabelBook, roots: np.ndarray, since: int
+    book: LabelBook, representatives: np.ndarray, since: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Roots and factors after the joins since then, and those that make lattices agree."""
     while True:
-        roots, since = book.roots(roots, since), book.n_joins
-        _align_lattices(book, roots)
+        representatives, since = (
+            book.representatives(representatives, since),
+            book.n_joins,
+        )
+        _align_lattices(book, representatives)
         if book.n_joins == since:
-            return roots, factors_of(book, roots)
+            return representatives, factors_of(book, representatives)
 
 
-def factors_of(book: LabelBook, roots: np.ndarray) -> np.ndarray:
+def factors_of(book: LabelBook, representatives: np.ndarray) -> np.ndarray:
     """Per root the roots of its row and its column, `(n_labels, 2)`; 0 for what is no
     cell.
 
     A lattice whose rows are an earlier one's columns is turned, so that heads stay in
     the first place.
     """
-    factors = np.zeros((len(roots), 2), np.int64)
-    is_column = np.zeros(len(roots), bool)
+    factors = np.zeros((len(representatives), 2), np.int64)
+    is_column = np.zeros(len(representatives), bool)
     for lattice in book.lattices:
         cells, rows, columns = (
-            roots[x.numpy()] for x in (lattice.cells, lattice.rows, lattice.columns)
+            representatives[x.numpy()]
+            for x in (lattice.cells, lattice.rows, lattice.columns)
         )
         if is_column[rows].any():
             cells, rows, columns = cells.T, columns, rows
@@ -64,12 +68,12 @@ def factors_of(book: LabelBook, roots: np.ndarray) -> np.ndarray:
     return factors
 
 
-def _align_lattices(book: LabelBook, roots: np.ndarray) -> None:
+def _align_lattices(book: LabelBook, representatives: np.ndarray) -> None:
     """A cell that lies in several lattices, or twice in one, has one row and one
     column.
     """
     places = [
-        _places(number, roots[lattice.cells.numpy()])
+        _places(number, representatives[lattice.cells.numpy()])
         for number, lattice in enumerate(book.lattices)
     ]
     if not places:
@@ -83,16 +87,16 @@ def _align_lattices(book: LabelBook, roots: np.ndarray) -> None:
         of_both = meetings[:, (meetings[0] == number) & (meetings[3] == other)]
         _align(
             book,
-            *(_rooted(book.lattices[n], roots) for n in (number, other)),
+            *(_rooted(book.lattices[n], representatives) for n in (number, other)),
             of_both[[1, 2, 4, 5]],
         )
 
 
-def _rooted(lattice: Lattice, roots: np.ndarray) -> Lattice:
+def _rooted(lattice: Lattice, representatives: np.ndarray) -> Lattice:
     """With roots for labels, so that nothing is joined twice."""
     return Lattice(
         *(
-            torch.from_numpy(roots[x.numpy()])
+            torch.from_numpy(representatives[x.numpy()])
             for x in (lattice.cells, lattice.rows, lattice.columns)
         )
     )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune.structure.groups import tensors_in
-from autoprune.structure.labels import spread
+from autoprune.structure.labels import broadcast_labels
 from autoprune.tracing.rules.contractions import (
     attention,
     batched_product,
@@ -32,12 +32,12 @@ COUNTED = (convolution, linear, batched_product, attention)
 
 
 @contextmanager
-def following(tracer: Tracer, example: Tensor) -> Iterator[None]:
+def track_labels(tracer: Tracer, example: Tensor) -> Iterator[None]:
     """Labels the input's channels and tells the tracer which module is running, without
     touching the model.
     """
     inputs = tracer.book.new(example.shape[1], "input")
-    tracer.label(example, spread(inputs, 1, example.shape))
+    tracer.label(example, broadcast_labels(inputs, 1, example.shape))
     tracer.book.pin(inputs, "is the network's input")
     # Global hooks, so that the model's modules keep their own; the fused attention path
     # would hide all inside it.
@@ -57,7 +57,7 @@ def following(tracer: Tracer, example: Tensor) -> Iterator[None]:
             hook.remove()
 
 
-class LabelMode(TorchDispatchMode):
+class LabelDispatchMode(TorchDispatchMode):
     """Executes every operation and applies its rule."""
 
     def __init__(self, tracer: Tracer):

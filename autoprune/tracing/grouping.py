@@ -32,21 +32,26 @@ class _Family:
 
 def derive(tracer: Tracer) -> Groups:
     """The groups of a finished trace."""
-    roots = tracer.settle()
-    factors = factors_of(tracer.book, roots)
+    representatives = tracer.solve_constraints()
+    factors = factors_of(tracer.book, representatives)
     # Per label the units with which it goes: its row and its column, or its root; 0 for
     # none.
     sides = np.where(
-        factors[roots] > 0, factors[roots], np.stack([roots, np.zeros_like(roots)], 1)
+        factors[representatives] > 0,
+        factors[representatives],
+        np.stack([representatives, np.zeros_like(representatives)], 1),
     )
-    reasons = _reasons(tracer, roots, sides)
+    reasons = _reasons(tracer, representatives, sides)
     places = [
         _sorted_places(sides[labels.numpy()]) for labels, _ in tracer.uses.values()
     ]
     families = _families(places, reasons)
     groups = _groups(tracer, sides, places, families)
 
-    channel_of, group_of = np.full(len(roots), -1), np.zeros_like(roots)
+    channel_of, group_of = (
+        np.full(len(representatives), -1),
+        np.zeros_like(representatives),
+    )
     first = 0
     for number, family in enumerate(families, 1):
         channel_of[family.units] = np.arange(first, first + len(family.units))
@@ -73,14 +78,16 @@ def derive(tracer: Tracer) -> Groups:
         cells=_cells(groups_of, names),
         book=tracer.book,
         units=torch.from_numpy(np.where(sides > 0, channel_of[sides], -1)),
-        unsupported=_unsupported(tracer, roots, groups_of, names),
+        unsupported=_unsupported(tracer, representatives, groups_of, names),
     )
     return with_macs_shares(result)
 
 
-def _reasons(tracer: Tracer, roots: np.ndarray, sides: np.ndarray) -> dict[int, str]:
+def _reasons(
+    tracer: Tracer, representatives: np.ndarray, sides: np.ndarray
+) -> dict[int, str]:
     """Why units are pinned; a pinned cell pins its row and its column."""
-    reasons = tracer.book.reasons(roots)
+    reasons = tracer.book.reasons(representatives)
     for root, reason in list(reasons.items()):
         for unit in sides[root]:
             reasons.setdefault(int(unit), reason)
@@ -219,14 +226,16 @@ def _cells(groups: np.ndarray, names: list[str]) -> tuple[tuple[str, str], ...]:
 
 
 def _unsupported(
-    tracer: Tracer, roots: np.ndarray, groups: np.ndarray, names: list[str]
+    tracer: Tracer, representatives: np.ndarray, groups: np.ndarray, names: list[str]
 ) -> tuple[str, ...]:
     """One line per operation that pinned what reached it: the operation, its module,
     the groups.
     """
     said = []
     for reason in dict.fromkeys(tracer.unsupported):
-        pinned = np.unique(groups[sorted(tracer.book.pinned_for(reason, roots))])
+        pinned = np.unique(
+            groups[sorted(tracer.book.pinned_for(reason, representatives))]
+        )
         said.append(
             f"{reason}; it pins "
             f"{', '.join(names[number - 1] for number in pinned if number) or 'nothing'}"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import Groups, loses_whole_conv_groups
 from autoprune.structure.labels import thin, varying_axes
-from autoprune.structure.slicing import Kept
-from autoprune.tracing.dispatch import LabelMode, following
+from autoprune.structure.slicing import KeptIndices
+from autoprune.tracing.dispatch import LabelDispatchMode, track_labels
 from autoprune.tracing.rules.contractions import (
     attention,
     batched_product,
@@ -36,7 +36,7 @@ from autoprune.tracing.rules.table import rule_for
 from autoprune.tracing.tracer import Call, Tracer
 
 
-def mask(model: nn.Module, groups: Groups, kept: Kept) -> nn.Module:
+def mask(model: nn.Module, groups: Groups, kept: KeptIndices) -> nn.Module:
     """A copy of the dense network whose output is what the pruned network's must be.
 
     Args:
@@ -57,7 +57,7 @@ class Masked(nn.Module):
         kept: Prunable group to the surviving channels.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups, kept: Kept):
+    def __init__(self, model: nn.Module, groups: Groups, kept: KeptIndices):
         super().__init__()
         self.model, self.book, self.gone = model, groups.book, groups.gone(kept)
 
@@ -65,11 +65,11 @@ class Masked(nn.Module):
     def forward(self, x: Tensor) -> object:
         """The network's output, gradients aside."""
         tracer = Tracer(self.model, self.book.again())
-        with following(tracer, x), _MaskMode(tracer, self.gone):
+        with track_labels(tracer, x), _MaskMode(tracer, self.gone):
             return self.model(x)
 
 
-class _MaskMode(LabelMode):
+class _MaskMode(LabelDispatchMode):
     def __init__(self, tracer: Tracer, gone: Tensor):
         super().__init__(tracer)
         self._known = gone

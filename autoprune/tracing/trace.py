@@ -13,7 +13,7 @@ from autoprune.errors import UserError
 from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import Groups, tensors_in
 from autoprune.structure.slicing import shared_copy
-from autoprune.tracing.dispatch import LabelMode, following
+from autoprune.tracing.dispatch import LabelDispatchMode, track_labels
 from autoprune.tracing.grouping import derive
 from autoprune.tracing.mac_coverage import both_axes_share, prunable_share
 from autoprune.tracing.tracer import Tracer
@@ -67,7 +67,7 @@ def _private_copy(model: nn.Module) -> nn.Module:
 def _run(tracer: Tracer, example: Tensor) -> None:
     """The forward pass. The input's channels and the output's are pinned."""
     try:
-        with torch.no_grad(), following(tracer, example), LabelMode(tracer):
+        with torch.no_grad(), track_labels(tracer, example), LabelDispatchMode(tracer):
             output = tracer.model(example)
     except UserError:
         raise

@@ -15,8 +15,14 @@ from torch import Tensor, nn
 
 from autoprune.errors import UserError
 from autoprune.structure.groups import Layer, own_tensors
-from autoprune.structure.labels import LabelBook, along, lines, spread, varying_axes
-from autoprune.tracing.constraint_solver import factors_of, planes, settle
+from autoprune.structure.labels import (
+    LabelBook,
+    broadcast_labels,
+    labels_on_axis,
+    lines,
+    varying_axes,
+)
+from autoprune.tracing.constraint_solver import factors_of, planes, solve_constraints
 
 LABELS, VIEW = "_autoprune_labels", "_autoprune_view"
 
@@ -39,7 +45,7 @@ class ParameterView:
     def whole(cls, name: str, tensor: Tensor) -> "ParameterView":
         """The parameter as it is."""
         axes = (
-            spread(torch.arange(size), axis, tensor.shape)
+            broadcast_labels(torch.arange(size), axis, tensor.shape)
             for axis, size in enumerate(tensor.shape)
         )
         return cls(name, tensor.shape, tuple(axes))
@@ -54,7 +60,7 @@ class ParameterView:
         """The original axis that lies whole and in order along `dim` of the view, or
         None.
         """
-        lines = [along(index, dim) for index in self.index]
+        lines = [labels_on_axis(index, dim) for index in self.index]
         fits = [
             axis
             for axis, line in enumerate(lines)
@@ -245,14 +251,14 @@ class Tracer:
         elif tensor is not None and self.is_activation(tensor):
             self.book.join(self.labels(tensor), labels)
 
-    def settle(self) -> np.ndarray:
+    def solve_constraints(self) -> np.ndarray:
         """The root of every label, after all joins are made and bare parameters have
         found their axes.
         """
-        roots = settle(self.book)
-        factors = factors_of(self.book, roots)
+        representatives = solve_constraints(self.book)
+        factors = factors_of(self.book, representatives)
         for name, labels in self.bare.items():
-            found = torch.from_numpy(roots[labels.numpy()])
+            found = torch.from_numpy(representatives[labels.numpy()])
             # Cells that lie along one axis are used as they are; on two axes, rows lie
             # along one and columns along the other.
             for plane in (
@@ -261,7 +267,7 @@ class Tracer:
                 else [found]
             ):
                 self._settle_bare(name, plane, labels)
-        return settle(self.book)
+        return solve_constraints(self.book)
 
     def _settle_bare(self, name: str, plane: Tensor, labels: Tensor) -> None:
         """A bare parameter's channels lie along the one axis on which its elements

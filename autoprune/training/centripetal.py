@@ -25,7 +25,7 @@ from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import Group, Groups, tensors_in
 from autoprune.structure.slicing import prune
 from autoprune.tracing.verify import randomised
-from autoprune.training.loop import Plug, pull_for
+from autoprune.training.loop import TrainingCallback, pull_for
 
 Clusters = Mapping[str, Tensor]
 """Group to the number of each channel's cluster, int64 `(n_channels,)`, from 0 without
@@ -142,7 +142,7 @@ CLUSTERINGS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 }
 
 
-class Centripetal(Plug):
+class Centripetal(TrainingCallback):
     """Filters of a cluster get the mean of their gradients, and a pull to the cluster's
     centre.
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from autoprune.errors import UserError, check_share
 from autoprune.structure.groups import Group, Groups
-from autoprune.training.loop import Plug
+from autoprune.training.loop import TrainingCallback
 
 
-class Dropping(Plug):
+class Dropping(TrainingCallback):
     """Multiplies weights by random masks for the forward and the backward pass of a
     step.
 

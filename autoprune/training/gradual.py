@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autoprune.config import FinetuneConfig
 from autoprune.structure.groups import Groups, removed
-from autoprune.structure.slicing import Kept, top_channels
+from autoprune.structure.slicing import KeptIndices, top_channels
 from autoprune.training.masks import KeepMasks, Masks
 
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -141,7 +141,9 @@ class GradualChannels(Gradual):
     ):
         super().__init__(shape, n_prunings)
         self.groups, self.goal, self.importance = groups, goal, importance
-        self.kept: Kept = {name: torch.arange(groups[name].channels) for name in goal}
+        self.kept: KeptIndices = {
+            name: torch.arange(groups[name].channels) for name in goal
+        }
 
     def masks_at(self, model: nn.Module, share: float) -> Masks:
         """Ranks the channels that are left."""
@@ -165,7 +167,7 @@ class GradualChannels(Gradual):
         self.masks = channel_masks(self.groups, self.kept)
 
 
-def channel_masks(groups: Groups, kept: Kept) -> Masks:
+def channel_masks(groups: Groups, kept: KeptIndices) -> Masks:
     """Masks over every parameter in which removed channels sit, whatever their role.
 
     Args:

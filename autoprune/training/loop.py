@@ -2,7 +2,7 @@
 at every epoch.
 
 Methods that train differently (sparse training, masks, compactors) don't bring a loop
-of their own: each is a `Plug`.
+of their own: each is a `TrainingCallback`.
 """
 
 import math
@@ -22,7 +22,7 @@ from autoprune.runs import write_state
 EpochCallback = Callable[[int, float], None]
 
 
-class Plug:
+class TrainingCallback:
     """What a method adds to the training loop; this one adds nothing.
 
     The hooks are called in the order in which they stand here, the three of a step with
@@ -64,7 +64,7 @@ def finetune(
     teacher: nn.Module | None = None,
     checkpoint: Path | None = None,
     on_epoch: EpochCallback = lambda epoch, loss: None,
-    plug: Plug | None = None,
+    callback: TrainingCallback | None = None,
 ) -> nn.Module:
     """Trains `model` in place and returns it in eval mode.
 
@@ -82,11 +82,11 @@ def finetune(
         on_epoch: Called with the number of finished epochs and the mean training loss.
         plug: The method that takes part in the training; None for none.
     """
-    plug = plug or Plug()
+    callback = callback or TrainingCallback()
     model.train().to(memory_format=torch.channels_last)
     epochs = config.epochs_for(len(images))
     n_steps = epochs * config.steps_per_epoch(len(images))
-    groups, accelerated = plug.parameter_groups(model, config), config.momentum > 0
+    groups, accelerated = callback.parameter_groups(model, config), config.momentum > 0
     optimizer = torch.optim.SGD(
         groups, config.lr_for(n_steps), config.momentum, nesterov=accelerated
     )
@@ -98,8 +98,8 @@ def finetune(
         if teacher is not None and config.distillation > 0
         else _plain
     )
-    trained = _resume(checkpoint, epochs, model, optimizer, schedule, plug)
-    plug.begin(model, n_steps, config)
+    trained = _resume(checkpoint, epochs, model, optimizer, schedule, callback)
+    callback.begin(model, n_steps, config)
     for epoch in range(trained, epochs):
         with seeded(seed * 100_003 + epoch):
             loss = _one_epoch(
@@ -109,9 +109,9 @@ def finetune(
                 schedule,
                 loss_of,
                 config,
-                plug,
+                callback,
             )
-        _save(checkpoint, (epoch + 1, epochs), model, optimizer, schedule, plug)
+        _save(checkpoint, (epoch + 1, epochs), model, optimizer, schedule, callback)
         on_epoch(epoch + 1, loss)
     return model.eval()
 
@@ -123,19 +123,19 @@ def _one_epoch(
     schedule,
     loss_of,
     config: FinetuneConfig,
-    plug: Plug,
+    callback: TrainingCallback,
 ) -> float:
     losses = []
     for inputs, labels in epoch_batches:
         step = schedule.last_epoch
-        plug.before_forward(model, step)
+        callback.before_forward(model, step)
         with training_autocast(config.bf16):
             loss = loss_of(model, inputs, labels)
         optimizer.zero_grad()
         loss.backward()
-        plug.before_step(model, step)
+        callback.before_step(model, step)
         optimizer.step()
-        plug.after_step(model, step)
+        callback.after_step(model, step)
         schedule.step()
         losses.append(loss.detach())
     return torch.stack(losses).mean().item()
@@ -212,7 +212,7 @@ def _save(
     model: nn.Module,
     optimizer,
     schedule,
-    plug,
+    callback,
 ) -> None:
     if checkpoint is None:
         return
@@ -221,7 +221,7 @@ def _save(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": schedule.last_epoch,
-        "plug": plug.state_dict(),
+        "plug": callback.state_dict(),
     }
     write_state(checkpoint, state)
 
@@ -232,7 +232,7 @@ def _resume(
     model: nn.Module,
     optimizer,
     schedule,
-    plug: Plug,
+    callback: TrainingCallback,
 ) -> int:
     """The finished epochs; of a training of other length, whose rates are others,
     nothing can be used.
@@ -246,7 +246,7 @@ def _resume(
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             schedule.last_epoch = state["step"]
-            plug.load_state_dict(state["plug"])
+            callback.load_state_dict(state["plug"])
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(

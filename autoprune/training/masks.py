@@ -20,10 +20,10 @@ from autoprune.config import FinetuneConfig
 from autoprune.costs.cost import CostTable
 from autoprune.data.datasets import seeded
 from autoprune.errors import UserError, check_known
-from autoprune.evaluation.importance import share_left
+from autoprune.evaluation.importance import lamp_scores
 from autoprune.runs import write_atomically
 from autoprune.structure.groups import Groups
-from autoprune.training.loop import Plug
+from autoprune.training.loop import TrainingCallback
 
 PATTERNS: dict[str, tuple[int, ...]] = {
     "weight": (),
@@ -113,7 +113,7 @@ class Masks:
         return cls({name: kept.bool() for name, kept in tensors.items()})
 
 
-class KeepMasks(Plug):
+class KeepMasks(TrainingCallback):
     """Masked weights are zero after every step, whatever momentum and decay make of
     them.
 
@@ -148,7 +148,7 @@ def _lamp(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
     that aren't smaller.
     """
     squares = _l2(weight, axes).square()
-    return share_left(squares.flatten().double()).view_as(squares)
+    return lamp_scores(squares.flatten().double()).view_as(squares)
 
 
 def _random(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -173,7 +173,7 @@ def _by_rank(scores: Tensor) -> Tensor:
     return ((places.double() + 0.5) / places.numel()).view_as(scores)
 
 
-RANKINGS: dict[str, Callable[[Tensor], Tensor]] = {
+SCORE_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "global": lambda scores: scores,
     "uniform": _by_rank,
 }
@@ -206,7 +206,7 @@ def ranked_masks(
         target: What may be left.
         metric: What is counted, a key of `Masks.costs`: "macs" or "params".
         criterion: A key of `UNIT_SCORES`.
-        agent: A key of `RANKINGS`.
+        agent: A key of `SCORE_TRANSFORMS`.
         seed: Of the criterion `random`.
 
     Raises:
@@ -218,7 +218,7 @@ def ranked_masks(
     check_known("metric", metric, counts, "budget")
     with seeded(seed):
         scores = {
-            n: RANKINGS[agent](UNIT_SCORES[criterion](w, _axes(pattern, w)))
+            n: SCORE_TRANSFORMS[agent](UNIT_SCORES[criterion](w, _axes(pattern, w)))
             .double()
             .contiguous()
             for n, w in weights.items()
@@ -320,7 +320,7 @@ def check_mask_options(pattern: str, criterion: str, agent: str) -> None:
         check_known("granularity", pattern, PATTERNS)
     for flag, value, known in (
         ("criterion", criterion, scores),
-        ("agent", agent, RANKINGS),
+        ("agent", agent, SCORE_TRANSFORMS),
     ):
         if value not in known:
             listed = " or ".join(known)

@@ -31,7 +31,7 @@ from autoprune.costs.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.structure.groups import Groups
 from autoprune.training.compactors import Compactor
-from autoprune.training.loop import Plug, parameter_groups, pull_for
+from autoprune.training.loop import TrainingCallback, parameter_groups, pull_for
 
 STRENGTH = 1e-4
 """The paper's pull."""
@@ -84,7 +84,7 @@ class Goal:
         return self.costs.metrics[self.metric](dict(kept)) <= self.target
 
 
-class Compaction(Plug):
+class Compaction(TrainingCallback):
     """Trains compactors: all rows are pulled to zero, the selected ones harder, and by
     nothing else.
 

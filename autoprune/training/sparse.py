@@ -19,12 +19,12 @@ from autoprune.errors import check_known, check_share
 from autoprune.evaluation.evaluate import BatchNorm
 from autoprune.structure.groups import Group, Groups, Member
 from autoprune.training.dropping import DropConnect, DropOut
-from autoprune.training.loop import Plug, parameter_groups
+from autoprune.training.loop import TrainingCallback, parameter_groups
 
 EPSILON = 1e-12
 
 
-class Penalty(Plug):
+class Penalty(TrainingCallback):
     """Adds `strength` times a pull towards zero to the gradients of some parameters.
 
     Attributes:
@@ -124,7 +124,7 @@ class GroupDecay(Penalty):
         )
 
 
-class GlobalSparseMomentum(Plug):
+class GlobalSparseMomentum(TrainingCallback):
     """GSM-SGD, Ding et al. 2019, section 3.2: only the most useful weights are trained,
     all others decay to zero.
 
@@ -226,12 +226,12 @@ class SparseMethod:
         share: The usual one; None for that of the budget.
     """
 
-    plug: Callable[[Groups, float, float], Plug]
+    callback: Callable[[Groups, float, float], TrainingCallback]
     strength: float
     share: float | None = None
 
 
-def _penalty(kind: type[Penalty]) -> Callable[[Groups, float, float], Plug]:
+def _penalty(kind: type[Penalty]) -> Callable[[Groups, float, float], TrainingCallback]:
     return lambda groups, strength, share: kind(groups, strength)
 
 

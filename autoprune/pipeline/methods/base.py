@@ -13,10 +13,10 @@ from autoprune.deploy.export import load_pruned, save_pruned
 from autoprune.evaluation.evaluate import recalibrate, score
 from autoprune.evaluation.reconstruction import Reconstruction
 from autoprune.pipeline.context import Workspace
-from autoprune.pipeline.methods.trained import MERGINGS
+from autoprune.pipeline.methods.trained import TRAINED_PRUNERS
 from autoprune.runs import RunFolder, write_json
 from autoprune.structure.slicing import prune, top_channels
-from autoprune.training.loop import EpochCallback, Plug, finetune
+from autoprune.training.loop import EpochCallback, TrainingCallback, finetune
 
 
 class Removal:
@@ -71,7 +71,7 @@ class Removal:
         """What its plan says of the decision."""
         raise NotImplementedError
 
-    def plug(self) -> Plug | None:
+    def callback(self) -> TrainingCallback | None:
         """What has to take part in fine-tuning for the decision to last."""
         return None
 
@@ -172,7 +172,7 @@ class Trained(Removal):
     def check(self) -> None:
         """Looks also whether the network can have that training."""
         super().check()
-        MERGINGS[self.workspace.settings.removal.method].check(self.workspace)
+        TRAINED_PRUNERS[self.workspace.settings.removal.method].check(self.workspace)
 
     @property
     def _is_done(self) -> bool:
@@ -192,7 +192,9 @@ class Trained(Removal):
         if self._is_done:
             return
         workspace, settings = self.workspace, self.workspace.settings
-        course = MERGINGS[settings.removal.method].course(workspace, self.decision)
+        course = TRAINED_PRUNERS[settings.removal.method].course(
+            workspace, self.decision
+        )
         checkpoint, how = (
             self.folder.checkpoints / "removal.pt",
             settings.removal_training,
@@ -207,7 +209,7 @@ class Trained(Removal):
             workspace.dense,
             checkpoint,
             log,
-            course.plug,
+            course.callback,
         )
         merged, decision = course.finish(course.model)
         self.keep(decision)

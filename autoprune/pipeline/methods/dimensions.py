@@ -200,7 +200,7 @@ class Compound(Channels):
         for chosen in product(*space.levels[:2]):
             wishes = 1 - np.array(chosen) / space.costs.dense[:2]
             choose = partial(_wished, wishes)
-            yield self._named(space.walk(self._target, choose))
+            yield self._named(space.allocate(self._target, choose))
 
     @cached_property
     def _plan(self) -> list[dict[str, int]]:

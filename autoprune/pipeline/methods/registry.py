@@ -17,11 +17,11 @@ from autoprune.evaluation.evaluate import recalibrate
 from autoprune.pipeline.context import Workspace
 from autoprune.pipeline.methods.base import Channels, Removal, Trained
 from autoprune.pipeline.methods.dimensions import FITTED, Compound
-from autoprune.pipeline.methods.trained import MERGINGS, masks_within
+from autoprune.pipeline.methods.trained import TRAINED_PRUNERS, masks_within
 from autoprune.runs import RunFolder, write_json
 from autoprune.scaling.depth import Block, removable_blocks, remove_blocks, shallower
 from autoprune.tracing.trace import trace
-from autoprune.training.loop import Plug
+from autoprune.training.loop import TrainingCallback
 from autoprune.training.masks import (
     PATTERNS,
     KeepMasks,
@@ -136,7 +136,7 @@ class Weights(Removal):
             "sparsity": self.decision.sparsity,
         }
 
-    def plug(self) -> Plug:
+    def callback(self) -> TrainingCallback:
         """Fine-tuning under the masks."""
         return KeepMasks(self.decision)
 
@@ -257,7 +257,7 @@ def check_removal(settings: Settings) -> None:
     granularity and the budget.
     """
     method, search = settings.removal.method, settings.search
-    check_known("method", method, ["slice", *MERGINGS], "removal.method")
+    check_known("method", method, ["slice", *TRAINED_PRUNERS], "removal.method")
     budget = check_granularity(search)
     if method == "slice" or search.granularity == "channel":
         if isinstance(budget, BudgetRange) and method == "resrep":

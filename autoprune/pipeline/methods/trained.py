@@ -20,7 +20,7 @@ from autoprune.structure.slicing import prune, top_channels
 from autoprune.tracing.trace import trace
 from autoprune.training import centripetal, compactors, resrep
 from autoprune.training.gradual import GradualChannels, GradualWeights
-from autoprune.training.loop import Plug
+from autoprune.training.loop import TrainingCallback
 from autoprune.training.masks import Masks, ranked_masks
 
 Decision = Allocation | Masks
@@ -38,7 +38,7 @@ class Course:
     """
 
     model: nn.Module
-    plug: Plug
+    callback: TrainingCallback
     finish: Callable[[nn.Module], tuple[nn.Module, Decision]]
 
 
@@ -82,22 +82,24 @@ def _gradual_channels(
     def ranked(network: nn.Module) -> Importance:
         return importance(search.criterion, network, groups, train, search.seed)
 
-    plug = GradualChannels(*how, groups, allocation.kept, ranked)
+    callback = GradualChannels(*how, groups, allocation.kept, ranked)
     return Course(
         copy.deepcopy(workspace.model),
-        plug,
-        lambda trained: (prune(trained, groups, plug.kept), allocation),
+        callback,
+        lambda trained: (prune(trained, groups, callback.kept), allocation),
     )
 
 
 def _gradual_masks(workspace: Workspace, masks: Masks, *how: object) -> Course:
     costs, budget = workspace.costs, parse_budget(workspace.settings.search.budget)
     dense = costs.metrics[budget.metric](costs.dense)
-    plug = GradualWeights(
+    callback = GradualWeights(
         *how, dense, budget.target(costs), partial(masks_within, workspace)
     )
     return Course(
-        copy.deepcopy(workspace.model), plug, lambda trained: (trained, plug.masks)
+        copy.deepcopy(workspace.model),
+        callback,
+        lambda trained: (trained, callback.masks),
     )
 
 
@@ -115,10 +117,10 @@ def _centripetal(workspace: Workspace, allocation: Allocation) -> Course:
     clusters = centripetal.clusters_of(
         model, groups, counts, removal.clusters, search.seed
     )
-    plug = centripetal.Centripetal(groups, clusters, removal.strength)
+    callback = centripetal.Centripetal(groups, clusters, removal.strength)
     return Course(
         model,
-        plug,
+        callback,
         lambda trained: (centripetal.merge(trained, groups, clusters), allocation),
     )
 
@@ -166,7 +168,9 @@ def _resrep_course(
     """
     model, groups, pairs = start
     grown = compactors.insert_compactors(model, groups, pairs)
-    plug = resrep.Compaction(groups, pairs, goal, workspace.settings.removal.strength)
+    callback = resrep.Compaction(
+        groups, pairs, goal, workspace.settings.removal.strength
+    )
 
     def finish(trained: nn.Module) -> tuple[nn.Module, Allocation]:
         inputs, folded = (
@@ -175,11 +179,11 @@ def _resrep_course(
         )
         compactors.standardise(folded, [norm for _, norm in pairs.values()], inputs)
         counts = dict(groups.channels) | {
-            name: len(rows) for name, rows in plug.kept.items()
+            name: len(rows) for name, rows in callback.kept.items()
         }
-        return prune(folded, groups, plug.kept), decision(counts)
+        return prune(folded, groups, callback.kept), decision(counts)
 
-    return Course(grown, plug, finish)
+    return Course(grown, callback, finish)
 
 
 def _check_centripetal(workspace: Workspace) -> None:
@@ -203,7 +207,7 @@ def _check_resrep(workspace: Workspace) -> None:
 
 
 @dataclass(frozen=True)
-class Merging:
+class TrainedPruner:
     """A way in which channels, or weights, leave by training.
 
     Attributes:
@@ -215,9 +219,9 @@ class Merging:
     check: Callable[[Workspace], None]
 
 
-MERGINGS: dict[str, Merging] = {
-    "gradual": Merging(_gradual, lambda workspace: None),
-    "centripetal": Merging(_centripetal, _check_centripetal),
-    "compactors": Merging(_compactors, _check_compactors),
-    "resrep": Merging(_resrep, _check_resrep),
+TRAINED_PRUNERS: dict[str, TrainedPruner] = {
+    "gradual": TrainedPruner(_gradual, lambda workspace: None),
+    "centripetal": TrainedPruner(_centripetal, _check_centripetal),
+    "compactors": TrainedPruner(_compactors, _check_compactors),
+    "resrep": TrainedPruner(_resrep, _check_resrep),
 }

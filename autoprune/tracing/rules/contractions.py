@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autoprune.structure.groups import Layer, loses_whole_conv_groups
-from autoprune.structure.labels import CONSTANT, spread, varying_axes
+from autoprune.structure.labels import CONSTANT, broadcast_labels, varying_axes
 from autoprune.tracing.tracer import Call, Tracer
 
 CROSSED = "multiplies channels with channels"
@@ -57,7 +57,7 @@ def convolution(call: Call) -> str | None:
     tracer.layers.append(
         Layer(view.name, kind, positions, (1, *size)[-2:], call["stride"][0])
     )
-    tracer.label(call.out, spread(outputs, 1, call.out.shape))
+    tracer.label(call.out, broadcast_labels(outputs, 1, call.out.shape))
     return None
 
 
@@ -122,7 +122,7 @@ def _apply_weight(
     tracer.use(view.name, ends[1], outputs, "produce")
     tracer.use_vector(bias, outputs, "produce")
     tracer.layers.append(Layer(view.name, "linear", positions))
-    tracer.label(call.out, spread(outputs, weight_out, call.out.shape))
+    tracer.label(call.out, broadcast_labels(outputs, weight_out, call.out.shape))
     return None
 
 

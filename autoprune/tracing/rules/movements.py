@@ -13,9 +13,9 @@ from autoprune.structure.groups import tensors_in
 from autoprune.structure.labels import (
     CONSTANT,
     Constraint,
+    broadcast_labels,
     compressed,
     lines,
-    spread,
     varying_axes,
 )
 from autoprune.tracing.tracer import Call, ParameterView
@@ -238,7 +238,7 @@ def pixel_shuffle(call: Call) -> str | None:
     tracer, shape = call.tracer, call.out.shape
     channels = tracer.line(call.args[0], -3 % len(shape)).view(shape[-3], -1)
     tracer.book.join(channels[:, :1].expand_as(channels), channels)
-    tracer.label(call.out, spread(channels[:, 0], len(shape) - 3, shape))
+    tracer.label(call.out, broadcast_labels(channels[:, 0], len(shape) - 3, shape))
 
 
 def pixel_unshuffle(call: Call) -> str | None:
@@ -247,7 +247,9 @@ def pixel_unshuffle(call: Call) -> str | None:
     channels = call.tracer.line(call.args[0], -3 % len(shape))
     call.tracer.label(
         call.out,
-        spread(channels.repeat_interleave(call.args[1] ** 2), len(shape) - 3, shape),
+        broadcast_labels(
+            channels.repeat_interleave(call.args[1] ** 2), len(shape) - 3, shape
+        ),
     )
 
 
@@ -255,7 +257,9 @@ def channel_shuffle(call: Call) -> str | None:
     """The same positions go in every shuffled group."""
     channels = call.tracer.line(call.args[0], 1).view(call.args[1], -1)
     call.tracer.book.join_lines(channels)
-    call.tracer.label(call.out, spread(channels.T.flatten(), 1, call.out.shape))
+    call.tracer.label(
+        call.out, broadcast_labels(channels.T.flatten(), 1, call.out.shape)
+    )
 
 
 def gated_halves(call: Call) -> str | None:

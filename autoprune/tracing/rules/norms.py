@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autoprune.structure.groups import loses_whole_conv_groups, tensors_in
-from autoprune.structure.labels import compressed, spread, varying_axes
+from autoprune.structure.labels import broadcast_labels, compressed, varying_axes
 from autoprune.tracing.tracer import Call, Tracer
 
 
@@ -18,7 +18,7 @@ def batch_norm(call: Call) -> str | None:
     channels = tracer.line(call.args[0], 1)
     for tensor in call.args[1:5]:
         tracer.use_vector(tensor, channels, "follow")
-    tracer.label(out, spread(channels, 1, out.shape))
+    tracer.label(out, broadcast_labels(channels, 1, out.shape))
 
 
 def layer_norm(call: Call) -> str | None:
@@ -57,7 +57,7 @@ def group_norm(call: Call) -> str | None:
         tracer.book.join_lines(rows)
     for name in ("weight", "bias"):
         tracer.use_vector(call[name], channels, "follow")
-    tracer.label(tensors_in(call.out)[0], spread(channels, 1, shape))
+    tracer.label(tensors_in(call.out)[0], broadcast_labels(channels, 1, shape))
     # PyTorch refuses to normalise a single value, which one channel of one pixel is.
     return "normalises single pixels" if call["HxW"] == 1 and not whole else None
 
