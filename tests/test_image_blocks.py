@@ -158,7 +158,7 @@ def test_every_batch_asks_its_block_and_each_block_sends_as_many_however_many_th
     generator = np.random.default_rng(0)
     while recorder.remaining:
         n_lanes = min(LANES, recorder.remaining)
-        recorder.episode(
+        recorder.run_episodes(
             lambda batch: generator.uniform(-1, 1, len(batch.state.kept)), n_lanes
         )
     n_batches = -(-episodes // LANES)

@@ -108,7 +108,7 @@ def test_budgets_of_a_range_follow_from_seed_and_episode_alone():
     def drawn(seed: int, n_walked: int = 0) -> list[Budget]:
         recorder = recorder_of(fake_env("wide", budget=RANGE), seed=seed)
         if n_walked:
-            recorder.episode(lambda batch: np.zeros(n_walked), n_walked)
+            recorder.run_episodes(lambda batch: np.zeros(n_walked), n_walked)
         np.random.seed(n_walked)  # other generators don't matter
         return recorder.budgets(10)
 

@@ -53,7 +53,7 @@ def room_of(path: Path) -> str:
 def imports(tree: ast.AST) -> list[str]:
     """The modules that a piece of code imports, wherever in it."""
     names = []
-    for node in ast.episode(tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
