@@ -72,7 +72,7 @@ def evolution(recorder: Recorder) -> None:
     Raises:
         UserError: If the package cma isn't installed.
     """
-    check_installed("evolution", "--agent")
+    check_installed("evolution", "agent")
     import cma
 
     n_groups = len(recorder.env.groups)
@@ -101,7 +101,7 @@ def tpe(recorder: Recorder) -> None:
     Raises:
         UserError: If the package optuna isn't installed.
     """
-    check_installed("tpe", "--agent")
+    check_installed("tpe", "agent")
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -157,7 +157,7 @@ def check_baselines(text: str | None, agent: str) -> list[str]:
     names = [] if text == "none" else [name.strip() for name in text.split(",")]
     for name in names:
         check_known("baseline", name, BASELINES, "baselines", ", or none")
-        check_installed(name, "--baselines")
+        check_installed(name, "baselines")
     return names
 
 

@@ -65,8 +65,9 @@ def restore_learner(learner: BaseAlgorithm, path: Path) -> int:
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"RUN: checkpoint {str(path)!r} can't be used ({reason}); delete it to "
-            f"search anew"
+            "run",
+            f"checkpoint {str(path)!r} can't be used ({reason}); delete it to "
+            f"search anew",
         ) from error
 
 

@@ -21,13 +21,13 @@ def shipped() -> dict[str, Path]:
     }
 
 
-def find_policy(text: str, flag: str = "--policy") -> Path:
+def find_policy(text: str, argument: str = "policy") -> Path:
     """The folder of a policy.
 
     Args:
         text: The name of a shipped policy, a run, or a policy's own folder. A name
             counts before a folder that is called the same.
-        flag: What the message of an error starts with.
+        argument: The argument that it came by, for messages.
 
     Raises:
         UserError: If there is no such policy; the nearest names are offered.
@@ -42,8 +42,9 @@ def find_policy(text: str, flag: str = "--policy") -> Path:
     if path.is_dir():
         missing = "no config.yaml, no policy.json"
         raise UserError(
-            f"{flag}: {text!r} is neither a run nor a policy's folder ({missing}); "
-            f"give one that `autoprune run` wrote"
+            argument,
+            f"{text!r} is neither a run nor a policy's folder ({missing}); "
+            f"give one that `autoprune run` wrote",
         )
     runs = [str(folder.parent) for folder in sorted(Path("runs").glob("*/policy"))]
     near = " or ".join(map(repr, nearest_names(text, [*known, *runs], 3)))
@@ -53,15 +54,16 @@ def find_policy(text: str, flag: str = "--policy") -> Path:
         else f"shipped are: {', '.join(known) or 'none'};"
     )
     raise UserError(
-        f"{flag}: no shipped policy and no folder is called {text!r}; {hint} give a "
+        argument,
+        f"no shipped policy and no folder is called {text!r}; {hint} give a "
         f"name that `autoprune policies` "
-        f"lists, or a folder that `autoprune run` wrote"
+        f"lists, or a folder that `autoprune run` wrote",
     )
 
 
 def agent_of(text: str, copy: Path | None = None) -> str:
     """The agent that trained a policy; arguments and errors as for `starting_policy`."""
-    return describe_policy(copy if _is_there(copy) else find_policy(text), "--policy")[
+    return describe_policy(copy if _is_there(copy) else find_policy(text), "policy")[
         "algorithm"
     ]
 
@@ -83,12 +85,13 @@ def starting_policy(agent: str, text: str, copy: Path | None = None) -> Policy |
         return None
     if agent not in ALGORITHMS:
         raise UserError(
-            f"--policy: {agent} learns no policy to start from one; use --agent "
-            f"{', '.join(ALGORITHMS)}"
+            "policy",
+            f"{agent} learns no policy to start from one; use agent "
+            f"{', '.join(ALGORITHMS)}",
         )
     if _is_there(copy):
-        return Policy.load(copy, "--policy")
-    policy = Policy.load(find_policy(text), "--policy")
+        return Policy.load(copy, "policy")
+    policy = Policy.load(find_policy(text), "policy")
     fitting = [
         name
         for name in ALGORITHMS
@@ -96,9 +99,10 @@ def starting_policy(agent: str, text: str, copy: Path | None = None) -> Policy |
     ]
     if agent not in fitting:
         raise UserError(
-            f"--policy: {text!r} was trained by {policy.algorithm} and can't start "
+            "policy",
+            f"{text!r} was trained by {policy.algorithm} and can't start "
             f"{agent}; "
-            f"use --agent {' or '.join(fitting)}"
+            f"use agent {' or '.join(fitting)}",
         )
     if copy is not None:
         policy.save(copy)

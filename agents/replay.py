@@ -141,17 +141,17 @@ class Policy:
         write_json(folder / "policy.json", description | about)
 
     @classmethod
-    def load(cls, folder: Path, flag: str = "RUN") -> "Policy":
+    def load(cls, folder: Path, argument: str = "run") -> "Policy":
         """Reads a saved policy.
 
         Args:
             folder: Where `save` wrote it.
-            flag: What the message of an error starts with.
+            argument: The argument that it came by, for messages.
 
         Raises:
             UserError: If it is missing, damaged, or was trained on other observations.
         """
-        description = describe_policy(folder, flag)
+        description = describe_policy(folder, argument)
         try:
             algorithm, kwargs = description["algorithm"], description["policy_kwargs"]
             action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -168,8 +168,8 @@ class Policy:
         except Exception as error:  # a damaged file can fail in any of these steps
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(
-                f"{flag}: the policy in {str(folder)!r} is damaged ({reason}); search "
-                f"anew"
+                argument,
+                f"the policy in {str(folder)!r} is damaged ({reason}); search anew",
             ) from error
         return cls(algorithm, network, kwargs, group_features)
 
@@ -180,7 +180,7 @@ def _group_features(columns: dict[str, list[float]]) -> np.ndarray:
     return np.column_stack([np.array(columns[name], float) for name in STATIC])
 
 
-def describe_policy(folder: Path, flag: str = "RUN") -> dict:
+def describe_policy(folder: Path, argument: str = "run") -> dict:
     """The JSON beside a saved policy; raises a `UserError` if there is none, or none
     that can be used here.
     """
@@ -188,35 +188,38 @@ def describe_policy(folder: Path, flag: str = "RUN") -> dict:
     if not path.is_file():
         learners = " or ".join(ALGORITHMS)
         raise UserError(
-            f"{flag}: no policy in {str(folder)!r}; baselines learn none, search with "
-            f"--agent {learners}"
+            argument,
+            f"no policy in {str(folder)!r}; baselines learn none, search with "
+            f"agent {learners}",
         )
     try:
         description = json.loads(path.read_text())
         features, algorithm = description["features"], description["algorithm"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{flag}: {str(path)!r} is damaged ({error!r}); search anew"
+            argument, f"{str(path)!r} is damaged ({error!r}); search anew"
         ) from error
     if features != _feature_names():
         raise UserError(
-            f"{flag}: the policy in {str(folder)!r} was trained on other observations; "
-            f"train it with this version"
+            argument,
+            f"the policy in {str(folder)!r} was trained on other observations; "
+            f"train it with this version",
         )
-    check_installed(algorithm, flag)
+    check_installed(algorithm, argument)
     if algorithm not in ALGORITHMS:
         reason = f"no agent is called {algorithm!r}"
         raise UserError(
-            f"{flag}: the policy in {str(folder)!r} is damaged ({reason}); search anew"
+            argument,
+            f"the policy in {str(folder)!r} is damaged ({reason}); search anew",
         )
     return description
 
 
-def check_installed(agent: str, flag: str) -> None:
+def check_installed(agent: str, argument: str) -> None:
     """Raises a `UserError` if an agent or baseline needs a package that isn't there."""
     module, package = OPTIONAL.get(agent, (None, None))
     if module is not None and find_spec(module) is None:
-        raise missing_package(flag, agent, package)
+        raise missing_package(argument, agent, package)
 
 
 def _feature_names() -> list[str]:

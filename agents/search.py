@@ -68,7 +68,7 @@ def check_agent(
         budget: Most baselines search for a single one.
         others: Further names.
     """
-    check_installed(agent, "--agent")
+    check_installed(agent, "agent")
     check_known("agent", agent, (*AGENTS, *others))
     if (
         isinstance(budget, BudgetRange)
@@ -77,8 +77,9 @@ def check_agent(
     ):
         known = ", ".join((*ALGORITHMS, *FOR_RANGES))
         raise UserError(
-            f"--agent: {agent} is for one budget, got the range {budget}; for a range "
-            f"take {known}"
+            "agent",
+            f"{agent} is for one budget, got the range {budget}; for a range "
+            f"take {known}",
         )
 
 

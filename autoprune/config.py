@@ -18,20 +18,21 @@ def _check_range(
     config: object, low: float, high: float, *names: str, stage: str = ""
 ) -> None:
     """Raises a `UserError` for the first named field outside [low, high]; `stage` is
-    the prefix of its flag.
+    the prefix of its name.
     """
     for name in names:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
-            allowed = (
-                f"at least {low:g}"
-                if high == float("inf")
-                else f"from {low:g} to {high:.10g}"
-            )
+            allowed = f"from {low:g} to {high:.10g}"
+            if high == float("inf"):
+                allowed = f"at least {low:g}"
             got = value if isinstance(value, int) else f"{value:g}"
-            raise UserError(
-                f"--{stage and f'{stage}.'}{name}: must be {allowed}, got {got}"
-            )
+            raise UserError(_argument(stage, name), f"must be {allowed}, got {got}")
+
+
+def _argument(stage: str, name: str) -> str:
+    """What a caller calls a field: "proxy.images"; without a stage its own name."""
+    return f"{stage}.{name}" if stage else name
 
 
 def _items(text: str) -> list[str]:
@@ -39,7 +40,7 @@ def _items(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _numbers(flag: str, text: str) -> dict[str, int]:
+def _numbers(argument: str, text: str) -> dict[str, int]:
     """From "PATTERN=N,PATTERN=N"; raises a `UserError` unless every N is a count of at
     least 1.
     """
@@ -48,8 +49,9 @@ def _numbers(flag: str, text: str) -> dict[str, int]:
         pattern, _, number = item.rpartition("=")
         if not pattern or not number.isdecimal() or int(number) < 1:
             raise UserError(
-                f"--{flag}: expected PATTERN=N,PATTERN=N with N at least 1, e.g. "
-                f"layer1.*=8; got {item!r}"
+                argument,
+                f"expected PATTERN=N,PATTERN=N with N at least 1, e.g. "
+                f"layer1.*=8; got {item!r}",
             )
         numbers[pattern] = int(number)
     return numbers
@@ -122,7 +124,7 @@ class OutputConfig:
     def __post_init__(self) -> None:
         _check_range(self, 1, float("inf"), "latency_batch")
         if self.resume and self.out is None:
-            raise UserError("--resume: which run? Give its folder with --out")
+            raise UserError("resume", "which run? Give its folder with out")
 
 
 @dataclass(frozen=True)
@@ -232,14 +234,12 @@ class FinetuneConfig:
 
 def _check_choice(config: object, name: str, *choices: str, stage: str) -> None:
     """Raises a `UserError` unless the field is one of the choices; `stage` is the
-    prefix of its flag.
+    prefix of its name.
     """
     value = getattr(config, name)
     if value not in choices:
-        raise UserError(
-            f"--{stage}.{name}: must be {', '.join(choices[:-1])} or {choices[-1]}, "
-            f"got {value!r}"
-        )
+        listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise UserError(_argument(stage, name), f"must be {listed}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -530,6 +530,7 @@ class Settings:
             )
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"RUN: its config.yaml is damaged or of another version ({error}); "
-                f"start the run anew"
+                "run",
+                f"its config.yaml is damaged or of another version ({error}); "
+                f"start the run anew",
             ) from error

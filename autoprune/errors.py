@@ -1,44 +1,67 @@
-"""The exceptions that users are meant to see, and the nearest known name for one that
-isn't known.
+"""The exceptions that callers are meant to see, and helpers that word them alike.
+
+Messages name arguments as a caller of the library knows them. The command line turns
+these names into its flags, see `autoprune.cli.main`.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
-class UserError(Exception):
-    """Something the user gave can't be used; the message is one line that names it and
-    the next step.
+class UserError(ValueError):
+    """An argument can't be used; the message names it, the reason and the next step.
 
-    The command line prints the message and exits with code 2. Library callers can catch
-    it like a `ValueError`.
+    The command line prints one line and exits with code 2.
+
+    Args:
+        argument: The argument at fault, such as "budget", or "proxy.images" for a field
+            of a stage's settings; None where the reason says it all.
+        reason: What is wrong: the allowed range, the value received, the next step.
+
+    Attributes:
+        argument: See above.
+        reason: See above.
     """
+
+    def __init__(self, argument: str | None, reason: str):
+        super().__init__(reason if argument is None else f"{argument}: {reason}")
+        self.argument = argument
+        self.reason = reason
 
 
 class ExportError(RuntimeError):
-    """The network can't be exported so that it computes the same; nothing was written."""
+    """The network can't be exported so that it computes the same.
 
-
-def in_one_line(error: UserError | OSError) -> str:
-    """What to tell of something that the user can mend; of a file that can't be used
-    its name and the reason.
+    Nothing was written.
     """
-    if isinstance(error, UserError):
-        return str(error)
-    where = f" {error.filename!r}" if error.filename else ""
-    return f"can't read or write{where} ({error.strerror or error})"
 
 
-def missing_package(flag: str, what: str, package: str) -> UserError:
-    """For something that needs a package which isn't installed."""
+def missing_package(argument: str, what: str, package: str) -> UserError:
+    """The error for something that needs a package which isn't installed.
+
+    Args:
+        argument: The argument that asked for it.
+        what: What needs the package.
+        package: Its name for pip.
+
+    Returns:
+        The error, to be raised.
+    """
     return UserError(
-        f"{flag}: {what} needs {package}; install it with: pip install {package}"
+        argument, f"{what} needs {package}; install it with: pip install {package}"
     )
 
 
 def nearest_names(name: str, known: Iterable[str], n: int = 1) -> list[str]:
-    """Up to `n` known names that look like `name`, the most similar first; empty where
-    none does.
+    """Known names that look like a given one.
+
+    Args:
+        name: As given.
+        known: All known names.
+        n: How many to return at most.
+
+    Returns:
+        Up to `n` names, the most similar first; empty where none is similar.
     """
     return difflib.get_close_matches(name, known, n=n)
 
@@ -47,30 +70,60 @@ def check_known(
     kind: str,
     name: str,
     known: Iterable[str],
-    flag: str | None = None,
+    argument: str | None = None,
     others: str = "",
 ) -> None:
-    """Raises a `UserError` that offers the nearest name unless `name` is known.
+    """Checks that a name is known.
 
     Args:
         kind: What it names, e.g. "criterion".
         name: As given.
-        known: Every name, the usual one first; that is offered where none looks like
+        known: Every name, the default first; that is offered where none looks like
             `name`.
-        flag: The option it came by, where that isn't called like `kind`.
+        argument: The argument that it came by, where that isn't called like `kind`.
         others: What else the message allows, after the known names.
+
+    Raises:
+        UserError: If it isn't; the message offers the nearest name.
     """
-    known = list(known)
-    if name not in known:
-        near = nearest_names(name, known) or known
-        listed = ", ".join(known) + others
-        raise UserError(
-            f"--{flag or kind}: unknown {kind} {name!r}; did you mean {near[0]!r}? "
-            f"Known: {listed}"
-        )
+    names = list(known)
+    if name in names:
+        return
+    similar = nearest_names(name, names) or names
+    listed = ", ".join(names) + others
+    raise UserError(
+        argument or kind,
+        f"unknown {kind} {name!r}; did you mean {similar[0]!r}? Known: {listed}",
+    )
 
 
-def check_share(flag: str, share: float) -> None:
-    """Raises a `UserError` unless a share is above 0 and at most 1."""
+def check_share(argument: str, share: float) -> None:
+    """Checks that a share is above 0 and at most 1.
+
+    Args:
+        argument: The argument that holds it.
+        share: Its value.
+
+    Raises:
+        UserError: If it isn't.
+    """
     if not 0 < share <= 1:
-        raise UserError(f"--{flag}: must be above 0 and at most 1, got {share:g}")
+        raise UserError(argument, f"must be above 0 and at most 1, got {share:g}")
+
+
+def in_one_line(error: UserError | OSError, name_of: Callable[[str], str] = str) -> str:
+    """What to tell of something that the user can mend.
+
+    Args:
+        error: A user's error, or that a file can't be used.
+        name_of: From an argument's name to what this user calls it, such as a flag.
+
+    Returns:
+        The message; of a file that can't be used its name and the reason.
+    """
+    if isinstance(error, UserError):
+        if error.argument is None:
+            return error.reason
+        return f"{name_of(error.argument)}: {error.reason}"
+    where = f" {error.filename!r}" if error.filename else ""
+    return f"can't read or write{where} ({error.strerror or error})"

@@ -45,8 +45,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
+            None,
             f"can't write {str(path)!r} ({reason}); choose another folder or free some "
-            f"space"
+            f"space",
         ) from error
     finally:
         if partial.exists():
@@ -113,13 +114,15 @@ class RunFolder:
         folder = cls(Path(root))
         if not folder.root.is_dir():
             raise UserError(
-                f"RUN: no folder {str(root)!r}; give the folder that `autoprune run` "
-                f"printed"
+                "run",
+                f"no folder {str(root)!r}; give the folder that `autoprune run` "
+                f"printed",
             )
         if not folder.config.is_file():
             raise UserError(
-                f"RUN: {str(root)!r} is not a run folder (no config.yaml); give one "
-                f"that `autoprune run` wrote"
+                "run",
+                f"{str(root)!r} is not a run folder (no config.yaml); give one "
+                f"that `autoprune run` wrote",
             )
         folder.read_config()
         return folder
@@ -131,11 +134,12 @@ class RunFolder:
         except (OSError, yaml.YAMLError) as error:
             reason = type(error).__name__
             raise UserError(
-                f"RUN: {str(self.config)!r} is damaged ({reason}); start the run anew"
+                "run", f"{str(self.config)!r} is damaged ({reason}); start the run anew"
             ) from error
         if not isinstance(config, dict):
             raise UserError(
-                f"RUN: {str(self.config)!r} is damaged (no mapping); start the run anew"
+                "run",
+                f"{str(self.config)!r} is damaged (no mapping); start the run anew",
             )
         return config
 
@@ -148,14 +152,15 @@ class RunFolder:
         if not path.is_file():
             missing = path.relative_to(self.root)
             raise UserError(
-                f"RUN: {str(self.root)!r} has no {missing} yet; go on with: autoprune "
-                f"run --resume --out RUN"
+                "run",
+                f"{str(self.root)!r} has no {missing} yet; go on with: autoprune "
+                f"run --resume --out RUN",
             )
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise UserError(
-                f"RUN: {str(path)!r} is damaged ({error}); start the run anew"
+                "run", f"{str(path)!r} is damaged ({error}); start the run anew"
             ) from error
 
     @property
@@ -236,15 +241,17 @@ def start_run(settings: Settings, out: str | None, resume: bool) -> RunFolder:
         )
         if changed:
             raise UserError(
-                f"--resume: {out!r} was started with other settings ({changed}); "
-                f"repeat its command"
+                "resume",
+                f"{out!r} was started with other settings ({changed}); "
+                f"repeat its command",
             )
         return folder
     folder = RunFolder(Path(out) if out else _next_folder(settings))
     if folder.config.exists():
         raise UserError(
-            f"--out: {str(folder.root)!r} holds a run already; add --resume to go on, "
-            f"or choose another folder"
+            "out",
+            f"{str(folder.root)!r} holds a run already; resume it, "
+            f"or choose another folder",
         )
     write_text(
         folder.config,

@@ -37,7 +37,9 @@ class BatchedEpisodes:
         kept = np.repeat(self.space.costs.dense[None], len(targets), 0)
         self._look(0, kept, np.asarray(targets), np.zeros(len(targets)))
 
-    def rollout(self, act: Callable[["BatchedEpisodes"], np.ndarray]) -> "BatchedEpisodes":
+    def rollout(
+        self, act: Callable[["BatchedEpisodes"], np.ndarray]
+    ) -> "BatchedEpisodes":
         """Goes to the end; `act` wishes actions `(n_lanes,)` at every step. Returns
         itself.
         """

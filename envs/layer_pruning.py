@@ -115,8 +115,9 @@ class LayerPruningEnv(gymnasium.Env):
     ):
         if proxy is None:
             raise UserError(
-                "proxy: the environment needs a ProxyAccuracy of the network to score "
-                "allocations"
+                "proxy",
+                "the environment needs a ProxyAccuracy of the network to score "
+                "allocations",
             )
         self.groups = trace(model, proxy.example) if groups is None else groups
         _check_network(model, self.groups, proxy)
@@ -252,8 +253,9 @@ class LayerPruningEnv(gymnasium.Env):
         """
         if budget.metric != self.space.metric:
             raise UserError(
-                f"budget: this environment budgets {self.space.metric}, got {budget}; "
-                f"make another one for it"
+                "budget",
+                f"this environment budgets {self.space.metric}, got {budget}; "
+                f"make another one for it",
             )
         target = budget.target(self.space.costs)
         self.space.check(target, budget)
@@ -311,13 +313,14 @@ def _check_network(model: nn.Module, groups: Groups, proxy: ProxyAccuracy) -> No
         or proxy.groups.fingerprint != groups.fingerprint
     ):
         raise UserError(
-            "groups: model, groups and proxy are of different networks; trace the "
-            "model that you pass"
+            "groups",
+            "model, groups and proxy are of different networks; trace the "
+            "model that you pass",
         )
     if not len(groups):
         reasons = "; ".join(
             sorted({f"{group.name}: {group.pinned}" for group in groups.pinned})[:3]
         )
         raise UserError(
-            f"model: nothing can be pruned ({reasons}); see `autoprune trace`"
+            "model", f"nothing can be pruned ({reasons}); see `autoprune trace`"
         )

@@ -40,8 +40,9 @@ class LayerPruningVectorEnv(VectorEnv):
     def __init__(self, num_envs: int, render_mode: str | None = None, **options: Any):
         if render_mode is not None:
             raise UserError(
-                f"render_mode: lanes aren't drawn, got {render_mode!r}; leave it out, "
-                f"or make a single one"
+                "render_mode",
+                f"lanes aren't drawn, got {render_mode!r}; leave it out, "
+                f"or make a single one",
             )
         self.env, self.num_envs, self.render_mode = (
             LayerPruningEnv(**options),
@@ -110,6 +111,6 @@ def _asked(options: dict, n: int) -> list[Budget] | None:
         return None
     if len(options["budgets"]) != n:
         raise UserError(
-            f"budgets: one for each of the {n} lanes, got {len(options['budgets'])}"
+            "budgets", f"one for each of the {n} lanes, got {len(options['budgets'])}"
         )
     return [Budget.parse(budget) for budget in options["budgets"]]

@@ -14,5 +14,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}", file=sys.stderr)
+        print(
+            f"{Path(sys.argv[0]).name}: error: {in_one_line(error, '--{}'.format)}",
+            file=sys.stderr,
+        )
         sys.exit(2)

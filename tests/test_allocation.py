@@ -60,7 +60,7 @@ def test_target_outside_its_range_is_refused_with_the_range_and_the_value(target
     with pytest.raises(UserError) as error:
         Budget.parse(f"macs={target}")
     assert str(error.value) == (
-        f"--budget: the target must be above 0 and at most 100%, got {target!r}; e.g. "
+        f"budget: the target must be above 0 and at most 100%, got {target!r}; e.g. "
         f"macs=50%"
     )
 
@@ -71,7 +71,7 @@ def test_target_that_is_no_number_is_refused_with_examples(target):
         Budget.parse(f"params={target}")
     assert (
         str(error.value)
-        == f"--budget: {target!r} is no number; write e.g. macs=50%, macs=0.5 or macs=20M"
+        == f"budget: {target!r} is no number; write e.g. macs=50%, macs=0.5 or macs=20M"
     )
 
 
@@ -84,12 +84,12 @@ def test_unknown_metric_is_refused_with_the_known_ones(text):
         Budget.parse(text)
     assert (
         str(error.value)
-        == f"--budget: unknown metric {metric!r}; use one of macs, params, e.g. macs=50%"
+        == f"budget: unknown metric {metric!r}; use one of macs, params, e.g. macs=50%"
     )
 
 
 def test_metric_without_target_is_refused():
-    with pytest.raises(UserError, match=r"^--budget: '' is no number"):
+    with pytest.raises(UserError, match=r"^budget: '' is no number"):
         Budget.parse("macs")
 
 
@@ -116,7 +116,7 @@ def test_a_single_budget_is_the_same_at_every_position():
 def test_a_range_that_is_none_is_refused_with_an_example(text):
     with pytest.raises(UserError) as error:
         parse_budget(text)
-    expected = "--budget: a range goes from a smaller to a larger share, as in macs=30%..80%; got "
+    expected = "budget: a range goes from a smaller to a larger share, as in macs=30%..80%; got "
     assert str(error.value) == expected + repr(text)
 
 
@@ -127,7 +127,7 @@ def test_a_range_that_is_none_is_refused_with_an_example(text):
 def test_a_range_with_a_wrong_end_is_refused_as_that_end_would_be(text):
     with pytest.raises(
         UserError,
-        match=r"--budget: (unknown metric|.* is no number|the target must be)",
+        match=r"budget: (unknown metric|.* is no number|the target must be)",
     ):
         parse_budget(text)
 
@@ -313,8 +313,8 @@ def test_infeasible_budget_is_refused_with_the_reachable_floor():
     with pytest.raises(UserError) as error:
         space.check(budget.target(space.costs), budget)
     assert str(error.value) == (
-        f"--budget: macs=1% is below the reachable floor; with --max_sparsity 0.5 and "
-        f"--round_to 2 this network needs "
+        f"budget: macs=1% is below the reachable floor; with max_sparsity 0.5 and "
+        f"round_to 2 this network needs "
         f"macs={floor} ({floor / dense:.1%}) or more"
     )
     space.check(floor, budget)
@@ -356,7 +356,7 @@ def test_allocation_by_a_person_needs_only_counts_and_network(tmp_path):
 def test_missing_allocation_is_named(tmp_path):
     with pytest.raises(UserError) as error:
         Allocation.read(tmp_path / "none.json", traced("chain"))
-    assert str(error.value) == f"--allocation: no file {str(tmp_path / 'none.json')!r}"
+    assert str(error.value) == f"allocation: no file {str(tmp_path / 'none.json')!r}"
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_damaged_allocation_is_named(tmp_path, text):
     with pytest.raises(UserError) as error:
         Allocation.read(path, traced("chain"))
     assert str(error.value).startswith(
-        f"--allocation: {str(path)!r} is damaged or no allocation ("
+        f"allocation: {str(path)!r} is damaged or no allocation ("
     )
 
 
@@ -395,7 +395,7 @@ def test_allocation_for_another_network_names_the_stranger(kept, stranger):
     where = f"group {stranger!r} exists in only one of the two"
     assert (
         str(error.value)
-        == f"--allocation: it is for another network or another --exclude: {where}"
+        == f"allocation: it is for another network or another exclude: {where}"
     )
 
 
@@ -416,7 +416,7 @@ def test_count_outside_a_groups_channels_is_refused_with_the_range(count):
         Allocation({"conv1": count, "conv2": 8}, "").check(traced("chain"))
     assert (
         str(error.value)
-        == f"--allocation: group 'conv1' keeps {count!r}; allowed are 1 to 6 channels"
+        == f"allocation: group 'conv1' keeps {count!r}; allowed are 1 to 6 channels"
     )
 
 

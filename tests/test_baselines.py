@@ -180,17 +180,17 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
         UserError,
-        match=f"^--baselines: {name} needs {package}; install it with: pip install",
+        match=f"^baselines: {name} needs {package}; install it with: pip install",
     ):
         check_baselines(f"uniform,{name}", "dyna")
     with pytest.raises(
         UserError,
-        match=f"^--agent: {name} needs {package}; install it with: pip install",
+        match=f"^agent: {name} needs {package}; install it with: pip install",
     ):
         check_agent(name, Budget.parse("macs=50%"))
     with pytest.raises(UserError) as error:
         run(name, fake_env(), episodes=5)
     assert (
         str(error.value)
-        == f"--agent: {name} needs {package}; install it with: pip install {package}"
+        == f"agent: {name} needs {package}; install it with: pip install {package}"
     )

@@ -327,8 +327,8 @@ def test_dead_channels_do_not_hide_how_the_others_are_read():
 def test_groups_that_can_not_be_merged_are_named_with_the_way_out():
     with pytest.raises(UserError) as error:
         check_mergeable(["a", "b", "c"], ["b"])
-    assert "--removal.method: the channels of a can't be merged" in str(error.value)
-    assert str(error.value).endswith("leave them whole with --exclude a,c")
+    assert "removal.method: the channels of a can't be merged" in str(error.value)
+    assert str(error.value).endswith("leave them whole with exclude=a,c")
 
 
 @pytest.fixture(scope="module")

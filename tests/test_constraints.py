@@ -124,8 +124,8 @@ def test_the_reason_names_the_pattern_and_other_reasons_stay():
         for group in pinned_by_user(groups, ["layer2.1.conv1", "*"]).pinned
     }
     assert {name: after[name] for name in before} == before
-    assert after["layer2.1.conv1"] == "user asked (--exclude layer2.1.conv1)"
-    assert after["layer1.0.conv1"] == "user asked (--exclude *)"
+    assert after["layer2.1.conv1"] == "user asked (exclude layer2.1.conv1)"
+    assert after["layer1.0.conv1"] == "user asked (exclude *)"
 
 
 def test_excluding_nothing_changes_nothing_and_the_trace_is_left_as_found():
@@ -146,7 +146,7 @@ def test_a_pattern_that_means_nothing_is_refused_with_names_that_exist(options):
     config, (flag,) = SearchConfig(**options), options
     with pytest.raises(
         UserError,
-        match=rf"^--{flag}: no group or layer is called 'conv9'; there are e\.g\. conv",
+        match=rf"^{flag}: no group or layer is called 'conv9'; there are e\.g\. conv",
     ):
         search_limits(pinned_by_user(groups, config.excluded), config)
 
@@ -158,7 +158,7 @@ def test_a_pattern_that_means_nothing_is_refused_with_names_that_exist(options):
 @pytest.mark.parametrize("flag", ["min_width", "round_to_for"])
 def test_numbers_by_pattern_that_cannot_be_read_are_refused_with_the_value(flag, text):
     with pytest.raises(
-        UserError, match=rf"^--{flag}: expected PATTERN=N.*got '{text.split(',')[-1]}'"
+        UserError, match=rf"^{flag}: expected PATTERN=N.*got '{text.split(',')[-1]}'"
     ):
         SearchConfig(**{flag: text})
 
@@ -233,7 +233,7 @@ def test_the_floor_names_the_limits_that_keep_it_up():
     )
     with pytest.raises(
         UserError,
-        match=r"with --max_sparsity 0\.9, --min_width 8 and --round_to 2 to 4 this network",
+        match=r"with max_sparsity 0\.9, min_width 8 and round_to 2 to 4 this network",
     ):
         SearchSpace(CostTable(groups), "macs", **limits).check(
             1, Budget("macs", amount=1)

@@ -247,7 +247,7 @@ def test_apoz_refuses_a_network_without_zeros():
     model, groups = traced("own_names")
     with pytest.raises(
         UserError,
-        match=r"^--criterion: apoz counts the zeros .* this network has none; use activation$",
+        match=r"^criterion: apoz counts the zeros .* this network has none; use activation$",
     ):
         importance("apoz", model, groups, DATA)
 
@@ -415,7 +415,7 @@ def test_unknown_criterion_is_refused_with_the_nearest(name, near):
     with pytest.raises(UserError) as error:
         importance(name, nn.Identity(), None, DATA)
     assert str(error.value) == (
-        f"--criterion: unknown criterion {name!r}; did you mean {near!r}? Known: "
+        f"criterion: unknown criterion {name!r}; did you mean {near!r}? Known: "
         f"{', '.join(CRITERIA)}"
     )
 

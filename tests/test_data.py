@@ -107,7 +107,7 @@ def test_parts_that_leave_too_little_for_training_are_refused():
     "name", ["image_size", "proxy_images", "max_train_images", "max_test_images"]
 )
 def test_sizes_below_one_are_refused(name):
-    with pytest.raises(UserError, match=f"--{name}: must be at least 1, got 0"):
+    with pytest.raises(UserError, match=f"{name}: must be at least 1, got 0"):
         DataConfig(**{name: 0})
 
 
@@ -255,7 +255,7 @@ def test_sample_gives_as_many_held_out_images_as_asked_for(sample):
 
 def test_sample_refuses_more_than_it_holds():
     with pytest.raises(
-        UserError, match="--selection_images: the embedded sample holds 500, got 501"
+        UserError, match="selection_images: the embedded sample holds 500, got 501"
     ):
         load(DataConfig(selection_images=501))
 
@@ -561,7 +561,7 @@ def test_fetch_reports_a_damaged_package(place):
 
 def test_fetch_of_an_unknown_name_offers_the_nearest():
     with pytest.raises(
-        UserError, match="NAME: no dataset 'cifra10'; did you mean 'cifar10'"
+        UserError, match="name: no dataset 'cifra10'; did you mean 'cifar10'"
     ):
         fetch("cifra10")
 

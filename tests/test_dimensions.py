@@ -304,7 +304,7 @@ def test_points_that_say_too_little_of_a_dimension_are_refused():
         ),
         (
             lambda: along("dept", 0.5),
-            r"^--dimension: unknown dimension 'dept'; did you mean 'depth'\?",
+            r"^dimension: unknown dimension 'dept'; did you mean 'depth'\?",
         ),
         (lambda: along("width", 0), r"^cost_share: must be in \(0, 1\], .* got 0$"),
         (

@@ -228,17 +228,17 @@ def test_the_same_seed_drops_the_same(kind: type[Dropping], digits):
         (
             1.0,
             0.5,
-            "--sparse.strength: of dropping it is a probability, from 0 to below 1; "
+            "sparse.strength: of dropping it is a probability, from 0 to below 1; "
             "got 1",
         ),
         (
             -0.1,
             0.5,
-            "--sparse.strength: of dropping it is a probability, from 0 to below 1; "
+            "sparse.strength: of dropping it is a probability, from 0 to below 1; "
             "got -0.1",
         ),
-        (0.5, 0.0, "--sparse.share: must be above 0 and at most 1, got 0"),
-        (0.5, 1.5, "--sparse.share: must be above 0 and at most 1, got 1.5"),
+        (0.5, 0.0, "sparse.share: must be above 0 and at most 1, got 0"),
+        (0.5, 1.5, "sparse.share: must be above 0 and at most 1, got 1.5"),
     ],
 )
 def test_numbers_out_of_range_are_refused(kind: type[Dropping], rate, share, message):

@@ -304,7 +304,7 @@ def test_refused_reset_leaves_the_episode_as_it_was():
         with pytest.raises(UserError, match="budgets macs, got params="):
             env.reset(options={"budget": "params=50%"})
         with pytest.raises(
-            UserError, match=r"--budget: macs=.* is below the reachable floor"
+            UserError, match=r"budget: macs=.* is below the reachable floor"
         ):
             env.reset(options={"budget": "macs=0.1%"})
         *_, info = env.step(np.array([action]))
@@ -414,7 +414,7 @@ def test_a_network_with_tied_weights_is_accepted_and_its_cost_is_that_of_the_pru
 def test_unreachable_budget_is_refused_with_the_floor():
     space = fake_env("wide").space
     floor, dense = space.cost(space.low), space.cost(space.high)
-    expected = rf"--budget: macs=(0\.01|1%) is below the reachable floor.* needs macs={floor} \({floor / dense:.1%}\)"
+    expected = rf"budget: macs=(0\.01|1%) is below the reachable floor.* needs macs={floor} \({floor / dense:.1%}\)"
     with pytest.raises(UserError, match=expected):
         fake_env("wide", budget="macs=1%")
     fake_env("wide", budget=f"macs={floor}")

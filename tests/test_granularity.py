@@ -431,23 +431,23 @@ def test_everything_stays_where_everything_fits_and_the_model_is_left_as_found()
     [
         (
             {"pattern": "rows"},
-            "--granularity: unknown granularity 'rows'; did you mean 'row'",
+            "granularity: unknown granularity 'rows'; did you mean 'row'",
         ),
         (
             {"pattern": "row", "criterion": "taylor"},
-            "--criterion: masks of granularity row go by l1 or l2 or lamp or random",
+            "criterion: masks of granularity row go by l1 or l2 or lamp or random",
         ),
         (
             {"pattern": "row", "agent": "dyna"},
-            "--agent: masks of granularity row go by global or uniform, got 'dyna'",
+            "agent: masks of granularity row go by global or uniform, got 'dyna'",
         ),
         (
             {"pattern": "row", "metric": "memory_bytes"},
-            "--budget: unknown metric 'memory_bytes'; did you mean 'macs'",
+            "budget: unknown metric 'memory_bytes'; did you mean 'macs'",
         ),
         (
             {"pattern": "filter", "target": 10},
-            "--budget: masks of this granularity leave at least macs=",
+            "budget: masks of this granularity leave at least macs=",
         ),
     ],
 )

@@ -256,7 +256,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, given, value):
 
 
 def test_missing_file_is_named():
-    with pytest.raises(UserError, match=r"--weights: no file '/nowhere/weights.pt'"):
+    with pytest.raises(UserError, match=r"weights: no file '/nowhere/weights.pt'"):
         load_weights(Tiny(), "/nowhere/weights.pt")
 
 
@@ -308,6 +308,6 @@ def test_timms_models_are_built_by_name_and_unknown_ones_offer_the_nearest(monke
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(
         UserError,
-        match=r"^--model: timm/resnet18 needs timm; install it with: pip install timm$",
+        match=r"^model: timm/resnet18 needs timm; install it with: pip install timm$",
     ):
         build("timm/resnet18")

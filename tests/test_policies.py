@@ -99,7 +99,7 @@ def test_a_name_counts_before_a_folder_that_is_called_the_same(home):
 def test_an_unknown_policy_offers_the_nearest_names(home):
     with pytest.raises(
         UserError,
-        match=r"--policy: no shipped policy and no folder is called 'resnts'; did you mean 'res",
+        match=r"policy: no shipped policy and no folder is called 'resnts'; did you mean 'res",
     ):
         find_policy("resnts")
     with pytest.raises(
@@ -115,15 +115,15 @@ def test_an_unknown_policy_offers_the_nearest_names(home):
 def test_a_folder_that_holds_no_policy_is_refused(home, tmp_path):
     with pytest.raises(
         UserError,
-        match=r"--policy: .* is neither a run nor a policy's folder \(no config\.yaml, no policy",
+        match=r"policy: .* is neither a run nor a policy's folder \(no config\.yaml, no policy",
     ):
         find_policy(str(tmp_path))
 
 
 def test_a_run_of_a_baseline_has_no_policy(home, tmp_path):
     (tmp_path / "config.yaml").write_text("network: {}")
-    advice = "baselines learn none, search with --agent dyna or ppo or sac"
-    with pytest.raises(UserError, match=rf"--policy: no policy in .*; {advice}"):
+    advice = "baselines learn none, search with agent dyna or ppo or sac"
+    with pytest.raises(UserError, match=rf"policy: no policy in .*; {advice}"):
         starting_policy("ppo", str(tmp_path))
 
 
@@ -154,28 +154,28 @@ def test_a_damaged_policy_is_refused_in_one_line(damage, home):
         if damage == "features"
         else r"is damaged \(.*\); search anew"
     )
-    with pytest.raises(UserError, match=f"--policy: .*{message}") as caught:
+    with pytest.raises(UserError, match=f"policy: .*{message}") as caught:
         starting_policy("ppo", "resnets")
     assert "\n" not in str(caught.value)
     if damage in ("json", "features", "algorithm"):
-        with pytest.raises(UserError, match=f"--policy: .*{message}"):
+        with pytest.raises(UserError, match=f"policy: .*{message}"):
             agent_of("resnets")
 
 
 def test_a_policy_of_another_algorithm_is_refused_with_those_that_fit(home):
     with pytest.raises(
         UserError,
-        match=r"'vggs' was trained by sac and can't start ppo; use --agent dyna or sac$",
+        match=r"'vggs' was trained by sac and can't start ppo; use agent dyna or sac$",
     ):
         starting_policy("ppo", "vggs")
     with pytest.raises(
         UserError,
-        match=r"'resnets' was trained by ppo and can't start td3; use --agent dyna or ppo$",
+        match=r"'resnets' was trained by ppo and can't start td3; use agent dyna or ppo$",
     ):
         starting_policy("td3", "resnets")
     with pytest.raises(
         UserError,
-        match="--policy: sensitivity learns no policy to start from one; use --agent dyna",
+        match="policy: sensitivity learns no policy to start from one; use agent dyna",
     ):
         starting_policy("sensitivity", "resnets")
     assert starting_policy("ppo", "") is None
@@ -189,9 +189,9 @@ def test_an_agent_whose_package_is_missing_is_refused_with_the_way_to_install_it
     monkeypatch.delitem(ALGORITHMS, "tqc")
     monkeypatch.setitem(sys.modules, "sb3_contrib", None)
     needs = "tqc needs sb3-contrib; install it with: pip install sb3-contrib"
-    with pytest.raises(UserError, match=f"^--policy: {needs}$"):
-        Policy.load(home / "quantiles", "--policy")
-    with pytest.raises(UserError, match=f"^--agent: {needs}$"):
+    with pytest.raises(UserError, match=f"^policy: {needs}$"):
+        Policy.load(home / "quantiles", "policy")
+    with pytest.raises(UserError, match=f"^agent: {needs}$"):
         check_agent("tqc", Budget.parse("macs=50%"))
     assert [row["problem"] for row in shipped_table() if row["problem"]] == [
         f"quantiles: {needs}"
@@ -379,7 +379,7 @@ def test_a_search_is_refused_for_another_algorithm_before_anything_is_written(
         "--out",
         str(tmp_path / "run"),
     )
-    assert "was trained by dyna and can't start sac; use --agent dyna or ppo" in line
+    assert "was trained by dyna and can't start sac; use agent dyna or ppo" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -502,5 +502,5 @@ def test_weights_with_other_names_are_refused(home):
     save_file(
         {f"x.{name}": tensor for name, tensor in load_file(weights).items()}, weights
     )
-    with pytest.raises(UserError, match=r"--policy: the policy in .* is damaged"):
+    with pytest.raises(UserError, match=r"policy: the policy in .* is damaged"):
         starting_policy("ppo", "resnets")

@@ -47,7 +47,7 @@ def test_a_policy_acts_at_the_middle_of_a_range_unless_told_otherwise_and_always
         replay(policy, env, "macs=55%"),
     )
     assert first == again == asked and first[0].budget == "macs=55%"
-    with pytest.raises(UserError, match=r"--budget: '30%..40%' is no number"):
+    with pytest.raises(UserError, match=r"budget: '30%..40%' is no number"):
         replay(policy, env, "macs=30%..40%")
 
 
@@ -123,7 +123,7 @@ def test_replay_for_another_metric_is_refused(saved):
 
 
 def test_missing_policy_says_how_to_get_one(tmp_path):
-    advice = "baselines learn none, search with --agent dyna or ppo or sac"
+    advice = "baselines learn none, search with agent dyna or ppo or sac"
     with pytest.raises(UserError, match=rf"no policy in '.*'; {advice}"):
         Policy.load(tmp_path)
 
@@ -171,7 +171,7 @@ def test_damaged_policy_is_refused_in_one_line(saved, damage):
         del description["policy_kwargs"]
         (saved / "policy.json").write_text(json.dumps(description))
     with pytest.raises(
-        UserError, match=r"RUN: the policy in '.*' is damaged \(.*\); search anew"
+        UserError, match=r"run: the policy in '.*' is damaged \(.*\); search anew"
     ) as caught:
         Policy.load(saved)
     assert "\n" not in str(caught.value)

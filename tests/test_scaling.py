@@ -195,7 +195,7 @@ def test_a_network_with_a_layer_called_like_a_dimension_is_refused():
     found = scaling(nn.Sequential(OrderedDict(depth=nn.Conv2d(3, 4, 3), head=head)))
     with pytest.raises(
         UserError,
-        match=r"^--granularity: the network has channels called 'depth', as is a dimension",
+        match=r"^granularity: the network has channels called 'depth', as is a dimension",
     ):
         len(found.groups)
 

@@ -317,7 +317,7 @@ def test_gsm_refuses_a_share_that_is_none(share):
         GlobalSparseMomentum(traced("chain")[1], 0.1, share)
     assert (
         str(error.value)
-        == f"--sparse.share: must be above 0 and at most 1, got {share:g}"
+        == f"sparse.share: must be above 0 and at most 1, got {share:g}"
     )
 
 
@@ -328,7 +328,7 @@ def test_gsm_refuses_a_share_that_is_none(share):
 def test_unknown_method_is_refused_with_the_nearest(name, near):
     with pytest.raises(
         UserError,
-        match=f"--sparse.method: unknown method '{name}'; did you mean '{near}'",
+        match=f"sparse.method: unknown method '{name}'; did you mean '{near}'",
     ):
         check_sparse(name)
 

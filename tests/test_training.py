@@ -311,7 +311,7 @@ def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
             ]
         )
     with pytest.raises(
-        UserError, match=r"RUN: checkpoint '.*learner\.pt' can't be used .*delete it"
+        UserError, match=r"run: checkpoint '.*learner\.pt' can't be used .*delete it"
     ) as caught:
         trained("td3", target_env(), config, tmp_path)
     assert "\n" not in str(caught.value)
@@ -324,7 +324,7 @@ def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
 def test_unknown_agent_is_refused_with_the_nearest_known(name, near):
     with pytest.raises(
         UserError,
-        match=f"--agent: unknown agent '{name}'; did you mean '{near}'.*Known: dyna, ppo, sac",
+        match=f"agent: unknown agent '{name}'; did you mean '{near}'.*Known: dyna, ppo, sac",
     ):
         search(fake_env(), SearchConfig(agent=name))
 

@@ -68,8 +68,8 @@ def replay(options: Namespace) -> None:
     from autoprune.reporting.console import print_results
     from autoprune.runs import RunFolder, file_stem, write_json
 
-    place = find_policy(options.policy, "POLICY")
-    policy = Policy.load(place, "POLICY")
+    place = find_policy(options.policy, "policy")
+    policy = Policy.load(place, "policy")
     run = RunFolder(place.parent)
     is_of_run = run.policy == place and run.config.is_file()
     trained = Workspace.of_run(run) if is_of_run else Workspace(Settings())
@@ -176,14 +176,15 @@ def prune(options: Namespace) -> None:
     from autoprune.pipeline.methods.registry import removal
 
     if bool(options.run) == bool(options.allocation):
-        raise UserError("prune: give either RUN or --allocation FILE")
+        raise UserError("prune", "give either RUN or --allocation FILE")
     if options.run:
         _check_alone(options)
         workspace, folder = steps.open_run(options.run)
         if not removal(workspace, folder).is_decided:
             raise UserError(
-                f"RUN: {options.run!r} has decided nothing yet; go on with: autoprune "
-                f"run --resume --out {options.run}"
+                "run",
+                f"{options.run!r} has decided nothing yet; go on with: autoprune "
+                f"run --resume --out {options.run}",
             )
     else:
         _check_single(options)
@@ -220,9 +221,10 @@ def _check_alone(options: Namespace) -> None:
     ]
     if given:
         raise UserError(
-            f"--{given[0]}: RUN is pruned with the settings that it was started with; "
+            given[0],
+            f"RUN is pruned with the settings that it was started with; "
             f"leave --{given[0]} out, or "
-            f"prune in a new run with --allocation {options.run}/allocation.json"
+            f"prune in a new run with --allocation {options.run}/allocation.json",
         )
 
 
@@ -234,36 +236,41 @@ def _check_single(options: Namespace) -> None:
 
     if options.removal.method == "resrep":
         raise UserError(
-            "--removal.method: resrep decides by itself how much goes where, got an "
+            "removal.method",
+            "resrep decides by itself how much goes where, got an "
             "--allocation beside it; "
-            "use compactors, which do the same for an allocation"
+            "use compactors, which do the same for an allocation",
         )
     if options.sparse.method == "gsm" and options.sparse.share is None:
         raise UserError(
-            "--sparse.share: gsm takes the budget's share, and an allocation has none; "
-            "give one in (0, 1]"
+            "sparse.share",
+            "gsm takes the budget's share, and an allocation has none; "
+            "give one in (0, 1]",
         )
     if options.granularity not in ("channel", "dimensions"):
         raise UserError(
-            f"--granularity: an allocation is for channel or dimensions, got "
+            "granularity",
+            f"an allocation is for channel or dimensions, got "
             f"{options.granularity}; for that give "
-            f"a RUN of autoprune search --granularity {options.granularity}"
+            f"a RUN of autoprune search --granularity {options.granularity}",
         )
     if isinstance(parse_budget(options.budget), BudgetRange):
         raise UserError(
-            f"--budget: prune applies one allocation, got the range {options.budget}; "
+            "budget",
+            f"prune applies one allocation, got the range {options.budget}; "
             f"leave --budget out, "
-            "the allocation knows its own"
+            "the allocation knows its own",
         )
     path = Path(options.allocation)
     if path.is_file() and '"front"' in path.read_text(
         encoding="utf-8", errors="replace"
     ):
         raise UserError(
-            f"--allocation: {options.allocation!r} holds a whole front; give one of "
+            "allocation",
+            f"{options.allocation!r} holds a whole front; give one of "
             f"its points: the allocation that "
             'autoprune replay RUN --budget macs=40% writes, or an entry of "front" as '
-            "a file of its own"
+            "a file of its own",
         )
 
 

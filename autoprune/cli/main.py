@@ -8,6 +8,7 @@ answers at once.
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -37,12 +38,15 @@ def main(arguments: list[str] | None = None) -> int:
     after Ctrl-C.
     """
     keep_freed_memory()
+    command = None
     try:
         options = _parse(arguments)
-        COMMANDS[options.subcommand].run(options[options.subcommand])
+        command = options.subcommand
+        COMMANDS[command].run(options[command])
         return 0
     except (UserError, OSError) as error:
-        print(f"autoprune: error: {in_one_line(error)}", file=sys.stderr)
+        message = in_one_line(error, partial(_flag, command))
+        print(f"autoprune: error: {message}", file=sys.stderr)
         return 2
     except ExportError as error:
         print(f"autoprune: error: {error}", file=sys.stderr)
@@ -50,6 +54,28 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("autoprune: interrupted; go on with --resume", file=sys.stderr)
         return 130
+
+
+def _flag(command: str | None, argument: str) -> str:
+    """What a user of the command line calls an argument of the library.
+
+    Args:
+        command: The subcommand that was running; None before it is known.
+        argument: The argument's name, such as "proxy.images".
+
+    Returns:
+        "--proxy.images" for an option, "RUN" for a positional argument, else the name
+        as it is. Those of the running command come first: `replay` takes POLICY where
+        `run` takes --policy.
+    """
+    others = [name for name in COMMANDS if name != command]
+    for name in [command, *others] if command else others:
+        parser = Parser()
+        COMMANDS[name].options(parser)
+        for action in parser._actions:
+            if action.dest == argument:
+                return f"--{argument}" if action.option_strings else argument.upper()
+    return argument
 
 
 def _parse(arguments: list[str] | None) -> Namespace:

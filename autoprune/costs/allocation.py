@@ -50,7 +50,7 @@ class Allocation:
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"--allocation: no file {str(path)!r}")
+            raise UserError("allocation", f"no file {str(path)!r}")
         try:
             data = json.loads(path.read_text())
             about = (
@@ -59,7 +59,7 @@ class Allocation:
             allocation = cls(dict(data["kept"]), *about)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"--allocation: {str(path)!r} is damaged or no allocation ({error!r})"
+                "allocation", f"{str(path)!r} is damaged or no allocation ({error!r})"
             ) from error
         allocation.check(groups)
         return allocation
@@ -71,20 +71,22 @@ class Allocation:
             stranger = sorted(set(self.kept) ^ set(channels))[0]
             where = f"group {stranger!r} exists in only one of the two"
             raise UserError(
-                f"--allocation: it is for another network or another --exclude: {where}"
+                "allocation", f"it is for another network or another exclude: {where}"
             )
         for name, count in self.kept.items():
             if type(count) is not int or not 1 <= count <= channels[name]:
                 raise UserError(
-                    f"--allocation: group {name!r} keeps {count!r}; allowed are 1 to "
-                    f"{channels[name]} channels"
+                    "allocation",
+                    f"group {name!r} keeps {count!r}; allowed are 1 to "
+                    f"{channels[name]} channels",
                 )
         if self.network not in ("", groups.fingerprint):
             raise UserError(
-                "--allocation: it is for another network whose groups are called alike "
+                "allocation",
+                "it is for another network whose groups are called alike "
                 "(fingerprint "
                 f"{self.network}, this one has {groups.fingerprint}); take its "
-                f'"network" out to apply it all the same'
+                f'"network" out to apply it all the same',
             )
 
 
@@ -137,8 +139,9 @@ class SearchSpace:
         strangers = sorted(value.keys() - set(names))
         if strangers:
             raise UserError(
-                f"{argument}: no prunable group is called {strangers[0]!r}; use the "
-                f"names of the trace"
+                argument,
+                f"no prunable group is called {strangers[0]!r}; use the "
+                f"names of the trace",
             )
         return [value.get(name, 1) for name in names]
 
@@ -147,9 +150,10 @@ class SearchSpace:
         floor, dense = self.cost(self.low), self.cost(self.high)
         if target < floor:
             raise UserError(
-                f"--budget: {budget} is below the reachable floor; with "
+                "budget",
+                f"{budget} is below the reachable floor; with "
                 f"{self._limits()} this network needs "
-                f"{self.metric}={floor} ({floor / dense:.1%}) or more"
+                f"{self.metric}={floor} ({floor / dense:.1%}) or more",
             )
 
     def _limits(self) -> str:
@@ -158,8 +162,8 @@ class SearchSpace:
             _span(self._per_group("round_to")),
             _span(self._per_group("min_width")),
         )
-        least = f", --min_width {widths}" if widths != "1" else ""
-        return f"--max_sparsity {self.max_sparsity:g}{least} and --round_to {multiples}"
+        least = f", min_width {widths}" if widths != "1" else ""
+        return f"max_sparsity {self.max_sparsity:g}{least} and round_to {multiples}"
 
     def feasible(
         self, kept: np.ndarray, index: int, target: int | np.ndarray

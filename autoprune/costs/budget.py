@@ -37,21 +37,23 @@ class Budget:
         metric, _, target = text.partition("=")
         if metric not in METRICS:
             raise UserError(
-                f"--budget: unknown metric {metric!r}; use one of "
-                f"{', '.join(METRICS)}, e.g. macs=50%"
+                "budget",
+                f"unknown metric {metric!r}; use one of "
+                f"{', '.join(METRICS)}, e.g. macs=50%",
             )
         try:
             value = _number(target)
         except ValueError:
             raise UserError(
-                f"--budget: {target!r} is no number; write e.g. macs=50%, macs=0.5 or "
-                f"macs=20M"
+                "budget",
+                f"{target!r} is no number; write e.g. macs=50%, macs=0.5 or macs=20M",
             ) from None
         is_share = target.endswith("%") or value <= 1
         if not 0 < value < math.inf or (target.endswith("%") and value > 1):
             raise UserError(
-                f"--budget: the target must be above 0 and at most 100%, got "
-                f"{target!r}; e.g. macs=50%"
+                "budget",
+                f"the target must be above 0 and at most 100%, got "
+                f"{target!r}; e.g. macs=50%",
             )
         return (
             cls(metric, share=value)
@@ -126,8 +128,9 @@ def parse_budget(text: str | Budget | BudgetRange) -> Budget | BudgetRange:
     low, high = Budget.parse(first), Budget.parse(f"{first.partition('=')[0]}={last}")
     if low.share is None or high.share is None or low.share >= high.share:
         raise UserError(
-            f"--budget: a range goes from a smaller to a larger share, as in "
-            f"macs=30%..80%; got {text!r}"
+            "budget",
+            f"a range goes from a smaller to a larger share, as in "
+            f"macs=30%..80%; got {text!r}",
         )
     return BudgetRange(low, high)
 
@@ -144,8 +147,8 @@ def evenly_spaced(
 def chebyshev_spaced(
     budget: Budget | BudgetRange, n: int, offset: float
 ) -> list[Budget]:
-    """As `evenly_spaced`, but denser towards the range's ends, as Chebyshev's points: there
-    one learns from one side only.
+    """As `evenly_spaced`, but denser towards the range's ends, as Chebyshev's points:
+    there one learns from one side only.
     """
     return [
         budget.at((1 - math.cos(math.pi * (place + offset) / n)) / 2)

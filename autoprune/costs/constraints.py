@@ -30,19 +30,22 @@ def pinned_by_user(groups: Groups, patterns: Iterable[str]) -> Groups:
     asked: dict[str, str] = {}
     for pattern in patterns:
         for group in _meant(groups, pattern, "exclude"):
-            asked.setdefault(group.name, f"user asked (--exclude {pattern})")
+            asked.setdefault(group.name, f"user asked (exclude {pattern})")
     return groups.with_pins(asked)
 
 
 def per_group(
-    groups: Groups, flag: str, numbers: Mapping[str, int], defaults: Mapping[str, int]
+    groups: Groups,
+    argument: str,
+    numbers: Mapping[str, int],
+    defaults: Mapping[str, int],
 ) -> dict[str, int]:
     """A number for every prunable group: that of the last pattern that means it, else
     its default.
 
     Args:
         groups: A trace.
-        flag: The option by which the numbers came, for messages.
+        argument: The argument by which the numbers came, for messages.
         numbers: Glob of group or layer names to the number.
         defaults: Group to the number that it has if no pattern means it.
 
@@ -51,7 +54,7 @@ def per_group(
     """
     values = {name: defaults[name] for name in groups.channels}
     for pattern, number in numbers.items():
-        meant = {group.name for group in _meant(groups, pattern, flag)}
+        meant = {group.name for group in _meant(groups, pattern, argument)}
         values |= {name: number for name in meant & values.keys()}
     return values
 
@@ -88,7 +91,7 @@ def search_limits(
     }
 
 
-def _meant(groups: Groups, pattern: str, flag: str) -> list[Group]:
+def _meant(groups: Groups, pattern: str, argument: str) -> list[Group]:
     meant = [
         group
         for group in groups.all
@@ -102,8 +105,8 @@ def _meant(groups: Groups, pattern: str, flag: str) -> list[Group]:
         )
         examples = ", ".join(nearest_names(pattern, known, 3) or known[:3])
         raise UserError(
-            f"--{flag}: no group or layer is called {pattern!r}; there are e.g. "
-            f"{examples}"
+            argument,
+            f"no group or layer is called {pattern!r}; there are e.g. {examples}",
         )
     return meant
 

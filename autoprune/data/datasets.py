@@ -160,10 +160,10 @@ def carve(train: Images, test: Images, classes: tuple[str, ...], name: str, conf
     if sum(sizes) > len(train) // 2:
         wanted = ", ".join(f"{size} {part}" for part, size in zip(HELD_OUT, sizes, strict=True))
         raise UserError(
-            f"--data: {name} has {len(train)} training images, too few to hold out "
+            "data", f"{name} has {len(train)} training images, too few to hold out "
             f"{sum(sizes)} ({wanted}); at most "
-            f"{len(train) // 2} in all: lower --calibration_images, --proxy_images and "
-            f"--selection_images or add images"
+            f"{len(train) // 2} in all: lower calibration_images, proxy_images and "
+            f"selection_images or add images"
         )
     order = _shuffled(len(train), config.split_seed)
     calibration, proxy, selection, rest = order.split([*sizes, len(train) - sum(sizes)])
@@ -186,7 +186,7 @@ def load(config: DataConfig) -> Splits:
     if loader is None and Path(config.data).is_dir():
         loader = _load_folder
     if loader is None:
-        raise UserError(f"--data: {unknown_dataset(config.data)}, or a folder with train/ and test/")
+        raise UserError("data", f"{unknown_dataset(config.data)}, or a folder with train/ and test/")
     splits = loader(config)
     train, test = splits.train[: config.max_train_images], splits.test[: config.max_test_images]
     return replace(splits, train=train, test=test)
@@ -209,8 +209,8 @@ def _load_sample(config: DataConfig) -> Splits:
     for part, size in zip(HELD_OUT, _held_out_sizes(config, stored), strict=True):
         if size > len(parts[part]):
             raise UserError(
-                f"--{part}_images: the embedded sample holds {len(parts[part])}, got "
-                f"{size}; more are in --data cifar10"
+                f"{part}_images", f"the embedded sample holds {len(parts[part])}, got "
+                f"{size}; more are in the dataset cifar10"
             )
         parts[part] = parts[part][:size]
     return Splits(**parts, classes=CIFAR10_CLASSES, name="sample")
@@ -241,7 +241,7 @@ def import_digits() -> ModuleType:
     try:
         import sklearn.datasets
     except ImportError as error:
-        raise UserError("--data: digits come with scikit-learn; install it with: pip install scikit-learn") from error
+        raise UserError("data", "digits come with scikit-learn; install it with: pip install scikit-learn") from error
     return sklearn.datasets
 
 
@@ -256,7 +256,7 @@ def _load_folder(config: DataConfig) -> Splits:
     for name in sorted(train.keys() ^ test.keys()):
         part = "train" if name in train else "test"
         raise UserError(
-            f"--data: class {name!r} is only in {config.data}/{part}; train/ and test/ "
+            "data", f"class {name!r} is only in {config.data}/{part}; train/ and test/ "
             f"need the same classes"
         )
     train_images, test_images = (_read_images(files, config.image_size) for files in (train, test))
@@ -268,15 +268,15 @@ def _load_folder(config: DataConfig) -> Splits:
 def _scan(root: Path, part: str) -> dict[str, list[Path]]:
     expected = "expected train/ and test/ with one folder of images a class"
     if not (root / part).is_dir():
-        raise UserError(f"--data: {str(root)!r} has no {part}/; {expected}")
+        raise UserError("data", f"{str(root)!r} has no {part}/; {expected}")
     folders = sorted(path for path in (root / part).iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
-        raise UserError(f"--data: no class folders in {str(root / part)!r}; {expected}")
+        raise UserError("data", f"no class folders in {str(root / part)!r}; {expected}")
     files = {folder.name: sorted(_image_files(folder)) for folder in folders}
     for name, paths in files.items():
         if not paths:
             raise UserError(
-                f"--data: no images in {str(root / part / name)!r}; known endings: "
+                "data", f"no images in {str(root / part / name)!r}; known endings: "
                 f"{', '.join(IMAGE_SUFFIXES)}"
             )
     return files
@@ -314,7 +314,7 @@ def _read_image(path: Path, side: int) -> np.ndarray:
 
 
 def _unreadable(path: Path, reason: str) -> UserError:
-    return UserError(f"--data: can't read image {str(path)!r} ({reason}); replace or remove it")
+    return UserError("data", f"can't read image {str(path)!r} ({reason}); replace or remove it")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -335,7 +335,7 @@ def cache_folder() -> Path:
 def _load_cifar10(config: DataConfig) -> Splits:
     path = cache_folder() / "cifar10.npz"
     if not path.exists():
-        raise UserError("--data: CIFAR-10 isn't on this machine yet; fetch it with: autoprune data cifar10")
+        raise UserError("data", "CIFAR-10 isn't on this machine yet; fetch it with: autoprune data cifar10")
     try:
         # np.load leaves a file open that it can't read.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -345,7 +345,7 @@ def _load_cifar10(config: DataConfig) -> Splits:
             )
     except (ValueError, KeyError, EOFError, BadZipFile) as error:
         again = "delete it and fetch it again with: autoprune data cifar10"
-        raise UserError(f"--data: {str(path)!r} is damaged ({type(error).__name__}); {again}") from error
+        raise UserError("data", f"{str(path)!r} is damaged ({type(error).__name__}); {again}") from error
     return carve(train, test, CIFAR10_CLASSES, "cifar10", config)
 
 

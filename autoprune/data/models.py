@@ -66,7 +66,7 @@ def build(name: str, n_classes: int = 10) -> nn.Module:
     names = model_names()
     if name not in names:
         meant = " or ".join(nearest_names(name, names, 3) or ["resnet20"])
-        raise UserError(f"--model: unknown model {name!r}; did you mean {meant}? Your own: package.module:factory")
+        raise UserError("model", f"unknown model {name!r}; did you mean {meant}? Your own: package.module:factory")
     return torchvision.models.get_model(name, weights=None, num_classes=n_classes, **_quiet_options(name))
 
 
@@ -74,10 +74,10 @@ def _build_timm(name: str, n_classes: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise missing_package("--model", f"timm/{name}", "timm") from error
+        raise missing_package("model", f"timm/{name}", "timm") from error
     if not timm.is_model(name):
         meant = " or ".join(f"timm/{near}" for near in nearest_names(name, timm.list_models(), 3) or ["resnet18"])
-        raise UserError(f"--model: timm has no model {name!r}; did you mean {meant}?")
+        raise UserError("model", f"timm has no model {name!r}; did you mean {meant}?")
     return timm.create_model(name, pretrained=False, num_classes=n_classes)
 
 
@@ -96,9 +96,9 @@ def _import_factory(path: str) -> Factory:
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"--model: can't import {path!r} ({error}); expected package.module:factory") from error
+        raise UserError("model", f"can't import {path!r} ({error}); expected package.module:factory") from error
     if not callable(factory):
-        raise UserError(f"--model: {path!r} is a {type(factory).__name__}, expected a callable that returns a network")
+        raise UserError("model", f"{path!r} is a {type(factory).__name__}, expected a callable that returns a network")
     return factory
 
 
@@ -107,7 +107,7 @@ def _call_factory(factory: Factory, n_classes: int) -> nn.Module:
     argument = next((name for name in ("n_classes", "num_classes") if name in accepted), None)
     model = factory(**({argument: n_classes} if argument else {}))
     if not isinstance(model, nn.Module):
-        raise UserError(f"--model: the factory must return a torch.nn.Module, got {type(model).__name__}")
+        raise UserError("model", f"the factory must return a torch.nn.Module, got {type(model).__name__}")
     return model
 
 
@@ -130,20 +130,20 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"--weights: no file {str(path)!r}")
+        raise UserError("weights", f"no file {str(path)!r}")
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         advice = "save its state_dict() with torch.save or safetensors"
-        raise UserError(f"--weights: {str(path)!r} holds objects that execute code when loaded; {advice}") from error
+        raise UserError("weights", f"{str(path)!r} holds objects that execute code when loaded; {advice}") from error
     except Exception as error:  # torch and safetensors raise a dozen types for a damaged file
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"--weights: {str(path)!r} is neither safetensors nor torch.save's ({reason})") from error
+        raise UserError("weights", f"{str(path)!r} is neither safetensors nor torch.save's ({reason})") from error
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"--weights: {str(path)!r} holds no state dict (name -> tensor)")
+        raise UserError("weights", f"{str(path)!r} holds no state dict (name -> tensor)")
     prefix = "module." if all(key.startswith("module.") for key in loaded) else ""
     return {key.removeprefix(prefix): value for key, value in loaded.items()}
 
@@ -164,11 +164,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         difference = difference or "is for another architecture: " + _difference(
             missing, surplus, misfits, weights, own
         )
-        raise UserError(f"--weights: {str(path)!r} {difference}")
+        raise UserError("weights", f"{str(path)!r} {difference}")
     for key, value in weights.items():
         if not torch.isfinite(value).all():
             raise UserError(
-                f"--weights: {key} in {str(path)!r} holds NaN or infinite values; the "
+                "weights", f"{key} in {str(path)!r} holds NaN or infinite values; the "
                 f"network is not usable"
             )
     model.load_state_dict(weights, strict=False)
@@ -207,10 +207,10 @@ def check_answers(model: nn.Module, name: str, example: Tensor, n_classes: int) 
     except Exception as error:  # whatever the user's own forward pass raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         shape = tuple(example.shape)
-        raise UserError(f"--model: {name} can't answer images of shape {shape} ({reason}); see --image_size") from error
+        raise UserError("model", f"{name} can't answer images of shape {shape} ({reason}); see image_size") from error
     found = tuple(answers.shape) if isinstance(answers, Tensor) else type(answers).__name__
     if found != (1, n_classes):
         raise UserError(
-            f"--model: {name} answers an image with {found}, the data needs (1, "
+            "model", f"{name} answers an image with {found}, the data needs (1, "
             f"{n_classes}), a score for each class"
         )

@@ -286,8 +286,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     for key, value in weights.items():
         if not torch.isfinite(value).all():
             raise UserError(
-                f"RUN: {key} in {str(path)!r} holds NaN or infinite values; the "
-                f"network is not usable"
+                "run",
+                f"{key} in {str(path)!r} holds NaN or infinite values; the "
+                f"network is not usable",
             )
     return weights | {
         key: weights[key].clone(memory_format=torch.channels_last)
@@ -299,15 +300,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 def _check_exists(path: Path) -> None:
     if not path.is_file():
         raise UserError(
-            f"RUN: {str(path.parent)!r} holds no pruned network (no {path.name}); "
-            f"write one with: autoprune prune RUN"
+            "run",
+            f"{str(path.parent)!r} holds no pruned network (no {path.name}); "
+            f"write one with: autoprune prune RUN",
         )
 
 
 def _damaged(path: Path, reason: object) -> UserError:
     return UserError(
-        f"RUN: {str(path)!r} is damaged ({reason}); write it again with: autoprune "
-        f"prune RUN"
+        "run",
+        f"{str(path)!r} is damaged ({reason}); write it again with: autoprune "
+        f"prune RUN",
     )
 
 
@@ -322,9 +325,10 @@ def _check_fit(
     misfits = sorted(own.keys() ^ weights.keys()) + misfits
     if misfits:
         raise UserError(
-            f"RUN: weights and plan in {str(folder)!r} don't belong together "
+            "run",
+            f"weights and plan in {str(folder)!r} don't belong together "
             f"({len(misfits)} tensors don't fit {name}, "
-            f"first: {misfits[0]}); write them again with: autoprune prune RUN"
+            f"first: {misfits[0]}); write them again with: autoprune prune RUN",
         )
 
 

@@ -157,8 +157,9 @@ def _apoz(model: nn.Module, groups: Groups, images: Images) -> Importance:
     )
     if active and all((share == 1).all() for share in active.values()):
         raise UserError(
-            "--criterion: apoz counts the zeros that ReLU leaves, and this network has "
-            "none; use activation"
+            "criterion",
+            "apoz counts the zeros that ReLU leaves, and this network has "
+            "none; use activation",
         )
     return active
 

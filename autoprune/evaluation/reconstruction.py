@@ -74,10 +74,10 @@ class Reconstruction:
     ):
         if samples_per_image < 1:
             raise UserError(
-                f"samples_per_image: must be at least 1, got {samples_per_image!r}"
+                "samples_per_image", f"must be at least 1, got {samples_per_image!r}"
             )
         if not 0 <= ridge < math.inf:
-            raise UserError(f"ridge: must be a finite number from 0, got {ridge!r}")
+            raise UserError("ridge", f"must be a finite number from 0, got {ridge!r}")
         self.skipped: dict[str, str] = {}
         self._groups, self._systems = groups, {}
         dense, batches = open_attention(shared_copy(model)).eval(), inputs.split(BATCH)

@@ -265,6 +265,7 @@ def _weights_file(model: str, weights: str, data: str) -> Path | None:
     if ":" in model:
         return None
     raise UserError(
-        f"--weights: pruning starts from a trained network; give the trained weights "
-        f"of {model} on {data!r}"
+        "weights",
+        f"pruning starts from a trained network; give the trained weights "
+        f"of {model} on {data!r}",
     )

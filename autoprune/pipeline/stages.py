@@ -257,7 +257,7 @@ def export_stage(workspace: Workspace, folder: RunFolder, format: str = "onnx") 
         ExportError: If the network can't be written so.
     """
     if format not in ("onnx", "torch"):
-        raise UserError(f"--format: must be onnx or torch, got {format!r}")
+        raise UserError("format", f"must be onnx or torch, got {format!r}")
     with timed(folder, "export"):
         model = load_pruned(folder.pruned)
         if format == "torch":

@@ -181,25 +181,29 @@ def _settled(
 
 def _check_fit(points: Sequence[Point], degree: int, rank: int) -> None:
     if degree < 1:
-        raise UserError(f"degree: must be 1 or more, got {degree}; the usual one is 3")
+        raise UserError(
+            "degree", f"must be 1 or more, got {degree}; the usual one is 3"
+        )
     if rank < 1:
-        raise UserError(f"rank: must be 1 or more, got {rank}; the usual one is 1")
+        raise UserError("rank", f"must be 1 or more, got {rank}; the usual one is 1")
     needed = rank * (
         3 * degree + 1
     )  # two of the three polynomials of a product can be scaled freely
     if len(points) < needed:
         raise UserError(
-            f"points: degree {degree} and rank {rank} need {needed} or more, got "
+            "points",
+            f"degree {degree} and rank {rank} need {needed} or more, got "
             f"{len(points)}; "
-            "measure more networks or take a lower degree"
+            "measure more networks or take a lower degree",
         )
     for dimension in EXPONENTS:
         n_values = len({getattr(point, dimension) for point in points})
         if n_values <= degree:
             raise UserError(
-                f"points: degree {degree} needs {degree + 1} or more different values "
+                "points",
+                f"degree {degree} needs {degree + 1} or more different values "
                 f"of {dimension}, got {n_values}; "
-                f"measure networks of other {dimension} or take a lower degree"
+                f"measure networks of other {dimension} or take a lower degree",
             )
 
 
@@ -333,7 +337,7 @@ def together(dimensions: Collection[str], cost_share: float) -> Shares:
 def _check_share(name: str, share: float) -> None:
     if not 0 < share <= 1:
         raise UserError(
-            f"{name}: must be in (0, 1], relative to the dense network, got {share}"
+            name, f"must be in (0, 1], relative to the dense network, got {share}"
         )
 
 
@@ -341,14 +345,16 @@ def _check_bounds(bounds: Bounds) -> None:
     for dimension in EXPONENTS:
         if dimension not in bounds:
             raise UserError(
-                f"bounds: no {dimension}; give {', '.join(EXPONENTS)}, each as (low, "
-                f"high) in (0, 1]"
+                "bounds",
+                f"no {dimension}; give {', '.join(EXPONENTS)}, each as (low, "
+                f"high) in (0, 1]",
             )
         low, high = bounds[dimension]
         if not 0 < low <= high <= 1:
             raise UserError(
-                f"bounds: {dimension} must be 0 < low <= high <= 1, got {low} to "
-                f"{high}; give other shares"
+                "bounds",
+                f"{dimension} must be 0 < low <= high <= 1, got {low} to "
+                f"{high}; give other shares",
             )
 
 
@@ -357,7 +363,8 @@ def _check_reachable(cost_share: float, lows: np.ndarray, highs: np.ndarray) -> 
     least, most = np.prod(lows**powers), np.prod(highs**powers)
     if not least * (1 - 1e-12) <= cost_share <= most * (1 + 1e-12):
         raise UserError(
-            f"cost_share: {cost_share:.4g} can't be met within the bounds, which allow "
+            "cost_share",
+            f"{cost_share:.4g} can't be met within the bounds, which allow "
             f"{least:.4g} to {most:.4g}; "
-            "widen the bounds"
+            "widen the bounds",
         )

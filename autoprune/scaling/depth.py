@@ -92,7 +92,7 @@ def remove_blocks(
                 if near
                 else "this network has none; prune its channels instead"
             )
-            raise UserError(f"names: {name!r} is not a removable block; {advice}")
+            raise UserError("names", f"{name!r} is not a removable block; {advice}")
     return _without(copy.deepcopy(model), names)
 
 
@@ -158,10 +158,11 @@ def _check_reachable(target_macs: float, macs: int, saved: dict[str, int]) -> No
     floor = macs - sum(saved.values())
     if target_macs < floor:
         raise UserError(
-            f"target_macs: {target_macs} is below the reachable floor; without its "
+            "target_macs",
+            f"{target_macs} is below the reachable floor; without its "
             f"{len(saved)} removable blocks the "
             f"network has {floor} MACs ({floor / macs:.1%}); give at least that, or "
-            f"prune channels as well"
+            f"prune channels as well",
         )
 
 

@@ -51,7 +51,7 @@ def at_resolution(model: nn.Module, size: int) -> nn.Module:
         UserError: If `size` is below 1.
     """
     if size < 1:
-        raise UserError(f"size: expected at least 1 pixel, got {size}")
+        raise UserError("size", f"expected at least 1 pixel, got {size}")
     resized = copy.deepcopy(model)
     for key, hook in list(resized._forward_pre_hooks.items()):
         if isinstance(hook, Resize):

@@ -98,8 +98,9 @@ class Scaling:
         }
         if taken:
             raise UserError(
-                f"--granularity: the network has channels called {min(taken)!r}, as is "
-                f"a dimension; rename them"
+                "granularity",
+                f"the network has channels called {min(taken)!r}, as is "
+                f"a dimension; rename them",
             )
         # The labels of a trace count channels through all groups; nobody cuts by these.
         groups = replace(
@@ -175,8 +176,9 @@ class Scaling:
         if strangers:
             gone = ", ".join(self.removed(kept))
             raise UserError(
-                f"--granularity: without {gone} the network has other groups "
-                f"({strangers[0]}); exclude depth"
+                "granularity",
+                f"without {gone} the network has other groups "
+                f"({strangers[0]}); exclude depth",
             )
         found = found.with_pins(
             {name: reason for name, reason in known.items() if reason}

@@ -58,8 +58,9 @@ def _private_copy(model: nn.Module) -> nn.Module:
     for name, tensor in twin.state_dict().items():
         if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
             raise UserError(
-                f"model: {name} holds NaN or infinite values; pruning needs a trained, "
-                f"finite network"
+                "model",
+                f"{name} holds NaN or infinite values; pruning needs a trained, "
+                f"finite network",
             )
     return open_attention(twin.requires_grad_(False))
 
@@ -74,7 +75,8 @@ def _run(tracer: Tracer, example: Tensor) -> None:
     except Exception as error:  # whatever the user's forward raises
         reason = str(error).splitlines()[0] if str(error) else ""
         raise UserError(
-            f"model: tracing failed in {tracer.where}: {type(error).__name__}: {reason}"
+            "model",
+            f"tracing failed in {tracer.where}: {type(error).__name__}: {reason}",
         ) from error
     for tensor in tensors_in(output):
         tracer.book.pin(tracer.labels(tensor), "feeds the network's output")

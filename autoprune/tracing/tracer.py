@@ -97,10 +97,11 @@ class Call:
     def refuse(self) -> NoReturn:
         """Raises a `UserError`: the operation reads an activation's values."""
         raise UserError(
-            f"model: its forward pass depends on the values of activations "
+            "model",
+            f"its forward pass depends on the values of activations "
             f"({self.tracer.place(self.func)}), so one "
             "pass can't show what belongs together; trace a network without "
-            "data-dependent control flow"
+            "data-dependent control flow",
         )
 
     def tensors(self) -> Iterator[Tensor]:

@@ -71,14 +71,14 @@ def clusters_of(
     for name, count in counts.items():
         if name not in groups.channels:
             raise UserError(
-                f"counts: {name!r} is no prunable group; known: "
-                f"{', '.join(groups.channels)}"
+                "counts",
+                f"{name!r} is no prunable group; known: {', '.join(groups.channels)}",
             )
         group = groups[name]
         if not 1 <= count <= group.channels:
             raise UserError(
-                f"counts: group {name!r} can have 1 to {group.channels} clusters, got "
-                f"{count}"
+                "counts",
+                f"group {name!r} can have 1 to {group.channels} clusters, got {count}",
             )
         found[name] = CLUSTERINGS[how](_filters(model, groups, group), count, seed)
     return found
@@ -303,7 +303,8 @@ def check_mergeable(names: Iterable[str], mergeable_names: Iterable[str]) -> Non
     others = sorted(set(names) - set(mergeable_names))
     if others:
         raise UserError(
-            f"--removal.method: the channels of {others[0]} can't be merged (they are "
+            "removal.method",
+            f"the channels of {others[0]} can't be merged (they are "
             f"not read by a weighted sum); "
-            f"leave them whole with --exclude {','.join(others)}"
+            f"leave them whole with exclude={','.join(others)}",
         )

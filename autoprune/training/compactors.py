@@ -145,8 +145,8 @@ def insert_compactors(
     grown = copy.deepcopy(model)
     if not pairs:
         raise UserError(
-            "--removal.method: no group is made by one convolution with its batch "
-            "norm; use slice"
+            "removal.method",
+            "no group is made by one convolution with its batch norm; use slice",
         )
     for name, (_, norm) in pairs.items():
         parent, _, attribute = norm.rpartition(".")

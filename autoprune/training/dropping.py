@@ -39,8 +39,8 @@ class Dropping(TrainingCallback):
     def __init__(self, groups: Groups, rate: float, share: float):
         if not 0 <= rate < 1:
             raise UserError(
-                f"--sparse.strength: of dropping it is a probability, from 0 to below "
-                f"1; got {rate:g}"
+                "sparse.strength",
+                f"of dropping it is a probability, from 0 to below 1; got {rate:g}",
             )
         check_share("sparse.share", share)
         self.groups, self.rate, self.share = groups, rate, share

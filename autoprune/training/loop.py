@@ -250,13 +250,15 @@ def _resume(
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"RUN: can't use checkpoint {str(checkpoint)!r} ({reason}); delete it to "
-            f"start over"
+            "run",
+            f"can't use checkpoint {str(checkpoint)!r} ({reason}); delete it to "
+            f"start over",
         ) from error
     if planned != epochs:
         raise UserError(
-            f"RUN: checkpoint {str(checkpoint)!r} is of a training of another length "
+            "run",
+            f"checkpoint {str(checkpoint)!r} is of a training of another length "
             f"(epochs {planned}, asked for "
-            f"{epochs}); ask for {planned} again, or delete it to start over"
+            f"{epochs}); ask for {planned} again, or delete it to start over",
         )
     return epoch

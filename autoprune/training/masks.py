@@ -92,14 +92,15 @@ class Masks:
         """
         if not path.is_file():
             raise UserError(
-                f"RUN: no masks {str(path)!r}; write them with: autoprune prune RUN"
+                "run", f"no masks {str(path)!r}; write them with: autoprune prune RUN"
             )
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"RUN: {str(path)!r} is damaged ({error}); write it with: autoprune "
-                f"prune RUN"
+                "run",
+                f"{str(path)!r} is damaged ({error}); write it with: autoprune "
+                f"prune RUN",
             ) from error
         own = {name: tensor.shape for name, tensor in model.state_dict().items()}
         strangers = [
@@ -107,8 +108,9 @@ class Masks:
         ]
         if strangers:
             raise UserError(
-                f"RUN: {str(path)!r} is for another network ({strangers[0]} doesn't "
-                f"fit); prune anew"
+                "run",
+                f"{str(path)!r} is for another network ({strangers[0]} doesn't "
+                f"fit); prune anew",
             )
         return cls({name: kept.bool() for name, kept in tensors.items()})
 
@@ -261,8 +263,9 @@ def _fewest(
     if not len(saved) or saved[-1] < excess:
         floor = target + excess - (int(saved[-1]) if len(saved) else 0)
         raise UserError(
-            f"--budget: masks of this granularity leave at least {metric}={floor}, "
-            f"asked were {target}"
+            "budget",
+            f"masks of this granularity leave at least {metric}={floor}, "
+            f"asked were {target}",
         )
     return order[: int(torch.searchsorted(saved, excess)) + 1]
 
@@ -281,7 +284,7 @@ def n_of_m_masks(
         UserError: Unless 1 <= n < m.
     """
     if not 1 <= n < m:
-        raise UserError(f"--granularity: N:M needs 1 <= N < M, got {n}:{m}; e.g. 2:4")
+        raise UserError("granularity", f"N:M needs 1 <= N < M, got {n}:{m}; e.g. 2:4")
     weights = _weights(model, groups)
     whole = [name for name, weight in weights.items() if weight.shape[1] % m]
     kept = {
@@ -291,7 +294,7 @@ def n_of_m_masks(
     }
     if not kept:
         raise UserError(
-            f"--granularity: no layer's inputs are a multiple of {m}; use a smaller M"
+            "granularity", f"no layer's inputs are a multiple of {m}; use a smaller M"
         )
     return _as_stored(kept, groups), whole
 
@@ -318,15 +321,15 @@ def check_mask_options(pattern: str, criterion: str, agent: str) -> None:
     if n_of_m(pattern) is None:
         scores = UNIT_SCORES
         check_known("granularity", pattern, PATTERNS)
-    for flag, value, known in (
+    for argument, value, known in (
         ("criterion", criterion, scores),
         ("agent", agent, SCORE_TRANSFORMS),
     ):
         if value not in known:
             listed = " or ".join(known)
             raise UserError(
-                f"--{flag}: masks of granularity {pattern} go by {listed}, got "
-                f"{value!r}"
+                argument,
+                f"masks of granularity {pattern} go by {listed}, got {value!r}",
             )
 
 

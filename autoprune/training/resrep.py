@@ -61,11 +61,11 @@ class Goal:
 
     def __post_init__(self):
         if (self.target is None) == (self.counts is None):
-            raise UserError("goal: give a target or counts, not both")
+            raise UserError("goal", "give a target or counts, not both")
         if self.counts is not None and min(self.counts.values(), default=1) < 1:
             raise UserError(
-                f"goal: every group keeps at least 1 channel, got counts "
-                f"{dict(self.counts)}"
+                "goal",
+                f"every group keeps at least 1 channel, got counts {dict(self.counts)}",
             )
 
     def may_go(self, group: str, kept: Mapping[str, int]) -> bool:
@@ -129,9 +129,10 @@ class Compaction(TrainingCallback):
         if goal.target is not None and not goal.is_met(fewest):
             floor = goal.costs.metrics[goal.metric](fewest)
             raise UserError(
-                f"--budget: {goal.metric}={goal.target} is below the reachable floor; "
+                "budget",
+                f"{goal.metric}={goal.target} is below the reachable floor; "
                 f"the groups that can have "
-                f"compactors leave {goal.metric}={floor} or more"
+                f"compactors leave {goal.metric}={floor} or more",
             )
 
     @property

@@ -60,13 +60,15 @@ class Compound(Channels):
             reason = self.workspace.groups.reasons.get(name)
             if reason:
                 raise UserError(
-                    f"--agent: {FITTED} weighs depth, width and image size, and {name} "
-                    f"is fixed ({reason})"
+                    "agent",
+                    f"{FITTED} weighs depth, width and image size, and {name} "
+                    f"is fixed ({reason})",
                 )
         if not len(self.workspace.widths.channels):
             raise UserError(
-                f"--agent: {FITTED} weighs depth, width and image size, and no channel "
-                f"can be pruned"
+                "agent",
+                f"{FITTED} weighs depth, width and image size, and no channel "
+                f"can be pruned",
             )
         nothing = [
             Point(**asdict(self._shares(kept)), accuracy=0.5) for kept in self._plan
@@ -77,7 +79,7 @@ class Compound(Channels):
             )
         except UserError as error:
             raise UserError(
-                f"--dimensions.degree: {str(error).removeprefix('points: ')}"
+                "dimensions.degree", f"{str(error).removeprefix('points: ')}"
             ) from error
         optimum(
             model, self._budget.share_of(self.workspace.costs), measured_bounds(nothing)

@@ -117,8 +117,9 @@ class Weights(Removal):
         if left > target:
             share = left / costs.metrics[budget.metric](costs.dense)
             raise UserError(
-                f"--budget: {search.granularity} leaves {budget.metric}={share:.1%}; "
-                f"allow that, not {budget}"
+                "budget",
+                f"{search.granularity} leaves {budget.metric}={share:.1%}; "
+                f"allow that, not {budget}",
             )
         return masks
 
@@ -160,10 +161,11 @@ class Blocks(Removal):
         if self._target < floor:
             share = floor / (floor + saved)
             raise UserError(
-                f"--budget: {self.workspace.settings.search.budget} is below the "
+                "budget",
+                f"{self.workspace.settings.search.budget} is below the "
                 f"reachable floor; without its "
                 f"{len(self._all)} removable blocks this network has macs={floor} "
-                f"({share:.1%})"
+                f"({share:.1%})",
             )
 
     def decide(self, advance: Callable[[str], None]) -> tuple[list[str], dict]:
@@ -261,11 +263,11 @@ def check_removal(settings: Settings) -> None:
     budget = check_granularity(search)
     if method == "slice" or search.granularity == "channel":
         if isinstance(budget, BudgetRange) and method == "resrep":
-            raise UserError(f"--budget: resrep trains for one budget, got {budget}")
+            raise UserError("budget", f"resrep trains for one budget, got {budget}")
     elif method != "gradual" or search.granularity not in PATTERNS:
         raise UserError(
-            f"--removal.method: {method} is not for granularity {search.granularity}; "
-            f"use slice"
+            "removal.method",
+            f"{method} is not for granularity {search.granularity}; use slice",
         )
 
 
@@ -284,12 +286,13 @@ def check_granularity(search: SearchConfig) -> Budget | BudgetRange:
         )
     if search.agent == FITTED and granularity != "dimensions":
         raise UserError(
-            f"--agent: {FITTED} is for --granularity dimensions, got {granularity}"
+            "agent", f"{FITTED} is for granularity dimensions, got {granularity}"
         )
     if granularity == "dimensions" and search.agent in ("global", "cost_aware"):
         raise UserError(
-            f"--agent: {search.agent} ranks channels, and depth and image size have no "
-            f"rank; use dyna"
+            "agent",
+            f"{search.agent} ranks channels, and depth and image size have no "
+            f"rank; use dyna",
         )
     if granularity == "channel" or (
         granularity == "dimensions" and search.agent != FITTED
@@ -297,14 +300,15 @@ def check_granularity(search: SearchConfig) -> Budget | BudgetRange:
         return budget
     if isinstance(budget, BudgetRange):
         raise UserError(
-            f"--budget: a range is for agents; {granularity} takes one budget, got "
-            f"{budget}"
+            "budget",
+            f"a range is for agents; {granularity} takes one budget, got {budget}",
         )
     if granularity == "layer" and (budget.metric, search.agent) != ("macs", "global"):
         raise UserError(
-            f"--granularity: blocks are ranked by damage per MAC; use --agent global "
+            "granularity",
+            f"blocks are ranked by damage per MAC; use agent global "
             f"and a budget of macs, "
-            f"got {search.agent} and {budget}"
+            f"got {search.agent} and {budget}",
         )
     if granularity in PATTERNS or n_of_m(granularity):
         check_mask_options(granularity, search.criterion, search.agent)
