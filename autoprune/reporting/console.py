@@ -16,157 +16,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
+COSTS = (
+    ("MACs", "macs", 1e6, "M"),
+    ("parameters", "params", 1e3, "k"),
+    ("memory, batch 1", "memory_bytes", 1e6, "MB"),
+    ("latency, batch 1", "latency_ms", 1, "ms"),
+)
+"""Costs of a run's table: label, key of the results, size of the unit, unit."""
 
-def say(text: str) -> None:
-    """One line of progress."""
-    print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar with the time left; the function given sets the text beside it and advances
-    it, by one if not told.
-
-    Without a terminal the last text is printed once, at the end.
-    """
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    note = ""
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    ) as bar:
-        task = bar.add_task(title, total=total, note="")
-
-        def advance(text: str, steps: int = 1) -> None:
-            nonlocal note
-            note = text
-            bar.update(task, advance=steps, note=text)
-
-        yield advance
-    if not console.is_terminal:
-        say(f"{title}: {note}")
-
-
-def print_results(results: dict) -> None:
-    """The before/after table of a run, as far as it has got."""
-    table = Table(
-        title=f"{results.get('model', '')}  {results.get('budget', '')}  {results.get('agent', '')}".strip()
-    )
-    for heading, justify in (
-        ("", "left"),
-        ("dense", "right"),
-        ("pruned", "right"),
-        ("", "right"),
-    ):
-        table.add_column(heading, justify=justify)
-    for label, key, scale, unit in (
-        ("MACs", "macs", 1e6, "M"),
-        ("parameters", "params", 1e3, "k"),
-        ("memory, batch 1", "memory_bytes", 1e6, "MB"),
-        ("latency, batch 1", "latency_ms", 1, "ms"),
-    ):
-        if key in results:
-            dense, pruned = results[f"{key}_dense"], results[key]
-            table.add_row(
-                label,
-                f"{dense / scale:.2f} {unit}",
-                f"{pruned / scale:.2f} {unit}",
-                f"{pruned / dense:.1%}",
-            )
-    if "accuracy_pruned" in results:
-        dense = f"{results['accuracy_dense']:.2%}"
-        table.add_row(
-            "test accuracy, not fine-tuned",
-            dense,
-            f"{results['accuracy_pruned']:.2%}",
-            "",
-        )
-        if "accuracy" in results:
-            change = results["accuracy"] - results["accuracy_dense"]
-            table.add_row(
-                "test accuracy, fine-tuned",
-                dense,
-                f"{results['accuracy']:.2%}",
-                f"{change * 100:+.2f}",
-            )
-    elif "selection_accuracy" in results:
-        table.add_row(
-            "selection accuracy, not fine-tuned",
-            "",
-            f"{results['selection_accuracy']:.2%}",
-            "",
-        )
-    if table.row_count:
-        Console(width=None if sys.stdout.isatty() else 100).print(table)
-
-
-def print_front(pareto: dict) -> None:
-    """The points of a Pareto front, and uniform pruning at about the same cost."""
-    metric = {"macs": "MACs", "params": "parameters"}[pareto["metric"]]
-    columns = {
-        f"{metric} kept": "left",
-        "front: selection accuracy": "right",
-        "found by": "left",
-        "uniform": "right",
-    }
-    table = Table(title="Pareto front, not fine-tuned")
-    for heading, justify in columns.items():
-        table.add_column(heading, justify=justify)
-    for point in pareto["front"]:
-        nearest = min(
-            pareto["uniform"], key=lambda other: abs(other["share"] - point["share"])
-        )
-        uniform = f"{nearest['selection_accuracy']:.2%} at {nearest['share']:.1%}"
-        table.add_row(
-            f"{point['share']:.1%}",
-            f"{point['selection_accuracy']:.2%}",
-            point["source"],
-            uniform,
-        )
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
-
-
-def print_policies(policies: list[dict]) -> None:
-    """The shipped policies and, below, what is wrong with those that can't be used."""
-    if not policies:
-        print(
-            "no policy is shipped; RUN and FOLDER work wherever a policy is asked for"
-        )
-        return
-    table = Table()
-    for heading in ("policy", "algorithm", "trained on", "budget", "usable here"):
-        table.add_column(heading, overflow="fold")
-    for row in policies:
-        table.add_row(
-            *(row[key] for key in ("name", "algorithm", "trained_on", "budget")),
-            "no" if row["problem"] else "yes",
-        )
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
-    _print_list("can't be used", [row["problem"] for row in policies if row["problem"]])
-
-
-def print_methods(methods: list[dict]) -> None:
-    """The methods, and what each sets."""
-    table = Table()
-    for heading in ("method", "kind", "removes", "paper", "sets"):
-        table.add_column(heading, overflow="fold")
-    for row in methods:
-        options = " ".join(
-            f"--{name} {value}" for name, value in row["options"].items()
-        )
-        table.add_row(
-            *(row[key] for key in ("name", "kind", "granularity", "paper")), options
-        )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-
+METRICS = {"macs": "MACs", "params": "parameters"}
 
 NAMES_SHOWN = 4
 """Pinned groups that are named for each reason; `--json` lists all."""
@@ -179,66 +37,246 @@ SHARES = {
 """Shares of the MACs in a trace's description, and what they say."""
 
 
-def print_trace(description: dict) -> None:
-    """The prunable groups of a network, what is pinned and why, what the tracer doesn't
-    know, the shares of MACs.
+def say(text: str) -> None:
+    """Prints one line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """Shows a bar with the time left.
+
+    Without a terminal the last text is printed once, at the end.
+
+    Args:
+        title: What is going on.
+        total: Steps until the bar is full.
+
+    Yields:
+        A function of a text and a number of steps: it sets the text beside the bar and
+        advances it, by one step if no number is given.
     """
-    prunable = [group for group in description["groups"] if group["prunable"]]
-    table = Table(
-        title=f"{description['model']}: {description['macs'] / 1e6:.2f} M MACs, {description['params']:,} parameters"
+    # Beside the results: those on stdout may be piped into a file.
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
-    for heading in ("prunable group", "channels", "share of MACs"):
-        table.add_column(
-            heading, justify="left" if heading == "prunable group" else "right"
-        )
-    for group in prunable:
+    note = ""
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=total, note="")
+
+        def advance(text: str, steps: int = 1) -> None:
+            nonlocal note
+            note = text
+            bar.update(task, advance=steps, note=text)
+
+        yield advance
+    # A log gets one line instead of a bar that is drawn over and over.
+    if not console.is_terminal:
+        say(f"{title}: {note}")
+
+
+def print_results(results: dict) -> None:
+    """Prints the before/after table of a run, as far as it has got."""
+    model = results.get("model", "")
+    budget = results.get("budget", "")
+    agent = results.get("agent", "")
+    table = Table(title=f"{model}  {budget}  {agent}".strip())
+    table.add_column("")
+    for heading in ("dense", "pruned", ""):
+        table.add_column(heading, justify="right")
+    # Memory and latency are known only after the stages that measure them.
+    for label, key, size, unit in COSTS:
+        if key in results:
+            dense = results[f"{key}_dense"]
+            pruned = results[key]
+            table.add_row(
+                label,
+                f"{dense / size:.2f} {unit}",
+                f"{pruned / size:.2f} {unit}",
+                f"{pruned / dense:.1%}",
+            )
+    _add_accuracies(table, results)
+    # A run that was interrupted before it decided anything has nothing to compare.
+    if table.row_count:
+        _print_table(table, 100)
+
+
+def _add_accuracies(table: Table, results: dict) -> None:
+    """Adds the rows of the test accuracy; before it is measured, of the selection's."""
+    if "accuracy_pruned" in results:
+        dense = f"{results['accuracy_dense']:.2%}"
+        pruned = f"{results['accuracy_pruned']:.2%}"
+        table.add_row("test accuracy, not fine-tuned", dense, pruned, "")
+        if "accuracy" in results:
+            change = results["accuracy"] - results["accuracy_dense"]
+            table.add_row(
+                "test accuracy, fine-tuned",
+                dense,
+                f"{results['accuracy']:.2%}",
+                # In percentage points, so without a percent sign.
+                f"{change * 100:+.2f}",
+            )
+    elif "selection_accuracy" in results:
+        selection = f"{results['selection_accuracy']:.2%}"
+        table.add_row("selection accuracy, not fine-tuned", "", selection, "")
+
+
+def print_front(pareto: dict) -> None:
+    """Prints a Pareto front's points beside uniform pruning at about the same cost.
+
+    Args:
+        pareto: What `pareto.json` of a run holds.
+    """
+    table = Table(title="Pareto front, not fine-tuned")
+    table.add_column(f"{METRICS[pareto['metric']]} kept")
+    table.add_column("front: selection accuracy", justify="right")
+    table.add_column("found by")
+    table.add_column("uniform", justify="right")
+    for point in pareto["front"]:
+        # The two lines have no costs in common: widths are whole numbers.
+        nearest = _nearest_in_cost(pareto["uniform"], point["share"])
         table.add_row(
-            group["name"], f"{group['channels']:,}", f"{group['macs_share']:.1%}"
+            f"{point['share']:.1%}",
+            f"{point['selection_accuracy']:.2%}",
+            point["source"],
+            f"{nearest['selection_accuracy']:.2%} at {nearest['share']:.1%}",
         )
+    _print_table(table, 100)
+
+
+def _nearest_in_cost(points: list[dict], share: float) -> dict:
+    return min(points, key=lambda point: abs(point["share"] - share))
+
+
+def print_policies(policies: list[dict]) -> None:
+    """Prints the shipped policies and what is wrong with those that can't be used.
+
+    Args:
+        policies: For each its name, algorithm, trained_on, budget, and the problem or
+            None.
+    """
+    if not policies:
+        print(
+            "no policy is shipped; RUN and FOLDER work wherever a policy is asked for"
+        )
+        return
+    table = Table()
+    for heading in ("policy", "algorithm", "trained on", "budget", "usable here"):
+        # Folded rather than cut: names are there to be typed.
+        table.add_column(heading, overflow="fold")
+    problems = []
+    for row in policies:
+        usable = "yes"
+        if row["problem"]:
+            usable = "no"
+            problems.append(row["problem"])
+        table.add_row(
+            row["name"], row["algorithm"], row["trained_on"], row["budget"], usable
+        )
+    _print_table(table, 100)
+    # Not a column of the table: reasons are sentences.
+    _print_list("can't be used", problems)
+
+
+def print_methods(methods: list[dict]) -> None:
+    """Prints the methods, and what each sets.
+
+    Args:
+        methods: For each its name, kind, granularity, paper and options.
+    """
+    table = Table()
+    for heading in ("method", "kind", "removes", "paper", "sets"):
+        table.add_column(heading, overflow="fold")
+    for row in methods:
+        flags = [f"--{name} {value}" for name, value in row["options"].items()]
+        table.add_row(
+            row["name"], row["kind"], row["granularity"], row["paper"], " ".join(flags)
+        )
+    _print_table(table, 140)
+
+
+def print_trace(description: dict) -> None:
+    """Prints what a trace found in a network.
+
+    Its prunable groups, what is pinned and why, the operations that the tracer doesn't
+    know, and shares of the MACs.
+
+    Args:
+        description: As `autoprune trace --json` prints it.
+    """
+    prunable = []
+    pinned = []
+    for group in description["groups"]:
+        if group["prunable"]:
+            prunable.append(group)
+        else:
+            pinned.append(group)
+    macs = f"{description['macs'] / 1e6:.2f} M MACs"
+    n_params = f"{description['params']:,} parameters"
+    title = f"{description['model']}: {macs}, {n_params}"
     if prunable:
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        _print_groups(title, prunable)
     else:
-        print(f"{table.title}; nothing can be pruned")
-    _print_list(
-        "pinned",
-        _by_reason([group for group in description["groups"] if not group["prunable"]]),
-    )
+        print(f"{title}; nothing can be pruned")
+    _print_list("pinned", _describe_by_reason(pinned))
     _print_list("operations without a rule", description["unsupported"])
     shares = [f"{description[key]:.1%} {text}" for key, text in SHARES.items()]
     print(f"share of MACs: {', '.join(shares)}")
 
 
-def _print_list(title: str, lines: list[str]) -> None:
-    """A heading with its lines, or nothing; printed as they are, since names and
-    patterns may look like markup.
-    """
-    if lines:
-        print("\n".join([f"{title}:", *(f"  {line}" for line in lines)]))
-
-
-def _by_reason(groups: list[dict]) -> list[str]:
-    """One line a reason: the first groups that share it with their channels, and how
-    many more there are.
-
-    Reasons that differ in the module alone, "... in layer1.0.norm ...", are one.
-    """
-    sharing: dict[str, list[dict]] = {}
+def _print_groups(title: str, groups: list[dict]) -> None:
+    table = Table(title=title)
+    table.add_column("prunable group")
+    table.add_column("channels", justify="right")
+    table.add_column("share of MACs", justify="right")
     for group in groups:
-        sharing.setdefault(re.sub(r" in [\w.]+", "", group["pinned"]), []).append(group)
+        channels = f"{group['channels']:,}"
+        table.add_row(group["name"], channels, f"{group['macs_share']:.1%}")
+    _print_table(table, 120)
+
+
+def _print_table(table: Table, width: int) -> None:
+    """Prints a table as wide as the terminal, or `width` characters without one."""
+    # Without a terminal rich takes 80, in which our tables would be folded.
+    console = Console(width=None if sys.stdout.isatty() else width)
+    console.print(table)
+
+
+def _print_list(title: str, lines: list[str]) -> None:
+    """Prints a heading with its lines, or nothing if there are none."""
+    if not lines:
+        return
+    # Not by rich: names and patterns may look like its markup.
+    print(f"{title}:")
+    for line in lines:
+        print(f"  {line}")
+
+
+def _describe_by_reason(groups: list[dict]) -> list[str]:
+    """One line for each reason: the first groups that share it, and how many more.
+
+    Reasons that differ in the module alone are one: "operation fft in layer1.0 has no
+    rule" and "operation fft in layer2.0 has no rule" become "operation fft has no rule:
+    layer1.0.conv1 (16), layer2.0.conv1 (32)".
+    """
+    groups_of: dict[str, list[dict]] = {}
+    for group in groups:
+        common = re.sub(r" in [\w.]+", "", group["pinned"])
+        groups_of.setdefault(common, []).append(group)
     lines = []
-    for common, alike in sharing.items():
-        reason = (
-            common
-            if len({group["pinned"] for group in alike}) > 1
-            else alike[0]["pinned"]
-        )
-        names = ", ".join(
-            f"{group['name']} ({group['channels']:,})" for group in alike[:NAMES_SHOWN]
-        )
-        more = (
-            f" and {len(alike) - NAMES_SHOWN:,} more"
-            if len(alike) > NAMES_SHOWN
-            else ""
-        )
-        lines.append(f"{reason}: {names}{more}")
+    for common, alike in groups_of.items():
+        reasons = {group["pinned"] for group in alike}
+        # The only module that a reason names is worth knowing.
+        reason = common if len(reasons) > 1 else alike[0]["pinned"]
+        shown = alike[:NAMES_SHOWN]
+        names = [f"{group['name']} ({group['channels']:,})" for group in shown]
+        n_more = len(alike) - len(shown)
+        more = f" and {n_more:,} more" if n_more else ""
+        lines.append(f"{reason}: {', '.join(names)}{more}")
     return lines

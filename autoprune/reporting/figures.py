@@ -1,5 +1,7 @@
-"""The figures of a run, drawn without global state, as SVG for a page or as pixels for
-an environment.
+"""The figures of a run, as SVG for a page or as pixels for an environment.
+
+They are drawn without matplotlib's global state (`pyplot`), so that a notebook's own
+figures and settings stay as they are.
 """
 
 import io
@@ -13,17 +15,23 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-# Every colour that is drawn, so that a page can replace each by one of its theme.
-COLOURS = {
-    "ink": "#1c2024",
-    "muted": "#687078",
-    "faint": "#d5d9de",
-    "accent": "#0b6bcb",
-}
-INK, MUTED, FAINT, ACCENT = COLOURS.values()
+INK = "#1c2024"
+MUTED = "#687078"
+FAINT = "#d5d9de"
+ACCENT = "#0b6bcb"
+COLOURS = {"ink": INK, "muted": MUTED, "faint": FAINT, "accent": ACCENT}
+"""CSS variable to colour: all that are drawn, so that a page can replace each by its
+own."""
+
 DASHES = ("--", "-.", ":")
 WIDTH = 7.6
+"""Of every figure, in inches; heights are in inches too."""
+SMALL = 9
+"""Font size of labels, in points."""
+LABEL_GAP = 0.065
+"""Least distance of two labels beside the axes, as a share of the axes' height."""
 
 
 def reward_curve(
@@ -31,24 +39,23 @@ def reward_curve(
     baselines: Mapping[str, float],
     comparable: bool = True,
 ) -> Figure:
-    """Every episode's reward as a dot, the best so far as a line, baselines as labelled
-    horizontal lines.
+    """Every episode's reward as a dot, with the best so far and the baselines as lines.
 
     Args:
         rewards: Episode number, ascending, to reward; at least one.
-        baselines: Name to reward.
+        baselines: Name to reward; each becomes a labelled horizontal line.
         comparable: Whether all episodes had the same budget; if not, there is no best
             so far.
     """
-    figure, axes = _axes(3.6, left=0.1, right=0.84)
-    episodes, values = (
-        np.array(list(rewards)),
-        np.array(list(rewards.values()), dtype=float),
-    )
+    figure, axes = _new_axes(3.6, left=0.1, right=0.84)
+    episodes = np.array(list(rewards))
+    values = np.array(list(rewards.values()), dtype=float)
+    # fmax passes over NaN, which maximum would spread to all later episodes.
     best = np.fmax.accumulate(values)
     axes.plot(
         episodes, values, "o", color=MUTED, markersize=3.5, alpha=0.6, markeredgewidth=0
     )
+    # Under a larger budget a reward is easily larger: there the best says nothing.
     if comparable:
         axes.step(episodes, best, where="post", color=ACCENT, linewidth=2)
     for reward, dashes in zip(baselines.values(), cycle(DASHES), strict=False):
@@ -56,9 +63,8 @@ def reward_curve(
     axes.set_xlabel("episode")
     axes.set_ylabel("reward")
     if comparable:
-        _label_at_right(
-            axes, {"best so far": best[-1], **baselines}, {"best so far": ACCENT}
-        )
+        labels = {"best so far": best[-1], **baselines}
+        _label_at_right(axes, labels, {"best so far": ACCENT})
     return figure
 
 
@@ -68,80 +74,85 @@ def pareto_front(
     metric: str,
     chosen: int | None = None,
 ) -> Figure:
-    """A Pareto front as dots on a line, uniform pruning dashed.
+    """A Pareto front as dots on a line, with uniform pruning as a dashed line.
 
     Args:
         front: Share of the budgeted cost kept and accuracy of each point, in [0, 1],
             cheapest first; at least one.
         uniform: The same for uniform pruning; at least one.
         metric: What is budgeted, for the axis.
-        chosen: The point of the front to ring.
+        chosen: Index of the point of the front to ring.
     """
-    figure, axes = _axes(3.8, left=0.1, right=0.88)
-    (shares, accuracies), (uniform_shares, uniform_accuracies) = (
-        100 * np.array(line).T for line in (front, uniform)
-    )
+    figure, axes = _new_axes(3.8, left=0.1, right=0.88)
+    shares, accuracies = 100 * np.array(front).T
+    uniform_shares, uniform_accuracies = 100 * np.array(uniform).T
     axes.plot(
         uniform_shares, uniform_accuracies, color=MUTED, linewidth=1.2, linestyle="--"
     )
     axes.plot(shares, accuracies, "o-", color=ACCENT, linewidth=2, markersize=6)
     if chosen is not None:
-        ringed = shares[chosen], accuracies[chosen]
-        axes.plot(
-            *ringed,
-            "o",
-            color=ACCENT,
-            markersize=12,
-            markerfacecolor="none",
-            markeredgewidth=1.5,
-        )
-        # Above and to the left of a point of a front there is never another one.
-        axes.annotate(
-            "chosen",
-            ringed,
-            (-9, 9),
-            textcoords="offset points",
-            ha="right",
-            color=INK,
-            fontsize=9,
-        )
+        _ring(axes, shares[chosen], accuracies[chosen])
     axes.set_xlabel(f"share of {metric} kept, %")
     axes.set_ylabel("accuracy before fine-tuning, %")
-    _label_at_right(
-        axes,
-        {"front": accuracies[-1], "uniform": uniform_accuracies[-1]},
-        {"front": ACCENT},
-    )
+    ends = {"front": accuracies[-1], "uniform": uniform_accuracies[-1]}
+    _label_at_right(axes, ends, {"front": ACCENT})
     return figure
 
 
+def _ring(axes: Axes, x: float, y: float) -> None:
+    """Rings one point of a Pareto front and calls it chosen."""
+    axes.plot(
+        x,
+        y,
+        "o",
+        color=ACCENT,
+        markersize=12,
+        markerfacecolor="none",
+        markeredgewidth=1.5,
+    )
+    # Above and to the left of a point of a front there is never another one.
+    axes.annotate(
+        "chosen",
+        (x, y),
+        (-9, 9),
+        textcoords="offset points",
+        ha="right",
+        color=INK,
+        fontsize=SMALL,
+    )
+
+
 def loss_curve(trainings: Mapping[str, Sequence[float]]) -> Figure:
-    """Mean training loss of each epoch, of one training after the other; several are
-    told apart by name.
+    """Mean training loss of each epoch, of one training after the other.
+
+    Several trainings are told apart by their names and a dotted line between them.
 
     Args:
         trainings: Name to losses; at least one of each.
     """
-    figure, axes = _axes(2.8, left=0.1, right=0.97, top=0.9)
-    before = 0
+    figure, axes = _new_axes(2.8, left=0.1, right=0.97, top=0.9)
+    n_before = 0
     for name, losses in trainings.items():
-        epochs = range(before + 1, before + len(losses) + 1)
+        epochs = range(n_before + 1, n_before + len(losses) + 1)
         axes.plot(epochs, losses, "o-", color=ACCENT, linewidth=2, markersize=4)
         if len(trainings) > 1:
-            centre = before + (len(losses) + 1) / 2
+            # x in epochs, y as a share of the axes' height: just above them.
             axes.text(
-                centre,
+                n_before + (len(losses) + 1) / 2,
                 1.02,
                 name,
                 transform=axes.get_xaxis_transform(),
                 ha="center",
                 color=MUTED,
-                fontsize=9,
+                fontsize=SMALL,
             )
-        if before:
-            axes.axvline(before + 0.5, color=MUTED, linewidth=1, linestyle=":")
-        before += len(losses)
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        if n_before:
+            axes.axvline(n_before + 0.5, color=MUTED, linewidth=1, linestyle=":")
+        n_before += len(losses)
+    locator = axes.xaxis.get_major_locator()
+    assert isinstance(locator, MaxNLocator), "linear axes have matplotlib's AutoLocator"
+    # There is no epoch 1.5; and by default a single epoch would get ticks around it.
+    locator.set_params(integer=True, min_n_ticks=1)
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss")
     return figure
@@ -153,28 +164,18 @@ def allocation_bars(
     kept: Sequence[int],
     counted: str = "channels",
 ) -> Figure:
-    """One bar a group, in the order given: the dense width as an outline, the kept
-    channels filled.
+    """One bar a group: the dense width as an outline, the kept channels filled.
 
     Args:
-        names: The groups, in network order.
+        names: The groups, in network order, which is top to bottom.
         channels: Channels of each in the dense network.
         kept: Channels of each that remain.
         counted: What is counted, if not channels.
     """
+    figure, axes = _bar_axes(names, channels)
     rows = np.arange(len(names))
-    margin = 0.45
-    height = 0.24 * len(names) + 2 * margin
-    left = min(0.45, 0.03 + 0.0105 * max(map(len, names), default=0))
-    right = 1 - 0.013 * max((len(f"{n} / {n}") for n in channels), default=0)
-    figure, axes = _axes(
-        height,
-        left=left,
-        right=min(0.9, right),
-        top=1 - 0.1 / height,
-        bottom=margin / height,
-    )
     axes.barh(rows, kept, height=0.62, color=ACCENT)
+    # The outline goes over the bar, so that a whole group shows it too.
     axes.barh(rows, channels, height=0.62, fill=False, edgecolor=MUTED, linewidth=0.8)
     for row, (dense, count) in enumerate(zip(channels, kept, strict=True)):
         axes.annotate(
@@ -184,10 +185,12 @@ def allocation_bars(
             textcoords="offset points",
             va="center",
             color=INK,
-            fontsize=9,
+            fontsize=SMALL,
         )
+    # A name with dollar signs is no formula.
     axes.set_yticks(rows, names, parse_math=False)
     axes.tick_params("y", length=0, labelcolor=INK)
+    # Larger first: the first group stands on top.
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, max(channels, default=1) * 1.02)
     axes.grid(False)
@@ -195,16 +198,36 @@ def allocation_bars(
     return figure
 
 
+def _bar_axes(names: Sequence[str], channels: Sequence[int]) -> tuple[Figure, Axes]:
+    """Axes with a row for each group, and room for names and counts beside it."""
+    margin = 0.45
+    height = 0.24 * len(names) + 2 * margin
+    longest_name = max(map(len, names), default=0)
+    # The widths of an average character, as shares of the figure's. Neither very long
+    # names nor very long counts may leave no room for the bars.
+    left = min(0.45, 0.03 + 0.0105 * longest_name)
+    right = 1 - 0.013 * max((len(f"{n} / {n}") for n in channels), default=0)
+    return _new_axes(
+        height,
+        left=left,
+        right=min(0.9, right),
+        top=1 - 0.1 / height,
+        bottom=margin / height,
+    )
+
+
 def render_rgb(figure: Figure) -> np.ndarray:
     """The figure's pixels, uint8 `(height, width, 3)`."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
+    # A copy, since the buffer is the canvas's own.
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def render_svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an `<svg>` element to put into a page, the same text for the same
-    figure.
+    """The figure as an `<svg>` element to put into a page.
+
+    The same figure gives the same text, so that a report can be compared byte by byte.
 
     Args:
         figure: One of this module; its colours become the CSS variables of `COLOURS`,
@@ -213,28 +236,37 @@ def render_svg(figure: Figure, name: str, title: str) -> str:
         title: What the figure shows, for those who can't see it.
     """
     buffer = io.StringIO()
+    # The salt makes the ids the same every time; text stays text, in the page's font.
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    # The metadata hold matplotlib's version, which may change without the figure.
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    view, body = re.search(
-        r'<svg[^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', svg, re.DOTALL
-    ).groups()
-    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", body).replace(
-        "xlink:href", "href"
-    )
+    parts = re.search(r'<svg[^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', svg, re.DOTALL)
+    assert parts is not None, "matplotlib writes one svg element with a view box"
+    view, body = parts.groups()
+    # Figures on one page share one space of ids.
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", body)
+    body = body.replace("xlink:href", "href")
     for variable, colour in COLOURS.items():
         body = body.replace(colour, f"var(--{variable}, {colour})")
-    label = f'role="img" aria-labelledby="{name}-title"><title id="{name}-title">{escape(title)}</title>'
-    return f'<svg viewBox="{view}" {label}{body}</svg>'
+    label = f'role="img" aria-labelledby="{name}-title"'
+    heading = f'<title id="{name}-title">{escape(title)}</title>'
+    return f'<svg viewBox="{view}" {label}>{heading}{body}</svg>'
 
 
-def _axes(height: float, **margins: float) -> tuple[Figure, Axes]:
+def _new_axes(height: float, **margins: float) -> tuple[Figure, Axes]:
+    """A figure of the house's look with its only axes.
+
+    Args:
+        height: In inches.
+        **margins: Where the axes end: left, right, top, bottom as shares of the figure.
+    """
     figure = Figure((WIDTH, height))
     figure.subplots_adjust(**({"top": 0.96, "bottom": 0.16} | margins))
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(color=FAINT, labelcolor=MUTED, labelsize=9)
+    axes.tick_params(color=FAINT, labelcolor=MUTED, labelsize=SMALL)
     axes.xaxis.label.set_color(MUTED)
     axes.yaxis.label.set_color(MUTED)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -245,19 +277,20 @@ def _axes(height: float, **margins: float) -> tuple[Figure, Axes]:
 def _label_at_right(
     axes: Axes, values: Mapping[str, float], colours: Mapping[str, str]
 ) -> None:
-    """Names each value at its height beside the axes; names that would overlap are
-    moved apart.
+    """Names each value at its height beside the axes.
+
+    From the lowest value up, a name that would overlap the one below moves up.
     """
     low, high = axes.get_ylim()
-    gap, height = 0.065, -np.inf
+    height = -np.inf
     for name, value in sorted(values.items(), key=lambda item: item[1]):
-        height = max((value - low) / (high - low), height + gap)
+        height = max((value - low) / (high - low), height + LABEL_GAP)
         axes.text(
             1.015,
             height,
             name,
             transform=axes.transAxes,
             va="center",
-            fontsize=9,
+            fontsize=SMALL,
             color=colours.get(name, MUTED),
         )
