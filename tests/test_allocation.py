@@ -10,9 +10,10 @@ import pytest
 import torch
 from nets import NETS, build, images
 
-from autoprune.costs.allocation import Allocation, SearchSpace
+from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget, BudgetRange, parse_budget
 from autoprune.costs.cost import CostTable
+from autoprune.costs.search_space import SearchSpace
 from autoprune.data import models
 from autoprune.errors import UserError
 from autoprune.structure.groups import Groups
@@ -98,7 +99,7 @@ def test_a_range_goes_from_one_share_to_a_larger_one(text):
     budgets = parse_budget(text)
     assert budgets == BudgetRange(Budget("macs", share=0.3), Budget("macs", share=0.8))
     assert parse_budget(str(budgets)) == parse_budget(budgets) == budgets
-    assert [budgets.at(position) for position in (0, 0.5, 1)] == [
+    assert [budgets.at_position(position) for position in (0, 0.5, 1)] == [
         Budget("macs", share=s) for s in (0.3, 0.55, 0.8)
     ]
 
@@ -106,7 +107,7 @@ def test_a_range_goes_from_one_share_to_a_larger_one(text):
 def test_a_single_budget_is_the_same_at_every_position():
     budget = parse_budget("params=40%")
     assert (
-        budget == Budget("params", share=0.4) and budget.at(0) is budget.at(1) is budget
+        budget == Budget("params", share=0.4) and budget.at_position(0) is budget.at_position(1) is budget
     )
 
 
@@ -135,7 +136,7 @@ def test_a_range_with_a_wrong_end_is_refused_as_that_end_would_be(text):
 @pytest.mark.parametrize("position", [0, 0.0001, 0.5, 0.9999, 1])
 def test_every_budget_of_a_range_lies_within_it(position):
     asked = parse_budget("macs=33.333%..66.666%")
-    assert 0.33333 <= asked.at(position).share <= 0.66666
+    assert 0.33333 <= asked.at_position(position).share <= 0.66666
 
 
 @pytest.mark.parametrize("share", [0.07, 0.1, 0.29, 1 / 8, 0.123456, 0.999])
@@ -200,7 +201,7 @@ def test_feasible_counts_are_never_none_and_always_lead_to_the_budget(
     for _ in range(20):
         target, kept = int(generator.uniform(floor, dense)), space.costs.dense.copy()
         for index, levels in enumerate(space.levels):
-            low, high = space.feasible(kept, index, target)
+            low, high = space.feasible_range(kept, index, target)
             assert low <= high and low in levels and high in levels
             least = np.concatenate([kept[:index], [high], space.low[index + 1 :]])
             assert space.cost(least) <= target
@@ -231,7 +232,7 @@ def test_uniform_to_go_is_the_sparsity_that_meets_the_target_from_here(name):
         trial[index:] = np.clip(
             dense[index:] * (1 - sparsity), space.low[index:], space.high[index:]
         )
-        reached = space.costs.continuous("macs", trial)
+        reached = space.costs.continuous_cost("macs", trial)
         bounded = sparsity > 1 - 1e-3 or sparsity < 1e-3
         assert bounded or reached == pytest.approx(target, rel=1e-4)
 
@@ -324,9 +325,9 @@ def test_infeasible_budget_is_refused_with_the_reachable_floor():
 
 def test_nearest_level_stays_within_bounds():
     space = SearchSpace(costs("resnet20"), round_to=4)
-    assert space.nearest(0, 0.5, (4, 16)) == 8
-    assert space.nearest(0, 0.99, (8, 16)) == 8
-    assert space.nearest(0, -1, (4, 12)) == 12
+    assert space.nearest_count(0, 0.5, (4, 16)) == 8
+    assert space.nearest_count(0, 0.99, (8, 16)) == 8
+    assert space.nearest_count(0, -1, (4, 12)) == 12
 
 
 def allocation(groups: Groups, **changes) -> dict:

@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 import torch
 from nets import NETS, build, images
-from toys import fake_env, traced
+from toys import fake_env, run_episode, traced
 
-from autoprune.agents.baselines import run_episode
 from autoprune.config import SearchConfig
-from autoprune.costs.allocation import SearchSpace
 from autoprune.costs.budget import Budget
-from autoprune.costs.constraints import per_group, pinned_by_user, search_limits
+from autoprune.costs.constraints import numbers_per_group, pin_excluded, search_limits
 from autoprune.costs.cost import CostTable
+from autoprune.costs.search_space import SearchSpace
 from autoprune.data import models
 from autoprune.errors import UserError
-from autoprune.structure.groups import Groups, own_tensors
+from autoprune.structure.groups import Groups, named_tensors
 from autoprune.structure.slicing import prune
 from autoprune.tracing.trace import trace
 
@@ -70,15 +69,15 @@ def test_excluded_groups_never_change_and_the_others_are_pruned_as_before(name):
     generator = np.random.default_rng(0)
     for _ in range(3):
         excluded = some_of(groups, generator)
-        rest = pinned_by_user(groups, excluded)
+        rest = pin_excluded(groups, excluded)
         assert rest.channels.keys() <= groups.channels.keys() - set(excluded)
         kept = {
             n: torch.arange(int(generator.integers(1, c + 1)))
             for n, c in rest.channels.items()
         }
         pruned, same = prune(model, rest, kept), prune(model, groups, kept)
-        shapes = {n: tensor.shape for n, tensor in own_tensors(pruned).items()}
-        assert shapes == {n: tensor.shape for n, tensor in own_tensors(same).items()}
+        shapes = {n: tensor.shape for n, tensor in named_tensors(pruned).items()}
+        assert shapes == {n: tensor.shape for n, tensor in named_tensors(same).items()}
         whole = axes_of(
             groups, groups.channels.keys() - rest.channels.keys()
         ) - axes_of(groups, rest.channels)
@@ -93,7 +92,7 @@ def test_costs_with_excluded_groups_are_those_with_the_groups_kept_whole(name):
     _, groups = network(name)
     generator = np.random.default_rng(1)
     for _ in range(5):
-        rest = pinned_by_user(groups, some_of(groups, generator))
+        rest = pin_excluded(groups, some_of(groups, generator))
         kept = {n: int(generator.integers(1, c + 1)) for n, c in rest.channels.items()}
         before, after = CostTable(groups), CostTable(rest)
         for metric in ("macs", "params", "memory_bytes"):
@@ -103,11 +102,11 @@ def test_costs_with_excluded_groups_are_those_with_the_groups_kept_whole(name):
 def test_a_pattern_means_groups_by_name_and_layers_by_what_they_read_or_produce():
     _, groups = network("chain")  # stem -> conv1 -> conv2 -> head
     assert [
-        g.name for g in pinned_by_user(groups, ["conv2"])
+        g.name for g in pin_excluded(groups, ["conv2"])
     ] == []  # it reads conv1's channels and produces its own
-    assert [g.name for g in pinned_by_user(groups, ["head"])] == ["conv1"]
+    assert [g.name for g in pin_excluded(groups, ["head"])] == ["conv1"]
     _, groups = network("resnet20_b")
-    left = [g.name for g in pinned_by_user(groups, ["layer1.*", "layer2.?.conv1"])]
+    left = [g.name for g in pin_excluded(groups, ["layer1.*", "layer2.?.conv1"])]
     assert left == [
         "layer3.0.conv1",
         "layer3.0.conv2",
@@ -121,7 +120,7 @@ def test_the_reason_names_the_pattern_and_other_reasons_stay():
     before = {group.name: group.pinned for group in groups.pinned}
     after = {
         group.name: group.pinned
-        for group in pinned_by_user(groups, ["layer2.1.conv1", "*"]).pinned
+        for group in pin_excluded(groups, ["layer2.1.conv1", "*"]).pinned
     }
     assert {name: after[name] for name in before} == before
     assert after["layer2.1.conv1"] == "user asked (exclude layer2.1.conv1)"
@@ -131,9 +130,9 @@ def test_the_reason_names_the_pattern_and_other_reasons_stay():
 def test_excluding_nothing_changes_nothing_and_the_trace_is_left_as_found():
     _, groups = network("chain")
     assert (
-        pinned_by_user(groups, SearchConfig(exclude=" , ").excluded).all == groups.all
+        pin_excluded(groups, SearchConfig(exclude=" , ").excluded).all == groups.all
     )
-    pinned_by_user(groups, ["*"])
+    pin_excluded(groups, ["*"])
     assert groups.channels == NETS["chain"].groups
 
 
@@ -148,7 +147,7 @@ def test_a_pattern_that_means_nothing_is_refused_with_names_that_exist(options):
         UserError,
         match=rf"^{flag}: no group or layer is called 'conv9'; there are e\.g\. conv",
     ):
-        search_limits(pinned_by_user(groups, config.excluded), config)
+        search_limits(pin_excluded(groups, config.excluded), config)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +165,7 @@ def test_numbers_by_pattern_that_cannot_be_read_are_refused_with_the_value(flag,
 def test_the_last_pattern_that_means_a_group_counts():
     _, groups = network("resnet20_b")
     numbers = SearchConfig(round_to_for="*=8, layer3.*=4,layer3.1.conv1=1").multiples
-    values = per_group(
+    values = numbers_per_group(
         groups, "round_to_for", numbers, dict.fromkeys(groups.channels, 2)
     )
     assert (
@@ -175,7 +174,7 @@ def test_the_last_pattern_that_means_a_group_counts():
         and values["layer3.1.conv1"] == 1
     )
     assert set(
-        per_group(
+        numbers_per_group(
             groups, "round_to_for", {}, dict.fromkeys(groups.channels, 2)
         ).values()
     ) == {2}

@@ -24,8 +24,8 @@ from nets import (
 )
 from torch import Tensor, nn
 
-from autoprune.costs.allocation import SearchSpace
 from autoprune.costs.cost import CostTable
+from autoprune.costs.search_space import SearchSpace
 from autoprune.data import models
 from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import Groups

@@ -414,7 +414,7 @@ def test_macs_share_counts_every_use_of_a_shared_layer():
 
 def test_joined_labels_share_the_smallest_as_root_and_the_first_reason():
     book = LabelBook()
-    a, b, c = book.new(3), book.new(3), book.new(3)
+    a, b, c = book.new_labels(3), book.new_labels(3), book.new_labels(3)
     book.join(b, c)
     book.join(a, b.flip(0))
     assert book.representatives()[7:10].tolist() == [3, 2, 1]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from toys import fake_env, traced
 
-from autoprune.costs.allocation import SearchSpace
 from autoprune.costs.cost import CostTable
+from autoprune.costs.search_space import SearchSpace
 from autoprune.envs.batch import fixed_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 
@@ -96,9 +96,9 @@ def test_shifted_sparsities_keep_their_differences_and_meet_their_targets(
         ),
     )
     wishes = np.random.default_rng(2).uniform(-0.5, 1.5, (4, len(env.groups)))
-    shifted = space.shifted(wishes, targets)
+    shifted = space.shift_to_targets(wishes, targets)
     counts = space.costs.dense * (1 - shifted)
-    assert space.costs.continuous(metric, counts) == pytest.approx(targets, rel=1e-3)
+    assert space.costs.continuous_cost(metric, counts) == pytest.approx(targets, rel=1e-3)
     inside = (counts > space.low + 1e-9) & (counts < space.high - 1e-9)
     for lane in range(4):
         by = (shifted - wishes)[lane, inside[lane]]
@@ -130,16 +130,16 @@ def test_feasible_uniform_to_go_and_nearest_of_lanes_are_those_of_each(space):
     targets[:3] = floor, dense, dense + 10**6
     for index in range(len(space.levels)):
         before = kept.copy()
-        lowest, highest = space.feasible(kept, index, targets)
+        lowest, highest = space.feasible_range(kept, index, targets)
         uniform = space.uniform_to_go(kept, index, targets)
         wishes = generator.uniform(-0.2, 1.2, 20)
-        nearest = space.nearest(index, wishes, (lowest, highest))
+        nearest = space.nearest_count(index, wishes, (lowest, highest))
         assert np.array_equal(kept, before)
         for lane, (row, target) in enumerate(zip(kept, targets, strict=True)):
-            bounds = space.feasible(row, index, int(target))
+            bounds = space.feasible_range(row, index, int(target))
             assert (lowest[lane], highest[lane]) == bounds
             assert uniform[lane] == space.uniform_to_go(row, index, int(target))
-            assert nearest[lane] == space.nearest(index, float(wishes[lane]), bounds)
+            assert nearest[lane] == space.nearest_count(index, float(wishes[lane]), bounds)
 
 
 @pytest.mark.parametrize("space", SPACES, ids=str)
@@ -155,7 +155,7 @@ def test_feasible_counts_are_those_of_a_search_through_all_levels(space):
         for before in range(
             index
         ):  # decided so that the rest can still meet the budget
-            kept[before] = generator.choice(space.feasible(kept, before, target))
+            kept[before] = generator.choice(space.feasible_range(kept, before, target))
         levels = space.levels[index]
         with_least, with_most = (
             np.repeat(kept[None], len(levels), 0) for _ in range(2)
@@ -167,6 +167,6 @@ def test_feasible_counts_are_those_of_a_search_through_all_levels(space):
         )
         meets = levels[[space.cost(row) <= target for row in with_least]]
         uses_up = levels[[space.cost(row) >= target for row in with_most]]
-        lowest, highest = space.feasible(kept, index, target)
+        lowest, highest = space.feasible_range(kept, index, target)
         assert highest == meets.max()
         assert lowest == min([*uses_up, meets.max()])

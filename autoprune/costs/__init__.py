@@ -1,3 +1,1 @@
-"""What an allocation costs, what a budget allows, and the space of allocations that
-meet it.
-"""
+"""Costs of allocations, budgets, and the space of allocations that meet them."""

@@ -1,9 +1,9 @@
-"""What the user asks of single groups: left whole, a least width, a multiple; by glob
-patterns of names.
+"""What the user asks of single groups: left whole, a least width, a multiple.
 
-A pattern means a group by the group's own name, or by the name of any layer that holds
-the group's channels, be it as output or as input. So `layer1.*` also means the channels
-that enter layer1, and both axes of its layers obey.
+Groups are named by glob patterns. A pattern means a group by the group's own name, or
+by the name of any layer that holds the group's channels, be it as output or as input.
+So `layer1.*` also means the channels that enter layer1, and both axes of its layers
+obey.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,33 +15,35 @@ from autoprune.errors import UserError, nearest_names
 from autoprune.structure.groups import Group, Groups
 
 
-def pinned_by_user(groups: Groups, patterns: Iterable[str]) -> Groups:
-    """The groups with those that the patterns mean pinned, so that they are never
-    pruned.
+def pin_excluded(groups: Groups, patterns: Iterable[str]) -> Groups:
+    """Pins the groups that the user excludes, so that they are never pruned.
 
     Args:
         groups: A trace; left as found.
         patterns: Globs of group or layer names. Groups that are pinned already keep
             their reason.
 
+    Returns:
+        The trace with more groups pinned.
+
     Raises:
         UserError: If a pattern means no group.
     """
-    asked: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for pattern in patterns:
-        for group in _meant(groups, pattern, "exclude"):
-            asked.setdefault(group.name, f"user asked (exclude {pattern})")
-    return groups.with_pins(asked)
+        for group in _matching_groups(groups, pattern, "exclude"):
+            # The first pattern that means a group is the one reported.
+            reasons.setdefault(group.name, f"user asked (exclude {pattern})")
+    return groups.with_pins(reasons)
 
 
-def per_group(
+def numbers_per_group(
     groups: Groups,
     argument: str,
     numbers: Mapping[str, int],
     defaults: Mapping[str, int],
 ) -> dict[str, int]:
-    """A number for every prunable group: that of the last pattern that means it, else
-    its default.
+    """Gives every prunable group the number of the last pattern that means it.
 
     Args:
         groups: A trace.
@@ -49,13 +51,18 @@ def per_group(
         numbers: Glob of group or layer names to the number.
         defaults: Group to the number that it has if no pattern means it.
 
+    Returns:
+        Prunable group to its number.
+
     Raises:
         UserError: If a pattern means no group.
     """
     values = {name: defaults[name] for name in groups.channels}
     for pattern, number in numbers.items():
-        meant = {group.name for group in _meant(groups, pattern, argument)}
-        values |= {name: number for name in meant & values.keys()}
+        for group in _matching_groups(groups, pattern, argument):
+            # A pattern may mean pinned groups too, for which a number says nothing.
+            if group.name in values:
+                values[group.name] = number
     return values
 
 
@@ -65,8 +72,7 @@ def search_limits(
     steps: Mapping[str, int] = MappingProxyType({}),
     least: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, dict[str, int]]:
-    """`round_to` and `min_width` per prunable group as the configuration asks:
-    arguments of a `SearchSpace`.
+    """The multiples and least widths of a search, as its configuration asks.
 
     Args:
         groups: A trace.
@@ -74,45 +80,58 @@ def search_limits(
         steps: Group to a default for `round_to` of its own.
         least: Group to a default for `min_width` of its own.
 
+    Returns:
+        `round_to` and `min_width`, arguments of a
+        `autoprune.costs.search_space.SearchSpace`: each prunable group to its number.
+
     Raises:
         UserError: If a pattern means no group.
     """
-    multiples, widths = (
-        dict.fromkeys(groups.channels, config.round_to),
-        dict.fromkeys(groups.channels, 1),
-    )
+    multiples = dict.fromkeys(groups.channels, config.round_to) | dict(steps)
+    widths = dict.fromkeys(groups.channels, 1) | dict(least)
     return {
-        "round_to": per_group(
-            groups, "round_to_for", config.multiples, multiples | dict(steps)
+        "round_to": numbers_per_group(
+            groups, "round_to_for", config.multiples, multiples
         ),
-        "min_width": per_group(
-            groups, "min_width", config.least_widths, widths | dict(least)
+        "min_width": numbers_per_group(
+            groups, "min_width", config.least_widths, widths
         ),
     }
 
 
-def _meant(groups: Groups, pattern: str, argument: str) -> list[Group]:
-    meant = [
-        group
-        for group in groups.all
-        if any(fnmatchcase(name, pattern) for name in _names(group))
-    ]
-    if not meant:
-        known = list(
-            dict.fromkeys(
-                name for group in groups.all for name in sorted(_names(group)) if name
-            )
-        )
-        examples = ", ".join(nearest_names(pattern, known, 3) or known[:3])
-        raise UserError(
-            argument,
-            f"no group or layer is called {pattern!r}; there are e.g. {examples}",
-        )
-    return meant
+def _matching_groups(groups: Groups, pattern: str, argument: str) -> list[Group]:
+    """The groups that a pattern means, pinned ones among them; UserError if none."""
+    matching = []
+    for group in groups.all:
+        if any(fnmatchcase(name, pattern) for name in _names(group)):
+            matching.append(group)
+    if matching:
+        return matching
+    # The names that look most like it; any, where none does.
+    known = _all_names(groups)
+    examples = ", ".join(nearest_names(pattern, known, 3) or known[:3])
+    raise UserError(
+        argument,
+        f"no group or layer is called {pattern!r}; there are e.g. {examples}",
+    )
 
 
 def _names(group: Group) -> set[str]:
-    """What a pattern can call a group: its name and those of the modules that hold its
-    channels.
+    """What a pattern can call a group.
+
+    That is the group's name, and the names of the modules that hold its channels.
     """
-    return {group.name} | {member.tensor.rpartition(".")[0] for member in group.members}
+    modules = {member.tensor.rpartition(".")[0] for member in group.members}
+    return {group.name} | modules
+
+
+def _all_names(groups: Groups) -> list[str]:
+    """What patterns can call any group, each name once, in the order of the groups."""
+    # A dict, since a set would forget the order.
+    names: dict[str, None] = {}
+    for group in groups.all:
+        for name in sorted(_names(group)):
+            # A parameter of the network itself has no module that could be named.
+            if name:
+                names[name] = None
+    return list(names)

@@ -1,5 +1,4 @@
-"""MACs, parameters and memory of an allocation, from tables, without touching the
-model.
+"""MACs, parameters and memory of an allocation, from tables, without the model.
 
 Every cost is a sum over tensors of products of axis lengths, and every axis length is
 affine in the kept counts, and in their products where two groups are the rows and
@@ -9,8 +8,9 @@ are quadratic forms, which answer in microseconds, for one allocation or thousan
 convolutions, linear layers and products of activations for one sample.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -19,14 +19,34 @@ from autoprune.structure.groups import Extent, Groups
 BYTES = 4
 """Size of a float32 element; activations and weights are counted in it."""
 
+KeptCounts: TypeAlias = Mapping[str, int] | np.ndarray
+"""Group to count, or counts in the order of the prunable groups, `(..., n_groups)`."""
 
-KeptCounts = Mapping[str, int] | np.ndarray
+Cost: TypeAlias = Any
+"""An int for one allocation, int64 `(...)` for an array of many.
+
+Which of the two depends on how many axes the counts have, and types can't tell that.
+"""
+
+
+class CostFunction(Protocol):
+    """What an entry of `CostTable.metrics` is."""
+
+    def __call__(self, kept: KeptCounts) -> Cost:
+        """The cost of one allocation or of each of many."""
+        ...
 
 
 @dataclass(frozen=True)
 class QuadraticForm:
-    """`fixed + (terms @ products + linear) @ terms`, in float64, where whole numbers up
-    to 2^53 are exact.
+    """`fixed + (terms @ products + linear) @ terms`, computed in float64.
+
+    Whole numbers up to 2^53 are exact in it.
+
+    Attributes:
+        fixed: The value at all zeros.
+        linear: One factor for each term, `(n_terms,)`.
+        products: One factor for each pair of terms, `(n_terms, n_terms)`.
     """
 
     fixed: float
@@ -34,11 +54,11 @@ class QuadraticForm:
     products: np.ndarray
 
     def __call__(self, terms: np.ndarray) -> np.ndarray:
-        """Values `(...)` at terms `(..., n_terms)`."""
+        """The values `(...)` at terms `(..., n_terms)`."""
+        # int64 would have no fast matrix product.
         terms = np.asarray(terms, np.float64)
-        return self.fixed + np.einsum(
-            "...i,...i->...", terms @ self.products + self.linear, terms
-        )
+        slopes = terms @ self.products + self.linear
+        return self.fixed + np.einsum("...i,...i->...", terms, slopes)
 
 
 class CostTable:
@@ -48,185 +68,263 @@ class CostTable:
     of the prunable groups; MACs and parameters also take arrays `(..., n_groups)` and
     answer with int64 `(...)`.
 
+    For example, a network of two convolutions, both 3 x 3 with a bias, on images of 3
+    channels and 8 x 8 pixels; the first has 16 channels, the group, and the second 10,
+    which are its output. With n channels kept, its tensors have
+
+    - first weight: n * 3 * 9 = 27 n elements, applied at 64 places;
+    - first bias: n elements;
+    - second weight: 10 * n * 9 = 90 n elements, applied at 64 places;
+    - second bias: 10 elements.
+
+    So `params` is 10 + 118 n, and `macs` is 64 * 117 n. A weight between two groups
+    that keep n and m channels has 9 n m elements, which makes the form quadratic.
+
     Args:
         groups: The network's trace.
+
+    Attributes:
+        names: The prunable groups, in order.
+        dense: Their channels in the dense network, int64 `(n_groups,)`.
+        metrics: What can be counted: name to a function of kept counts.
     """
 
     def __init__(self, groups: Groups):
         self.names = [group.name for group in groups]
+        # int64 throughout: MACs of large networks exceed 32 bits.
         self.dense = np.array([group.channels for group in groups], dtype=np.int64)
-        self._pairs = _overlaps(groups)
-        self._build_axes(groups)
-        names = list(groups.shapes)
-        applied = dict.fromkeys(names, 0) | groups.applied
-        counted = {name: name in groups.parameters for name in names}
-        products = self._extents(groups, groups.products)
+        self._cell_pairs = _cell_pairs(groups)
+        self._tabulate_axes(groups)
+        # All uses of a weight together; biases and buffers multiply nothing.
+        uses = dict.fromkeys(groups.shapes, 0) | groups.positions_per_weight
+        is_parameter = [name in groups.parameters for name in groups.shapes]
+        fixed, per_term = self._tabulate_extents(groups.products)
         self._forms = {
-            "macs": self._form(
-                [applied[name] for name in names], *(part.sum(0) for part in products)
+            "macs": self._weighted_sizes(
+                [uses[name] for name in groups.shapes], fixed.sum(0), per_term.sum(0)
             ),
-            "params": self._form([counted[name] for name in names]),
+            "params": self._weighted_sizes(is_parameter),
         }
-        self._alive_fixed, self._alive_by = self._extents(groups, groups.operations)
-        self.metrics: dict[str, Callable[[KeptCounts], int]] = {
+        # How much is alive in each operation; memory is about the largest of them.
+        self._live_fixed, self._live_per_term = self._tabulate_extents(
+            groups.operations
+        )
+        self.metrics: dict[str, CostFunction] = {
             "macs": self.macs,
             "params": self.params,
             "memory_bytes": self.memory_bytes,
         }
 
-    def macs(self, kept: KeptCounts) -> int | np.ndarray:
-        """Multiply-accumulates of one sample."""
-        return self._exact("macs", kept)
+    def macs(self, kept: KeptCounts) -> Cost:
+        """The multiply-accumulates of one sample."""
+        return self._exact_cost("macs", kept)
 
-    def params(self, kept: KeptCounts) -> int | np.ndarray:
-        """Number of trainable values."""
-        return self._exact("params", kept)
+    def params(self, kept: KeptCounts) -> Cost:
+        """The number of trainable values."""
+        return self._exact_cost("params", kept)
 
     def memory_bytes(self, kept: KeptCounts) -> int:
-        """Parameters and buffers, and the inputs and outputs of the hungriest single
-        operation, for one sample.
-        """
-        terms = self._terms(self._array(kept))
-        alive = self._alive_fixed + self._alive_by @ terms
-        return BYTES * int(self._elements(terms).sum() + alive.max(initial=0))
+        """The bytes that an inference of one sample needs at most, of one allocation.
 
-    def continuous(self, metric: str, kept: np.ndarray) -> np.ndarray:
-        """MACs or parameters `(...)` at fractional counts `(..., n_groups)`: a smooth
-        curve through the exact ones.
+        That is all parameters and buffers, and the inputs and outputs of the hungriest
+        single operation.
+        """
+        terms = self._terms(self._as_array(kept))
+        live = self._live_fixed + self._live_per_term @ terms
+        return BYTES * int(self._tensor_sizes(terms).sum() + live.max(initial=0))
+
+    def continuous_cost(self, metric: str, kept: np.ndarray) -> np.ndarray:
+        """A smooth curve through the exact costs, for counts that aren't whole.
+
+        Args:
+            metric: "macs" or "params".
+            kept: Counts `(..., n_groups)`, fractions allowed.
+
+        Returns:
+            Costs `(...)`, float64.
         """
         return self._forms[metric](self._terms(kept))
 
-    def _exact(self, metric: str, kept: KeptCounts) -> int | np.ndarray:
-        value = np.rint(self._forms[metric](self._terms(self._array(kept)))).astype(
-            np.int64
-        )
+    def _exact_cost(self, metric: str, kept: KeptCounts) -> Cost:
+        """MACs or parameters at whole counts."""
+        exact = self._forms[metric](self._terms(self._as_array(kept)))
+        value = np.rint(exact).astype(np.int64)
         return value if value.ndim else int(value)
 
-    def _array(self, kept: KeptCounts) -> np.ndarray:
+    def _as_array(self, kept: KeptCounts) -> np.ndarray:
+        """The counts in the order of the groups; arrays are that already."""
+        # A search asks with arrays, thousands of times; they must not be copied.
         if isinstance(kept, np.ndarray):
             return kept
-        return np.array(
-            [
-                kept.get(name, count)
-                for name, count in zip(self.names, self.dense, strict=True)
-            ],
-            np.int64,
-        )
+        counts = [
+            kept.get(name, channels)
+            for name, channels in zip(self.names, self.dense, strict=True)
+        ]
+        return np.array(counts, np.int64)
 
     def _terms(self, kept: np.ndarray) -> np.ndarray:
-        """Kept counts of the groups, then their products for groups that are the rows
-        and columns of the same cells.
+        """What axis lengths are affine in: counts, then products of counts.
+
+        Args:
+            kept: Counts `(..., n_groups)`.
+
+        Returns:
+            The counts, followed by one product for each pair of groups that are the
+            rows and the columns of the same cells, `(..., n_terms)`.
         """
-        if not len(self._pairs):
+        # Most networks have no attention, and then nothing needs to be copied.
+        if not len(self._cell_pairs):
             return kept
-        return np.concatenate(
-            [kept, kept[..., self._pairs[:, 0]] * kept[..., self._pairs[:, 1]]], -1
-        )
+        rows = kept[..., self._cell_pairs[:, 0]]
+        columns = kept[..., self._cell_pairs[:, 1]]
+        return np.concatenate([kept, rows * columns], -1)
 
-    def _form(
-        self, weights: list[int], fixed: int = 0, by_term: np.ndarray | float = 0.0
+    def _weighted_sizes(
+        self,
+        weights: Sequence[int],
+        fixed: int = 0,
+        per_term: np.ndarray | float = 0.0,
     ) -> QuadraticForm:
-        """The sum over tensors of weight times elements, plus an affine part."""
-        weights = np.array(weights, np.float64) * self._rest
-        (first, second), (by_first, by_second) = (
-            self._fixed,
-            self._by_term.astype(np.float64),
-        )
-        linear = (weights * first) @ by_second + (weights * second) @ by_first + by_term
-        return QuadraticForm(
-            weights @ (first * second) + fixed,
-            linear,
-            (by_first.T * weights) @ by_second,
-        )
+        """The sum over tensors of weight times elements, plus an affine part.
 
-    def _elements(self, terms: np.ndarray) -> np.ndarray:
-        """Elements of every tensor, `(n_tensors,)`."""
-        lengths = self._fixed + self._by_term @ terms
-        return self._rest * lengths[0] * lengths[1]
+        A tensor has `rest * (fixed[0] + per_term[0] @ terms) * (fixed[1] + per_term[1]
+        @ terms)` elements; multiplied out, that is a quadratic form.
 
-    def _build_axes(self, groups: Groups) -> None:
-        """Length of up to two prunable axes a tensor: `fixed + by_term @ terms`; the
-        other axes are a factor.
+        Args:
+            weights: One for each tensor.
+            fixed: Added to the sum.
+            per_term: Times terms, added to the sum, `(n_terms,)`.
+        """
+        factors = np.array(weights, np.float64) * self._rest_size
+        first, second = self._axis_fixed
+        by_first, by_second = self._axis_per_term.astype(np.float64)
+        constant = float(factors @ (first * second) + fixed)
+        linear = (
+            (factors * first) @ by_second + (factors * second) @ by_first + per_term
+        )
+        products = (by_first.T * factors) @ by_second
+        return QuadraticForm(constant, linear, products)
+
+    def _tensor_sizes(self, terms: np.ndarray) -> np.ndarray:
+        """The elements of every tensor, `(n_tensors,)`."""
+        lengths = self._axis_fixed + self._axis_per_term @ terms
+        return self._rest_size * lengths[0] * lengths[1]
+
+    def _tabulate_axes(self, groups: Groups) -> None:
+        """Writes down how the shape of every tensor follows from the terms.
+
+        Up to two axes of a tensor are prunable; such an axis has the length `fixed +
+        per_term @ terms`. The lengths of all other axes are one factor:
+
+        - `_axis_fixed`: int64 `(2, n_tensors)`;
+        - `_axis_per_term`: int64 `(2, n_tensors, n_terms)`;
+        - `_rest_size`: int64 `(n_tensors,)`.
         """
         rows = {name: row for row, name in enumerate(groups.shapes)}
         axes = _prunable_axes(groups)
-        terms = self._terms(self.dense)
-        self._fixed = np.ones((2, len(rows)), np.int64)
-        self._by_term = np.zeros((2, len(rows), len(terms)), np.int64)
-        used = dict.fromkeys(rows, 0)
+        dense_terms = self._terms(self.dense)
+        # A missing axis stays 1 + 0 @ terms, and so drops out of every product.
+        self._axis_fixed = np.ones((2, len(rows)), np.int64)
+        self._axis_per_term = np.zeros((2, len(rows), len(dense_terms)), np.int64)
+        n_used = dict.fromkeys(rows, 0)
         for (tensor, axis), per_channel in axes.items():
-            slot, row = used[tensor], rows[tensor]
-            used[tensor] += 1
-            for term, n in self._by_terms(per_channel).items():
-                self._by_term[slot, row, term] = n
-            self._fixed[slot, row] = (
-                groups.shapes[tensor][axis] - self._by_term[slot, row] @ terms
-            )
-        rest = [
-            [
-                n
-                for axis, n in enumerate(groups.shapes[name])
-                if (name, axis) not in axes
-            ]
-            for name in rows
-        ]
-        self._rest = np.array([int(np.prod(lengths)) for lengths in rest], np.int64)
+            slot = n_used[tensor]
+            row = rows[tensor]
+            n_used[tensor] += 1
+            for term, n_positions in self._positions_per_term(per_channel).items():
+                self._axis_per_term[slot, row, term] = n_positions
+            # What no group's channels occupy stays: the axis less all that could go.
+            prunable = self._axis_per_term[slot, row] @ dense_terms
+            self._axis_fixed[slot, row] = groups.shapes[tensor][axis] - prunable
+        rest_sizes = []
+        for name, shape in groups.shapes.items():
+            rest = [n for axis, n in enumerate(shape) if (name, axis) not in axes]
+            # The product of no lengths is 1, as it should be.
+            rest_sizes.append(int(np.prod(rest)))
+        self._rest_size = np.array(rest_sizes, np.int64)
 
-    def _by_terms(self, per_channel: dict[int, int]) -> dict[int, int]:
-        """Positions that one channel of each group occupies on an axis, cells counted
-        once for row and column.
+    def _positions_per_term(self, per_channel: dict[int, int]) -> dict[int, int]:
+        """How many positions of an axis come with one more of each term.
+
+        An axis of 4 heads of width 3 has 12 positions. A head holds 3 of them and a
+        place of the width 4, but together they don't hold 3 * 4 + 4 * 3: each position
+        is the cell of one head and one place. So it's one position for each of the
+        product's 12.
+
+        Args:
+            per_channel: Number of a group to the positions that one of its channels
+                occupies in the dense network.
+
+        Returns:
+            Number of a term to the positions that come with it.
         """
         counts = dict(per_channel)
-        for number, (row, column) in enumerate(self._pairs):
+        for number, (row, column) in enumerate(self._cell_pairs):
             if row in counts and column in counts:
+                # A row's positions are one cell, or several, in each column.
                 cells = counts.pop(row) // int(self.dense[column])
                 del counts[column]
                 counts[len(self.names) + number] = cells
         return counts
 
-    def _extents(
-        self, groups: Groups, extents: tuple[Extent, ...]
+    def _tabulate_extents(
+        self, extents: tuple[Extent, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Fixed elements `(n,)` and elements per term `(n, n_terms)`."""
-        column = {(name,): term for term, name in enumerate(self.names)}
-        for number, (row, other) in enumerate(self._pairs):
-            column[self.names[row], self.names[other]] = len(self.names) + number
-        dense = self._terms(self.dense)
+        """Writes extents as affine functions of the terms.
+
+        Args:
+            extents: The elements of something, by the groups with which they go.
+
+        Returns:
+            The fixed elements `(n,)` and the elements per term `(n, n_terms)`.
+        """
+        term_of: dict[tuple[str, ...], int] = {}
+        for term, name in enumerate(self.names):
+            term_of[(name,)] = term
+        for number, (row, column) in enumerate(self._cell_pairs):
+            term_of[self.names[row], self.names[column]] = len(self.names) + number
+        dense_terms = self._terms(self.dense)
         fixed = np.array([extent.fixed for extent in extents], np.int64)
-        by_term = np.zeros((len(extents), len(column)), np.int64)
-        for row, extent in enumerate(extents):
+        per_term = np.zeros((len(extents), len(term_of)), np.int64)
+        for number, extent in enumerate(extents):
             for names, elements in extent.elements.items():
                 # The proof may have pinned a group since; then its share of the cells
                 # is there to stay.
-                prunable = tuple(name for name in names if (name,) in column)
+                prunable = tuple(name for name in names if (name,) in term_of)
                 if prunable:
-                    by_term[row, column[prunable]] += (
-                        elements // dense[column[prunable]]
-                    )
+                    term = term_of[prunable]
+                    # Elements come for all of the term; they divide evenly.
+                    per_term[number, term] += elements // dense_terms[term]
                 else:
-                    fixed[row] += elements
-        return fixed, by_term
+                    fixed[number] += elements
+        return fixed, per_term
 
 
 def _prunable_axes(groups: Groups) -> dict[tuple[str, int], dict[int, int]]:
-    """Per tensor and axis on which prunable groups sit, each group's positions for one
-    channel.
+    """Finds the axes on which prunable groups sit.
+
+    Returns:
+        Tensor and axis to the groups on it, each by its number, with the positions that
+        one of its channels occupies.
     """
     axes: dict[tuple[str, int], dict[int, int]] = {}
     for number, group in enumerate(groups):
         for member in group.members:
-            axes.setdefault((member.tensor, member.axis), {})[number] = (
-                member.index.shape[1]
-            )
+            per_channel = axes.setdefault((member.tensor, member.axis), {})
+            per_channel[number] = member.index.shape[1]
     return axes
 
 
-def _overlaps(groups: Groups) -> np.ndarray:
-    """Pairs of groups that are the rows and the columns of the same cells, `(n, 2)`."""
+def _cell_pairs(groups: Groups) -> np.ndarray:
+    """The pairs of groups that are the rows and the columns of the same cells.
+
+    Returns:
+        Numbers of prunable groups, int64 `(n_pairs, 2)`, ascending.
+    """
     numbers = {group.name: number for number, group in enumerate(groups)}
-    pairs = [
-        [numbers[name] for name in cells]
-        for cells in groups.cells
-        if numbers.keys() >= set(cells)
-    ]
+    pairs = []
+    for row, column in groups.cells:
+        # Where one of the two is pinned, the other prunes whole rows or columns.
+        if row in numbers and column in numbers:
+            pairs.append([numbers[row], numbers[column]])
     return np.array(sorted(pairs), np.int64).reshape(-1, 2)

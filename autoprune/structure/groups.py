@@ -36,7 +36,7 @@ class Member:
         """
         return tensor.movedim(self.axis, 0)[self.index]
 
-    def laid(self, values: Tensor, tensor: Tensor, rest: float) -> Tensor:
+    def spread(self, values: Tensor, tensor: Tensor, rest: float) -> Tensor:
         """A value a channel `(n_channels,)` along the axis, to multiply the tensor
         with; `rest` where no channel is.
         """
@@ -190,7 +190,7 @@ class Groups:
         ]
 
     @property
-    def applied(self) -> dict[str, int]:
+    def positions_per_weight(self) -> dict[str, int]:
         """Weight to the places of the output at which it is applied, all of its uses
         together, for one sample.
         """
@@ -209,12 +209,12 @@ class Groups:
         )
         return replace(self, all=tuple(pinned))
 
-    def gone(self, kept: Mapping[str, Tensor]) -> Tensor:
+    def removed_labels(self, kept: Mapping[str, Tensor]) -> Tensor:
         """Per label of the trace whether it goes when the prunable groups keep these
         channels, bool `(n_labels,)`.
         """
         channels = [
-            removed(group, kept if group.pinned is None else {}) for group in self.all
+            removal_mask(group, kept if group.pinned is None else {}) for group in self.all
         ]
         return torch.cat([*channels, torch.zeros(1, dtype=torch.bool)])[self.units].any(
             1
@@ -248,7 +248,7 @@ def loses_whole_conv_groups(n_in: int, n_out: int, n_groups: int) -> bool:
     )
 
 
-def removed(group: Group, kept: Mapping[str, Tensor]) -> Tensor:
+def removal_mask(group: Group, kept: Mapping[str, Tensor]) -> Tensor:
     """Per channel of a group whether it goes, bool `(n_channels,)`; a group that `kept`
     doesn't name keeps all.
     """
@@ -278,7 +278,7 @@ def tensors_in(value: object) -> list[Tensor]:
     return [tensor for child in children for tensor in tensors_in(child)]
 
 
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name; one that goes by several names (tied weights)
     appears under the first.
     """

@@ -63,7 +63,7 @@ class LabelBook:
     _edges: list[np.ndarray] = field(default_factory=list)
     _pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
 
-    def new(self, n: int, purpose: Hashable = None) -> Tensor:
+    def new_labels(self, n: int, purpose: Hashable = None) -> Tensor:
         """`n` labels, `(n,)`: those that were handed out for the same purpose before,
         else fresh ones.
         """
@@ -75,7 +75,7 @@ class LabelBook:
             self.known[purpose] = labels
         return labels
 
-    def again(self) -> "LabelBook":
+    def copy_for_rerun(self) -> "LabelBook":
         """A book for another run of the same network, with the same labels and
         lattices.
         """
@@ -132,7 +132,7 @@ class LabelBook:
             if torch.equal(known.cells.T, distinct):
                 return known.columns[row_of]
         lattice = Lattice(
-            distinct, self.new(len(distinct)), self.new(distinct.shape[1])
+            distinct, self.new_labels(len(distinct)), self.new_labels(distinct.shape[1])
         )
         self.lattices.append(lattice)
         return lattice.rows[row_of]
@@ -175,7 +175,7 @@ class LabelBook:
                 reasons.setdefault(int(root), reason)
         return reasons
 
-    def pinned_for(self, reason: str, representatives: np.ndarray) -> set[int]:
+    def roots_pinned_for(self, reason: str, representatives: np.ndarray) -> set[int]:
         """The roots that were pinned for one reason, whatever was said of them before."""
         return {
             int(root)
@@ -213,12 +213,12 @@ def thin(labels: Tensor) -> Tensor:
     ]
 
 
-def compressed(labels: Tensor) -> Tensor:
+def compress(labels: Tensor) -> Tensor:
     """The labels on their varying axes alone."""
-    return at_origin(labels, varying_axes(labels))
+    return take_at_origin(labels, varying_axes(labels))
 
 
-def at_origin(labels: Tensor, axes: Collection[int]) -> Tensor:
+def take_at_origin(labels: Tensor, axes: Collection[int]) -> Tensor:
     """The labels along some axes, at the first position of all others."""
     return labels[
         tuple(slice(None) if axis in axes else 0 for axis in range(labels.ndim))
@@ -229,7 +229,7 @@ def labels_on_axis(labels: Tensor, axis: int) -> Tensor | None:
     """The labels along one axis, `(n,)`, or None where they also vary along another."""
     if any(other != axis for other in varying_axes(labels)):
         return None
-    return at_origin(labels, [axis])
+    return take_at_origin(labels, [axis])
 
 
 def lines(labels: Tensor, axis: int) -> Tensor:
@@ -237,7 +237,7 @@ def lines(labels: Tensor, axis: int) -> Tensor:
     varying axes once.
     """
     axes = [other for other in varying_axes(labels) if other != axis]
-    kept = at_origin(labels, [*axes, axis])
+    kept = take_at_origin(labels, [*axes, axis])
     return kept.movedim(sum(other < axis for other in axes), -1).reshape(
         -1, labels.shape[axis]
     )

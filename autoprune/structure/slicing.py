@@ -15,8 +15,8 @@ from autoprune.structure.attention import OpenMultiheadAttention, is_a, open_att
 from autoprune.structure.groups import (
     Groups,
     loses_whole_conv_groups,
-    own_tensors,
-    removed,
+    named_tensors,
+    removal_mask,
 )
 
 KeptIndices = Mapping[str, Tensor]
@@ -100,7 +100,7 @@ class Slicer:
         owners, axes = _owners(self.model), {name: [] for name in groups.shapes}
         for (name, axis), cut in by_axis.items():
             axes[name].append((axis, cut))
-        tensors = {name: tensor.detach() for name, tensor in own_tensors(dense).items()}
+        tensors = {name: tensor.detach() for name, tensor in named_tensors(dense).items()}
         self._pieces = [
             (*owners[name], tensor, axes[name]) for name, tensor in tensors.items()
         ]
@@ -110,7 +110,7 @@ class Slicer:
         valid until the next.
         """
         marks = {
-            group.name: removed(group, kept)
+            group.name: removal_mask(group, kept)
             for group in self.groups
             if group.name in kept
         }
