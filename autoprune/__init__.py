@@ -4,7 +4,41 @@ The names below are imported on first use, so that `import autoprune` stays ligh
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    # What `_HOMES` says at run time, for editors and type checkers.
+    from autoprune.costs.allocation import Allocation
+    from autoprune.costs.budget import Budget
+    from autoprune.costs.cost import CostTable
+    from autoprune.deploy.export import export_onnx, load_pruned, save_pruned
+    from autoprune.errors import UserError
+    from autoprune.evaluation.evaluate import Evaluation
+    from autoprune.evaluation.importance import importance
+    from autoprune.evaluation.proxy import ProxyAccuracy
+    from autoprune.structure.groups import Groups
+    from autoprune.structure.slicing import prune, top_channels
+    from autoprune.tracing.masking import mask
+    from autoprune.tracing.trace import trace
+
+__version__ = "0.2.0"
+__all__ = [
+    "Allocation",
+    "Budget",
+    "CostTable",
+    "Evaluation",
+    "Groups",
+    "ProxyAccuracy",
+    "UserError",
+    "export_onnx",
+    "importance",
+    "load_pruned",
+    "mask",
+    "prune",
+    "save_pruned",
+    "top_channels",
+    "trace",
+]
 _HOMES = {
     "Allocation": "costs.allocation",
     "Budget": "costs.budget",
@@ -22,10 +56,13 @@ _HOMES = {
     "top_channels": "structure.slicing",
     "trace": "tracing.trace",
 }
-__all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'autoprune' has no attribute {name!r}")
     return getattr(importlib.import_module(f"autoprune.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

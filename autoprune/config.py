@@ -1,12 +1,15 @@
-"""One frozen dataclass per stage; the command line is generated from them, so flags and
-defaults can't drift apart.
+"""One frozen dataclass per stage; the command line is generated from them.
+
+So flags and defaults can't drift apart.
 
 This module imports neither torch nor anything that does: `autoprune --help` has to
 answer at once.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 from autoprune.errors import UserError, check_share
 
@@ -17,17 +20,45 @@ LARGEST_SEED = 2**32 - 2
 def _check_range(
     config: object, low: float, high: float, *names: str, stage: str = ""
 ) -> None:
-    """Raises a `UserError` for the first named field outside [low, high]; `stage` is
-    the prefix of its name.
+    """Checks that fields lie in [low, high]; None is no value and passes.
+
+    Args:
+        config: The dataclass.
+        low: The least value allowed.
+        high: The largest value allowed; infinity for none.
+        *names: The fields.
+        stage: What their names begin with in a message.
+
+    Raises:
+        UserError: For the first field outside of it.
     """
+    allowed = f"from {low:g} to {high:.10g}"
+    if high == float("inf"):
+        allowed = f"at least {low:g}"
     for name in names:
         value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            allowed = f"from {low:g} to {high:.10g}"
-            if high == float("inf"):
-                allowed = f"at least {low:g}"
-            got = value if isinstance(value, int) else f"{value:g}"
-            raise UserError(_argument(stage, name), f"must be {allowed}, got {got}")
+        if value is None or low <= value <= high:
+            continue
+        shown = value if isinstance(value, int) else f"{value:g}"
+        raise UserError(_argument(stage, name), f"must be {allowed}, got {shown}")
+
+
+def _check_choice(config: object, name: str, *choices: str, stage: str) -> None:
+    """Checks that a field is one of the choices.
+
+    Args:
+        config: The dataclass.
+        name: The field.
+        *choices: Its possible values.
+        stage: What its name begins with in a message.
+
+    Raises:
+        UserError: If it isn't.
+    """
+    value = getattr(config, name)
+    if value not in choices:
+        listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise UserError(_argument(stage, name), f"must be {listed}, got {value!r}")
 
 
 def _argument(stage: str, name: str) -> str:
@@ -37,12 +68,19 @@ def _argument(stage: str, name: str) -> str:
 
 def _items(text: str) -> list[str]:
     """The parts of a comma-separated list, empty ones left out."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    parts = [part.strip() for part in text.split(",")]
+    return [part for part in parts if part]
 
 
 def _numbers(argument: str, text: str) -> dict[str, int]:
-    """From "PATTERN=N,PATTERN=N"; raises a `UserError` unless every N is a count of at
-    least 1.
+    """Pattern to number, from "PATTERN=N,PATTERN=N".
+
+    Args:
+        argument: The argument that holds the text.
+        text: The text.
+
+    Raises:
+        UserError: Unless every N is a count of at least 1.
     """
     numbers = {}
     for item in _items(text):
@@ -50,8 +88,8 @@ def _numbers(argument: str, text: str) -> dict[str, int]:
         if not pattern or not number.isdecimal() or int(number) < 1:
             raise UserError(
                 argument,
-                f"expected PATTERN=N,PATTERN=N with N at least 1, e.g. "
-                f"layer1.*=8; got {item!r}",
+                f"expected PATTERN=N,PATTERN=N with N at least 1, e.g. layer1.*=8; "
+                f"got {item!r}",
             )
         numbers[pattern] = int(number)
     return numbers
@@ -172,8 +210,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Training after pruning: SGD with Nesterov momentum, linear warm-up, then annealed
-    to zero inside the epochs.
+    """Training after pruning: SGD with Nesterov momentum.
+
+    The rate rises linearly, then anneals to zero within the epochs.
     """
 
     epochs: int | None = None
@@ -218,35 +257,39 @@ class FinetuneConfig:
         _check_choice(self, "bf16", "auto", "on", "off", stage="finetune")
 
     def epochs_for(self, n_images: int) -> int:
-        """The number of passes over a training split of `n_images`."""
+        """The number of passes over the training split.
+
+        Args:
+            n_images: Images of that split.
+        """
         if self.epochs is not None:
             return self.epochs
-        return min(30, max(10, -(-600 // self.steps_per_epoch(n_images))))
+        # As many as make 600 steps, rounded up.
+        epochs = -(-600 // self.steps_per_epoch(n_images))
+        return min(30, max(10, epochs))
 
     def lr_for(self, n_steps: int) -> float:
-        """The highest learning rate of a training of `n_steps`."""
-        return 0.05 * min(1.0, n_steps / 1500) ** 0.5 if self.lr is None else self.lr
+        """The highest learning rate of a training.
+
+        Args:
+            n_steps: Its length in steps of the optimizer.
+        """
+        if self.lr is not None:
+            return self.lr
+        return 0.05 * min(1.0, n_steps / 1500) ** 0.5
 
     def steps_per_epoch(self, n_images: int) -> int:
-        """Whole batches in one pass."""
+        """Whole batches in one pass.
+
+        Args:
+            n_images: Images of the training split.
+        """
         return max(1, n_images // self.batch_size)
-
-
-def _check_choice(config: object, name: str, *choices: str, stage: str) -> None:
-    """Raises a `UserError` unless the field is one of the choices; `stage` is the
-    prefix of its name.
-    """
-    value = getattr(config, name)
-    if value not in choices:
-        listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
-        raise UserError(_argument(stage, name), f"must be {listed}, got {value!r}")
 
 
 @dataclass(frozen=True)
 class SparseConfig:
-    """Sparse training before the search, which makes some weights or channels
-    dispensable.
-    """
+    """Sparse training before the search; it makes weights or channels dispensable."""
 
     method: str = "none"
     """none, l1, l2, group_lasso, slimming, group_decay, gsm, drop_out or drop_connect.
@@ -509,24 +552,31 @@ class Settings:
             self.finetune, epochs=self.removal.epochs, lr=self.removal.lr
         )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain nested data."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, stages: dict) -> "Settings":
-        """The settings stored in a run's config; keys that are no stage (provenance)
-        are ignored.
+    def from_dict(cls, stages: Mapping[str, Any]) -> "Settings":
+        """The settings stored in a run's config.
+
+        Args:
+            stages: Stage to its fields; keys that are no stage (provenance) are
+                ignored.
 
         Raises:
             UserError: If a stage or one of its fields isn't known to this version.
         """
         try:
             return cls(
-                **{
-                    f.name: f.default_factory(**stages[f.name])
-                    for f in dataclasses.fields(cls)
-                }
+                network=NetworkConfig(**stages["network"]),
+                data=DataConfig(**stages["data"]),
+                search=SearchConfig(**stages["search"]),
+                proxy=ProxyConfig(**stages["proxy"]),
+                finetune=FinetuneConfig(**stages["finetune"]),
+                sparse=SparseConfig(**stages["sparse"]),
+                removal=RemovalConfig(**stages["removal"]),
+                dimensions=DimensionsConfig(**stages["dimensions"]),
             )
         except (KeyError, TypeError) as error:
             raise UserError(

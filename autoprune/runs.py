@@ -1,5 +1,6 @@
-"""The run folder: every artefact's name, atomic writes, provenance. Nothing
-half-written stays behind.
+"""The run folder: every artefact's name, atomic writes, provenance.
+
+Nothing half-written stays behind.
 """
 
 import io
@@ -10,14 +11,15 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import yaml
 
 from autoprune.config import Settings
 from autoprune.errors import UserError
+from autoprune.results import Results
 
 PACKAGES = (
     "torch",
@@ -28,10 +30,15 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
 )
+"""Packages whose versions a run's config holds."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary neighbour of `path`, then renames it into place.
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary neighbour of a path, then renames it into place.
+
+    Args:
+        path: The file to be written; its folder is made where it is missing.
+        write: Gets the temporary path, of the same suffix.
 
     Raises:
         UserError: If the disk is full or the folder can't be written; the temporary
@@ -54,25 +61,64 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             partial.unlink()
 
 
-def write_state(path: Path, state: dict) -> None:
-    """Writes a checkpoint that `torch.load(weights_only=True)` reads, atomically."""
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint that `torch.load(weights_only=True)` reads, atomically.
+
+    Args:
+        path: The file.
+        state: Nested plain data and tensors.
+
+    Raises:
+        UserError: As `write_atomically`.
+    """
     import torch
 
     # In memory first: on a full disk torch.save itself raises a RuntimeError that names
     # neither file nor reason.
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(path, lambda partial: partial.write_bytes(buffer.getvalue()))
+    content = buffer.getvalue()
+    write_atomically(path, lambda partial: partial.write_bytes(content))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` to `path` atomically; see `write_atomically`."""
+    """Writes text as UTF-8, atomically.
+
+    Args:
+        path: The file.
+        text: Its content.
+
+    Raises:
+        UserError: As `write_atomically`.
+    """
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes `value` as indented JSON to `path` atomically."""
+    """Writes plain data as indented JSON, atomically.
+
+    Args:
+        path: The file.
+        value: What it shall hold.
+
+    Raises:
+        UserError: As `write_atomically`.
+    """
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+class Artefact:
+    """A file or folder of a run, as an attribute that gives its path.
+
+    Args:
+        name: Its path within the run folder.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, folder: "RunFolder", owner: type | None = None) -> Path:
+        return folder.root / self.name
 
 
 @dataclass(frozen=True)
@@ -85,28 +131,35 @@ class RunFolder:
 
     root: Path
 
-    config = property(lambda self: self.root / "config.yaml")
-    log = property(lambda self: self.root / "log.jsonl")
-    allocation = property(lambda self: self.root / "allocation.json")
-    start = property(lambda self: self.root / "start")
-    policy = property(lambda self: self.root / "policy")
-    sparse = property(lambda self: self.root / "sparse")
-    masks = property(lambda self: self.root / "masks.safetensors")
-    blocks = property(lambda self: self.root / "blocks.json")
-    merged = property(lambda self: self.root / "merged")
-    pruned = property(lambda self: self.root / "pruned")
-    onnx = property(lambda self: self.root / "model.onnx")
-    program = property(lambda self: self.root / "model.pt2")
-    report = property(lambda self: self.root / "report.html")
-    results = property(lambda self: self.root / "results.json")
-    pareto = property(lambda self: self.root / "pareto.json")
-    checkpoints = property(lambda self: self.root / "checkpoints")
-    finetune_checkpoint = property(lambda self: self.checkpoints / "finetune.pt")
-    tensorboard = property(lambda self: self.root / "tensorboard")
+    config = Artefact("config.yaml")
+    log = Artefact("log.jsonl")
+    results = Artefact("results.json")
+    report = Artefact("report.html")
+    # The policy that a search started from, and the one that it ended with.
+    start = Artefact("start")
+    policy = Artefact("policy")
+    # What was decided, by granularity.
+    allocation = Artefact("allocation.json")
+    pareto = Artefact("pareto.json")
+    masks = Artefact("masks.safetensors")
+    blocks = Artefact("blocks.json")
+    # Networks, as weights and plan.
+    sparse = Artefact("sparse")
+    merged = Artefact("merged")
+    pruned = Artefact("pruned")
+    onnx = Artefact("model.onnx")
+    program = Artefact("model.pt2")
+    # What a resumed run goes on from.
+    checkpoints = Artefact("checkpoints")
+    finetune_checkpoint = Artefact("checkpoints/finetune.pt")
+    tensorboard = Artefact("tensorboard")
 
     @classmethod
     def open(cls, root: str | Path) -> "RunFolder":
         """An existing run.
+
+        Args:
+            root: Its folder.
 
         Raises:
             UserError: If `root` is no run folder, or its config can't be read.
@@ -121,20 +174,25 @@ class RunFolder:
         if not folder.config.is_file():
             raise UserError(
                 "run",
-                f"{str(root)!r} is not a run folder (no config.yaml); give one "
-                f"that `autoprune run` wrote",
+                f"{str(root)!r} is not a run folder (no config.yaml); give one that "
+                f"`autoprune run` wrote",
             )
         folder.read_config()
         return folder
 
-    def read_config(self) -> dict:
-        """The merged config that the run was started with, provenance included."""
+    def read_config(self) -> dict[str, Any]:
+        """The merged config that the run was started with, provenance included.
+
+        Raises:
+            UserError: If the file is damaged.
+        """
         try:
             config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             reason = type(error).__name__
             raise UserError(
-                "run", f"{str(self.config)!r} is damaged ({reason}); start the run anew"
+                "run",
+                f"{str(self.config)!r} is damaged ({reason}); start the run anew",
             ) from error
         if not isinstance(config, dict):
             raise UserError(
@@ -143,8 +201,11 @@ class RunFolder:
             )
         return config
 
-    def read_json(self, path: Path) -> dict:
+    def read_json(self, path: Path) -> dict[str, Any]:
         """One of the run's JSON files.
+
+        Args:
+            path: The file, in the run folder.
 
         Raises:
             UserError: If the run hasn't got that far, or the file is damaged.
@@ -163,41 +224,61 @@ class RunFolder:
                 "run", f"{str(path)!r} is damaged ({error}); start the run anew"
             ) from error
 
-    @property
-    def known_results(self) -> dict:
-        """What is in results.json so far; empty before the first stage is done."""
-        return self.read_json(self.results) if self.results.exists() else {}
+    def read_results(self) -> Results:
+        """What results.json holds so far; nothing before the first stage is done.
 
-    def add_results(self, **fields: object) -> dict:
-        """Merges fields into results.json and returns all of it."""
-        merged = self.known_results | fields
-        write_json(self.results, merged)
-        return merged
+        Raises:
+            UserError: If the file is damaged or of another version.
+        """
+        if not self.results.exists():
+            return Results()
+        return Results.from_json(self.read_json(self.results))
+
+    def add_results(self, **fields: Any) -> Results:
+        """Writes fields of the results, beside those that are there.
+
+        Args:
+            **fields: Fields of `Results`.
+
+        Returns:
+            All results so far.
+        """
+        results = self.read_results().updated(**fields)
+        write_json(self.results, results.to_json())
+        return results
 
     def forget(self, *names: str) -> None:
-        """Takes fields out of results.json, those that are there."""
-        known = self.known_results
-        if any(name in known for name in names):
-            write_json(
-                self.results,
-                {name: value for name, value in known.items() if name not in names},
-            )
+        """Takes fields out of the results, those that are there.
 
-    def append(self, event: str, **fields: object) -> None:
-        """Adds one line to the log, flushed, so that a killed run keeps it."""
+        Args:
+            *names: Fields of `Results`.
+        """
+        known = self.read_results().to_json()
+        if known.keys() & set(names):
+            self.add_results(**dict.fromkeys(names))
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Adds one line to the log, flushed, so that a killed run keeps it.
+
+        Args:
+            event: Kind of the line.
+            **fields: Plain data.
+        """
         line = json.dumps({"event": event, **fields}).encode() + b"\n"
         with self.log.open("ab+") as log:
+            # A kill may have cut the last line short; it must not swallow this one.
             if log.tell() and not _ends_line(log):
-                line = (
-                    b"\n" + line
-                )  # a kill cut the last line short; it must not swallow this one
+                line = b"\n" + line
             log.write(line)
 
     def logging(
         self, event: str, on_epoch: Callable[[int, float], None]
     ) -> Callable[[int, float], None]:
-        """What to call after each epoch of a training: it is logged as `event`, then
-        `on_epoch` is told.
+        """A callback for after each epoch of a training, which also logs the epoch.
+
+        Args:
+            event: Kind of the log's lines.
+            on_epoch: Called next, with the finished epochs and the mean loss.
         """
 
         def finished(epoch: int, loss: float) -> None:
@@ -206,9 +287,14 @@ class RunFolder:
 
         return finished
 
-    def events(self, event: str) -> Iterator[dict]:
-        """The log's lines of one kind, oldest first; a last line cut short by a kill is
-        left out.
+    def events(self, event: str) -> Iterator[dict[str, Any]]:
+        """The log's lines of one kind, oldest first.
+
+        Args:
+            event: The kind.
+
+        Yields:
+            Each line's data; one cut short by a kill is left out.
         """
         if not self.log.exists():
             return
@@ -227,36 +313,42 @@ def _ends_line(file: BinaryIO) -> bool:
 
 
 def start_run(settings: Settings, out: str | None, resume: bool) -> RunFolder:
-    """A new run folder with its config, or, to resume, an existing one that was started
-    with the same settings.
+    """A new run folder with its config, or, to resume, an existing one.
+
+    Args:
+        settings: What the run is started with.
+        out: The folder; None for the next free one in runs/.
+        resume: Whether to go on with the run in `out`.
 
     Raises:
         UserError: If the folder holds a run already, can't be written, or was started
             with other settings.
     """
     if resume:
-        folder = RunFolder.open(out)
-        changed = _differences(
-            Settings.from_dict(folder.read_config()).to_dict(), settings.to_dict()
-        )
-        if changed:
-            raise UserError(
-                "resume",
-                f"{out!r} was started with other settings ({changed}); "
-                f"repeat its command",
-            )
-        return folder
+        if out is None:
+            raise UserError("resume", "which run? Give its folder with out")
+        return _resumed(settings, out)
     folder = RunFolder(Path(out) if out else _next_folder(settings))
     if folder.config.exists():
         raise UserError(
             "out",
-            f"{str(folder.root)!r} holds a run already; resume it, "
-            f"or choose another folder",
+            f"{str(folder.root)!r} holds a run already; resume it, or choose another "
+            f"folder",
         )
-    write_text(
-        folder.config,
-        yaml.safe_dump(settings.to_dict() | provenance(), sort_keys=False),
-    )
+    config = settings.to_dict() | provenance()
+    write_text(folder.config, yaml.safe_dump(config, sort_keys=False))
+    return folder
+
+
+def _resumed(settings: Settings, out: str) -> RunFolder:
+    folder = RunFolder.open(out)
+    stored = Settings.from_dict(folder.read_config())
+    changed = _differences(stored.to_dict(), settings.to_dict())
+    if changed:
+        raise UserError(
+            "resume",
+            f"{out!r} was started with other settings ({changed}); repeat its command",
+        )
     return folder
 
 
@@ -270,30 +362,38 @@ def _next_folder(settings: Settings) -> Path:
 
 
 def file_stem(*parts: str) -> str:
-    """Words as the name of a file, joined by dashes: networks and budgets hold signs
-    that no name should.
+    """Words as the name of a file, joined by dashes.
+
+    Networks and budgets hold signs that no file's name should.
+
+    Args:
+        *parts: The words.
     """
     return re.sub("[:=/]", "-", "-".join(parts)).replace("%", "")
 
 
-def _differences(old: dict, new: dict) -> str:
-    changed = [
-        f"{k}: {old[s][k]} -> {new[s][k]}"
-        for s in new
-        for k in new[s]
-        if old[s][k] != new[s][k]
-    ]
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Fields of the stages that changed, in words; empty if none did."""
+    changed = []
+    for stage, fields in new.items():
+        for name, value in fields.items():
+            before = old[stage][name]
+            if before != value:
+                changed.append(f"{name}: {before} -> {value}")
     return ", ".join(changed)
 
 
-def provenance() -> dict:
+def provenance() -> dict[str, Any]:
     """Command, versions and hardware, for the config of a run."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
     return {
         "command": " ".join(sys.argv),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        },
+        "versions": versions,
         "hardware": {
             "machine": platform.machine(),
             "cpus": os.cpu_count(),

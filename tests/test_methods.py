@@ -17,9 +17,10 @@ from autoprune.config import Settings
 from autoprune.costs.allocation import Allocation
 from autoprune.deploy.export import load_pruned
 from autoprune.pipeline import stages
-from autoprune.pipeline.context import Workspace
-from autoprune.pipeline.methods import base
-from autoprune.pipeline.methods.trained import TRAINED_PRUNERS
+from autoprune.pipeline.context import RunContext
+from autoprune.pipeline.methods import trained
+from autoprune.pipeline.methods.channels import ChannelDecision
+from autoprune.pipeline.methods.registry import TRAINED_PRUNERS
 from autoprune.training.masks import Masks
 
 TINY = [
@@ -265,7 +266,7 @@ def test_what_leaves_by_training_ends_within_the_budget_with_true_costs_whether_
     assert main(["prune", str(tmp_path / "whole")]) == 0
 
     with monkeypatch.context() as patched:
-        patched.setattr(base, "finetune", interrupted_finetune)
+        patched.setattr(trained, "finetune", interrupted_finetune)
         assert main(["prune", str(tmp_path / "killed")]) == 130
     assert main(["prune", str(tmp_path / "killed")]) == 0
     whole, again = (
@@ -286,16 +287,17 @@ def test_what_leaves_by_training_ends_within_the_budget_with_true_costs_whether_
 
 
 def test_groups_that_can_have_no_compactors_are_narrow_before_the_training_that_makes_up_for_it():
-    space = Workspace(Settings())
+    space = RunContext(Settings())
     allocation = Allocation(
         {n: c // 2 for n, c in space.groups.channels.items()}, space.groups.fingerprint
     )
-    course = TRAINED_PRUNERS["compactors"].course(space, allocation)
-    stream, inner = course.model.conv1, course.model.layer1[0].conv1
+    pruner = TRAINED_PRUNERS["compactors"].make()
+    training = pruner.prepare(space, ChannelDecision(allocation))
+    stream, inner = training.model.conv1, training.model.layer1[0].conv1
     assert (stream.out_channels, inner.out_channels) == (allocation.kept["conv1"], 16)
-    course.callback.select(course.model, 1.0)
-    network, decision = course.finish(course.model)
-    assert decision == allocation
+    training.callback.select(training.model, 1.0)
+    network, decision = training.finish(training.model)
+    assert decision == ChannelDecision(allocation)
     assert sum(p.numel() for p in network.parameters()) == space.costs.params(
         allocation.kept
     )
@@ -311,7 +313,7 @@ def test_masks_that_grow_meet_the_budget_and_last_whether_killed_or_not(
     assert main(["prune", str(tmp_path / "whole")]) == 0
 
     with monkeypatch.context() as patched:
-        patched.setattr(base, "finetune", interrupted_finetune)
+        patched.setattr(trained, "finetune", interrupted_finetune)
         assert main(["prune", str(tmp_path / "killed")]) == 130
     assert main(["prune", str(tmp_path / "killed")]) == 0
     files = [

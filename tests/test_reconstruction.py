@@ -39,8 +39,8 @@ from autoprune.evaluation.evaluate import Evaluation, recalibrate, score
 from autoprune.evaluation.importance import importance
 from autoprune.evaluation.proxy import ProxyAccuracy
 from autoprune.evaluation.reconstruction import Reconstruction
-from autoprune.pipeline.context import Workspace
-from autoprune.pipeline.methods import base
+from autoprune.pipeline.context import RunContext
+from autoprune.pipeline.methods import channels
 from autoprune.structure.attention import open_attention
 from autoprune.structure.slicing import Slicer, prune, top_channels
 from autoprune.tracing.trace import trace
@@ -531,18 +531,17 @@ def test_the_pruned_network_starts_from_solved_weights_only_where_they_help(
 ):
     sliced, solved, splits = solved_digits(halves())
     model, groups, _ = digits()
-    workspace = SimpleNamespace(model=model, groups=groups, splits=splits)
-    workspace.importance = importance("l1", model, groups, splits.train)
-    workspace.reconstruction = Reconstruction(model, groups, splits.calibration.inputs)
+    context = SimpleNamespace(model=model, groups=groups, splits=splits)
+    context.importance = importance("l1", model, groups, splits.train)
+    context.reconstruction = Reconstruction(model, groups, splits.calibration.inputs)
     if not helps:
         monkeypatch.setattr(
-            base,
+            channels,
             "score",
             lambda network, images: Evaluation(0.5, -score(network, images).loss),
         )
-    channels = base.Channels(workspace, folder=None)
-    channels.decision = Allocation(halves(), groups.fingerprint)
-    pruned = channels.network()
+    decision = channels.ChannelDecision(Allocation(halves(), groups.fingerprint))
+    pruned = channels.Channels().build(context, decision)
     assert score(solved, splits.proxy).loss < score(sliced, splits.proxy).loss
     expected = solved if helps else sliced
     assert all(
@@ -597,7 +596,10 @@ def test_a_decided_proxy_suits_every_budget(reconstruct):
 )
 def test_an_environment_judges_by_what_its_tightest_budget_leaves(budget, is_lost):
     model, groups, _ = digits()
-    env, sliced = LayerPruningEnv(model, groups, auto_proxy(), budget), auto_proxy()
+    sliced = auto_proxy()
+    env = LayerPruningEnv.with_suited_proxy(model, groups, auto_proxy(), budget)
+    plain = LayerPruningEnv(model, groups, sliced, budget)
+    assert plain.proxy is sliced, "the constructor keeps the proxy that it gets"
     counts = env.counts(env.space.uniform(env.target))
     assert (env.proxy(counts) != sliced(counts)) == is_lost
     assert env.observer.proxy is env.proxy
@@ -609,8 +611,8 @@ def test_an_environment_judges_by_what_its_tightest_budget_leaves(budget, is_los
 def test_the_settings_say_whether_the_pruned_network_may_start_from_solved_weights(
     reconstruct, has_one
 ):
-    workspace = Workspace(Settings(proxy=ProxyConfig(reconstruct=reconstruct)))
-    assert (workspace.reconstruction is not None) == has_one
+    context = RunContext(Settings(proxy=ProxyConfig(reconstruct=reconstruct)))
+    assert (context.reconstruction is not None) == has_one
 
 
 @pytest.mark.parametrize(

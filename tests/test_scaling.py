@@ -38,15 +38,19 @@ from autoprune.evaluation.evaluate import (
     score,
 )
 from autoprune.evaluation.proxy import ProxyAccuracy
-from autoprune.pipeline.context import Workspace
+from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.methods import dimensions
-from autoprune.pipeline.methods.dimensions import Compound
-from autoprune.pipeline.methods.registry import removal
+from autoprune.pipeline.methods.dimensions import (
+    DimensionDecision,
+    Dimensions,
+    _Choice,
+    _most_promising,
+)
 from autoprune.runs import RunFolder
 from autoprune.scaling.accuracy_model import EXPONENTS, AccuracyModel, Point
 from autoprune.scaling.depth import remove_blocks
-from autoprune.scaling.resolution import at_resolution
-from autoprune.scaling.scaling import DEPTH, RESOLUTION, ScaledCosts, Scaling, scaled
+from autoprune.scaling.resolution import resize_inputs
+from autoprune.scaling.scaling import DEPTH, RESOLUTION, ScaledCosts, Scaling
 from autoprune.structure.slicing import prune, top_channels
 from autoprune.tracing.trace import trace
 from autoprune.training.loop import finetune
@@ -95,14 +99,14 @@ def scaling(model: nn.Module | None = None, *excluded: str) -> Scaling:
     )
 
 
-def workspace(**search: object) -> Workspace:
+def context(**search: object) -> RunContext:
     settings = Settings(
         NetworkConfig("tests.tiny:residual"),
         DataConfig("digits"),
         SearchConfig(granularity="dimensions", **search),
         ProxyConfig(images=40, workers=1),
     )
-    return Workspace(settings)
+    return RunContext(settings)
 
 
 def some_kept(groups, seed: int) -> dict[str, int]:
@@ -133,7 +137,8 @@ def test_costs_are_those_of_the_network_that_comes_out(seed):
     found = scaling()
     kept = some_kept(found.groups, seed)
     costs = ScaledCosts(found)
-    model = scaled(found.model, found.order[: 5 - kept[DEPTH]], kept[RESOLUTION])
+    shallow = remove_blocks(found.model, found.order[: 5 - kept[DEPTH]])
+    model = resize_inputs(shallow, kept[RESOLUTION])
     groups = trace(model, images(1, SIDE))
     widths = {name: torch.arange(kept[name]) for name in groups.channels}
     pruned = prune(model, groups, widths)
@@ -144,7 +149,7 @@ def test_costs_are_those_of_the_network_that_comes_out(seed):
     )
     array = np.array(list(kept.values()))
     assert costs.macs(array) == costs.macs(kept)
-    assert costs.continuous("macs", array.astype(float)) <= costs.macs(costs.dense)
+    assert costs.continuous_cost("macs", array.astype(float)) <= costs.macs(costs.dense)
 
 
 def test_costs_of_many_allocations_are_those_of_each_and_grow_with_every_count():
@@ -234,7 +239,7 @@ def test_what_is_excluded_stays_whole_at_every_depth():
 
 
 def test_an_allocation_is_scored_as_its_network_is_and_only_once():
-    space = workspace()
+    space = context()
     proxy, found = space.proxy(), space.scaling
     kept = {
         **space.groups.channels,
@@ -243,11 +248,11 @@ def test_an_allocation_is_scored_as_its_network_is_and_only_once():
         "1.0.body.0.0": 4,
         "1.3.body.0.0": 4,
     }
-    model = scaled(space.model, found.order[:2], 12)
+    model = resize_inputs(remove_blocks(space.model, found.order[:2]), 12)
     groups = trace(model, space.splits.example)
     importance = {name: space.importance[name] for name in groups.channels}
     widths = {name: kept[name] for name in groups.channels}
-    blocks = space.at({}).proxy().blocks
+    blocks = space.scaled({}).proxy().blocks
     alone = ProxyAccuracy(
         model, groups, importance, space.splits, space.settings.proxy, blocks=blocks
     )
@@ -268,7 +273,7 @@ def test_an_allocation_is_scored_as_its_network_is_and_only_once():
 
 
 def test_scores_come_in_the_order_of_the_allocations_and_restored_ones_cost_nothing():
-    space = workspace()
+    space = context()
     proxy = space.proxy()
     asked = [
         {RESOLUTION: 12},
@@ -291,7 +296,7 @@ def test_scores_come_in_the_order_of_the_allocations_and_restored_ones_cost_noth
 def test_a_continued_search_counts_a_network_once_whatever_its_removed_blocks_would_have_been(
     tmp_path,
 ):
-    space, folder = workspace(budget="macs=40%"), RunFolder(tmp_path)
+    space, folder = context(budget="macs=40%"), RunFolder(tmp_path)
     env = LayerPruningEnv(
         space.model,
         space.groups,
@@ -302,7 +307,9 @@ def test_a_continued_search_counts_a_network_once_whatever_its_removed_blocks_wo
     )
     whole = dict(space.groups.channels) | {DEPTH: 1}
     gone = next(
-        name for name in space.groups.channels if name not in space.scaling.there(whole)
+        name
+        for name in space.groups.channels
+        if name not in space.scaling.remaining(whole)
     )
     for number, kept in enumerate(
         [whole, whole | {gone: 2}, whole | {RESOLUTION: 12}], 1
@@ -327,7 +334,7 @@ def test_a_continued_search_counts_a_network_once_whatever_its_removed_blocks_wo
 
 
 def test_networks_of_every_depth_and_size_are_asked_the_same():
-    proxy = workspace().proxy()
+    proxy = context().proxy()
     own = [
         proxy._proxy_at(depth, size).blocks
         for depth, size in ((5, 16), (3, 16), (5, 12), (2, 8))
@@ -336,11 +343,11 @@ def test_networks_of_every_depth_and_size_are_asked_the_same():
 
 
 def test_answers_are_held_against_the_whole_network():
-    space = workspace()
+    space = context()
     proxy = ProxyConfig(images=40, workers=1, loss="kl", bf16="off")
-    space = Workspace(dataclasses.replace(space.settings, proxy=proxy))
+    space = RunContext(dataclasses.replace(space.settings, proxy=proxy))
     kept = dict(space.groups.channels) | {DEPTH: 1}
-    at, eval_batches = space.at(kept), EvalBatches(space.splits.proxy)
+    at, eval_batches = space.scaled(kept), EvalBatches(space.splits.proxy)
     with on_batch_statistics(at.model):
         eval_batches.set_soft_targets(space.model, "off")
         expected = evaluate(at.model, eval_batches, "off")
@@ -354,20 +361,20 @@ def test_answers_are_held_against_the_whole_network():
 
 
 def test_sensitivity_of_depth_and_size_is_what_half_of_them_loses():
-    space = workspace()
+    space = context()
     sensitivity = dict(
         zip(space.groups.channels, space.proxy().sensitivity.tolist(), strict=True)
     )
     assert sensitivity[DEPTH] > 0 and sensitivity[RESOLUTION] > 0
-    own = space.at({}).proxy().sensitivity
+    own = space.scaled({}).proxy().sensitivity
     assert [
-        sensitivity[name] for name in space.at({}).groups.channels
+        sensitivity[name] for name in space.scaled({}).groups.channels
     ] == pytest.approx(own.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("budget", ["macs=35%", "macs=80%", "params=50%"])
 def test_every_episode_meets_its_budget_and_none_of_its_steps_still_fits(budget):
-    space = workspace(budget=budget)
+    space = context(budget=budget)
     env = LayerPruningEnv(
         space.model,
         space.groups,
@@ -437,12 +444,12 @@ def test_every_kind_of_agent_decides_depth_and_size_too(agent, tmp_path):
 
 
 def test_the_pruned_network_is_the_masked_one_and_carries_what_the_plan_says(tmp_path):
-    space = workspace(agent="uniform")
+    space = context(agent="uniform")
     kept = dict(space.groups.channels) | {DEPTH: 3, RESOLUTION: 12, "1.3.body.0.0": 6}
-    at = space.at(kept, verify=True)
+    at = space.scaled(kept, verify=True)
     widths = space.scaling.widths(kept)
     pruned = prune(at.model, at.groups, top_channels(at.importance, widths))
-    by_hand = at_resolution(remove_blocks(space.model, space.scaling.removed(kept)), 12)
+    by_hand = resize_inputs(remove_blocks(space.model, space.scaling.removed(kept)), 12)
     assert score(at.model, space.splits.proxy) == score(by_hand, space.splits.proxy)
     assert not at.groups.reasons.keys() - space.groups.reasons.keys()
     assert counted_macs(pruned, SIDE) == space.costs.macs(kept)
@@ -480,13 +487,13 @@ def test_the_fit_measures_every_network_of_its_plan_and_takes_one_within_the_bud
 
 
 def test_shares_are_those_of_the_blocks_that_are_left():
-    space = workspace(agent="polynomial")
-    decided, scaled_to = removal(space, None), {DEPTH: 2, RESOLUTION: 12}
+    space = context(agent="polynomial")
+    choice, scaled_to = _Choice(space), {DEPTH: 2, RESOLUTION: 12}
     kept = dict(space.groups.channels) | scaled_to | {"0.0": 4}
     there = {DEPTH, RESOLUTION, *space.scaling.widths(kept)}
     narrow = {name: count if name in there else 1 for name, count in kept.items()}
-    assert narrow != kept and decided._shares(narrow) == decided._shares(kept)
-    macs, shares = space.costs.macs, decided._shares(kept)
+    assert narrow != kept and choice.shares(narrow) == choice.shares(kept)
+    macs, shares = space.costs.macs, choice.shares(kept)
     assert shares.depth == macs({DEPTH: 2}) / macs(
         {}
     ) and shares.resolution**2 == pytest.approx(12**2 / SIDE**2, 1e-2)
@@ -497,12 +504,11 @@ def test_shares_are_those_of_the_blocks_that_are_left():
 def test_the_most_promising_network_within_what_was_measured_is_taken_and_uses_the_budget_up(
     widest, size
 ):
-    space = workspace(agent="polynomial", budget="macs=20%")
-    decided = removal(space, None)
+    space = context(agent="polynomial", budget="macs=20%")
+    choice = _Choice(space)
     by_size = AccuracyModel(np.array([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]))
-    kept, promised = decided._best(
-        by_size, [Point(0.1, 0.1, 0.1, 0.0), Point(1.0, 1.0, widest, 0.0)]
-    )
+    measured = [Point(0.1, 0.1, 0.1, 0.0), Point(1.0, 1.0, widest, 0.0)]
+    kept, promised = _most_promising(choice, by_size, measured)
     assert kept[
         RESOLUTION
     ] == size and promised.accuracy == promised.resolution == pytest.approx(
@@ -511,22 +517,21 @@ def test_the_most_promising_network_within_what_was_measured_is_taken_and_uses_t
     row, target = np.array(list(kept.values())), int(0.2 * space.costs.macs({}))
     assert (
         space.costs.macs(kept) <= target
-        and (decided._space.fill(row, target) == row).all()
+        and (choice.space.fill(row, target) == row).all()
     )
 
 
 def test_of_groups_in_removed_blocks_nothing_is_kept():
-    space = workspace(agent="polynomial")
-    decided, kept = removal(space, None), dict(space.groups.channels) | {DEPTH: 3}
-    decided.decision = Allocation(kept, space.groups.fingerprint)
+    space = context(agent="polynomial")
+    kept = dict(space.groups.channels) | {DEPTH: 3}
+    decision = DimensionDecision(Allocation(kept, space.groups.fingerprint))
     gone = {f"{name}.body.0.0" for name in space.scaling.removed(kept)}
-    rows = decided.costs(decided.decision)["groups"]
+    rows = decision.costs(space)["groups"]
     assert {row["name"]: row["kept"] for row in rows} == kept | dict.fromkeys(gone, 0)
 
 
 def test_a_fit_has_an_optimum_under_an_absolute_budget_beyond_the_network():
-    decided = removal(workspace(agent="polynomial", budget="macs=10M"), None)
-    assert decided.check() is None
+    assert Dimensions().check(context(agent="polynomial", budget="macs=10M")) is None
 
 
 def test_a_fit_killed_between_its_networks_measures_none_of_them_again(
@@ -564,11 +569,11 @@ def test_a_decision_that_was_not_written_down_is_made_again(tmp_path, monkeypatc
     run = tmp_path / "run"
     fitted = ["search", *FITTED, "--dimensions.epochs", "0", "--out", str(run)]
 
-    def die(self, decision) -> None:
+    def die(self, folder) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Compound, "keep", die)
+        patched.setattr(DimensionDecision, "save", die)
         assert main(fitted) == 130
     assert main([*fitted, "--resume"]) == 0
     assert (
@@ -622,7 +627,7 @@ def test_a_policys_allocation_for_another_budget_can_be_pruned_to(
     )
     with monkeypatch.context() as patched:
         patched.delattr(
-            "autoprune.scaling.scaling.shallower"
+            "autoprune.scaling.scaling.select_blocks_to_remove"
         )  # the run knows the order in which its blocks go
         assert (
             main(["replay", str(run), "--budget", "macs=40%", "--out", str(file)]) == 0
@@ -664,7 +669,7 @@ def test_a_sparsely_trained_network_can_be_cut_in_depth_and_size(method, tmp_pat
         ),
         (
             ["--agent", "polynomial", "--granularity", "channel"],
-            "--agent: polynomial is for --granularity dimensions, got",
+            "--agent: polynomial is for granularity dimensions, got",
         ),
         (
             ["--agent", "polynomial", "--budget", "macs=30%..50%"],
@@ -721,12 +726,12 @@ def test_other_networks_are_told_what_they_lack(tmp_path, capsys):
 
 
 def test_a_search_decides_one_dimension_alone_if_the_others_are_excluded():
-    space = workspace(exclude="depth,[!r]*", budget="macs=50%")
+    space = context(exclude="depth,[!r]*", budget="macs=50%")
     assert list(space.groups.channels) == [RESOLUTION]
-    decided = removal(space, None)
-    assert decided.is_searched and decided.check() is None
+    method = Dimensions()
+    assert method.is_searched(space.settings) and method.check(space) is None
     with pytest.raises(UserError, match="below the reachable floor"):
-        removal(workspace(exclude="depth,[!r]*", budget="macs=5%"), None).check()
+        method.check(context(exclude="depth,[!r]*", budget="macs=5%"))
 
 
 def test_the_network_is_left_as_found():

@@ -1,70 +1,47 @@
 """What each command of `autoprune` does, with the options that `options.py` gives it.
 
-Part of the composition root, as cli.py is: heavy imports happen inside.
+Part of the composition root: heavy imports happen inside the functions.
 """
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from autoprune.cli import steps
+from autoprune.cli import stages
 from autoprune.cli.options import Parser, pick, prune_options
 from autoprune.cli.presets import methods_table
 from autoprune.config import NetworkConfig, Settings, TraceConfig
-from autoprune.errors import ExportError, UserError
+from autoprune.errors import UserError
+
+if TYPE_CHECKING:
+    from autoprune.pipeline.context import RunContext
 
 
 def run(options: Namespace) -> None:
-    """The whole job: search, prune, fine-tune, evaluate, export, report; without
-    options, on the embedded network.
-    """
-    from autoprune.pipeline import stages
-    from autoprune.reporting.console import say
-
-    failed = None
-    workspace, folder, output = steps.start(options, steps.prepare)
-    workspace = steps.train_sparsely(workspace, folder)
-    steps.decide(workspace, folder, output)
-    if not (folder.pruned / "plan.json").exists():
-        steps.prune(workspace, folder)
-    if stages.read_plan(folder)["stage"] == "pruned":
-        steps.finetune(workspace, folder)
-    if "accuracy" not in folder.known_results:
-        stages.evaluate_stage(workspace, folder)
-    if not folder.onnx.exists():
-        say("export: model.onnx, checked against PyTorch")
-        try:
-            stages.export_stage(workspace, folder)
-        except (
-            ExportError
-        ) as error:  # what was pruned and trained is still to be reported
-            failed = error
-    if "latency" not in folder.known_results:
-        say("latency: dense and pruned")
-        stages.latency_stage(workspace, folder, output.latency_batch)
-    steps.finish(folder, output.json)
-    if failed is not None:
-        raise failed
+    """The whole job: search, prune, fine-tune, evaluate, export, report."""
+    job = stages.start(options, stages.prepare)
+    stages.run_stages(job)
+    stages.finish(job, options.json)
+    if job.failed is not None:
+        raise job.failed
 
 
 def search(options: Namespace) -> None:
-    """Up to the allocation: an agent or baseline searches, the best finalist is chosen."""
-    workspace, folder, output = steps.start(options, steps.prepare)
-    workspace = steps.train_sparsely(workspace, folder)
-    steps.decide(workspace, folder, output)
-    steps.finish(folder, output.json)
+    """Up to the allocation: an agent or baseline searches, the best is chosen."""
+    job = stages.start(options, stages.prepare)
+    stages.run_stages(job, until="decide")
+    stages.finish(job, options.json)
 
 
 def replay(options: Namespace) -> None:
-    """Lets a learned policy act, without learning, on its own network or another one,
-    at its own budget or another.
-    """
+    """Lets a learned policy act, on its own network or another, at any budget."""
     from autoprune.agents.policies import find_policy
     from autoprune.agents.replay import Policy
     from autoprune.cli.search_stage import act, make_env
-    from autoprune.pipeline.context import Workspace
+    from autoprune.pipeline.context import RunContext
     from autoprune.reporting.console import print_results
     from autoprune.runs import RunFolder, file_stem, write_json
 
@@ -72,84 +49,75 @@ def replay(options: Namespace) -> None:
     policy = Policy.load(place, "policy")
     run = RunFolder(place.parent)
     is_of_run = run.policy == place and run.config.is_file()
-    trained = Workspace.of_run(run) if is_of_run else Workspace(Settings())
-    settings = _elsewhere(trained.settings, options)
-    # What a run has of its own network, trained or measured, says nothing of another
-    # one.
-    is_own = options.model is None and options.weights is None
-    workspace = (
-        dataclasses.replace(trained, settings=settings)
-        if is_own
-        else Workspace(settings)
-    )
-    env = make_env(workspace)
-    settings, name = workspace.settings, run.root.name if is_of_run else place.name
-    stem = file_stem(
-        "replay" if is_of_run else name, settings.network.model, str(env.budget)
-    )
-    path = (
-        Path(options.out)
-        if options.out
-        else (run.root if is_of_run else Path("runs")) / f"{stem}.json"
-    )
-    written, results, last = act(policy, workspace, env)
+    trained = RunContext.of_run(run) if is_of_run else RunContext(Settings())
+    settings = _with_given_options(trained.settings, options)
+    # What a run has of its own network, trained or measured, says nothing of another.
+    is_same_network = options.model is None and options.weights is None
+    if is_same_network:
+        context = dataclasses.replace(trained, settings=settings)
+    else:
+        context = RunContext(settings)
+    env = make_env(context)
+    model = settings.network.model
+    budget = str(env.budget)
+    if options.out:
+        path = Path(options.out)
+    else:
+        home = run.root if is_of_run else Path("runs")
+        first = "replay" if is_of_run else place.name
+        path = home / f"{file_stem(first, model, budget)}.json"
+    written, results, words = act(policy, context, env)
     write_json(path, written)
+    name = run.root.name if is_of_run else place.name
+    kind = "pareto" if "front" in written else "allocation"
     results = {
-        "model": settings.network.model,
-        "budget": str(env.budget),
+        "model": model,
+        "budget": budget,
         "agent": f"policy of {name}",
-    } | results
-    results |= {"pareto" if "front" in written else "allocation": str(path)}
-    print_results(results)
-    print(f"{last}: {path}")
-    if options.json:
-        print(
-            json.dumps(
-                {
-                    key: value
-                    for key, value in results.items()
-                    if not isinstance(value, list)
-                }
-            )
-        )
-
-
-def _elsewhere(settings: Settings, options: Namespace) -> Settings:
-    """Settings with what the options of `replay_options` ask for; another network
-    doesn't keep these weights.
-    """
-    flat = {
-        name: value
-        for name, value in vars(options).items()
-        if name not in ("policy", "proxy")
+        **results,
+        kind: str(path),
     }
+    print_results(results)
+    print(f"{words}: {path}")
+    if options.json:
+        summary = {}
+        for key, value in results.items():
+            if not isinstance(value, list):
+                summary[key] = value
+        print(json.dumps(summary))
+
+
+def _with_given_options(settings: Settings, options: Namespace) -> Settings:
+    """Settings with what the options of `replay_options` ask for.
+
+    Another network doesn't keep the weights of the one before.
+    """
+    flat = dict(vars(options))
     if flat["model"] is not None and flat["weights"] is None:
         flat["weights"] = NetworkConfig.weights
-    stages = {
-        "network": flat,
-        "data": flat,
-        "search": flat,
-        "proxy": vars(options.proxy),
-    }
     return dataclasses.replace(
         settings,
-        **{name: _asked(settings, name, given) for name, given in stages.items()},
+        network=_replace_given(settings.network, flat),
+        data=_replace_given(settings.data, flat),
+        search=_replace_given(settings.search, flat),
+        proxy=_replace_given(settings.proxy, vars(options.proxy)),
     )
 
 
-def _asked(settings: Settings, stage: str, given: dict):
-    """One stage of the settings, with the options that were given."""
-    old = getattr(settings, stage)
-    known = {field.name for field in dataclasses.fields(old)}
-    return dataclasses.replace(
-        old, **{k: v for k, v in given.items() if k in known and v is not None}
-    )
+def _replace_given(stage: Any, options: dict[str, Any]) -> Any:
+    """One stage of the settings, with those of its fields that were given."""
+    given = {}
+    for field in dataclasses.fields(stage):
+        # An option called like the field of a stage but for something else.
+        if field.name == "policy":
+            continue
+        if options.get(field.name) is not None:
+            given[field.name] = options[field.name]
+    return dataclasses.replace(stage, **given)
 
 
 def policies(options: Namespace) -> None:
-    """Lists the policies that autoprune ships: algorithm, what they were trained on,
-    their budgets.
-    """
+    """Lists the policies that autoprune ships: algorithm, network, budgets."""
     from autoprune.agents.policies import shipped_table
     from autoprune.reporting.console import print_policies
 
@@ -171,75 +139,91 @@ def methods(options: Namespace) -> None:
 
 def prune(options: Namespace) -> None:
     """Applies the allocation of RUN, or of a file in a new run, without searching."""
-    from autoprune.costs.allocation import Allocation
-    from autoprune.pipeline import stages
-    from autoprune.pipeline.methods.registry import removal
-
     if bool(options.run) == bool(options.allocation):
         raise UserError("prune", "give either RUN or --allocation FILE")
-    if options.run:
-        _check_alone(options)
-        workspace, folder = steps.open_run(options.run)
-        if not removal(workspace, folder).is_decided:
-            raise UserError(
-                "run",
-                f"{options.run!r} has decided nothing yet; go on with: autoprune "
-                f"run --resume --out {options.run}",
-            )
-    else:
-        _check_single(options)
+    job = _decided_run(options) if options.run else _run_of_allocation(options)
+    stages.prune(job)
+    stages.finish(job, options.json)
 
-        def prepare(workspace) -> None:
-            Allocation.read(options.allocation, workspace.groups)
-            removal(workspace, None).check()
 
-        workspace, folder, _ = steps.start(options, prepare)
-        workspace = steps.train_sparsely(workspace, folder)
-        allocation = Allocation.read(options.allocation, workspace.groups)
-        settings = workspace.settings
-        stages.keep_order(workspace, folder)
-        folder.add_results(
-            run=str(folder.root), model=settings.network.model, data=settings.data.data
+def _decided_run(options: Namespace) -> stages.Job:
+    """The run that `prune RUN` goes on with."""
+    from autoprune.pipeline.methods.registry import method_of
+
+    _check_alone(options)
+    job = stages.open_run(options.run)
+    if not method_of(job.settings).is_decided(job.folder):
+        raise UserError(
+            "run",
+            f"{options.run!r} has decided nothing yet; go on with: autoprune "
+            f"run --resume --out {options.run}",
         )
-        folder.add_results(
-            budget=allocation.budget, agent=allocation.source, evaluations=0
-        )
-        stages.use_allocation(workspace, allocation, folder)
-    steps.prune(workspace, folder)
-    steps.finish(folder, options.json)
+    return job
+
+
+def _run_of_allocation(options: Namespace) -> stages.Job:
+    """A new run that begins with the allocation of a file."""
+    from autoprune.costs.allocation import Allocation
+    from autoprune.pipeline.methods.registry import method_of
+    from autoprune.pipeline.stages import keep_order, use_allocation
+
+    _check_single(options)
+
+    def prepare(context: "RunContext") -> None:
+        Allocation.read(options.allocation, context.groups)
+        method_of(context.settings).check(context)
+
+    job = stages.start(options, prepare)
+    stages.run_stages(job, until="sparse")
+    allocation = Allocation.read(options.allocation, job.context.groups)
+    keep_order(job.context, job.folder)
+    job.folder.add_results(
+        run=str(job.folder.root),
+        model=job.settings.network.model,
+        data=job.settings.data.data,
+        budget=allocation.budget,
+        agent=allocation.source,
+        evaluations=0,
+    )
+    use_allocation(job.context, allocation, job.folder)
+    return job
 
 
 def _check_alone(options: Namespace) -> None:
     """Refuses options of a new run beside an existing one, whose settings count."""
     parser = Parser()
     prune_options(parser)
-    usual = dict(parser.get_defaults().items())
-    given = [
-        name
-        for name, value in options.items()
-        if value != usual[name] and name not in ("run", "json")
-    ]
-    if given:
+    defaults = dict(parser.get_defaults().items())
+    for name, value in options.items():
+        if name in ("run", "json") or value == defaults[name]:
+            continue
         raise UserError(
-            given[0],
-            f"RUN is pruned with the settings that it was started with; "
-            f"leave --{given[0]} out, or "
-            f"prune in a new run with --allocation {options.run}/allocation.json",
+            name,
+            f"RUN is pruned with the settings that it was started with; leave --{name} "
+            f"out, or prune in a new run with "
+            f"--allocation {options.run}/allocation.json",
         )
 
 
 def _check_single(options: Namespace) -> None:
-    """Refuses what goes with no single allocation: granularities, ranges, fronts,
-    methods that decide by budget.
+    """Refuses what goes with no single allocation.
+
+    Granularities that have none, ranges and fronts, methods that decide by the budget.
     """
     from autoprune.costs.budget import BudgetRange, parse_budget
+    from autoprune.pipeline.methods.registry import (
+        PRUNING_METHODS,
+        TRAINED_PRUNERS,
+        entry_of,
+    )
 
-    if options.removal.method == "resrep":
+    pruner = TRAINED_PRUNERS.get(options.removal.method)
+    if pruner is not None and not pruner.takes_allocations:
+        others = [name for name, p in TRAINED_PRUNERS.items() if p.takes_allocations]
         raise UserError(
             "removal.method",
-            "resrep decides by itself how much goes where, got an "
-            "--allocation beside it; "
-            "use compactors, which do the same for an allocation",
+            f"{options.removal.method} decides by itself how much goes where, got an "
+            f"--allocation beside it; use {' or '.join(others)}",
         )
     if options.sparse.method == "gsm" and options.sparse.share is None:
         raise UserError(
@@ -247,68 +231,60 @@ def _check_single(options: Namespace) -> None:
             "gsm takes the budget's share, and an allocation has none; "
             "give one in (0, 1]",
         )
-    if options.granularity not in ("channel", "dimensions"):
+    if not entry_of(options.granularity).takes_allocations:
+        fitting = [name for name, e in PRUNING_METHODS.items() if e.takes_allocations]
         raise UserError(
             "granularity",
-            f"an allocation is for channel or dimensions, got "
-            f"{options.granularity}; for that give "
-            f"a RUN of autoprune search --granularity {options.granularity}",
+            f"an allocation is for {' or '.join(fitting)}, got {options.granularity}; "
+            f"for that give a RUN of autoprune search "
+            f"--granularity {options.granularity}",
         )
     if isinstance(parse_budget(options.budget), BudgetRange):
         raise UserError(
             "budget",
-            f"prune applies one allocation, got the range {options.budget}; "
-            f"leave --budget out, "
-            "the allocation knows its own",
+            f"prune applies one allocation, got the range {options.budget}; leave "
+            f"--budget out, the allocation knows its own",
         )
     path = Path(options.allocation)
-    if path.is_file() and '"front"' in path.read_text(
-        encoding="utf-8", errors="replace"
-    ):
+    if path.is_file() and '"front"' in path.read_text("utf-8", errors="replace"):
         raise UserError(
             "allocation",
-            f"{options.allocation!r} holds a whole front; give one of "
-            f"its points: the allocation that "
-            'autoprune replay RUN --budget macs=40% writes, or an entry of "front" as '
-            "a file of its own",
+            f"{options.allocation!r} holds a whole front; give one of its points: the "
+            f"allocation that autoprune replay RUN --budget macs=40% writes, or an "
+            f'entry of "front" as a file of its own',
         )
 
 
 def finetune(options: Namespace) -> None:
-    """Fine-tunes the pruned network of RUN; --resume goes on after the last finished
-    epoch.
-    """
-    workspace, folder = steps.open_run(options.run)
+    """Fine-tunes the pruned network of RUN, or goes on with that."""
+    job = stages.open_run(options.run)
     if options.epochs is not None:
-        settings = workspace.settings
-        epochs = dataclasses.replace(settings.finetune, epochs=options.epochs)
-        workspace = dataclasses.replace(
-            workspace, settings=dataclasses.replace(settings, finetune=epochs)
-        )
+        settings = job.settings
+        config = dataclasses.replace(settings.finetune, epochs=options.epochs)
+        settings = dataclasses.replace(settings, finetune=config)
+        job.dense = dataclasses.replace(job.dense, settings=settings)
     if not options.resume:
-        folder.finetune_checkpoint.unlink(missing_ok=True)
-    steps.finetune(workspace, folder)
-    steps.finish(folder, options.json)
+        job.folder.finetune_checkpoint.unlink(missing_ok=True)
+    stages.finetune(job)
+    stages.finish(job, options.json)
 
 
 def evaluate(options: Namespace) -> None:
     """Accuracy of the dense and the pruned network of RUN on the test split."""
     from autoprune.pipeline.stages import evaluate_stage
 
-    workspace, folder = steps.open_run(options.run)
-    evaluate_stage(workspace, folder)
-    steps.finish(folder, options.json)
+    job = stages.open_run(options.run)
+    evaluate_stage(job.context, job.folder)
+    stages.finish(job, options.json)
 
 
 def export(options: Namespace) -> None:
-    """Writes the pruned network of RUN as ONNX, checked against PyTorch, or as a
-    torch.export program.
-    """
+    """Writes the pruned network of RUN as ONNX, or as a torch.export program."""
     from autoprune.pipeline.stages import export_stage, report_stage
 
-    workspace, folder = steps.open_run(options.run)
-    written = export_stage(workspace, folder, options.format)
-    report_stage(folder)
+    job = stages.open_run(options.run)
+    written = export_stage(job.context, job.folder, options.format)
+    report_stage(job.folder)
     _print_file(written, options.json)
 
 
@@ -316,8 +292,8 @@ def report(options: Namespace) -> None:
     """Writes report.html of RUN from what its folder holds."""
     from autoprune.pipeline.stages import report_stage
 
-    _, folder = steps.open_run(options.run)
-    _print_file(report_stage(folder), options.json)
+    job = stages.open_run(options.run)
+    _print_file(report_stage(job.folder), options.json)
 
 
 def _print_file(path: Path, as_json: bool) -> None:
@@ -327,12 +303,10 @@ def _print_file(path: Path, as_json: bool) -> None:
 
 
 def trace(options: Namespace) -> None:
-    """Prints the groups of a network, what is pinned and why, and the share of MACs
-    that can shrink.
-    """
+    """Prints the groups of a network, what is pinned and why, and the share of MACs."""
     import torch
 
-    from autoprune.costs.constraints import pinned_by_user
+    from autoprune.costs.constraints import pin_excluded
     from autoprune.data.models import MODELS, build, load_weights
     from autoprune.reporting.console import print_trace
     from autoprune.tracing.trace import describe
@@ -342,10 +316,11 @@ def trace(options: Namespace) -> None:
     model = build(config.model, config.n_classes)
     if config.weights:
         load_weights(model, config.weights)
-    size = config.image_size or (32 if config.model in MODELS else 224)
-    groups = pinned_by_user(
-        trace_network(model, torch.zeros(1, 3, size, size)), config.excluded
-    )
+    size = config.image_size
+    if size is None:
+        size = 32 if config.model in MODELS else 224
+    groups = trace_network(model, torch.zeros(1, 3, size, size))
+    groups = pin_excluded(groups, config.excluded)
     description = {"model": config.model, **describe(groups)}
     print_trace(description)
     if options.json:

@@ -1,8 +1,7 @@
 """The `autoprune` command: its parser, the table of its commands, its exit codes.
 
-With commands.py and steps.py it is the composition root, where core, environment and
-agents meet. Heavy imports happen inside the functions of all three, so that `--help`
-answers at once.
+This room is the composition root, where core, environment and agents meet. Heavy
+imports happen inside its functions, so that `--help` answers at once.
 """
 
 import dataclasses
@@ -14,6 +13,8 @@ from types import MappingProxyType
 
 from jsonargparse import Namespace
 
+from autoprune import __version__
+from autoprune.__main__ import PACKAGES_OF_RUN, needs_run_extra
 from autoprune.cli import commands
 from autoprune.cli.memory import keep_freed_memory
 from autoprune.cli.options import (
@@ -34,8 +35,14 @@ from autoprune.errors import ExportError, UserError, in_one_line
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns 0, or 1 if something failed, 2 for a user error, 130
-    after Ctrl-C.
+    """Runs one command.
+
+    Args:
+        arguments: The command line; None for the process's own.
+
+    Returns:
+        The exit code: 0, or 1 if something failed, 2 for a user error, 130 after
+        Ctrl-C.
     """
     keep_freed_memory()
     command = None
@@ -47,6 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         message = in_one_line(error, partial(_flag, command))
         print(f"autoprune: error: {message}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES_OF_RUN:
+            raise
+        print(f"autoprune: error: {needs_run_extra(error.name)}", file=sys.stderr)
         return 2
     except ExportError as error:
         print(f"autoprune: error: {error}", file=sys.stderr)
@@ -79,17 +91,18 @@ def _flag(command: str | None, argument: str) -> str:
 
 
 def _parse(arguments: list[str] | None) -> Namespace:
-    """The options; with a `--method` or a `--policy` read once more, with the defaults
-    that follow from it.
-    """
+    """The options, read once more where a method or a policy sets other defaults."""
     options = build_parser().parse_args(arguments)
-    defaults = _implied(options[options.subcommand])
-    return build_parser(defaults).parse_args(arguments) if defaults else options
+    defaults = _implied_defaults(options[options.subcommand])
+    if not defaults:
+        return options
+    return build_parser(defaults).parse_args(arguments)
 
 
-def _implied(options: Namespace) -> dict[str, object]:
-    """Defaults that follow from what is given: those of a method; else a policy is gone
-    on with by its own agent.
+def _implied_defaults(options: Namespace) -> dict[str, object]:
+    """Defaults that follow from what is given.
+
+    Those of a method; else a policy is gone on with by its own agent.
     """
     if options.get("method"):
         return method_named(options.method).defaults
@@ -97,47 +110,55 @@ def _implied(options: Namespace) -> dict[str, object]:
         from autoprune.agents.policies import agent_of
         from autoprune.runs import RunFolder
 
-        is_resumed = options.resume and options.out
-        return {
-            "agent": agent_of(
-                options.policy,
-                RunFolder(Path(options.out)).start if is_resumed else None,
-            )
-        }
+        copy = None
+        if options.resume and options.out:
+            copy = RunFolder(Path(options.out)).start
+        return {"agent": agent_of(options.policy, copy)}
     return {}
 
 
 def build_parser(defaults: Mapping[str, object] = MappingProxyType({})) -> Parser:
-    """The parser of all commands; `defaults` follow from a method or a policy, for the
-    commands that take one.
+    """The parser of all commands.
+
+    Args:
+        defaults: Option to the default that follows from a method or a policy, for the
+            commands that take one.
     """
     parser = Parser(
         prog="autoprune",
-        description="Prune a trained PyTorch vision network: an agent finds how much where.",
+        description="Prune a trained PyTorch vision network: an agent finds how much "
+        "where.",
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument(
+        "--version", action="version", version=f"autoprune {__version__}"
+    )
     subcommands = parser.add_subcommands(required=True, dest="subcommand")
     for name, command in COMMANDS.items():
-        sub = Parser(description=command.run.__doc__.splitlines()[0])
-        command.options(sub)
+        subparser = Parser(description=command.help)
+        command.options(subparser)
         if command.options in (search_options, prune_options):
-            sub.set_defaults(dict(defaults))
-        subcommands.add_subcommand(name, sub, help=command.run.__doc__.splitlines()[0])
+            subparser.set_defaults(dict(defaults))
+        subcommands.add_subcommand(name, subparser, help=command.help)
     return parser
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"autoprune {version('autoprune')}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A verb of the command line: what it runs and which options it takes."""
+    """A verb of the command line.
+
+    Attributes:
+        run: What it does; the first line of its docstring is the help.
+        options: Adds the options that it takes.
+    """
 
     run: Callable[[Namespace], None]
     options: Callable[[Parser], None]
+
+    @property
+    def help(self) -> str:
+        """One line that says what it does."""
+        docstring = self.run.__doc__ or ""
+        return docstring.splitlines()[0]
 
 
 COMMANDS: dict[str, Command] = {

@@ -1,10 +1,12 @@
-"""Which options each command takes, generated from the config dataclasses. Imports no
-torch.
+"""Which options each command takes, generated from the config dataclasses.
+
+Imports no torch.
 """
 
 import dataclasses
 import re
 import sys
+from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
@@ -21,92 +23,25 @@ from autoprune.config import (
     SparseConfig,
     TraceConfig,
 )
+from autoprune.pipeline.methods.registry import (
+    PRUNING_METHODS,
+    SLICE,
+    TRAINED_PRUNERS,
+)
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-
-PLAINLY = {
-    r"^the following arguments are required: (\w+)\.(\w+)$": r"\1: \2 is missing; see `autoprune \1 --help`",
-    r"^expected \"subcommand\" .* not provided.$": "give a command; see `autoprune --help`",
+Config = TypeVar("Config")
+PLAIN_MESSAGES = {
+    r"^the following arguments are required: (\w+)\.(\w+)$": (
+        r"\1: \2 is missing; see `autoprune \1 --help`"
+    ),
+    r"^expected \"subcommand\" .* not provided.$": (
+        "give a command; see `autoprune --help`"
+    ),
 }
-"""What jsonargparse says in the words of its configuration files, as a command line
-would.
-"""
-
-
-class Parser(ArgumentParser):
-    """Reports a wrong command line in one line and ends with exit code 2."""
-
-    def error(self, message, ex=None):
-        text = " ".join(str(message).split())
-        for pattern, plainly in PLAINLY.items():
-            text = re.sub(pattern, plainly, text)
-        print(f"autoprune: error: {text}", file=sys.stderr)
-        sys.exit(2)
-
-
-def search_options(parser: Parser) -> None:
-    """Network, data, search, output, fine-tuning, proxy, sparse training, removal and
-    dimensions.
-    """
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of these options."
-    )
-    text = "A method of the field, as defaults for other options; `autoprune methods` lists them."
-    parser.add_argument("--method", type=str | None, default=None, help=text)
-    for config in (NetworkConfig, DataConfig, SearchConfig):
-        parser.add_class_arguments(config)
-    parser.add_class_arguments(OutputConfig, skip={"resume", "json"})
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="Go on with the run in --out where it was interrupted.",
-    )
-    _json_option(parser)
-    text = "Epochs of fine-tuning (null: 10, or on a small dataset as many as make 600 steps, at most 30)."
-    parser.add_argument("--epochs", type=int | None, default=None, help=text)
-    parser.add_class_arguments(FinetuneConfig, "finetune", skip={"epochs"})
-    parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
-    parser.add_class_arguments(SparseConfig, "sparse")
-    parser.add_class_arguments(RemovalConfig, "removal")
-    parser.add_class_arguments(DimensionsConfig, "dimensions")
-
-
-def _json_option(parser: Parser) -> None:
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="Print one JSON object as the last line of stdout.",
-    )
-
-
-def pick(options: Namespace, config: type, **fixed: object):
-    """The dataclass that a command's flat options describe."""
-    names = {field.name for field in dataclasses.fields(config)} - set(fixed)
-    return config(**{name: options[name] for name in names if name in options}, **fixed)
-
-
-def settings_of(options: Namespace) -> Settings:
-    """The settings that the options of `search_options` describe."""
-    return Settings(
-        pick(options, NetworkConfig),
-        pick(options, DataConfig),
-        pick(options, SearchConfig),
-        ProxyConfig(**vars(options.proxy), seed=options.seed),
-        FinetuneConfig(**vars(options.finetune), epochs=options.epochs),
-        SparseConfig(**vars(options.sparse)),
-        RemovalConfig(**vars(options.removal)),
-        DimensionsConfig(**vars(options.dimensions)),
-    )
-
-
-def run_options(parser: Parser) -> None:
-    """An existing run."""
-    parser.add_argument("run", help="Folder of the run.")
-    _json_option(parser)
-
-
-LEARNING = {
+"""Messages of jsonargparse, which speak of configuration files, to plain ones."""
+ACTS_ONLY: set[str | int] = {
     "granularity",
     "agent",
     "policy",
@@ -118,29 +53,164 @@ LEARNING = {
 """Options of a search that mean nothing to a policy that only acts, on channels."""
 
 
-def replay_options(parser: Parser) -> None:
-    """A policy, and where it shall act; the defaults are its run's settings, without a
-    run those of `autoprune run`.
-    """
-    text = "A run, the name of a shipped policy, or a policy's folder. Options that aren't given are as in the run, or, "
+class Parser(ArgumentParser):
+    """Reports a wrong command line in one line and ends with exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints what is wrong with the command line, and ends.
+
+        Args:
+            message: What jsonargparse says.
+            ex: Where it comes from.
+        """
+        text = " ".join(str(message).split())
+        for pattern, plain in PLAIN_MESSAGES.items():
+            text = re.sub(pattern, plain, text)
+        print(f"autoprune: error: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+def search_options(parser: Parser) -> None:
+    """Everything that a new run needs: a field of every stage's dataclass."""
     parser.add_argument(
-        "policy", help=f"{text}for a policy of no run, as `autoprune run` has them."
+        "--config", action="config", help="YAML file with any of these options."
+    )
+    parser.add_argument(
+        "--method",
+        type=str | None,
+        default=None,
+        help="A method of the field, as defaults for other options; "
+        "`autoprune methods` lists them.",
+    )
+    for config in (NetworkConfig, DataConfig, SearchConfig):
+        parser.add_class_arguments(config)
+    # Both are flags here, which take no value.
+    parser.add_class_arguments(OutputConfig, skip={"resume", "json"})
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="Go on with the run in --out where it was interrupted.",
+    )
+    _json_option(parser)
+    parser.add_argument(
+        "--epochs",
+        type=int | None,
+        default=None,
+        help="Epochs of fine-tuning (null: 10, or on a small dataset as many as make "
+        "600 steps, at most 30).",
+    )
+    parser.add_class_arguments(FinetuneConfig, "finetune", skip={"epochs"})
+    parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
+    parser.add_class_arguments(SparseConfig, "sparse")
+    parser.add_class_arguments(RemovalConfig, "removal")
+    parser.add_class_arguments(DimensionsConfig, "dimensions")
+    _set_help(parser, "granularity", _granularity_help())
+    _set_help(parser, "removal.method", _removal_help())
+
+
+def _set_help(parser: Parser, name: str, text: str) -> None:
+    for action in parser._actions:
+        if action.dest == name:
+            action.help = text
+
+
+def _granularity_help() -> str:
+    """What can be removed and who decides it, from the registry's entries."""
+    parts = []
+    for name, entry in PRUNING_METHODS.items():
+        part = f"{name}: {entry.removes}"
+        if entry.agents is not None:
+            part += f" (agent {' or '.join(entry.agents)}"
+            if entry.criteria is not None:
+                part += f"; criterion {' or '.join(entry.criteria)}"
+            part += ")"
+        parts.append(part)
+    return f"What is removed. {'; '.join(parts)}."
+
+
+def _removal_help() -> str:
+    """How units can leave, from the registry's entries."""
+    parts = [f"{SLICE}: at once"]
+    for name, entry in TRAINED_PRUNERS.items():
+        parts.append(f"{name}: {entry.how} ({', '.join(entry.granularities)})")
+    return f"How units leave; all but {SLICE} train first. {'; '.join(parts)}."
+
+
+def _json_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="Print one JSON object as the last line of stdout.",
+    )
+
+
+def pick(options: Namespace, config: type[Config]) -> Config:
+    """The dataclass that a command's flat options describe.
+
+    Args:
+        options: The command's options.
+        config: The dataclass; fields that are no options keep their defaults.
+    """
+    fields: Any = dataclasses.fields(config)  # pyright: ignore[reportArgumentType]
+    given = {}
+    for field in fields:
+        if field.name in options:
+            given[field.name] = options[field.name]
+    return config(**given)
+
+
+def settings_of(options: Namespace) -> Settings:
+    """The settings that the options of `search_options` describe.
+
+    Args:
+        options: The command's options.
+    """
+    return Settings(
+        network=pick(options, NetworkConfig),
+        data=pick(options, DataConfig),
+        search=pick(options, SearchConfig),
+        proxy=ProxyConfig(**vars(options.proxy), seed=options.seed),
+        finetune=FinetuneConfig(**vars(options.finetune), epochs=options.epochs),
+        sparse=SparseConfig(**vars(options.sparse)),
+        removal=RemovalConfig(**vars(options.removal)),
+        dimensions=DimensionsConfig(**vars(options.dimensions)),
+    )
+
+
+def run_options(parser: Parser) -> None:
+    """An existing run."""
+    parser.add_argument("run", help="Folder of the run.")
+    _json_option(parser)
+
+
+def replay_options(parser: Parser) -> None:
+    """A policy, and where it shall act.
+
+    The defaults are its run's settings, without a run those of `autoprune run`.
+    """
+    parser.add_argument(
+        "policy",
+        help="A run, the name of a shipped policy, or a policy's folder. Options that "
+        "aren't given are as in the run, or, for a policy of no run, as `autoprune "
+        "run` has them.",
     )
     _json_option(parser)
     for config in (NetworkConfig, DataConfig, SearchConfig):
-        parser.add_class_arguments(
-            config, skip=LEARNING & {field.name for field in dataclasses.fields(config)}
-        )
+        names: set[str | int] = {field.name for field in dataclasses.fields(config)}
+        parser.add_class_arguments(config, skip=ACTS_ONLY & names)
     parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
-    parser.set_defaults(
-        {
-            name: None
-            for name in parser.get_defaults().clone().keys()
-            if name not in ("json", "policy")
-        }
+    # None tells what wasn't given.
+    defaults = dict(parser.get_defaults().items())
+    for name in ("json", "policy"):
+        defaults.pop(name, None)
+    parser.set_defaults(dict.fromkeys(defaults))
+    parser.add_argument(
+        "--out",
+        type=str | None,
+        default=None,
+        help="File for the allocation, or for the front of a range (default: in the "
+        "run folder, else in runs/).",
     )
-    text = "File for the allocation, or for the front of a range (default: in the run folder, else in runs/)."
-    parser.add_argument("--out", type=str | None, default=None, help=text)
 
 
 def prune_options(parser: Parser) -> None:

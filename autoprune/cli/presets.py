@@ -1,5 +1,4 @@
-"""Methods of the field by name. Each is a set of options of `autoprune run`, so all go
-through the same doors.
+"""Methods of the field by name, each a set of options of `autoprune run`.
 
 `autoprune run --method NAME` changes defaults; what is given beside it counts. No torch
 here, since `autoprune methods` has to answer at once.
@@ -35,11 +34,9 @@ class Method:
         What isn't a search leaves weights as they are unless it says otherwise: that is
         how it was published.
         """
-        return (
-            dict(self.options)
-            if self.kind == "search"
-            else {"proxy.reconstruct": "off"} | dict(self.options)
-        )
+        if self.kind == "search":
+            return dict(self.options)
+        return {"proxy.reconstruct": "off", **self.options}
 
     def to_json(self, name: str) -> dict:
         """Plain data."""

@@ -1,153 +1,180 @@
-"""A search as a stage of a run: the environment of its settings, baselines and agent,
-and what is kept of them.
-"""
+"""A search as a stage of a run: its environment, baselines, agent and results."""
 
 import dataclasses
 import shlex
+from typing import Any
 
-from autoprune.agents.baselines import check_baselines
-from autoprune.agents.finalists import front
-from autoprune.agents.pareto import pareto
+from autoprune.agents.baselines import parse_baselines
+from autoprune.agents.finalists import find_front
+from autoprune.agents.pareto import front_to_json
 from autoprune.agents.policies import starting_policy
 from autoprune.agents.recorder import Episode, Recorder
 from autoprune.agents.replay import Policy, replay
 from autoprune.agents.search import SearchResult, search
 from autoprune.config import SearchConfig, Settings
-from autoprune.costs.budget import BudgetRange
+from autoprune.costs.budget import BudgetRange, parse_budget
 from autoprune.envs.layer_pruning import LayerPruningEnv
-from autoprune.pipeline.context import Workspace
+from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.stages import timed, use_allocation
 from autoprune.reporting.console import print_front, progress, say
 from autoprune.runs import RunFolder, write_json
 
 
-def make_env(workspace: Workspace) -> LayerPruningEnv:
+def make_env(context: RunContext) -> LayerPruningEnv:
     """The environment that the settings describe, with a fresh proxy.
+
+    The proxy reconstructs candidates if the settings or the tightest budget say so.
 
     Raises:
         UserError: If nothing can be pruned, a pattern means nothing, or the budget
             can't be reached.
     """
-    search = workspace.settings.search
-    return LayerPruningEnv(
-        workspace.model,
-        workspace.groups,
-        workspace.proxy(),
+    search = context.settings.search
+    return LayerPruningEnv.with_suited_proxy(
+        context.model,
+        context.groups,
+        context.proxy(),
         search.budget,
-        search.reward,
+        reward=search.reward,
         max_sparsity=search.max_sparsity,
         accuracy_floor=search.accuracy_floor,
-        costs=workspace.costs,
-        **workspace.limits,
+        costs=context.costs,
+        **context.limits,
     )
 
 
-def search_stage(
-    workspace: Workspace, folder: RunFolder, baselines: str | None
-) -> None:
-    """Baselines, then the agent; each is skipped when its results are there already.
+def missing_baselines(
+    settings: Settings, folder: RunFolder, baselines: str | None
+) -> list[str]:
+    """The baselines that a run is yet to search.
 
     Args:
-        workspace: Network, images and trace.
+        settings: The run's agent and budget.
         folder: The run.
         baselines: Names with commas between them, "none", or None for those that the
             agent needs.
+
+    Returns:
+        Their names. None under a range of budgets: there uniform pruning is the line
+        that the front is drawn against, which needs no search.
     """
-    settings, env = workspace.settings, make_env(workspace)
-    say(
-        f"{settings.network.model}: {len(workspace.groups)} prunable groups, "
-        f"{len(workspace.groups.pinned)} pinned"
-    )
+    if isinstance(parse_budget(settings.search.budget), BudgetRange):
+        return []
     agent = settings.search.agent
+    known = folder.read_results().baselines or {}
+    names = parse_baselines(baselines, agent)
+    return [name for name in names if name not in known and name != agent]
+
+
+def search_stage(context: RunContext, folder: RunFolder, baselines: str | None) -> None:
+    """Baselines, then the agent; each is skipped when its results are there already.
+
+    Args:
+        context: Network, images and trace.
+        folder: The run.
+        baselines: As for `missing_baselines`.
+    """
+    settings = context.settings
+    env = make_env(context)
+    say(
+        f"{settings.network.model}: {len(context.groups)} prunable groups, "
+        f"{len(context.groups.pinned)} pinned"
+    )
     folder.add_results(reconstructed=env.proxy.reconstructs)
     if env.proxy.reconstructs and settings.proxy.reconstruct == "auto":
         say(
             f"{env.budget}: uniform pruning leaves less than a guess; candidates are "
             f"judged with weights solved anew"
         )
-    # Under a range uniform pruning is the line that the front is drawn against; it
-    # needs no search.
-    for name in (
-        check_baselines(baselines, agent)
-        if not isinstance(env.budget, BudgetRange)
-        else []
-    ):
-        known = folder.known_results.get("baselines", {})
-        if name not in known and name != agent:
-            with timed(folder, f"baseline {name}"):
-                result = _one_search(
-                    workspace,
-                    make_env(workspace),
-                    name,
-                    RunFolder(folder.root / "baselines" / name),
-                )
-            entry = result.best.to_json() | {"evaluations": result.evaluations}
-            entry["reward"] = max(episode.reward for episode in result.episodes)
-            folder.add_results(baselines=known | {name: entry})
-    if not folder.allocation.exists():
-        _warn_of_strangeness(env, settings.search, folder)
-        with timed(folder, "search"):
-            result = _one_search(workspace, env, agent, folder)
-            found = pareto(result.front, result.uniform, env) if result.front else None
-        _keep(result, found, workspace, folder, env)
+    for name in missing_baselines(settings, folder, baselines):
+        _search_baseline(context, folder, name)
+    if folder.allocation.exists():
+        return
+    _warn_if_out_of_distribution(env, settings.search, folder)
+    front = None
+    with timed(folder, "search"):
+        result = _search_with_progress(context, env, settings.search.agent, folder)
+        if result.front:
+            front = front_to_json(result.front, result.uniform, env)
+    _keep(result, front, context, folder, env)
 
 
-def _warn_of_strangeness(
+def _search_baseline(context: RunContext, folder: RunFolder, name: str) -> None:
+    """Searches one baseline in a folder of its own and adds it to the results."""
+    with timed(folder, f"baseline {name}"):
+        result = _search_with_progress(
+            context,
+            make_env(context),
+            name,
+            RunFolder(folder.root / "baselines" / name),
+        )
+    entry = result.best.to_json()
+    entry["evaluations"] = result.evaluations
+    entry["reward"] = max(episode.reward for episode in result.episodes)
+    known = folder.read_results().baselines or {}
+    folder.add_results(baselines=known | {name: entry})
+
+
+def _warn_if_out_of_distribution(
     env: LayerPruningEnv, config: SearchConfig, folder: RunFolder
 ) -> None:
+    """Says so where the policy to start from knows little of this network."""
     start = starting_policy(config.agent, config.policy, folder.start)
     if start is not None and start.is_out_of_distribution(env.observer):
         say(
             f"--policy: {config.policy!r} was trained on groups unlike most of this "
-            f"network's (it knows "
-            f"{start.familiarity(env.observer):.0%} of them); it leads the first "
-            f"episodes, together with a guide that "
+            f"network's (it knows {start.mean_similarity(env.observer):.0%} of them); "
+            f"it acts in the first episodes only, mixed with an allocator that "
             f"measures what each group is worth, and the agent learns anew"
         )
 
 
-def _one_search(
-    workspace: Workspace, env: LayerPruningEnv, agent: str, folder: RunFolder
+def _search_with_progress(
+    context: RunContext, env: LayerPruningEnv, agent: str, folder: RunFolder
 ) -> SearchResult:
+    """Runs one agent or baseline with a bar on the terminal."""
     folder.root.mkdir(parents=True, exist_ok=True)
-    own = workspace.settings.search
-    config = (
-        own if agent == own.agent else dataclasses.replace(own, agent=agent, policy="")
-    )
-    best, is_range = float("-inf"), isinstance(env.budget, BudgetRange)
+    config = context.settings.search
+    if agent != config.agent:
+        # A baseline starts from no policy.
+        config = dataclasses.replace(config, agent=agent, policy="")
+    is_range = isinstance(env.budget, BudgetRange)
+    best = float("-inf")
     with progress(agent, config.episodes) as advance:
 
         def on_episode(episode: Episode) -> None:
             nonlocal best
             best = max(best, episode.reward)
-            advance(
-                f"{episode.allocation.budget}: {episode.reward:.3f}"
-                if is_range
-                else f"best reward {best:.3f}"
-            )
+            if is_range:
+                # Rewards of different budgets don't compare, so none is the best.
+                advance(f"{episode.allocation.budget}: {episode.reward:.3f}")
+            else:
+                advance(f"best reward {best:.3f}")
 
-        result = search(env, config, folder, on_episode, lambda what: advance(what, 0))
-        advance(
-            f"front of {len(result.front)} points"
-            if is_range
-            else f"best reward {best:.3f}",
-            0,
-        )
+        def on_pause(activity: str) -> None:
+            advance(activity, 0)
+
+        result = search(env, config, folder, on_episode, on_pause)
+        if is_range:
+            advance(f"front of {len(result.front)} points", 0)
+        else:
+            advance(f"best reward {best:.3f}", 0)
         return result
 
 
 def _keep(
     result: SearchResult,
-    found: dict | None,
-    workspace: Workspace,
+    front: dict[str, Any] | None,
+    context: RunContext,
     folder: RunFolder,
     env: LayerPruningEnv,
 ) -> None:
-    """Stores what a search found; the allocation comes last, since its file says that
-    the search is done.
+    """Stores what a search found.
+
+    The allocation comes last, since its file says that the search is done.
     """
     if result.policy is not None:
-        _save_policy(result.policy, workspace, folder, env)
+        _save_policy(result.policy, context, folder, env)
     chosen = result.best
     folder.add_results(
         episodes=len(result.episodes),
@@ -155,25 +182,25 @@ def _keep(
         seconds_search=round(result.seconds, 2),
         selection_accuracy=chosen.selection.accuracy,
         selection_loss=chosen.selection.loss,
-        selection_images=len(workspace.splits.selection),
+        selection_images=len(context.splits.selection),
     )
-    if found is not None:
-        _keep_front(result, found, workspace, folder, env)
+    if front is not None:
+        _keep_front(result, front, context, folder, env)
     else:
-        folder.add_results(
-            finalists=[finalist.to_json() for finalist in result.finalists]
-        )
-    use_allocation(workspace, chosen.allocation, folder)
+        finalists = [finalist.to_json() for finalist in result.finalists]
+        folder.add_results(finalists=finalists)
+    use_allocation(context, chosen.allocation, folder)
 
 
 def _save_policy(
-    policy: Policy, workspace: Workspace, folder: RunFolder, env: LayerPruningEnv
+    policy: Policy, context: RunContext, folder: RunFolder, env: LayerPruningEnv
 ) -> None:
-    """Stores a policy, with what it was trained on and its own allocation, under a
-    range that of the middle budget.
+    """Stores a policy, with what it was trained on and its own allocation.
+
+    Under a range of budgets that is the allocation for the middle one.
     """
-    settings = workspace.settings
-    allocation, _ = replay(policy, env, env.budget.at(0.5))
+    settings = context.settings
+    allocation, _ = replay(policy, env, env.budget.at_position(0.5))
     about = {
         "trained_on": f"{settings.network.model} on {settings.data.data}",
         "budget": str(env.budget),
@@ -183,108 +210,117 @@ def _save_policy(
     policy.save(
         folder.policy,
         **about,
-        network=workspace.groups.fingerprint,
+        network=context.groups.fingerprint,
         allocation=allocation.kept,
     )
 
 
 def _keep_front(
     result: SearchResult,
-    found: dict,
-    workspace: Workspace,
+    front: dict[str, Any],
+    context: RunContext,
     folder: RunFolder,
     env: LayerPruningEnv,
 ) -> None:
-    """Stores the Pareto front that a search of a range found, and tells how to go on
-    from any point of it.
-    """
-    write_json(folder.pareto, found)
+    """Stores the Pareto front of a range, and tells how to go on from any point."""
+    write_json(folder.pareto, front)
     folder.add_results(pareto=str(folder.pareto))
-    print_front(found)
-    share = result.best.cost / found["dense"]
+    print_front(front)
+    share = result.best.cost / front["dense"]
     say(
         f"the run goes on with the front's knee, at {share:.1%}; all points: "
         f"{folder.pareto}"
     )
-    if result.policy is not None:
-        between, file = env.budget.at(0.2), folder.root / "another.json"
-        say(
-            f"another budget: autoprune replay {folder.root} --budget {between} --out "
-            f"{file}"
-        )
-        flags = _flags(workspace.settings)
-        say(
-            f"and then: autoprune prune --allocation {file}{flags} --out NEW_RUN; "
-            f"autoprune finetune NEW_RUN"
-        )
-
-
-def _flags(settings: Settings) -> str:
-    """The options that say which network, data, groups and channels are meant, where
-    they aren't the usual ones.
-    """
-    usual, others = Settings(), {}
-    stages = {
-        "network": vars(usual.network),
-        "data": vars(usual.data),
-        "search": ("exclude", "criterion", "granularity"),
-    }
-    for stage, names in stages.items():
-        own, default = getattr(settings, stage), getattr(usual, stage)
-        others |= {
-            name: getattr(own, name)
-            for name in names
-            if getattr(own, name) != getattr(default, name)
-        }
-    return "".join(
-        f" --{name} {shlex.quote(str(value))}" for name, value in others.items()
+    if result.policy is None:
+        return
+    other_budget = env.budget.at_position(0.2)
+    file = folder.root / "another.json"
+    say(
+        f"another budget: autoprune replay {folder.root} --budget {other_budget} "
+        f"--out {file}"
+    )
+    flags = _flags_of(context.settings)
+    say(
+        f"and then: autoprune prune --allocation {file}{flags} --out NEW_RUN; "
+        f"autoprune finetune NEW_RUN"
     )
 
 
+FLAGS_OF_SEARCH = ("exclude", "criterion", "granularity")
+"""Options of a search that decide what an allocation means."""
+
+
+def _flags_of(settings: Settings) -> str:
+    """The options that say what network, data and groups are meant, but defaults."""
+    defaults = Settings()
+    flags = ""
+    for stage, names in (
+        ("network", list(vars(defaults.network))),
+        ("data", list(vars(defaults.data))),
+        ("search", FLAGS_OF_SEARCH),
+    ):
+        for name in names:
+            value = getattr(getattr(settings, stage), name)
+            if value != getattr(getattr(defaults, stage), name):
+                flags += f" --{name} {shlex.quote(str(value))}"
+    return flags
+
+
 def act(
-    policy: Policy, workspace: Workspace, env: LayerPruningEnv
-) -> tuple[dict, dict, str]:
-    """What a policy does without learning: what is to be written, results, and them in
-    words.
+    policy: Policy, context: RunContext, env: LayerPruningEnv
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """What a policy does without learning.
 
     For one budget its allocation, with costs and scores beside those of uniform
     pruning; for a range the front of what it does at the budgets of it, uniform pruning
     in the places where that is better.
+
+    Args:
+        policy: A trained policy.
+        context: Network, images and trace.
+        env: The environment in which it acts.
+
+    Returns:
+        What is to be written, results, and the results in words.
     """
-    familiar = round(policy.mean_similarity(env.observer), 3)
-    if familiar < 1:
+    similarity = round(policy.mean_similarity(env.observer), 3)
+    if similarity < 1:
         say(
-            f"policy trusted to {familiar:.0%}: not all groups are like those it "
-            f"knows; a guide has its say"
+            f"the policy decides to {similarity:.0%}: not all groups are like those it "
+            f"knows; the rest is up to an allocator that measures what each is worth"
         )
-    written, results, words = (
-        _act_on_range if isinstance(env.budget, BudgetRange) else _act_once
-    )(policy, workspace, env)
-    return written, results | {"familiar": familiar}, words
+    if isinstance(env.budget, BudgetRange):
+        written, results, words = _act_on_range(policy, context, env)
+    else:
+        written, results, words = _act_once(policy, context, env)
+    results["familiar"] = similarity
+    return written, results, words
 
 
 def _act_once(
-    policy: Policy, workspace: Workspace, env: LayerPruningEnv
-) -> tuple[dict, dict, str]:
+    policy: Policy, context: RunContext, env: LayerPruningEnv
+) -> tuple[dict[str, Any], dict[str, Any], str]:
     allocation, info = replay(policy, env)
     uniform = env.proxy(env.counts(env.space.uniform(env.target)))
-    results = workspace.costs_of(allocation.kept)
-    results |= {"proxy_accuracy": info["accuracy"], "proxy_loss": info["loss"]}
-    results |= {
-        "proxy_accuracy_uniform": uniform.accuracy,
-        "proxy_loss_uniform": uniform.loss,
-    }
-    words = f"proxy accuracy {info['accuracy']:.2%}, uniform {uniform.accuracy:.2%}; allocation"
-    return dataclasses.replace(allocation, source="policy").to_json(), results, words
+    results = context.costs_of(allocation.kept)
+    results["proxy_accuracy"] = info["accuracy"]
+    results["proxy_loss"] = info["loss"]
+    results["proxy_accuracy_uniform"] = uniform.accuracy
+    results["proxy_loss_uniform"] = uniform.loss
+    words = (
+        f"proxy accuracy {info['accuracy']:.2%}, uniform {uniform.accuracy:.2%}; "
+        f"allocation"
+    )
+    written = dataclasses.replace(allocation, source="policy").to_json()
+    return written, results, words
 
 
 def _act_on_range(
-    policy: Policy, workspace: Workspace, env: LayerPruningEnv
-) -> tuple[dict, dict, str]:
-    found = pareto(*front(Recorder(env, workspace.settings.search), policy), env)
-    print_front(found)
-    return (
-        found,
-        {"points": len(found["front"])},
-        f"front of {len(found['front'])} points",
-    )
+    policy: Policy, context: RunContext, env: LayerPruningEnv
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    recorder = Recorder(env, context.settings.search)
+    points, uniform = find_front(recorder, policy)
+    front = front_to_json(points, uniform, env)
+    print_front(front)
+    n_points = len(front["front"])
+    return front, {"points": n_points}, f"front of {n_points} points"

@@ -1,19 +1,18 @@
-"""What every stage of a run works on: network, images, trace, costs and importance,
-made when they are asked for.
-"""
+"""What every stage of a run works on: network, images, trace, costs and importance."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from autoprune.config import Settings
 from autoprune.costs.budget import parse_budget
-from autoprune.costs.constraints import pinned_by_user, search_limits
+from autoprune.costs.constraints import pin_excluded, search_limits
 from autoprune.costs.cost import CostTable
 from autoprune.data.datasets import Splits, load
 from autoprune.data.models import EMBEDDED_WEIGHTS, build, check_answers, load_weights
@@ -21,7 +20,7 @@ from autoprune.deploy.export import load_pruned
 from autoprune.errors import UserError
 from autoprune.evaluation.image_blocks import ImageBlocks
 from autoprune.evaluation.importance import Importance, importance
-from autoprune.evaluation.proxy import ProxyAccuracy
+from autoprune.evaluation.proxy import Proxy, ProxyAccuracy
 from autoprune.evaluation.reconstruction import Reconstruction
 from autoprune.runs import RunFolder
 from autoprune.scaling.scaled_proxy import ScaledProxy
@@ -31,50 +30,78 @@ from autoprune.tracing.trace import trace
 
 
 @dataclass(frozen=True)
-class Workspace:
-    """Network, images and trace of one run; made lazily, and none of it is ever
-    changed.
+class Parts:
+    """Parts that a context takes over instead of making them; None for those to make.
+
+    Attributes:
+        splits: The images.
+        dense: The network with its trained weights.
+        model: The network to prune.
+        groups: Its groups, what is excluded pinned.
+        importance: Scores per channel.
+    """
+
+    splits: Splits | None = None
+    dense: nn.Module | None = None
+    model: nn.Module | None = None
+    groups: Groups | None = None
+    importance: Importance | None = None
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Network, images and trace of one run; each is made when it is first asked for.
+
+    Nothing of it changes afterwards: a stage that leaves another network behind gets a
+    context of its own.
 
     Attributes:
         settings: What the run was started with.
-        sparse: Where sparse training left its network; None before it, or without.
+        sparse: Folder in which sparse training left its network; None before it, or
+            without.
         blocks: File of the order in which blocks go, as soon as the run has written it.
+        parts: What is taken over from another context.
     """
 
     settings: Settings
     sparse: Path | None = None
     blocks: Path | None = None
+    parts: Parts = Parts()
 
     @classmethod
-    def of_run(cls, folder: RunFolder) -> "Workspace":
-        """That of a run that is past its sparse training, if it has any.
+    def of_run(cls, folder: RunFolder) -> "RunContext":
+        """The context of a run that is past its sparse training, if it has any.
+
+        Args:
+            folder: The run.
 
         Raises:
-            UserError: If it isn't.
+            UserError: If sparse training isn't done.
         """
         settings = Settings.from_dict(folder.read_config())
         if settings.sparse.method == "none":
             return cls(settings, blocks=folder.blocks)
+        # Reading the plan refuses a run whose sparse training isn't done.
         folder.read_json(folder.sparse / "plan.json")
         return cls(settings, folder.sparse, folder.blocks)
 
-    def after_sparse_training(self, sparse: Path) -> "Workspace":
-        """The workspace whose network is to be pruned, with the images and the dense
-        network of this one.
+    def after_sparse_training(self, sparse: Path) -> "RunContext":
+        """The context whose network is the sparsely trained one.
+
+        Args:
+            sparse: Folder that holds it.
+
+        Returns:
+            A context with the images and the dense network of this one.
         """
-        after = Workspace(self.settings, sparse, self.blocks)
-        vars(after).update(
-            {
-                name: value
-                for name, value in vars(self).items()
-                if name in ("splits", "dense")
-            }
-        )
-        return after
+        parts = Parts(splits=self.splits, dense=self.dense)
+        return RunContext(self.settings, sparse, self.blocks, parts)
 
     @cached_property
     def splits(self) -> Splits:
         """The images."""
+        if self.parts.splits is not None:
+            return self.parts.splits
         return load(self.settings.data)
 
     @cached_property
@@ -85,20 +112,24 @@ class Workspace:
             UserError: If it can't be built, or doesn't answer images of this size with
                 one of these classes.
         """
-        network, classes = self.settings.network, self.splits.classes
-        model = build(network.model, len(classes))
+        if self.parts.dense is not None:
+            return self.parts.dense
+        network = self.settings.network
+        n_classes = len(self.splits.classes)
+        model = build(network.model, n_classes)
         path = _weights_file(network.model, network.weights, self.settings.data.data)
         if path is not None:
             load_weights(model, path)
-        model = (
-            model.eval().to("cpu", torch.float32).to(memory_format=torch.channels_last)
-        )
-        check_answers(model, network.model, self.splits.example, len(classes))
+        model = model.eval().to("cpu", torch.float32)
+        model = model.to(memory_format=torch.channels_last)
+        check_answers(model, network.model, self.splits.example, n_classes)
         return model
 
     @cached_property
     def model(self) -> nn.Module:
         """The network to prune: the dense one, or what sparse training made of it."""
+        if self.parts.model is not None:
+            return self.parts.model
         return load_pruned(self.sparse) if self.sparse else self.dense
 
     @cached_property
@@ -109,40 +140,43 @@ class Workspace:
     @cached_property
     def scaling(self) -> Scaling | None:
         """The depths and image sizes to choose from, if the settings ask for them."""
-        if self.settings.search.granularity != "dimensions":
+        search = self.settings.search
+        if search.granularity != "dimensions":
             return None
-        search, splits = self.settings.search, self.splits
-        is_params = parse_budget(search.budget).metric == "params"
-        fixed = {RESOLUTION: "smaller images save no parameters"} if is_params else {}
-        scaling = Scaling(
+        fixed = {}
+        if parse_budget(search.budget).metric == "params":
+            fixed[RESOLUTION] = "smaller images save no parameters"
+        return Scaling(
             self.model,
             self.traced,
-            splits.example,
-            splits.proxy,
+            self.splits.example,
+            self.splits.proxy,
             search.excluded,
             fixed,
+            self._stored_order(),
         )
-        if self.blocks and self.blocks.exists():
-            scaling.order = RunFolder(self.blocks.parent).read_json(self.blocks)[
-                "order"
-            ]
-        return scaling
+
+    def _stored_order(self) -> list[str] | None:
+        """The order in which blocks go, where the run has written it."""
+        if self.blocks is None or not self.blocks.exists():
+            return None
+        return RunFolder(self.blocks.parent).read_json(self.blocks)["order"]
 
     @cached_property
     def groups(self) -> Groups:
         """What can be decided: the trace; what the settings exclude is pinned."""
-        return (
-            self.scaling.groups
-            if self.scaling
-            else pinned_by_user(self.traced, self.settings.search.excluded)
-        )
+        if self.parts.groups is not None:
+            return self.parts.groups
+        if self.scaling:
+            return self.scaling.groups
+        return pin_excluded(self.traced, self.settings.search.excluded)
 
     @property
-    def widths(self) -> Groups:
-        """Those of the groups that channels sit in."""
-        return (
-            self.traced.with_pins(self.groups.reasons) if self.scaling else self.groups
-        )
+    def channel_groups(self) -> Groups:
+        """Those of the groups that hold channels: all but depth and image size."""
+        if self.scaling:
+            return self.traced.with_pins(self.groups.reasons)
+        return self.groups
 
     @cached_property
     def costs(self) -> CostTable:
@@ -152,112 +186,137 @@ class Workspace:
     @property
     def limits(self) -> dict[str, dict[str, int]]:
         """Multiples and least counts of what can be decided; see `search_limits`."""
-        own = (self.scaling.steps, self.scaling.least) if self.scaling else ()
-        return search_limits(self.groups, self.settings.search, *own)
+        search = self.settings.search
+        if self.scaling:
+            steps = self.scaling.steps
+            return search_limits(self.groups, search, steps, self.scaling.least)
+        return search_limits(self.groups, search)
 
     @cached_property
     def importance(self) -> Importance:
-        """Scores per channel by the configured criterion and seed."""
+        """Scores per channel by the configured criterion and seed; higher is kept."""
+        if self.parts.importance is not None:
+            return self.parts.importance
         search = self.settings.search
         return importance(
-            search.criterion, self.model, self.widths, self.splits.train, search.seed
+            search.criterion,
+            self.model,
+            self.channel_groups,
+            self.splits.train,
+            search.seed,
         )
 
-    def at(self, kept: Mapping[str, int], verify: bool = False) -> "Workspace":
-        """The workspace of the network with the depth and image size of an allocation,
-        whose widths are to be decided.
+    def scaled(self, kept: Mapping[str, int], verify: bool = False) -> "RunContext":
+        """The context of the network with the depth and image size of an allocation.
 
         Args:
             kept: An allocation in which depth and size take part.
-            verify: Prove its groups.
+            verify: Prove the groups of that network.
+
+        Returns:
+            A context whose widths are still to be decided.
         """
+        assert self.scaling is not None, "only --granularity dimensions scales"
         search = dataclasses.replace(
             self.settings.search, granularity="channel", exclude=""
         )
-        scaled = Workspace(
-            dataclasses.replace(self.settings, search=search), self.sparse
-        )
         groups = self.scaling.trace(kept, verify)
-        scores = {name: self.importance[name] for name in groups.channels}
-        own = {
-            "model": self.scaling.network(kept),
-            "groups": groups,
-            "importance": scores,
-        }
-        vars(scaled).update(own | {"splits": self.splits, "dense": self.dense})
-        return scaled
+        parts = Parts(
+            splits=self.splits,
+            dense=self.dense,
+            model=self.scaling.network(kept),
+            groups=groups,
+            importance={name: self.importance[name] for name in groups.channels},
+        )
+        settings = dataclasses.replace(self.settings, search=search)
+        return RunContext(settings, self.sparse, parts=parts)
 
     @cached_property
     def reconstruction(self) -> Reconstruction | None:
-        """What weights of pruned layers are solved with; None where the settings forbid
-        it.
-        """
+        """What solves the weights of pruned layers; None where settings forbid it."""
         if self.settings.proxy.reconstruct == "off":
             return None
         return Reconstruction(self.model, self.groups, self.splits.calibration.inputs)
 
+    def _required_reconstruction(self) -> Reconstruction:
+        reconstruction = self.reconstruction
+        assert reconstruction is not None, "the proxy asks only where settings allow it"
+        return reconstruction
+
     @property
-    def network(self) -> dict:
+    def network_plan(self) -> dict[str, Any]:
         """What a plan says of the network that its weights are for."""
-        classes = self.splits.classes
+        classes = list(self.splits.classes)
         return {
             "model": self.settings.network.model,
             "n_classes": len(classes),
-            "classes": list(classes),
+            "classes": classes,
         }
 
     @property
-    def dense_costs(self) -> dict:
-        """MACs, parameters and memory before anything goes, for results.json."""
-        return {
-            f"{metric}_dense": cost(self.costs.dense)
-            for metric, cost in self.costs.metrics.items()
-        }
+    def dense_costs(self) -> dict[str, int]:
+        """MACs, parameters and memory before anything goes, as fields of `Results`."""
+        costs = {}
+        for metric, cost in self.costs.metrics.items():
+            costs[f"{metric}_dense"] = cost(self.costs.dense)
+        return costs
 
-    def costs_of(self, kept: Mapping[str, int]) -> dict:
-        """MACs, parameters and memory before and after, and the table of groups, for
-        results.json.
+    def costs_of(self, kept: Mapping[str, int]) -> dict[str, Any]:
+        """What an allocation leaves, as fields of `Results`.
+
+        Args:
+            kept: Group to kept channels.
+
+        Returns:
+            MACs, parameters and memory before and after, and the table of groups.
         """
-        results = {
-            metric: cost(kept) for metric, cost in self.costs.metrics.items()
-        } | self.dense_costs
-        there = self.scaling.there(kept) if self.scaling else kept
-        groups = [
-            {"name": g.name, "channels": g.channels, "kept": there.get(g.name, 0)}
+        results: dict[str, Any] = {}
+        for metric, cost in self.costs.metrics.items():
+            results[metric] = cost(kept)
+        results |= self.dense_costs
+        results["macs_ratio"] = results["macs"] / results["macs_dense"]
+        # Groups in removed blocks are gone, whatever their count in the allocation.
+        remaining = self.scaling.remaining(kept) if self.scaling else kept
+        results["groups"] = [
+            {"name": g.name, "channels": g.channels, "kept": remaining.get(g.name, 0)}
             for g in self.groups
         ]
-        pinned = [
+        results["pinned"] = [
             {"name": g.name, "channels": g.channels, "reason": g.pinned}
             for g in self.groups.pinned
         ]
-        return results | {
-            "macs_ratio": results["macs"] / results["macs_dense"],
-            "groups": groups,
-            "pinned": pinned,
-        }
+        return results
 
-    def proxy(self, blocks: ImageBlocks | None = None) -> ProxyAccuracy | ScaledProxy:
-        """A fresh proxy with an empty cache; `blocks` as for `ProxyAccuracy`."""
+    def proxy(self, blocks: ImageBlocks | None = None) -> Proxy:
+        """A fresh proxy with an empty cache.
+
+        Args:
+            blocks: As for `ProxyAccuracy`.
+        """
         if self.scaling:
-            return ScaledProxy(
-                self.scaling,
-                lambda kept, blocks: self.at(kept).proxy(blocks),
-                self.splits.proxy,
-            )
-        config, solve = self.settings.proxy, lambda: self.reconstruction
+            return ScaledProxy(self.scaling, self._scaled_proxy, self.splits.proxy)
+        return self._channel_proxy(blocks)
+
+    def _scaled_proxy(
+        self, kept: Mapping[str, int], blocks: ImageBlocks | None
+    ) -> ProxyAccuracy:
+        return self.scaled(kept)._channel_proxy(blocks)
+
+    def _channel_proxy(self, blocks: ImageBlocks | None) -> ProxyAccuracy:
         return ProxyAccuracy(
             self.model,
             self.groups,
             self.importance,
             self.splits,
-            config,
-            solve,
+            self.settings.proxy,
+            self._required_reconstruction,
             self.dense,
             blocks,
         )
 
 
 def _weights_file(model: str, weights: str, data: str) -> Path | None:
+    """The file of trained weights; None where a factory brings its own."""
     if weights != "auto":
         return Path(weights)
     if model == "resnet20" and data in ("sample", "cifar10"):
@@ -266,6 +325,6 @@ def _weights_file(model: str, weights: str, data: str) -> Path | None:
         return None
     raise UserError(
         "weights",
-        f"pruning starts from a trained network; give the trained weights "
-        f"of {model} on {data!r}",
+        f"pruning starts from a trained network; give the trained weights of {model} "
+        f"on {data!r}",
     )

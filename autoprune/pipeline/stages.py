@@ -1,8 +1,8 @@
-"""From an allocation to a finished network: prune, fine-tune, evaluate, export, report.
-Knows nothing of RL.
+"""The stages of a run around the search, on its folder. Knows nothing of RL.
 
 Each stage reads what it needs from the run folder, writes its artefacts there and adds
-its numbers to results.json; a stage that is done isn't done again.
+its numbers to results.json. What a stage writes last says that it is done;
+`autoprune.cli.stages` asks for that and calls no stage twice.
 """
 
 import copy
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -25,22 +26,37 @@ from autoprune.deploy.export import (
 from autoprune.deploy.latency import measure_latency
 from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import accuracy
-from autoprune.pipeline.context import Workspace
-from autoprune.pipeline.methods.registry import removal
+from autoprune.pipeline.context import RunContext
+from autoprune.pipeline.methods.registry import method_of
 from autoprune.reporting.report import write_report
+from autoprune.results import Results
 from autoprune.runs import RunFolder, write_json
 from autoprune.training.loop import EpochCallback, finetune
 from autoprune.training.sparse import SPARSE
 
 Say = Callable[[str], None]
+MEASURED = (
+    "accuracy",
+    "latency",
+    "latency_ms",
+    "latency_ms_dense",
+    "onnx_max_relative_error",
+)
+"""Fields of the results that say something of the network in `pruned/`."""
 
 
 @contextmanager
 def timed(folder: RunFolder, stage: str) -> Iterator[None]:
-    """Adds the stage's wall time to results.json: over all attempts, but those that
-    were refused.
+    """Adds a stage's wall time to the results, over all attempts.
+
+    Attempts that a `UserError` refused don't count.
+
+    Args:
+        folder: The run.
+        stage: Its name in the results.
     """
-    started, is_refused = time.perf_counter(), False
+    started = time.perf_counter()
+    is_refused = False
     try:
         yield
     except UserError:
@@ -48,198 +64,239 @@ def timed(folder: RunFolder, stage: str) -> Iterator[None]:
         raise
     finally:
         if not is_refused:
-            seconds = folder.known_results.get("seconds", {})
-            seconds[stage] = round(
-                seconds.get(stage, 0.0) + time.perf_counter() - started, 2
-            )
-            folder.add_results(
-                seconds=seconds, seconds_total=round(sum(seconds.values()), 2)
-            )
+            seconds = dict(folder.read_results().seconds or {})
+            passed = seconds.get(stage, 0.0) + time.perf_counter() - started
+            seconds[stage] = round(passed, 2)
+            total = round(sum(seconds.values()), 2)
+            folder.add_results(seconds=seconds, seconds_total=total)
 
 
 def use_allocation(
-    workspace: Workspace, allocation: Allocation, folder: RunFolder
+    context: RunContext, allocation: Allocation, folder: RunFolder
 ) -> None:
     """Makes an allocation the run's own: checked against the network, costed, written.
+
+    Args:
+        context: Network and trace.
+        allocation: Group to kept channels.
+        folder: The run.
 
     Raises:
         UserError: If it is for another network.
     """
-    allocation.check(workspace.groups)
+    allocation.check(context.groups)
     # The allocation comes last: its file says that the search is done, and a resumed
     # run looks no further.
-    folder.add_results(**workspace.costs_of(allocation.kept))
+    folder.add_results(**context.costs_of(allocation.kept))
     write_json(folder.allocation, allocation.to_json())
 
 
 def sparse_stage(
-    workspace: Workspace, folder: RunFolder, on_epoch: EpochCallback
-) -> Workspace:
-    """Trains sparsely where the settings ask for it; returns the workspace whose
-    network is to be pruned.
-
-    Resumes after the last finished epoch; `sparse/` holds the result.
-    """
-    sparse = workspace.settings.sparse
-    if sparse.method == "none":
-        return workspace
-    if not (folder.sparse / "plan.json").exists():
-        with timed(folder, "sparse"):
-            _train_sparsely(workspace, folder, on_epoch)
-    return workspace.after_sparse_training(folder.sparse)
-
-
-def _train_sparsely(
-    workspace: Workspace, folder: RunFolder, on_epoch: EpochCallback
+    context: RunContext, folder: RunFolder, on_epoch: EpochCallback
 ) -> None:
-    settings, sparse, train = (
-        workspace.settings,
-        workspace.settings.sparse,
-        workspace.splits.train,
-    )
-    method = SPARSE[sparse.method]
-    strength = method.strength if sparse.strength is None else sparse.strength
+    """Trains the network sparsely; `sparse/` holds the result.
+
+    Resumes after the last finished epoch.
+
+    Args:
+        context: The dense network, images and trace.
+        folder: The run.
+        on_epoch: Called after each epoch.
+    """
+    settings = context.settings
+    method = SPARSE[settings.sparse.method]
+    strength = settings.sparse.strength
+    if strength is None:
+        strength = method.strength
     config = settings.sparse_training
-    model, callback = (
-        copy.deepcopy(workspace.dense),
-        method.callback(workspace.widths, strength, _share(workspace)),
-    )
-    checkpoint, seed = folder.checkpoints / "sparse.pt", settings.search.seed
-    log = folder.logging("sparse epoch", on_epoch)
-    finetune(model, train, config, seed, workspace.dense, checkpoint, log, callback)
-    epochs = config.epochs_for(len(train))
-    folder.add_results(
-        sparse_method=sparse.method, sparse_strength=strength, sparse_epochs=epochs
-    )
-    save_pruned(
-        model, folder.sparse, workspace.network | {"stage": "sparse", "epochs": epochs}
-    )
+    epochs = config.epochs_for(len(context.splits.train))
+    with timed(folder, "sparse"):
+        model = copy.deepcopy(context.dense)
+        share = _sparse_share(context)
+        finetune(
+            model,
+            context.splits.train,
+            config,
+            settings.search.seed,
+            context.dense,
+            folder.checkpoints / "sparse.pt",
+            folder.logging("sparse epoch", on_epoch),
+            method.callback(context.channel_groups, strength, share),
+        )
+        folder.add_results(
+            sparse_method=settings.sparse.method,
+            sparse_strength=strength,
+            sparse_epochs=epochs,
+        )
+        plan = context.network_plan | {"stage": "sparse", "epochs": epochs}
+        save_pruned(model, folder.sparse, plan)
 
 
-def _share(workspace: Workspace) -> float:
-    """The share that sparse training works with: given, or the method's, or the
-    budget's.
+def _sparse_share(context: RunContext) -> float:
+    """The share of sparse training: as given, the method's, or the budget's."""
+    sparse = context.settings.sparse
+    if sparse.share is not None:
+        return sparse.share
+    usual = SPARSE[sparse.method].share
+    if usual is not None:
+        return usual
+    budget = parse_budget(context.settings.search.budget).at_position(0)
+    return budget.share_of(context.costs)
+
+
+def keep_order(context: RunContext, folder: RunFolder) -> None:
+    """Writes down in which order blocks go, where depth is decided.
+
+    Measured again, a tie might break otherwise.
+
+    Args:
+        context: Network and images.
+        folder: The run.
     """
-    settings, costs = workspace.settings, workspace.costs
-    for share in (settings.sparse.share, SPARSE[settings.sparse.method].share):
-        if share is not None:
-            return share
-    return parse_budget(settings.search.budget).at(0).share_of(costs)
+    if context.scaling and not folder.blocks.exists():
+        write_json(folder.blocks, {"order": context.scaling.order})
 
 
-def keep_order(workspace: Workspace, folder: RunFolder) -> None:
-    """Writes down in which order blocks go, where depth is decided: measured again, a
-    tie might break otherwise.
+def decide_stage(context: RunContext, folder: RunFolder, advance: Say) -> None:
+    """Decides what goes where no search does.
+
+    Args:
+        context: Network, images and trace.
+        folder: The run.
+        advance: Told of each long step.
     """
-    if workspace.scaling and not folder.blocks.exists():
-        write_json(folder.blocks, {"order": workspace.scaling.order})
-
-
-def decide_stage(workspace: Workspace, folder: RunFolder, advance: Say) -> None:
-    """Decides what goes where no search does; `advance` is told of each long step."""
+    method = method_of(context.settings)
     with timed(folder, "search"):
-        decided = removal(workspace, folder)
-        decision, found = decided.decide(advance)
-    seconds = folder.known_results["seconds"]["search"]
+        decision, found = method.decide(context, folder, advance)
+    seconds = folder.read_results().seconds or {}
     folder.add_results(
-        **decided.costs(decision),
+        **decision.costs(context),
         **found,
         episodes=0,
         evaluations=0,
-        seconds_search=seconds,
+        seconds_search=seconds["search"],
     )
     # The decision comes last: its file says that the search is done, and a resumed run
     # looks no further.
-    decided.keep(decision)
+    decision.save(folder)
 
 
 def prune_stage(
-    workspace: Workspace, folder: RunFolder, say: Say, on_epoch: EpochCallback
+    context: RunContext, folder: RunFolder, say: Say, on_epoch: EpochCallback
 ) -> None:
-    """Applies what was decided; `pruned/` then holds the network, recalibrated but not
-    fine-tuned.
+    """Applies what was decided.
+
+    `pruned/` then holds the network, recalibrated but not fine-tuned.
+
+    Args:
+        context: Network, images and trace.
+        folder: The run.
+        say: Told the number of parameters.
+        on_epoch: Called after each epoch, where units leave by training.
     """
+    method = method_of(context.settings)
     with timed(folder, "prune"):
-        decided = removal(workspace, folder)
-        decided.prepare(on_epoch)
-        pruned = decided.network()
-        plan = workspace.network | {"stage": "pruned"} | decided.plan()
-        _replace(folder, pruned, plan, "accuracy_pruned", "finetune_epochs")
-        before, after = (
-            sum(int(p.count_nonzero()) for p in m.parameters())
-            for m in (workspace.model, pruned)
-        )
+        method.train(context, folder, on_epoch)
+        decision = method.load(context, folder)
+        pruned = method.build(context, decision)
+        plan = context.network_plan | {"stage": "pruned"} | decision.plan(context)
+        forgotten = (*MEASURED, "accuracy_pruned", "finetune_epochs")
+        _replace_pruned(folder, pruned, plan, forgotten)
+        before = _count_nonzero(context.model)
+        after = _count_nonzero(pruned)
         say(f"pruned: {before:,} -> {after:,} non-zero parameters")
 
 
-def _replace(folder: RunFolder, model: nn.Module, plan: dict, *forgotten: str) -> None:
-    """Writes another network into `pruned/`, after what was measured of, or exported
-    from, the one before is gone.
+def _count_nonzero(model: nn.Module) -> int:
+    return sum(int(parameter.count_nonzero()) for parameter in model.parameters())
+
+
+def _replace_pruned(
+    folder: RunFolder,
+    model: nn.Module,
+    plan: dict[str, Any],
+    forgotten: tuple[str, ...] = MEASURED,
+) -> None:
+    """Writes another network into `pruned/`.
+
+    What was measured of, or exported from, the one before goes first.
     """
-    folder.forget(
-        "accuracy",
-        "latency",
-        "latency_ms",
-        "latency_ms_dense",
-        "onnx_max_relative_error",
-        *forgotten,
-    )
+    folder.forget(*forgotten)
     for exported in (folder.onnx, folder.program):
         exported.unlink(missing_ok=True)
     save_pruned(model, folder.pruned, plan)
 
 
-def read_plan(folder: RunFolder) -> dict:
-    """The plan beside the pruned weights; its "stage" is "pruned" or "finetuned"."""
+def read_plan(folder: RunFolder) -> dict[str, Any]:
+    """The plan beside the pruned weights; its "stage" is "pruned" or "finetuned".
+
+    Args:
+        folder: The run.
+
+    Raises:
+        UserError: If nothing is pruned yet.
+    """
     return folder.read_json(folder.pruned / "plan.json")
 
 
 def finetune_stage(
-    workspace: Workspace, folder: RunFolder, on_epoch: EpochCallback
+    context: RunContext, folder: RunFolder, on_epoch: EpochCallback
 ) -> None:
-    """Fine-tunes the pruned network, resuming after the last finished epoch; `pruned/`
-    then holds the result.
+    """Fine-tunes the pruned network; `pruned/` then holds the result.
+
+    Resumes after the last finished epoch.
+
+    Args:
+        context: Network, images and trace.
+        folder: The run.
+        on_epoch: Called after each epoch.
     """
-    config, plan = workspace.settings.finetune, read_plan(folder)
-    epochs = config.epochs_for(len(workspace.splits.train))
+    settings = context.settings
+    plan = read_plan(folder)
+    train = context.splits.train
+    epochs = settings.finetune.epochs_for(len(train))
+    method = method_of(settings)
     with timed(folder, "finetune"):
         # Always from the pruned network, whatever is stored: a second call with other
         # settings must not train on top.
-        decided = removal(workspace, folder)
-        model = decided.network()
-        log = folder.logging("epoch", on_epoch)
-        seed, train = workspace.settings.search.seed, workspace.splits.train
+        decision = method.load(context, folder)
+        model = method.build(context, decision)
         finetune(
             model,
             train,
-            config,
-            seed,
-            workspace.dense,
+            settings.finetune,
+            settings.search.seed,
+            context.dense,
             folder.finetune_checkpoint,
-            log,
-            decided.callback(),
+            folder.logging("epoch", on_epoch),
+            method.callback(decision),
         )
         folder.add_results(finetune_epochs=epochs)
-        _replace(folder, model, plan | {"stage": "finetuned", "epochs": epochs})
+        _replace_pruned(folder, model, plan | {"stage": "finetuned", "epochs": epochs})
 
 
-def evaluate_stage(workspace: Workspace, folder: RunFolder) -> dict:
-    """Reads the test split, once: accuracy of the dense, the pruned and the fine-tuned
-    network.
+def evaluate_stage(context: RunContext, folder: RunFolder) -> Results:
+    """Reads the test split, once: accuracy of dense, pruned and fine-tuned network.
 
     That of the dense network isn't measured again where the run knows it.
+
+    Args:
+        context: Network, images and trace.
+        folder: The run.
+
+    Returns:
+        All results so far.
     """
+    method = method_of(context.settings)
+    test = context.splits.test
     with timed(folder, "evaluate"):
-        plan, test, known = (
-            read_plan(folder),
-            workspace.splits.test,
-            folder.known_results,
-        )
-        pruned = removal(workspace, folder).network()
+        plan = read_plan(folder)
+        pruned = method.build(context, method.load(context, folder))
+        accuracy_dense = folder.read_results().accuracy_dense
+        if accuracy_dense is None:
+            accuracy_dense = accuracy(context.dense, test)
         scores = {
-            "accuracy_dense": known["accuracy_dense"]
-            if "accuracy_dense" in known
-            else accuracy(workspace.dense, test),
+            "accuracy_dense": accuracy_dense,
             "accuracy_pruned": accuracy(pruned, test),
             "test_images": len(test),
         }
@@ -248,9 +305,17 @@ def evaluate_stage(workspace: Workspace, folder: RunFolder) -> dict:
     return folder.add_results(**scores)
 
 
-def export_stage(workspace: Workspace, folder: RunFolder, format: str = "onnx") -> Path:
-    """Writes the network for use elsewhere: `model.onnx`, checked against PyTorch, or
-    `model.pt2` (torch.export).
+def export_stage(context: RunContext, folder: RunFolder, format: str = "onnx") -> Path:
+    """Writes the network for use elsewhere.
+
+    Args:
+        context: An example of the images.
+        folder: The run.
+        format: "onnx" for `model.onnx`, checked against PyTorch, or "torch" for
+            `model.pt2`, a torch.export program.
+
+    Returns:
+        The file.
 
     Raises:
         UserError: If the format is unknown.
@@ -258,39 +323,46 @@ def export_stage(workspace: Workspace, folder: RunFolder, format: str = "onnx") 
     """
     if format not in ("onnx", "torch"):
         raise UserError("format", f"must be onnx or torch, got {format!r}")
+    example = context.splits.example
     with timed(folder, "export"):
         model = load_pruned(folder.pruned)
         if format == "torch":
-            return export_program(model, workspace.splits.example, folder.program)
-        error = export_onnx(model, workspace.splits.example, folder.onnx)
+            return export_program(model, example, folder.program)
+        error = export_onnx(model, example, folder.onnx)
     folder.add_results(onnx_max_relative_error=error)
     return folder.onnx
 
 
-def latency_stage(workspace: Workspace, folder: RunFolder, batch: int) -> None:
-    """Measures dense and pruned in torch and, where there is a file, ONNX Runtime,
-    batch 1 and `batch`, alternating.
+def latency_stage(context: RunContext, folder: RunFolder, batch: int) -> None:
+    """Measures the latency of dense and pruned network, alternating.
+
+    In PyTorch and, where there is a file, ONNX Runtime.
+
+    Args:
+        context: The dense network and an example of the images.
+        folder: The run.
+        batch: Batch size, beside 1.
     """
     with timed(folder, "latency"):
-        pruned, onnx = (
-            load_pruned(folder.pruned),
-            folder.onnx if folder.onnx.exists() else None,
-        )
+        pruned = load_pruned(folder.pruned)
+        onnx = folder.onnx if folder.onnx.exists() else None
         sizes = sorted({1, batch})
         rows = measure_latency(
-            workspace.dense, pruned, workspace.splits.example, onnx, sizes
+            context.dense, pruned, context.splits.example, onnx, sizes
         )
-    first = next((row for row in rows if row.engine == "onnxruntime"), rows[0])
-    latency = {"latency_ms": first.pruned_ms, "latency_ms_dense": first.dense_ms}
-    folder.add_results(latency=[asdict(row) for row in rows], **latency)
+    # What is shipped counts: ONNX Runtime where there is a file for it.
+    shipped = [row for row in rows if row.engine == "onnxruntime"] or rows
+    folder.add_results(
+        latency=[asdict(row) for row in rows],
+        latency_ms=shipped[0].pruned_ms,
+        latency_ms_dense=shipped[0].dense_ms,
+    )
 
 
 def report_stage(folder: RunFolder) -> Path:
-    """Writes `report.html` from what the folder holds."""
+    """Writes `report.html` from what the folder holds.
+
+    Args:
+        folder: The run.
+    """
     return write_report(folder)
-
-
-def summary(folder: RunFolder) -> dict:
-    """The results for `--json`: what was measured, without the long tables."""
-    results = folder.read_json(folder.results)
-    return {key: value for key, value in results.items() if not isinstance(value, list)}

@@ -1,8 +1,10 @@
-"""One offline HTML page per run: what was found, how, and the split behind every
-number. Reads the run folder only.
+"""One offline HTML page per run, made from the run folder alone.
+
+It tells what was found, how, and the split behind every number.
 """
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,21 +17,29 @@ from autoprune.reporting.figures import (
     render_svg,
     reward_curve,
 )
+from autoprune.results import Results
 from autoprune.runs import RunFolder, write_text
 
 ASSETS = Path(__file__).parent / "assets"
 Rows = list[list[str]]
+NOTHING = "–"
+"""Stands in a table where nothing was measured."""
 TRAININGS = {
     "sparse epoch": "sparse training",
     "removal epoch": "training that prunes",
     "epoch": "fine-tuning",
 }
 """Events of the log to what is trained then, in order."""
+COSTS = {"macs": "MACs", "params": "Parameters", "memory_bytes": "Memory, bytes"}
+"""Costs in the results, and what the page calls them."""
+METRICS = {"macs": "MACs", "params": "parameters"}
+"""What a budget counts, within a sentence."""
 
 
 def write_report(folder: RunFolder) -> Path:
-    """Writes `report.html`, the same bytes for the same run; what a run hasn't done yet
-    the page says in words.
+    """Writes `report.html`, the same bytes for the same run.
+
+    What a run hasn't done yet the page says in words.
 
     Args:
         folder: The run, with its config, results and log.
@@ -40,16 +50,12 @@ def write_report(folder: RunFolder) -> Path:
     Raises:
         UserError: If the run has no results yet, or a file is damaged.
     """
-    known = {
-        key: value
-        for key, value in folder.read_json(folder.results).items()
-        if value is not None
-    }
-    results = known if "model" in known else _asked(folder) | known
-    rewards, trainings = (
-        _series(folder, "episode", "episode", "reward"),
-        _trainings(folder, results),
-    )
+    # Through `read_json`, which says how a run without results goes on.
+    results = Results.from_json(folder.read_json(folder.results))
+    if results.model is None:
+        results = _with_settings(results, folder)
+    rewards = _series(folder, "episode", "episode", "reward")
+    trainings = _trainings(folder, results)
     pareto = folder.read_json(folder.pareto) if folder.pareto.exists() else None
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
@@ -58,336 +64,324 @@ def write_report(folder: RunFolder) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    groups = results.groups or []
+    config = yaml.safe_dump(folder.read_config(), sort_keys=False, allow_unicode=True)
     html = environment.get_template("report.html.jinja").render(
         results=results,
         headline=_headline(results),
         facts=_facts(results),
         costs=_cost_rows(results),
         stages=_stage_rows(results),
-        groups=_columns(results.get("groups", []), "kept"),
-        pinned=_columns(results.get("pinned", []), "reason"),
+        groups=_group_rows(groups, "kept"),
+        pinned=_group_rows(results.pinned or [], "reason"),
         pareto=pareto,
         has_policy=(folder.policy / "policy.json").exists(),
         points=_point_rows(pareto, results) if pareto else [],
-        has_dimensions=any(
-            row["name"] == "resolution" for row in results.get("groups", [])
-        ),
-        dimensions=_dimension_rows(results["dimensions"])
-        if "dimensions" in results
-        else [],
+        has_dimensions=any(row["name"] == "resolution" for row in groups),
+        dimensions=_dimension_rows(results),
         searchers=_searcher_rows(results, rewards),
         finalists=_finalist_rows(results),
         n_episodes=len(rewards),
         figures=_figures(results, pareto, rewards, trainings),
-        rivals=_rivals(results),
-        config=yaml.safe_dump(
-            folder.read_config(), sort_keys=False, allow_unicode=True
-        ),
+        rivals=_best_of_baselines(results),
+        config=config,
     )
     write_text(folder.report, html)
     return folder.report
 
 
-def _asked(folder: RunFolder) -> dict:
-    """What results.json says as soon as something is being decided, of a run that was
-    interrupted before.
-    """
+def _with_settings(results: Results, folder: RunFolder) -> Results:
+    """The results of a run that was interrupted before anything was decided."""
     settings = Settings.from_dict(folder.read_config())
-    asked = {
-        "run": str(folder.root),
-        "model": settings.network.model,
-        "data": settings.data.data,
-    }
-    return asked | {
-        name: getattr(settings.search, name) for name in ("budget", "agent", "seed")
-    }
+    return results.updated(
+        run=str(folder.root),
+        model=settings.network.model,
+        data=settings.data.data,
+        budget=settings.search.budget,
+        agent=settings.search.agent,
+        seed=settings.search.seed,
+    )
 
 
 def _series(folder: RunFolder, event: str, number: str, value: str) -> dict[int, float]:
-    # A resumed run may log an episode or epoch again; the last entry is the one that
-    # counted.
-    return dict(
-        sorted({entry[number]: entry[value] for entry in folder.events(event)}.items())
-    )
+    """A value of the log by its number, in order.
 
-
-def _trainings(folder: RunFolder, results: dict) -> dict[str, list[float]]:
-    """What was trained to the mean loss of each epoch; of an earlier, longer
-    fine-tuning the log knows later epochs.
+    A resumed run may log an episode or epoch again; the last entry counted.
     """
-    losses = {
-        name: list(_series(folder, event, "epoch", "loss").values())
-        for event, name in TRAININGS.items()
-    }
-    losses["fine-tuning"] = losses["fine-tuning"][: results.get("finetune_epochs")]
-    return {name: values for name, values in losses.items() if values}
+    values = {entry[number]: entry[value] for entry in folder.events(event)}
+    return dict(sorted(values.items()))
 
 
-def _headline(results: dict) -> str:
-    subject = f"{results['model']} on {results['data']}"
-    if "macs_ratio" not in results:
-        return f"{subject}: {results['budget']} asked for, nothing decided yet"
-    within = f"{_percent(results['macs_ratio'], 1)} of the MACs"
-    stages = {"accuracy": "", "accuracy_pruned": " before fine-tuning"}
-    stage = next((key for key in stages if key in results), None)
-    if stage is None or "accuracy_dense" not in results:
+def _trainings(folder: RunFolder, results: Results) -> dict[str, list[float]]:
+    """What was trained to the mean loss of each epoch."""
+    trainings = {}
+    for event, name in TRAININGS.items():
+        losses = list(_series(folder, event, "epoch", "loss").values())
+        if name == "fine-tuning":
+            # Of an earlier, longer fine-tuning the log knows later epochs.
+            losses = losses[: results.finetune_epochs]
+        if losses:
+            trainings[name] = losses
+    return trainings
+
+
+def _headline(results: Results) -> str:
+    subject = f"{results.model} on {results.data}"
+    if results.macs_ratio is None:
+        return f"{subject}: {results.budget} asked for, nothing decided yet"
+    within = f"{_percent(results.macs_ratio, 1)} of the MACs"
+    reached = results.accuracy
+    stage = ""
+    if reached is None:
+        reached = results.accuracy_pruned
+        stage = " before fine-tuning"
+    if reached is None or results.accuracy_dense is None:
         return f"{subject}: an allocation with {within}, not fine-tuned yet"
-    accuracies = (
-        f"{_percent(results['accuracy_dense'], 1)} → {_percent(results[stage], 1)}"
-    )
-    return f"{subject}: {within}, accuracy {accuracies}{stages[stage]}"
+    accuracies = f"{_percent(results.accuracy_dense, 1)} → {_percent(reached, 1)}"
+    return f"{subject}: {within}, accuracy {accuracies}{stage}"
 
 
-def _facts(results: dict) -> Rows:
-    formats = {
-        "method": str,
-        "budget": str,
-        "agent": str,
-        "seed": str,
-        "episodes": _count,
-        "evaluations": _count,
-        "seconds_search": _duration,
-        "seconds_total": _duration,
-    }
-    labels = {"seconds_search": "search", "seconds_total": "whole run"}
-    return [
-        [labels.get(key, key), show(results[key])]
-        for key, show in formats.items()
-        if key in results
-    ]
-
-
-def _columns(groups: list[dict], last: str) -> Rows:
-    return [
-        [group["name"], _count(group["channels"]), str(group[last])] for group in groups
-    ]
-
-
-def _cost_rows(results: dict) -> Rows:
-    labels = {"macs": "MACs", "params": "Parameters", "memory_bytes": "Memory, bytes"}
-    rows = [
-        [
-            label,
-            _count(results[f"{key}_dense"]),
-            _count(results[key]),
-            *_change(results[f"{key}_dense"], results[key]),
-        ]
-        for key, label in labels.items()
-        if key in results and f"{key}_dense" in results
-    ]
-    for row in results.get("latency", []):
-        label = f"Latency, {row['engine']}, batch {row['batch']}, {_plural(row['threads'], 'thread')}"
-        times = row["dense_ms"], row["pruned_ms"]
-        rows.append([label, *map(_milliseconds, times), *_change(*times)])
-    if (
-        "latency" not in results
-        and "latency_ms" in results
-        and "latency_ms_dense" in results
-    ):
-        times = results["latency_ms_dense"], results["latency_ms"]
-        rows.append(["Latency", *map(_milliseconds, times), *_change(*times)])
+def _facts(results: Results) -> Rows:
+    """What the page says of the run at its top."""
+    rows = []
+    for name in ("method", "budget", "agent", "seed"):
+        value = getattr(results, name)
+        if value is not None:
+            rows.append([name, str(value)])
+    for name in ("episodes", "evaluations"):
+        value = getattr(results, name)
+        if value is not None:
+            rows.append([name, _count(value)])
+    if results.seconds_search is not None:
+        rows.append(["search", _duration(results.seconds_search)])
+    if results.seconds_total is not None:
+        rows.append(["whole run", _duration(results.seconds_total)])
     return rows
+
+
+def _group_rows(groups: list[dict[str, Any]], last: str) -> Rows:
+    rows = []
+    for group in groups:
+        rows.append([group["name"], _count(group["channels"]), str(group[last])])
+    return rows
+
+
+def _cost_rows(results: Results) -> Rows:
+    rows = []
+    for name, label in COSTS.items():
+        dense = getattr(results, f"{name}_dense")
+        pruned = getattr(results, name)
+        if dense is not None and pruned is not None:
+            change = _change(dense, pruned)
+            rows.append([label, _count(dense), _count(pruned), *change])
+    for row in results.latency or []:
+        threads = _plural(row["threads"], "thread")
+        label = f"Latency, {row['engine']}, batch {row['batch']}, {threads}"
+        rows.append(_latency_row(label, row["dense_ms"], row["pruned_ms"]))
+    # Runs of earlier versions have no table of engines.
+    dense_ms = results.latency_ms_dense
+    pruned_ms = results.latency_ms
+    if results.latency is None and dense_ms is not None and pruned_ms is not None:
+        rows.append(_latency_row("Latency", dense_ms, pruned_ms))
+    return rows
+
+
+def _latency_row(label: str, dense_ms: float, pruned_ms: float) -> list[str]:
+    times = [_milliseconds(dense_ms), _milliseconds(pruned_ms)]
+    return [label, *times, *_change(dense_ms, pruned_ms)]
 
 
 def _change(dense: float, pruned: float) -> tuple[str, str]:
     return _percent(pruned / dense, 1), f"{dense / pruned:.2f} ×"
 
 
-def _stage_rows(results: dict) -> Rows:
-    """A run that prunes by training has no accuracy of what the search compared: that
-    was sliced at once.
+def _stage_rows(results: Results) -> Rows:
+    """The accuracy at each stage, with its split.
 
-    What is fine-tuned may have begun with weights solved anew though the search
-    compared sliced networks.
+    A run that prunes by training has no accuracy of what the search compared: that was
+    sliced at once. What is fine-tuned may have begun with weights solved anew though
+    the search compared sliced networks.
     """
-    is_trained, is_tuned = (
-        "removal_method" in results,
-        results.get("finetune_epochs") != 0,
-    )
-    stages = [
-        ("Dense", "test", "accuracy_dense", True),
-        ("As the search saw it", "selection", "selection_accuracy", not is_trained),
-        (
-            "Pruned by training" if is_trained else "Pruned",
-            "test",
-            "accuracy_pruned",
-            True,
-        ),
-        ("Fine-tuned", "test", "accuracy", is_tuned),
-    ]
-    return [
-        [
-            name,
-            split,
-            _count_if_known(results, f"{split}_images"),
-            _percent(results[key]),
-        ]
-        for name, split, key, holds in stages
-        if holds and key in results
-    ]
+    is_trained = results.removal_method is not None
+    stages = [("Dense", "test", results.accuracy_dense)]
+    if not is_trained:
+        selected = results.selection_accuracy
+        stages.append(("As the search saw it", "selection", selected))
+    name = "Pruned by training" if is_trained else "Pruned"
+    stages.append((name, "test", results.accuracy_pruned))
+    if results.finetune_epochs != 0:
+        stages.append(("Fine-tuned", "test", results.accuracy))
+    rows = []
+    for name, split, accuracy in stages:
+        if accuracy is not None:
+            n_images = _count_if_known(getattr(results, f"{split}_images"))
+            rows.append([name, split, n_images, _percent(accuracy)])
+    return rows
 
 
-def _dimension_rows(found: dict) -> Rows:
+def _dimension_rows(results: Results) -> Rows:
     """Networks that were measured, the model's optimum, and what was built."""
-    measured = [
-        (str(n), point, point["accuracy"], point["fitted"])
-        for n, point in enumerate(found["points"], 1)
-    ]
-    ends = {"Optimum": found["optimum"], "Built": found["chosen"]}
-    promised = [
-        (title, point, None, point["accuracy"]) for title, point in ends.items()
-    ]
-    return [
-        [
-            name,
-            *(_percent(point[size], 1) for size in ("depth", "width", "resolution")),
-            "–" if accuracy is None else _percent(accuracy, 1),
-            _percent(fitted, 1),
-        ]
-        for name, point, accuracy, fitted in (*measured, *promised)
-    ]
+    if results.dimensions is None:
+        return []
+    rows = []
+    for number, point in enumerate(results.dimensions["points"], 1):
+        measured = _percent(point["accuracy"], 1)
+        fitted = _percent(point["fitted"], 1)
+        rows.append([str(number), *_sizes(point), measured, fitted])
+    for title, name in (("Optimum", "optimum"), ("Built", "chosen")):
+        point = results.dimensions[name]
+        promised = _percent(point["accuracy"], 1)
+        rows.append([title, *_sizes(point), NOTHING, promised])
+    return rows
 
 
-SCORES = {
-    "proxy_accuracy": lambda value: _percent(value),
-    "proxy_loss": lambda value: _score(value),
-    "selection_accuracy": lambda value: _percent(value),
-    "selection_loss": lambda value: _score(value),
-}
+def _sizes(point: dict[str, float]) -> list[str]:
+    return [_percent(point[name], 1) for name in ("depth", "width", "resolution")]
 
 
-def _scores(entry: dict) -> list[str]:
-    return [
-        show(entry[key]) if entry.get(key) is not None else "–"
-        for key, show in SCORES.items()
-    ]
+def _scores(entry: dict[str, Any]) -> list[str]:
+    """Accuracy and loss on the proxy and on the selection split."""
+    cells = []
+    for split in ("proxy", "selection"):
+        accuracy = entry.get(f"{split}_accuracy")
+        loss = entry.get(f"{split}_loss")
+        cells.append(NOTHING if accuracy is None else _percent(accuracy))
+        cells.append(NOTHING if loss is None else _score(loss))
+    return cells
 
 
-def _is_chosen(finalist: dict, results: dict) -> bool:
-    return all(
-        key in results and finalist.get(key) == results[key]
-        for key in ("selection_accuracy", "selection_loss")
+def _is_chosen(finalist: dict[str, Any], results: Results) -> bool:
+    """Whether the run went on with a finalist, or with a point of the front."""
+    accuracy = results.selection_accuracy
+    loss = results.selection_loss
+    if accuracy is None or loss is None:
+        return False
+    return (
+        finalist.get("selection_accuracy") == accuracy
+        and finalist.get("selection_loss") == loss
     )
 
 
-def _searcher_rows(results: dict, rewards: dict[int, float]) -> Rows:
-    chosen = next(
-        (
-            finalist
-            for finalist in results.get("finalists", [])
-            if _is_chosen(finalist, results)
-        ),
-        {},
-    )
-    own = {**chosen, **results, "reward": max(rewards.values(), default=None)}
-    searchers = {f"{results['agent']} (this run)": own, **results.get("baselines", {})}
-    return [
-        [
-            name,
-            _count_if_known(entry, "evaluations"),
-            "–" if entry.get("reward") is None else _score(entry["reward"]),
-            *_scores(entry),
-        ]
-        for name, entry in searchers.items()
-    ]
+def _searcher_rows(results: Results, rewards: dict[int, float]) -> Rows:
+    """The run's agent and its baselines, each with the best that it found."""
+    this_run: dict[str, Any] = {}
+    for finalist in results.finalists or []:
+        if _is_chosen(finalist, results):
+            this_run |= finalist
+            break
+    this_run |= results.to_json()
+    this_run["reward"] = max(rewards.values(), default=None)
+    searchers = {f"{results.agent} (this run)": this_run, **(results.baselines or {})}
+    rows = []
+    for name, entry in searchers.items():
+        reward = entry.get("reward")
+        shown = NOTHING if reward is None else _score(reward)
+        evaluations = _count_if_known(entry.get("evaluations"))
+        rows.append([name, evaluations, shown, *_scores(entry)])
+    return rows
 
 
-def _finalist_rows(results: dict) -> Rows:
-    return [
-        [
-            f"{entry['source']}{', chosen' if _is_chosen(entry, results) else ''}",
-            _count(entry["macs"]),
-            *_scores(entry),
-        ]
-        for entry in results.get("finalists", [])
-    ]
+def _finalist_rows(results: Results) -> Rows:
+    rows = []
+    for entry in results.finalists or []:
+        mark = ", chosen" if _is_chosen(entry, results) else ""
+        source = f"{entry['source']}{mark}"
+        rows.append([source, _count(entry["macs"]), *_scores(entry)])
+    return rows
 
 
-METRICS = {"macs": "MACs", "params": "parameters"}
+def _point_rows(pareto: dict[str, Any], results: Results) -> Rows:
+    """The front, then uniform pruning at the budgets that were compared."""
+    rows = []
+    for point in pareto["front"]:
+        mark = ", chosen" if _is_chosen(point, results) else ""
+        share = _percent(point["share"], 1) + mark
+        rows.append([share, point["source"], _count(point["cost"]), *_scores(point)])
+    for point in pareto["uniform"]:
+        share = _percent(point["share"], 1)
+        rows.append([share, "uniform", _count(point["cost"]), *_scores(point)])
+    return rows
 
 
-def _point_rows(pareto: dict, results: dict) -> Rows:
-    return [
-        [
-            _percent(point["share"], 1)
-            + (", chosen" if line == "front" and _is_chosen(point, results) else ""),
-            "uniform" if line == "uniform" else point["source"],
-            _count(point["cost"]),
-            *_scores(point),
-        ]
-        for line in ("front", "uniform")
-        for point in pareto[line]
-    ]
-
-
-def _pareto_figure(pareto: dict, results: dict) -> str:
-    front, uniform = (
-        [(p["share"], p["selection_accuracy"]) for p in pareto[line]]
-        for line in ("front", "uniform")
-    )
+def _pareto_figure(pareto: dict[str, Any], results: Results) -> str:
+    front = _curve(pareto["front"])
+    uniform = _curve(pareto["uniform"])
     metric = METRICS[pareto["metric"]]
-    chosen = next(
-        (i for i, point in enumerate(pareto["front"]) if _is_chosen(point, results)),
-        None,
+    chosen = None
+    for number, point in enumerate(pareto["front"]):
+        if chosen is None and _is_chosen(point, results):
+            chosen = number
+    accuracies = f"{_percent(front[0][1], 1)} to {_percent(front[-1][1], 1)}"
+    shares = f"{_percent(front[0][0], 1)} to {_percent(front[-1][0], 1)}"
+    others = f"{_percent(uniform[0][1], 1)} to {_percent(uniform[-1][1], 1)}"
+    title = (
+        f"Pareto front of {_plural(len(front), 'point')}: accuracy {accuracies} with "
+        f"{shares} of the {metric}; uniform pruning {others}; the table below holds "
+        f"the same numbers"
     )
-    ends = " to ".join(_percent(accuracy, 1) for _, accuracy in (front[0], front[-1]))
-    shares = " to ".join(_percent(share, 1) for share, _ in (front[0], front[-1]))
-    others = " to ".join(
-        _percent(accuracy, 1) for _, accuracy in (uniform[0], uniform[-1])
-    )
-    title = f"Pareto front of {_plural(len(front), 'point')}: accuracy {ends} with {shares} of the {metric}; "
-    title += f"uniform pruning {others}; the table below holds the same numbers"
     return render_svg(pareto_front(front, uniform, metric, chosen), "pareto", title)
 
 
-def _rivals(results: dict) -> dict[str, float]:
-    """The best reward of every baseline that has one: what is drawn beside the search."""
-    baselines = results.get("baselines", {})
-    return {
-        name: entry["reward"]
-        for name, entry in baselines.items()
-        if entry.get("reward") is not None
-    }
+def _curve(points: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Share of the cost and accuracy on the selection split of each point."""
+    return [(point["share"], point["selection_accuracy"]) for point in points]
+
+
+def _best_of_baselines(results: Results) -> dict[str, float]:
+    """The best reward of every baseline that has one: drawn beside the search."""
+    rewards = {}
+    for name, entry in (results.baselines or {}).items():
+        if entry.get("reward") is not None:
+            rewards[name] = entry["reward"]
+    return rewards
 
 
 def _figures(
-    results: dict,
-    pareto: dict | None,
+    results: Results,
+    pareto: dict[str, Any] | None,
     rewards: dict[int, float],
     trainings: dict[str, list[float]],
 ) -> dict[str, str]:
+    """Name to SVG of what there is to draw."""
     figures = {}
+    n_episodes = _plural(len(rewards), "episode")
     if pareto:
         figures["pareto"] = _pareto_figure(pareto, results)
     if rewards and pareto:
-        title = f"Reward of {_plural(len(rewards), 'episode')}, each under a budget of its own"
-        figures["reward"] = render_svg(
-            reward_curve(rewards, {}, comparable=False), "reward", title
-        )
+        title = f"Reward of {n_episodes}, each under a budget of its own"
+        figure = reward_curve(rewards, {}, comparable=False)
+        figures["reward"] = render_svg(figure, "reward", title)
     elif len(rewards) > 1:
-        best = max(rewards, key=rewards.get)
-        title = f"Reward of {_plural(len(rewards), 'episode')}; the best, {_score(rewards[best])}, in episode {best}"
-        figures["reward"] = render_svg(
-            reward_curve(rewards, _rivals(results)), "reward", title
+        best = max(rewards, key=lambda episode: rewards[episode])
+        title = (
+            f"Reward of {n_episodes}; the best, {_score(rewards[best])}, in episode "
+            f"{best}"
         )
-    if results.get("groups"):
-        columns = (
-            [group[key] for group in results["groups"]]
-            for key in ("name", "channels", "kept")
-        )
-        counted = results.get("counted", "channels")
-        title = f"{counted[0].upper()}{counted[1:]} kept, in network order; the table below holds the same numbers"
-        figures["allocation"] = render_svg(
-            allocation_bars(*columns, counted), "allocation", title
-        )
+        figure = reward_curve(rewards, _best_of_baselines(results))
+        figures["reward"] = render_svg(figure, "reward", title)
+    if results.groups:
+        figures["allocation"] = _allocation_figure(results.groups, results.counted)
     if trainings:
-        n_epochs, last = (
-            sum(map(len, trainings.values())),
-            list(trainings.values())[-1][-1],
+        n_epochs = sum(len(losses) for losses in trainings.values())
+        last = list(trainings.values())[-1][-1]
+        title = (
+            f"Training loss over {_plural(n_epochs, 'epoch')}; {_score(last)} after "
+            f"the last"
         )
-        title = f"Training loss over {_plural(n_epochs, 'epoch')}; {_score(last)} after the last"
         figures["loss"] = render_svg(loss_curve(trainings), "loss", title)
     return figures
+
+
+def _allocation_figure(groups: list[dict[str, Any]], counted: str | None) -> str:
+    counted = counted or "channels"
+    names = [group["name"] for group in groups]
+    channels = [group["channels"] for group in groups]
+    kept = [group["kept"] for group in groups]
+    # "MACs" begins with a capital already, so `capitalize` would spoil it.
+    subject = counted[0].upper() + counted[1:]
+    title = f"{subject} kept, in network order; the table below holds the same numbers"
+    figure = allocation_bars(names, channels, kept, counted)
+    return render_svg(figure, "allocation", title)
 
 
 def _percent(value: float, digits: int = 2) -> str:
@@ -398,8 +392,8 @@ def _count(value: int) -> str:
     return f"{value:,}"
 
 
-def _count_if_known(entry: dict, key: str) -> str:
-    return _count(entry[key]) if key in entry else "–"
+def _count_if_known(value: int | None) -> str:
+    return NOTHING if value is None else _count(value)
 
 
 def _score(value: float) -> str:

@@ -1,11 +1,9 @@
-"""Depth and image size as two more things to decide, beside the widths of the channel
-groups.
+"""Depth and image size as two more things to decide, beside the widths of groups.
 
 They enter a search as groups that no tensor holds: `depth`, whose channels are the
 blocks that can be removed, and one for the rest of the network; and `resolution`, whose
 channels are the pixels of the image's side. So an agent, a budget and an allocation
-treat them as they treat widths, and costs stay those of the network that really comes
-out.
+treat them as they treat widths, and costs stay those of the network that comes out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,17 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.costs.constraints import pinned_by_user
+from autoprune.costs.constraints import pin_excluded
 from autoprune.costs.cost import CostTable, KeptCounts
 from autoprune.data.datasets import Images
 from autoprune.errors import UserError
 from autoprune.evaluation.proxy import half
-from autoprune.scaling.depth import removable_blocks, remove_blocks, shallower
-from autoprune.scaling.resolution import at_resolution
+from autoprune.scaling.depth import (
+    removable_blocks,
+    remove_blocks,
+    select_blocks_to_remove,
+)
+from autoprune.scaling.resolution import resize_inputs
 from autoprune.structure.groups import Group, Groups
 from autoprune.tracing.trace import trace
 
-DEPTH, RESOLUTION = "depth", "resolution"
+DEPTH = "depth"
+RESOLUTION = "resolution"
 LEVELS = 8
 """Steps from all blocks to none, at most, and from the image's side to nothing."""
 RANKING_IMAGES = 250
@@ -40,12 +43,12 @@ class Scaling:
     Args:
         model: The whole network; left as found.
         traced: Its trace.
-        example: One input.
+        example: One input, `(1, channels, height, width)`.
         images: What the damage of a removed block is measured on.
         excluded: Patterns of groups that stay whole, `depth` and `resolution` among
-            them; see
-        `autoprune.costs.constraints`.
+            them; see `autoprune.costs.constraints`.
         fixed: `depth` or `resolution` to the reason why it must not change.
+        order: The removable blocks in the order in which they go; None to measure it.
     """
 
     def __init__(
@@ -56,72 +59,78 @@ class Scaling:
         images: Images,
         excluded: Sequence[str] = (),
         fixed: Mapping[str, str] = MappingProxyType({}),
+        order: list[str] | None = None,
     ):
-        self.model, self.traced, self.example, self.excluded, self.fixed = (
-            model,
-            traced,
-            example,
-            excluded,
-            fixed,
-        )
+        self.model = model
+        self.traced = traced
+        self.example = example
+        self.excluded = excluded
+        self.fixed = fixed
         self._images = images[:RANKING_IMAGES]
+        self._stored_order = order
         self._traces: dict[tuple[int, int], Groups] = {}
         self._tables: dict[tuple[int, int], CostTable] = {}
 
     @cached_property
     def order(self) -> list[str]:
-        """The removable blocks in the order in which they go, that of least damage per
-        MAC; see `depth.shallower`.
+        """The removable blocks in the order in which they go.
+
+        The block of least damage per MAC goes first; see
+        `autoprune.scaling.depth.select_blocks_to_remove`.
         """
+        if self._stored_order is not None:
+            return self._stored_order
         saved = sum(block.macs for block in removable_blocks(self.model, self.example))
         floor = CostTable(self.traced).macs({}) - saved
-        return shallower(self.model, self.example, self._images, floor)
+        return select_blocks_to_remove(self.model, self.example, self._images, floor)
 
     @cached_property
     def groups(self) -> Groups:
-        """The trace with `depth` and `resolution` in front, each pinned where the
-        network has no choice.
+        """The trace with `depth` and `resolution` in front.
+
+        Each is pinned where the network has no choice.
+
+        Raises:
+            UserError: If the network has groups of these names already.
         """
         depth, side = self.whole
         reasons = dict(self.fixed)
         if not self.order:
             reasons[DEPTH] = "the network has no block that can be removed"
-        unread = next((size for size in self._sizes if not self._reads(size)), None)
-        if unread is not None:
-            reasons[RESOLUTION] = f"the network doesn't read images of {unread} pixels"
-        added = [
-            Group(n, count, (), reasons.get(n), 1.0)
-            for n, count in ((DEPTH, depth), (RESOLUTION, side))
-        ]
-        taken = {group.name for group in added} & {
-            group.name for group in self.traced.all
-        }
+        for size in self._smaller_sizes():
+            if not self._accepts(size):
+                reasons[RESOLUTION] = (
+                    f"the network doesn't read images of {size} pixels"
+                )
+                break
+        taken = {group.name for group in self.traced.all} & {DEPTH, RESOLUTION}
         if taken:
             raise UserError(
                 "granularity",
-                f"the network has channels called {min(taken)!r}, as is "
-                f"a dimension; rename them",
+                f"the network has channels called {min(taken)!r}, as is a dimension; "
+                f"rename them",
             )
+        added = (
+            Group(DEPTH, depth, (), reasons.get(DEPTH), 1.0),
+            Group(RESOLUTION, side, (), reasons.get(RESOLUTION), 1.0),
+        )
         # The labels of a trace count channels through all groups; nobody cuts by these.
         groups = replace(
             self.traced, all=(*added, *self.traced.all), book=None, units=None
         )
-        return pinned_by_user(groups, self.excluded)
+        return pin_excluded(groups, self.excluded)
 
     @property
     def steps(self) -> dict[str, int]:
         """By how many channels `depth` and `resolution` change at a time."""
-        sizes = {
-            DEPTH: -(-len(self.order) // LEVELS),
-            RESOLUTION: self.example.shape[-1] // LEVELS,
-        }
-        return {name: max(1, step) for name, step in sizes.items()}
+        depth_step = -(-len(self.order) // LEVELS)
+        size_step = self.example.shape[-1] // LEVELS
+        return {DEPTH: max(1, depth_step), RESOLUTION: max(1, size_step)}
 
     @property
     def least(self) -> dict[str, int]:
-        """Of how many channels no less is tried: smaller images than half the side say
-        too little.
-        """
+        """The least count of `resolution`: half of the image's side."""
+        # Images smaller than that say too little.
         return {RESOLUTION: half(self.example.shape[-1])}
 
     @property
@@ -129,97 +138,116 @@ class Scaling:
         """Depth and image size of the network as it is."""
         return len(self.order) + 1, self.example.shape[-1]
 
-    def of(self, kept: Mapping[str, int]) -> tuple[int, int]:
-        """Depth and image size of an allocation; what it doesn't name is whole."""
-        return kept.get(DEPTH, self.whole[0]), kept.get(RESOLUTION, self.whole[1])
+    def depth_and_size(self, kept: Mapping[str, int]) -> tuple[int, int]:
+        """Depth and image size of an allocation.
+
+        Args:
+            kept: Group to kept channels; what it doesn't name is whole.
+        """
+        depth, size = self.whole
+        return kept.get(DEPTH, depth), kept.get(RESOLUTION, size)
 
     def removed(self, kept: Mapping[str, int]) -> list[str]:
-        """The blocks that are gone under an allocation."""
-        return self.order[: self.whole[0] - self.of(kept)[0]]
+        """The blocks that are gone under an allocation.
 
-    def there(self, kept: Mapping[str, int]) -> dict[str, int]:
-        """The counts of an allocation without those of groups in removed blocks."""
-        return {
-            name: kept[name] for name in (DEPTH, RESOLUTION) if name in kept
-        } | self.widths(kept)
+        Args:
+            kept: Group to kept channels.
+        """
+        depth, _ = self.depth_and_size(kept)
+        n_removed = self.whole[0] - depth
+        return self.order[:n_removed]
+
+    def remaining(self, kept: Mapping[str, int]) -> dict[str, int]:
+        """An allocation without the groups that lie in removed blocks.
+
+        Args:
+            kept: Group to kept channels.
+        """
+        remaining = {name: kept[name] for name in (DEPTH, RESOLUTION) if name in kept}
+        return remaining | self.widths(kept)
 
     def widths(self, kept: Mapping[str, int]) -> dict[str, int]:
-        """The counts of the groups that there are at the depth of an allocation."""
-        return {
-            name: kept[name]
-            for name in self.costs(*self.of(kept)).names
-            if name in kept
-        }
+        """The counts of the channel groups that exist at the depth of an allocation.
+
+        Args:
+            kept: Group to kept channels.
+        """
+        names = self.costs(*self.depth_and_size(kept)).names
+        return {name: kept[name] for name in names if name in kept}
 
     def network(self, kept: Mapping[str, int]) -> nn.Module:
-        """A copy of the network with the depth and image size of an allocation, all
-        widths whole.
+        """A copy of the network with the depth and image size of an allocation.
+
+        Args:
+            kept: Group to kept channels; all widths stay whole.
         """
-        return scaled(self.model, self.removed(kept), self.of(kept)[1])
+        _, size = self.depth_and_size(kept)
+        return resize_inputs(remove_blocks(self.model, self.removed(kept)), size)
 
     def trace(self, kept: Mapping[str, int], verify: bool = False) -> Groups:
-        """The trace of that network; what is pinned in the whole one is pinned in it
-        too.
+        """The trace of the network with the depth and image size of an allocation.
 
-        Without a proof it is made once.
+        What is pinned in the whole network is pinned in it too.
+
+        Args:
+            kept: Group to kept channels.
+            verify: Prove its groups. Without a proof each trace is made once.
 
         Raises:
-            UserError: If it has groups that the whole one lacks.
+            UserError: If it has groups that the whole network lacks.
         """
-        if not verify and self.of(kept) in self._traces:
-            return self._traces[self.of(kept)]
-        found, known = (
-            trace(self.network(kept), self.example, verify),
-            {g.name: g.pinned for g in self.groups.all},
-        )
-        strangers = [group.name for group in found if group.name not in known]
-        if strangers:
+        scale = self.depth_and_size(kept)
+        if not verify and scale in self._traces:
+            return self._traces[scale]
+        groups = trace(self.network(kept), self.example, verify)
+        known = {group.name for group in self.groups.all}
+        unknown = [group.name for group in groups if group.name not in known]
+        if unknown:
             gone = ", ".join(self.removed(kept))
             raise UserError(
                 "granularity",
-                f"without {gone} the network has other groups "
-                f"({strangers[0]}); exclude depth",
+                f"without {gone} the network has other groups ({unknown[0]}); exclude "
+                f"depth",
             )
-        found = found.with_pins(
-            {name: reason for name, reason in known.items() if reason}
-        )
-        return self._traces.setdefault(self.of(kept), found) if not verify else found
+        groups = groups.with_pins(self.groups.reasons)
+        if not verify:
+            self._traces[scale] = groups
+        return groups
 
     def costs(self, depth: int, size: int) -> CostTable:
-        """Costs of the widths at a depth and an image size."""
+        """Costs of the widths at a depth and an image size.
+
+        Args:
+            depth: Remaining blocks, and one for the rest of the network.
+            size: Side of the image in pixels.
+        """
         if (depth, size) not in self._tables:
-            self._tables[depth, size] = CostTable(
-                self.trace({DEPTH: depth, RESOLUTION: size})
-            )
+            groups = self.trace({DEPTH: depth, RESOLUTION: size})
+            self._tables[depth, size] = CostTable(groups)
         return self._tables[depth, size]
 
-    @property
-    def _sizes(self) -> list[int]:
-        """The smaller image sizes that a search has to choose from if nothing else is
-        asked for.
-        """
-        step, least = self.steps[RESOLUTION], self.least[RESOLUTION]
-        return [least, *range(-(-least // step) * step, self.example.shape[-1], step)]
+    def _smaller_sizes(self) -> list[int]:
+        """The smaller image sizes that a search has to choose from by default."""
+        step = self.steps[RESOLUTION]
+        least = self.least[RESOLUTION]
+        first_multiple = -(-least // step) * step
+        return [least, *range(first_multiple, self.example.shape[-1], step)]
 
-    def _reads(self, size: int) -> bool:
+    def _accepts(self, size: int) -> bool:
+        """Whether the network reads images of a size."""
         try:
             with torch.no_grad():
-                at_resolution(self.model, size).eval()(self.example[:1])
+                resize_inputs(self.model, size).eval()(self.example[:1])
         except Exception:  # whatever the user's forward raises
             return False
         return True
 
 
-def scaled(model: nn.Module, removed: Sequence[str], size: int) -> nn.Module:
-    """A copy of `model` without some blocks that sees its images at `size` x `size`."""
-    return at_resolution(remove_blocks(model, removed), size)
-
-
 class ScaledCosts(CostTable):
-    """Costs of depth, image size and widths together, those of the network that comes
-    out.
+    """Costs of depth, image size and widths together, as in the network that comes out.
 
-    At any count `continuous` takes the nearest of the depths and sizes that are usual.
+    At any count `continuous_cost` takes the nearest of the depths and sizes that a
+    search has by default.
 
     Args:
         scaling: The network's depths and sizes.
@@ -228,45 +256,53 @@ class ScaledCosts(CostTable):
     def __init__(self, scaling: Scaling):
         super().__init__(scaling.groups)
         self.scaling = scaling
-        self._whole = dict(zip((DEPTH, RESOLUTION), scaling.whole, strict=True))
+        depth, size = scaling.whole
+        self._whole = {DEPTH: depth, RESOLUTION: size}
         self._columns = {
             name: self.names.index(name) for name in self._whole if name in self.names
         }
 
     def memory_bytes(self, kept: KeptCounts) -> int:
         """As in `CostTable`."""
-        counts = dict(zip(self.names, self._array(kept).tolist(), strict=True))
-        return self.scaling.costs(*self.scaling.of(counts)).memory_bytes(
-            self.scaling.widths(counts)
-        )
+        counts = dict(zip(self.names, self._as_array(kept).tolist(), strict=True))
+        table = self.scaling.costs(*self.scaling.depth_and_size(counts))
+        return table.memory_bytes(self.scaling.widths(counts))
 
-    def continuous(self, metric: str, kept: np.ndarray) -> np.ndarray:
+    def continuous_cost(self, metric: str, kept: np.ndarray) -> np.ndarray:
         """As in `CostTable`, smooth in the widths."""
         snapped = np.array(kept, float)
         for name, column in self._columns.items():
-            step, whole = self.scaling.steps[name], self._whole[name]
-            snapped[..., column] = np.minimum(
-                np.maximum(1, np.rint(snapped[..., column] / step)) * step, whole
-            )
+            step = self.scaling.steps[name]
+            multiples = np.maximum(1, np.rint(snapped[..., column] / step))
+            snapped[..., column] = np.minimum(multiples * step, self._whole[name])
         return self._values(metric, snapped)
 
-    def _exact(self, metric: str, kept: KeptCounts) -> int | np.ndarray:
-        value = np.rint(self._values(metric, self._array(kept))).astype(np.int64)
-        return value if value.ndim else int(value)
+    def _exact_cost(self, metric: str, kept: KeptCounts) -> int | np.ndarray:
+        values = self._values(metric, self._as_array(kept))
+        exact = np.rint(values).astype(np.int64)
+        return exact if exact.ndim else int(exact)
 
     def _values(self, metric: str, kept: np.ndarray) -> np.ndarray:
-        """Costs `(...)` of counts `(..., n_groups)`, those of each depth and size from
-        its own table.
+        """Costs of allocations, those of each depth and size from its own table.
+
+        Args:
+            metric: What is counted.
+            kept: Counts `(..., n_groups)`.
+
+        Returns:
+            Costs `(...)`.
         """
         rows = kept.reshape(-1, len(self.names))
         scales = np.empty((len(rows), 2), np.int64)
         for place, (name, whole) in enumerate(self._whole.items()):
-            scales[:, place] = (
-                rows[:, self._columns[name]] if name in self._columns else whole
-            )
+            column = self._columns.get(name)
+            scales[:, place] = whole if column is None else rows[:, column]
         values = np.empty(len(rows))
+        # Few scales, many widths: a table answers all allocations of its scale at once.
         for scale in np.unique(scales, axis=0):
-            table, alike = self.scaling.costs(*scale.tolist()), (scales == scale).all(1)
-            widths = rows[alike][:, [self.names.index(name) for name in table.names]]
-            values[alike] = CostTable.continuous(table, metric, widths)
+            table = self.scaling.costs(*scale.tolist())
+            is_alike = (scales == scale).all(1)
+            columns = [self.names.index(name) for name in table.names]
+            widths = rows[is_alike][:, columns]
+            values[is_alike] = CostTable.continuous_cost(table, metric, widths)
         return values.reshape(kept.shape[:-1])

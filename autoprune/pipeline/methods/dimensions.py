@@ -1,290 +1,314 @@
-"""Depth, image size and widths removed together: searched by an agent, or placed by a
-model of the accuracy.
+"""Depth, image size and widths removed together.
 
-Wang et al., "Accelerate CNNs from Three Dimensions" (ICML 2021): networks cut along one
-dimension and along several are fine-tuned a little, a polynomial is fitted to what they
-reach, and the network to prune to is where it is largest at the budget. Ours measures
-each network from the dense one rather than one after the other, in a fixed plan; and of
-the networks that can be built, with blocks and pixels in whole numbers, it takes the
-one for which the fit says most.
+An agent searches them, or a model of the accuracy places them: Wang et al., "Accelerate
+CNNs from Three Dimensions" (ICML 2021). Networks cut along one dimension and along
+several are fine-tuned a little, a polynomial is fitted to what they reach, and the
+network to prune to is where it is largest at the budget. Ours measures each network
+from the dense one rather than one after the other, in a fixed plan; and of the networks
+that can be built, with blocks and pixels in whole numbers, it takes the one for which
+the fit says most.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations, product
 from math import sqrt
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from autoprune.costs.allocation import Allocation, SearchSpace
+from autoprune.config import Settings
+from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget, parse_budget
+from autoprune.costs.search_space import SearchSpace
 from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import accuracy
-from autoprune.pipeline.methods.base import Channels, sliced
+from autoprune.pipeline.context import RunContext
+from autoprune.pipeline.methods.base import PruningMethod
+from autoprune.pipeline.methods.channels import ChannelDecision, sliced
+from autoprune.runs import RunFolder
 from autoprune.scaling.accuracy_model import (
     EXPONENTS,
     AccuracyModel,
     Point,
     Shares,
-    measured_bounds,
-    optimum,
-    together,
+    shrink_together,
 )
-from autoprune.scaling.scaling import DEPTH, RESOLUTION
+from autoprune.scaling.optimum import measured_bounds, optimum
+from autoprune.scaling.scaling import DEPTH, RESOLUTION, Scaling
+from autoprune.structure.slicing import top_channels
 from autoprune.training.loop import finetune
 
 FITTED = "polynomial"
 """The agent that fits an accuracy model; all others search."""
 
 
-class Compound(Channels):
-    """Depth, image size and widths, by an allocation in which the first two are groups;
-    see `autoprune.scaling.scaling`.
-    """
+@dataclass(frozen=True)
+class DimensionDecision(ChannelDecision):
+    """An allocation in which `depth` and `resolution` take part."""
 
-    @property
-    def is_searched(self) -> bool:
+    def plan(self, context: RunContext) -> dict[str, Any]:
+        """Removed blocks, image size and widths.
+
+        Whoever loads the weights makes the network so again.
+        """
+        scaling = _scaling(context)
+        kept = self.allocation.kept
+        _, size = scaling.depth_and_size(kept)
+        indices = top_channels(context.importance, scaling.widths(kept))
+        return {
+            "granularity": "dimensions",
+            "removed_blocks": scaling.removed(kept),
+            "image_size": size,
+            "allocation": self.allocation.to_json(),
+            "kept": {name: rows.tolist() for name, rows in indices.items()},
+        }
+
+
+class Dimensions(PruningMethod[DimensionDecision]):
+    """Depth, image size and widths, by one allocation; see `autoprune.scaling`."""
+
+    def is_searched(self, settings: Settings) -> bool:
         """Unless a model of the accuracy decides."""
-        return self.workspace.settings.search.agent != FITTED
+        return settings.search.agent != FITTED
 
-    def check(self) -> None:
-        """Looks whether the budget can be met, and whether there is enough to choose
-        from for a fit.
-        """
-        self._space.check(self._target, self._budget)
-        if self.is_searched:
-            return
-        for name in (DEPTH, RESOLUTION):
-            reason = self.workspace.groups.reasons.get(name)
-            if reason:
-                raise UserError(
-                    "agent",
-                    f"{FITTED} weighs depth, width and image size, and {name} "
-                    f"is fixed ({reason})",
-                )
-        if not len(self.workspace.widths.channels):
-            raise UserError(
-                "agent",
-                f"{FITTED} weighs depth, width and image size, and no channel "
-                f"can be pruned",
-            )
-        nothing = [
-            Point(**asdict(self._shares(kept)), accuracy=0.5) for kept in self._plan
-        ]
-        try:
-            model = AccuracyModel.fit(
-                nothing, self.workspace.settings.dimensions.degree
-            )
-        except UserError as error:
-            raise UserError(
-                "dimensions.degree", f"{str(error).removeprefix('points: ')}"
-            ) from error
-        optimum(
-            model, self._budget.share_of(self.workspace.costs), measured_bounds(nothing)
-        )
+    def check(self, context: RunContext) -> None:
+        """Checks the budget, and whether there is enough to choose from for a fit."""
+        choice = _Choice(context)
+        choice.space.check(choice.target, choice.budget)
+        if not self.is_searched(context.settings):
+            _check_fit(context, choice)
 
-    @property
-    def n_steps(self) -> int:
+    def is_decided(self, folder: RunFolder) -> bool:
+        """Whether there is an allocation."""
+        return folder.allocation.exists()
+
+    def load(self, context: RunContext, folder: RunFolder) -> DimensionDecision:
+        """The run's allocation."""
+        return DimensionDecision(Allocation.read(folder.allocation, context.groups))
+
+    def n_steps(self, context: RunContext) -> int:
         """The networks that are measured."""
-        return len(self._plan)
+        return len(_Choice(context).plan())
 
-    def decide(self, advance: Callable[[str], None]) -> tuple[Allocation, dict]:
-        """Measures, fits, and takes the network that promises most; a killed run
-        measures on.
+    def decide(
+        self, context: RunContext, folder: RunFolder, advance: Callable[[str], None]
+    ) -> tuple[DimensionDecision, dict[str, Any]]:
+        """Measures, fits, and takes the network that promises most.
+
+        A killed run measures on.
         """
+        choice = _Choice(context)
         known = {
-            event["number"]: Point(**event["point"])
-            for event in self.folder.events("point")
+            event["number"]: Point(**event["point"]) for event in folder.events("point")
         }
         points = []
-        for number, kept in enumerate(self._plan):
-            points.append(known.get(number) or self._measured(number, kept))
-            (self.folder.checkpoints / f"point-{number}.pt").unlink(missing_ok=True)
-            advance(_described(points[-1]))
-        model = AccuracyModel.fit(points, self.workspace.settings.dimensions.degree)
-        kept, promised = self._best(model, points)
-        best = optimum(
-            model, self._budget.share_of(self.workspace.costs), measured_bounds(points)
-        )
+        for number, kept in enumerate(choice.plan()):
+            checkpoint = folder.checkpoints / f"point-{number}.pt"
+            point = known.get(number)
+            if point is None:
+                reached = _measure(context, kept, folder, checkpoint)
+                point = Point(**asdict(choice.shares(kept)), accuracy=reached)
+                folder.append("point", number=number, kept=kept, point=asdict(point))
+            points.append(point)
+            checkpoint.unlink(missing_ok=True)
+            advance(_in_words(point))
+        model = AccuracyModel.fit(points, context.settings.dimensions.degree)
+        kept, promised = _most_promising(choice, model, points)
+        budget_share = choice.budget.share_of(context.costs)
+        best = optimum(model, budget_share, measured_bounds(points))
         allocation = Allocation(
-            kept, self.workspace.groups.fingerprint, str(self._budget), FITTED
+            kept, context.groups.fingerprint, str(choice.budget), FITTED
         )
-        found = {
+        rows = []
+        for point in points:
+            rows.append(asdict(point) | {"fitted": _predict(model, point)})
+        results = {
             "optimum": asdict(best),
             "chosen": asdict(promised),
             "error": model.mean_absolute_error(points),
+            "points": rows,
         }
-        rows = [asdict(point) | {"fitted": _promised(model, point)} for point in points]
-        return allocation, {"dimensions": found | {"points": rows}}
+        return DimensionDecision(allocation), {"dimensions": results}
 
-    def network(self) -> nn.Module:
-        """The network without the removed blocks, at its image size, with the most
-        important channels.
-        """
-        return self._built(self.decision.kept, verify=True)
+    def build(self, context: RunContext, decision: DimensionDecision) -> nn.Module:
+        """The network without the removed blocks, at its image size, sliced."""
+        return _build(context, decision.allocation.kept, verify=True)
 
-    @property
-    def widths(self) -> dict[str, int]:
-        """Those of the groups that are left."""
-        return self.workspace.scaling.widths(self.decision.kept)
 
-    def plan(self) -> dict:
-        """Removed blocks, image size and widths; whoever loads the weights makes the
-        network so again.
-        """
-        scaling, kept = self.workspace.scaling, self.decision.kept
-        shape = {
-            "removed_blocks": scaling.removed(kept),
-            "image_size": scaling.of(kept)[1],
-        }
-        return {"granularity": "dimensions"} | shape | super().plan()
+class _Choice:
+    """The networks of every depth, size and width that a run can choose from.
 
-    def _built(self, kept: dict[str, int], verify: bool = False) -> nn.Module:
-        return sliced(
-            self.workspace.at(kept, verify), self.workspace.scaling.widths(kept)
+    Args:
+        context: Network, images and trace.
+    """
+
+    def __init__(self, context: RunContext):
+        search = context.settings.search
+        self.context = context
+        self.scaling = _scaling(context)
+        self.budget: Budget = parse_budget(search.budget).at_position(0)
+        self.target = self.budget.target(context.costs)
+        self.space = SearchSpace(
+            context.costs,
+            self.budget.metric,
+            max_sparsity=search.max_sparsity,
+            **context.limits,
         )
 
-    def _measured(self, number: int, kept: dict[str, int]) -> Point:
-        """The accuracy on the selection split after a short training of one network of
-        the plan; logged.
+    def plan(self) -> list[dict[str, int]]:
+        """The allocations that are measured.
+
+        The dense network; each dimension at a third, two thirds and all of the way
+        down; pairs, and all three. All of the way down is the budget, met by the
+        dimensions that take part, in equal parts of its logarithm; or half of the
+        network where the budget allows more, since depth would hardly differ. Each is
+        the nearest network that can be built, so some may coincide; those count once.
         """
-        workspace, settings, network = (
-            self.workspace,
-            self.workspace.settings,
-            self._built(kept),
-        )
-        config = replace(
-            settings.finetune,
-            epochs=settings.dimensions.epochs,
-            lr=settings.dimensions.lr,
-        )
-        checkpoint = self.folder.checkpoints / f"point-{number}.pt"
-        finetune(
-            network,
-            workspace.splits.train,
-            config,
-            settings.search.seed,
-            workspace.dense,
-            checkpoint,
-        )
-        reached = accuracy(network, workspace.splits.selection)
-        point = Point(**asdict(self._shares(kept)), accuracy=reached)
-        self.folder.append("point", number=number, kept=kept, point=asdict(point))
-        return point
+        share = min(0.5, self.budget.share_of(self.context.costs))
+        wanted = [Shares(1, 1, 1)]
+        for name in EXPONENTS:
+            for step in (1, 2, 3):
+                wanted.append(shrink_together((name,), share ** (step / 3)))
+        for size in (2, 3):
+            for names in combinations(EXPONENTS, size):
+                wanted.append(shrink_together(names, share))
+        plan: list[dict[str, int]] = []
+        for shares in wanted:
+            kept = self._nearest(shares)
+            if kept not in plan:
+                plan.append(kept)
+        return plan
 
-    def _best(
-        self, model: AccuracyModel, points: list[Point]
-    ) -> tuple[dict[str, int], Point]:
-        """Of the networks of every depth and size, with uniform widths that use the
-        budget up, the most promising.
-
-        Those beyond what was measured come last, since a polynomial says nothing there.
-        """
-        bounds, found = measured_bounds(points), []
-        for kept in self._candidates():
-            shares = self._shares(kept)
-            inside = all(
-                low <= getattr(shares, name) <= high
-                for name, (low, high) in bounds.items()
-            )
-            found.append((inside, _promised(model, shares), kept, shares))
-        _, promised, kept, shares = max(found, key=lambda candidate: candidate[:2])
-        return kept, Point(**asdict(shares), accuracy=promised)
-
-    def _candidates(self) -> Iterator[dict[str, int]]:
-        """Allocations of every depth and size, the widths uniform and within the
-        budget.
-        """
-        space = self._space
-        # Depth and size are the first two groups.
-        for chosen in product(*space.levels[:2]):
-            wishes = 1 - np.array(chosen) / space.costs.dense[:2]
-            choose = partial(_wished, wishes)
-            yield self._named(space.allocate(self._target, choose))
-
-    @cached_property
-    def _plan(self) -> list[dict[str, int]]:
-        """The dense network; each dimension at a third, two thirds and all of the way
-        down; pairs, and all three.
-
-        All of the way down is the budget, met by the dimensions that take part, in
-        equal parts of its logarithm; or half of the network where the budget allows
-        more, since depth would hardly differ. Each is the nearest network that can be
-        built, so some may coincide; those count once.
-        """
-        share = min(0.5, self._budget.share_of(self.workspace.costs))
-        parts = [
-            ((name,), share ** (step / 3)) for name in EXPONENTS for step in (1, 2, 3)
-        ]
-        parts += [
-            (names, share) for size in (2, 3) for names in combinations(EXPONENTS, size)
-        ]
-        plan = [
-            self._nearest(shares)
-            for shares in (Shares(1, 1, 1), *(together(*part) for part in parts))
-        ]
-        return [kept for number, kept in enumerate(plan) if kept not in plan[:number]]
-
-    def _nearest(self, shares: Shares) -> dict[str, int]:
-        """The allocation of allowed counts nearest to shares of the three dimensions."""
-        of = {DEPTH: shares.depth, RESOLUTION: shares.resolution}
-        wanted = [
-            count * of.get(name, shares.width)
-            for name, count in self.workspace.groups.channels.items()
-        ]
-        levels = zip(self._space.levels, wanted, strict=True)
-        return self._named([row[np.abs(row - count).argmin()] for row, count in levels])
-
-    def _shares(self, kept: dict[str, int]) -> Shares:
+    def shares(self, kept: dict[str, int]) -> Shares:
         """The shares that an allocation really has, by the MACs that are left.
 
         Depth and size alone; the widths at that depth and size, since groups in removed
         blocks have none.
         """
-        macs = self.workspace.costs.macs
-        depth, size = ({name: kept[name]} for name in (DEPTH, RESOLUTION))
+        macs = self.context.costs.macs
+        depth = {DEPTH: kept[DEPTH]}
+        size = {RESOLUTION: kept[RESOLUTION]}
+        width_share = macs(kept) / macs(depth | size)
         return Shares(
-            macs(depth) / macs({}),
-            sqrt(macs(kept) / macs(depth | size)),
-            sqrt(macs(size) / macs({})),
+            depth=macs(depth) / macs({}),
+            width=sqrt(width_share),
+            resolution=sqrt(macs(size) / macs({})),
         )
 
-    def _named(self, kept) -> dict[str, int]:
-        return dict(zip(self.workspace.costs.names, map(int, kept), strict=True))
+    def candidates(self) -> Iterator[dict[str, int]]:
+        """Allocations of every depth and size, their widths uniform, within budget."""
+        # Depth and size are the first two groups.
+        for chosen in product(*self.space.levels[:2]):
+            sparsities = 1 - np.array(chosen) / self.space.costs.dense[:2]
 
-    @cached_property
-    def _space(self) -> SearchSpace:
-        search, workspace = self.workspace.settings.search, self.workspace
-        metric = parse_budget(search.budget).metric
-        return SearchSpace(
-            workspace.costs,
-            metric,
-            max_sparsity=search.max_sparsity,
-            **workspace.limits,
+            def choose(
+                index: int, uniform: np.ndarray, fixed: np.ndarray = sparsities
+            ) -> float | np.ndarray:
+                return fixed[index] if index < len(fixed) else uniform
+
+            yield self._named(self.space.allocate(self.target, choose))
+
+    def _nearest(self, shares: Shares) -> dict[str, int]:
+        """The allowed counts nearest to shares of the three dimensions."""
+        share_of = {DEPTH: shares.depth, RESOLUTION: shares.resolution}
+        counts = []
+        groups = self.context.groups.channels.items()
+        for (name, count), levels in zip(groups, self.space.levels, strict=True):
+            wanted = count * share_of.get(name, shares.width)
+            counts.append(levels[np.abs(levels - wanted).argmin()])
+        return self._named(counts)
+
+    def _named(self, counts: Sequence[int] | np.ndarray) -> dict[str, int]:
+        names = self.context.costs.names
+        return {name: int(n) for name, n in zip(names, counts, strict=True)}
+
+
+def _scaling(context: RunContext) -> Scaling:
+    assert context.scaling is not None, "this method is for granularity dimensions"
+    return context.scaling
+
+
+def _check_fit(context: RunContext, choice: _Choice) -> None:
+    """Checks that an accuracy model can be fitted to what the plan measures."""
+    for name in (DEPTH, RESOLUTION):
+        reason = context.groups.reasons.get(name)
+        if reason:
+            raise UserError(
+                "agent",
+                f"{FITTED} weighs depth, width and image size, and {name} is fixed "
+                f"({reason})",
+            )
+    if not context.channel_groups.channels:
+        raise UserError(
+            "agent",
+            f"{FITTED} weighs depth, width and image size, and no channel can be "
+            f"pruned",
         )
+    # The plan's networks with some accuracy: whether a fit exists depends on where they
+    # lie, not on what they reach.
+    points = []
+    for kept in choice.plan():
+        points.append(Point(**asdict(choice.shares(kept)), accuracy=0.5))
+    try:
+        model = AccuracyModel.fit(points, context.settings.dimensions.degree)
+    except UserError as error:
+        raise UserError("dimensions.degree", error.reason) from error
+    budget_share = choice.budget.share_of(context.costs)
+    optimum(model, budget_share, measured_bounds(points))
 
-    @property
-    def _budget(self) -> Budget:
-        return parse_budget(self.workspace.settings.search.budget).at(0)
 
-    @property
-    def _target(self) -> int:
-        return self._budget.target(self.workspace.costs)
+def _build(
+    context: RunContext, kept: dict[str, int], verify: bool = False
+) -> nn.Module:
+    widths = _scaling(context).widths(kept)
+    return sliced(context.scaled(kept, verify), widths)
 
 
-def _described(point: Point) -> str:
-    """A network in words."""
+def _measure(
+    context: RunContext, kept: dict[str, int], folder: RunFolder, checkpoint: Any
+) -> float:
+    """The accuracy on the selection split of one network after a short training."""
+    settings = context.settings
+    network = _build(context, kept)
+    config = replace(
+        settings.finetune,
+        epochs=settings.dimensions.epochs,
+        lr=settings.dimensions.lr,
+    )
+    train = context.splits.train
+    seed = settings.search.seed
+    finetune(network, train, config, seed, context.dense, checkpoint)
+    return accuracy(network, context.splits.selection)
+
+
+def _most_promising(
+    choice: _Choice, model: AccuracyModel, points: list[Point]
+) -> tuple[dict[str, int], Point]:
+    """Of the candidates the one for which the model promises most.
+
+    Those beyond what was measured come last, since a polynomial says nothing there.
+    """
+    bounds = measured_bounds(points)
+    ranked = []
+    for kept in choice.candidates():
+        shares = choice.shares(kept)
+        is_inside = all(
+            low <= getattr(shares, name) <= high for name, (low, high) in bounds.items()
+        )
+        ranked.append((is_inside, _predict(model, shares), kept, shares))
+    _, promised, kept, shares = max(ranked, key=lambda candidate: candidate[:2])
+    return kept, Point(**asdict(shares), accuracy=promised)
+
+
+def _in_words(point: Point) -> str:
+    """A measured network, for the progress bar."""
     sizes = ", ".join(f"{name} {getattr(point, name):.2f}" for name in EXPONENTS)
     return f"{sizes}: {point.accuracy:.1%}"
 
 
-def _promised(model: AccuracyModel, shares: Shares) -> float:
+def _predict(model: AccuracyModel, shares: Shares) -> float:
     """What a model says of a network."""
-    return float(model(*(np.array(getattr(shares, name)) for name in EXPONENTS)))
-
-
-def _wished(wishes: np.ndarray, index: int, even: float) -> float:
-    """Given sparsities of the first groups, then the same for all."""
-    return wishes[index] if index < len(wishes) else even
+    sizes = [np.array(getattr(shares, name)) for name in EXPONENTS]
+    return float(model(*sizes))

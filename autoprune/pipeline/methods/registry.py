@@ -1,315 +1,328 @@
-"""What is removed as one, from a single weight to a layer: for each granularity how it
-is decided and carried out.
+"""Which pruning methods there are, and what goes with each.
+
+`PRUNING_METHODS` and `TRAINED_PRUNERS` are the only places that name a method: help
+texts and refusals derive from their entries. This module imports no torch, since the
+command line's help has to answer at once; an entry imports its method when it is asked
+for.
+
+To add a method, write a class with the face of
+`autoprune.pipeline.methods.base.PruningMethod` in a file beside this one, a function
+that imports and makes it, and an entry in `PRUNING_METHODS`.
 """
 
-import copy
-from collections.abc import Callable
-from functools import cached_property
-from math import prod
-
-from torch import nn
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from autoprune.config import SearchConfig, Settings
-from autoprune.costs.budget import Budget, BudgetRange, parse_budget
-from autoprune.costs.cost import CostTable
 from autoprune.errors import UserError, check_known
-from autoprune.evaluation.evaluate import recalibrate
-from autoprune.pipeline.context import Workspace
-from autoprune.pipeline.methods.base import Channels, Removal, Trained
-from autoprune.pipeline.methods.dimensions import FITTED, Compound
-from autoprune.pipeline.methods.trained import TRAINED_PRUNERS, masks_within
-from autoprune.runs import RunFolder, write_json
-from autoprune.scaling.depth import Block, removable_blocks, remove_blocks, shallower
-from autoprune.tracing.trace import trace
-from autoprune.training.loop import TrainingCallback
-from autoprune.training.masks import (
-    PATTERNS,
-    KeepMasks,
-    Masks,
-    check_mask_options,
-    n_of_m,
-    n_of_m_masks,
-)
+
+if TYPE_CHECKING:
+    from autoprune.pipeline.methods.base import PruningMethod
+    from autoprune.pipeline.methods.trained import TrainedPruner
+
+NO_RANK = "ranks channels, and depth and image size have no rank"
+N_OF_M = "N:M"
+"""Stands for "2:4" and the like in `PRUNING_METHODS`."""
 
 
-class TrainedChannels(Trained, Channels):
-    """Whole channels that leave by training."""
+@dataclass(frozen=True)
+class MethodEntry:
+    """What goes with a pruning method.
 
-    def plan(self) -> dict:
-        """The allocation, and how it came about."""
-        return {
-            "allocation": self.decision.to_json(),
-            "removal": self.workspace.settings.removal.method,
-        }
-
-
-class Weights(Removal):
-    """Weights, rows, columns, kernels or filters, as masks that leave the shapes as
-    they are.
+    Attributes:
+        make: Makes the method.
+        removes: What it removes, for the help.
+        units: What is ranked, for refusals.
+        agents: Names of who may decide; None for every agent and baseline that
+            searches channels.
+        refused_agents: Of those the ones that can't, each with the reason.
+        further_agents: Agents that this method alone has.
+        criteria: Names of the criteria that it can rank by; None for all.
+        metrics: What budgets may count; None for all.
+        takes_ranges: Whether a range of budgets can be searched.
+        takes_allocations: Whether a person's allocation can be applied.
     """
 
-    @property
-    def is_decided(self) -> bool:
-        """Whether there are masks."""
-        return self.folder.masks.exists()
-
-    def check(self) -> None:
-        """Makes the masks, and forgets them: another network may be trained first."""
-        self.masks()
-
-    def decide(self, advance: Callable[[str], None]) -> tuple[Masks, dict]:
-        """Ranks the units and masks the least, or N of M everywhere."""
-        return self.masks(), {}
-
-    @cached_property
-    def decision(self) -> Masks:
-        """The run's masks."""
-        return Masks.load(self.folder.masks, self.workspace.model)
-
-    def keep(self, decision: Masks) -> None:
-        """Writes the masks."""
-        decision.save(self.folder.masks)
-        self.decision = decision
-
-    def costs(self, decision: Masks) -> dict:
-        """What isn't zero; layers that N:M leaves whole are."""
-        groups, dense = self.workspace.groups, self.workspace.dense_costs
-        nonzero, sizes = (
-            decision.costs(groups),
-            {name: prod(groups.shapes[name]) for name in groups.applied},
-        )
-        layers = [
-            {
-                "name": name.removesuffix(".weight"),
-                "channels": size,
-                "kept": int(decision.kept[name].sum())
-                if name in decision.kept
-                else size,
-            }
-            for name, size in sizes.items()
-        ]
-        shares = {
-            "macs_ratio": nonzero["macs"] / dense["macs_dense"],
-            "sparsity": decision.sparsity,
-        }
-        same = {"memory_bytes": dense["memory_bytes_dense"]}
-        return (
-            nonzero | dense | same | shares | {"groups": layers, "counted": "weights"}
-        )
-
-    def masks(self) -> Masks:
-        """What the settings ask for, made anew.
-
-        Raises:
-            UserError: If it doesn't fit the budget.
-        """
-        search, groups, costs = (
-            self.workspace.settings.search,
-            self.workspace.groups,
-            self.workspace.costs,
-        )
-        model, budget = self.workspace.model, check_granularity(search)
-        target, pair = budget.target(costs), n_of_m(search.granularity)
-        if pair is None:
-            return masks_within(self.workspace, model, target)
-        masks, _ = n_of_m_masks(model, groups, *pair)
-        left = masks.costs(groups)[budget.metric]
-        if left > target:
-            share = left / costs.metrics[budget.metric](costs.dense)
-            raise UserError(
-                "budget",
-                f"{search.granularity} leaves {budget.metric}={share:.1%}; "
-                f"allow that, not {budget}",
-            )
-        return masks
-
-    def network(self) -> nn.Module:
-        """The network with zeros for what is masked."""
-        masked = copy.deepcopy(self.workspace.model)
-        self.decision.apply(masked)
-        recalibrate(masked, self.workspace.splits.calibration.inputs)
-        return masked
-
-    def plan(self) -> dict:
-        """The granularity; the masks lie beside the pruned network's folder."""
-        return {
-            "granularity": self.workspace.settings.search.granularity,
-            "sparsity": self.decision.sparsity,
-        }
-
-    def callback(self) -> TrainingCallback:
-        """Fine-tuning under the masks."""
-        return KeepMasks(self.decision)
+    make: "Callable[[], PruningMethod[Any]]"
+    removes: str
+    units: str = "channels"
+    agents: tuple[str, ...] | None = None
+    refused_agents: Mapping[str, str] = field(default_factory=dict)
+    further_agents: tuple[str, ...] = ()
+    criteria: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] | None = None
+    takes_ranges: bool = False
+    takes_allocations: bool = False
 
 
-class TrainedWeights(Trained, Weights):
-    """Masks that grow while the network trains."""
+@dataclass(frozen=True)
+class PrunerEntry:
+    """What goes with a trained pruner.
+
+    Attributes:
+        make: Makes the pruner.
+        how: How units leave, for the help.
+        granularities: What it can remove.
+        takes_ranges: Whether a range of budgets can be searched.
+        takes_allocations: Whether it follows an allocation; else it decides by itself,
+            under the budget.
+    """
+
+    make: "Callable[[], TrainedPruner]"
+    how: str
+    granularities: tuple[str, ...]
+    takes_ranges: bool = True
+    takes_allocations: bool = True
 
 
-class Blocks(Removal):
-    """Residual blocks, in whose place the identity stands."""
+def _channels() -> "PruningMethod[Any]":
+    from autoprune.pipeline.methods.channels import Channels
 
-    @property
-    def is_decided(self) -> bool:
-        """Whether the blocks are written down."""
-        return self.folder.blocks.exists()
-
-    def check(self) -> None:
-        """Looks whether enough of the network is in blocks that can go."""
-        saved = sum(block.macs for block in self._all)
-        floor = self.workspace.costs.macs({}) - saved
-        if self._target < floor:
-            share = floor / (floor + saved)
-            raise UserError(
-                "budget",
-                f"{self.workspace.settings.search.budget} is below the "
-                f"reachable floor; without its "
-                f"{len(self._all)} removable blocks this network has macs={floor} "
-                f"({share:.1%})",
-            )
-
-    def decide(self, advance: Callable[[str], None]) -> tuple[list[str], dict]:
-        """Removes the block of least damage per MAC, again and again, on the proxy
-        split.
-        """
-        splits = self.workspace.splits
-        return shallower(
-            self.workspace.model, splits.example, splits.proxy, self._target
-        ), {}
-
-    @cached_property
-    def decision(self) -> list[str]:
-        """The names of the removed blocks."""
-        return self.folder.read_json(self.folder.blocks)["removed"]
-
-    def keep(self, decision: list[str]) -> None:
-        """Writes the names."""
-        write_json(self.folder.blocks, {"removed": decision})
-        self.decision = decision
-
-    def costs(self, decision: list[str]) -> dict:
-        """Those of the shallower network."""
-        workspace = self.workspace
-        smaller = CostTable(
-            trace(remove_blocks(workspace.model, decision), workspace.splits.example)
-        )
-        results = {
-            metric: cost(smaller.dense) for metric, cost in smaller.metrics.items()
-        } | workspace.dense_costs
-        blocks = [
-            {
-                "name": block.name,
-                "channels": block.macs,
-                "kept": 0 if block.name in decision else block.macs,
-            }
-            for block in self._all
-        ]
-        return results | {
-            "macs_ratio": results["macs"] / results["macs_dense"],
-            "groups": blocks,
-            "counted": "MACs",
-        }
-
-    def network(self) -> nn.Module:
-        """The shallower network."""
-        smaller = remove_blocks(self.workspace.model, self.decision)
-        recalibrate(smaller, self.workspace.splits.calibration.inputs)
-        return smaller
-
-    def plan(self) -> dict:
-        """The blocks that are gone; whoever loads the weights takes them out again."""
-        return {"granularity": "layer", "removed_blocks": self.decision}
-
-    @property
-    def _target(self) -> int:
-        return check_granularity(self.workspace.settings.search).target(
-            self.workspace.costs
-        )
-
-    @cached_property
-    def _all(self) -> list[Block]:
-        return removable_blocks(self.workspace.model, self.workspace.splits.example)
+    return Channels()
 
 
-GRANULARITIES: dict[str, type[Removal]] = {
-    "channel": Channels,
-    "layer": Blocks,
-    "dimensions": Compound,
-    **dict.fromkeys(PATTERNS, Weights),
-}
-"""Besides N:M, such as 2:4."""
-TRAINED: dict[type[Removal], type[Removal]] = {
-    Channels: TrainedChannels,
-    Weights: TrainedWeights,
-}
-"""What stands in where units leave by training."""
+def _blocks() -> "PruningMethod[Any]":
+    from autoprune.pipeline.methods.blocks import Blocks
+
+    return Blocks()
 
 
-def removal(workspace: Workspace, folder: RunFolder) -> Removal:
-    """What the run removes, at the granularity of its settings."""
-    granularity = workspace.settings.search.granularity
-    kind = Weights if n_of_m(granularity) else GRANULARITIES[granularity]
-    return (kind if workspace.settings.removal.method == "slice" else TRAINED[kind])(
-        workspace, folder
+def _dimensions() -> "PruningMethod[Any]":
+    from autoprune.pipeline.methods.dimensions import Dimensions
+
+    return Dimensions()
+
+
+def _masks() -> "PruningMethod[Any]":
+    from autoprune.pipeline.methods.masks import WeightMasks
+
+    return WeightMasks()
+
+
+def _mask_entry(removes: str) -> MethodEntry:
+    return MethodEntry(
+        _masks,
+        removes,
+        units="masks",
+        agents=("global", "uniform"),
+        criteria=("l1", "l2", "lamp", "random"),
     )
 
 
-def check_removal(settings: Settings) -> None:
-    """Raises a `UserError` unless how units leave is known and goes with the
-    granularity and the budget.
+PRUNING_METHODS: dict[str, MethodEntry] = {
+    "channel": MethodEntry(
+        _channels, "channels", takes_ranges=True, takes_allocations=True
+    ),
+    "layer": MethodEntry(
+        _blocks,
+        "residual blocks",
+        units="blocks",
+        agents=("global",),
+        metrics=("macs",),
+    ),
+    "dimensions": MethodEntry(
+        _dimensions,
+        "channels, residual blocks and pixels of the image's side together",
+        refused_agents=dict.fromkeys(("global", "cost_aware"), NO_RANK),
+        further_agents=("polynomial",),
+        takes_ranges=True,
+        takes_allocations=True,
+    ),
+    "weight": _mask_entry("weights, as masks"),
+    "row": _mask_entry("rows of kernels, as masks"),
+    "column": _mask_entry("columns of kernels, as masks"),
+    "kernel": _mask_entry("kernels, as masks"),
+    "filter": _mask_entry("filters, as masks"),
+    N_OF_M: MethodEntry(
+        _masks,
+        "all but N of every M inputs, as in 2:4, as masks",
+        units="masks",
+        agents=("global", "uniform"),
+        criteria=("l1",),
+    ),
+}
+"""Granularity to what goes with it."""
+
+
+def _gradual() -> "TrainedPruner":
+    from autoprune.pipeline.methods.trained import Gradual
+
+    return Gradual()
+
+
+def _centripetal() -> "TrainedPruner":
+    from autoprune.pipeline.methods.trained import Centripetal
+
+    return Centripetal()
+
+
+def _compactors() -> "TrainedPruner":
+    from autoprune.pipeline.methods.trained import Compactors
+
+    return Compactors()
+
+
+def _resrep() -> "TrainedPruner":
+    from autoprune.pipeline.methods.trained import ResRep
+
+    return ResRep()
+
+
+SLICE = "slice"
+"""The removal method without training: units leave at once."""
+TRAINED_PRUNERS: dict[str, PrunerEntry] = {
+    "gradual": PrunerEntry(
+        _gradual,
+        "a little at a time, ranked anew each time",
+        ("channel", "weight", "row", "column", "kernel", "filter"),
+    ),
+    "centripetal": PrunerEntry(
+        _centripetal, "channels grow together and merge", ("channel",)
+    ),
+    "compactors": PrunerEntry(
+        _compactors, "ResRep, as many as the allocation says", ("channel",)
+    ),
+    "resrep": PrunerEntry(
+        _resrep,
+        "ResRep, which also chooses where, under the budget",
+        ("channel",),
+        takes_ranges=False,
+        takes_allocations=False,
+    ),
+}
+"""Removal method to how units leave by training."""
+
+
+def method_of(settings: Settings) -> "PruningMethod[Any]":
+    """The pruning method that settings ask for.
+
+    Args:
+        settings: Of which granularity and removal method count; checked before.
+
+    Returns:
+        A new method, wrapped in its trained pruner where units leave by training.
     """
-    method, search = settings.removal.method, settings.search
-    check_known("method", method, ["slice", *TRAINED_PRUNERS], "removal.method")
-    budget = check_granularity(search)
-    if method == "slice" or search.granularity == "channel":
-        if isinstance(budget, BudgetRange) and method == "resrep":
-            raise UserError("budget", f"resrep trains for one budget, got {budget}")
-    elif method != "gradual" or search.granularity not in PATTERNS:
-        raise UserError(
-            "removal.method",
-            f"{method} is not for granularity {search.granularity}; use slice",
-        )
+    method = entry_of(settings.search.granularity).make()
+    if settings.removal.method == SLICE:
+        return method
+    from autoprune.pipeline.methods.trained import Trained
+
+    pruner = TRAINED_PRUNERS[settings.removal.method].make()
+    return Trained(method, pruner, settings.removal.method)
 
 
-def check_granularity(search: SearchConfig) -> Budget | BudgetRange:
-    """The budget of a search, after a look at whether its granularity can be decided
-    so.
+def entry_of(granularity: str) -> MethodEntry:
+    """What goes with a granularity.
+
+    Args:
+        granularity: A key of `PRUNING_METHODS`, or N:M as in 2:4.
 
     Raises:
-        UserError: If the granularity is unknown, or criterion, agent or budget don't go
-            with it.
+        UserError: If it is unknown; the nearest name is offered.
     """
-    budget, granularity = parse_budget(search.budget), search.granularity
-    if not n_of_m(granularity):
-        check_known(
-            "granularity", granularity, GRANULARITIES, others=", or N:M as in 2:4"
-        )
-    if search.agent == FITTED and granularity != "dimensions":
+    if re.fullmatch(r"\d+:\d+", granularity):
+        return PRUNING_METHODS[N_OF_M]
+    names = [name for name in PRUNING_METHODS if name != N_OF_M]
+    check_known("granularity", granularity, names, others=", or N:M as in 2:4")
+    return PRUNING_METHODS[granularity]
+
+
+def further_agents() -> list[str]:
+    """Agents that single pruning methods have beside those that search channels."""
+    names = []
+    for entry in PRUNING_METHODS.values():
+        names.extend(entry.further_agents)
+    return names
+
+
+def check_methods(settings: Settings) -> None:
+    """Checks that the settings ask for things that go together.
+
+    Args:
+        settings: Granularity, agent, criterion, budget and removal method.
+
+    Raises:
+        UserError: If a name is unknown, or something doesn't go with the pruning method
+            or the trained pruner.
+    """
+    check_known(
+        "method", settings.removal.method, [SLICE, *TRAINED_PRUNERS], "removal.method"
+    )
+    entry = entry_of(settings.search.granularity)
+    _check_agent(settings.search, entry)
+    _check_criterion(settings.search, entry)
+    _check_budget(settings, entry)
+    if settings.removal.method == SLICE:
+        return
+    pruner = TRAINED_PRUNERS[settings.removal.method]
+    if settings.search.granularity not in pruner.granularities:
         raise UserError(
-            "agent", f"{FITTED} is for granularity dimensions, got {granularity}"
+            "removal.method",
+            f"{settings.removal.method} is not for granularity "
+            f"{settings.search.granularity}; use {SLICE}",
         )
-    if granularity == "dimensions" and search.agent in ("global", "cost_aware"):
+
+
+def _check_agent(search: SearchConfig, entry: MethodEntry) -> None:
+    agent = search.agent
+    owners = [
+        name for name, other in PRUNING_METHODS.items() if agent in other.further_agents
+    ]
+    if owners and agent not in entry.further_agents:
         raise UserError(
             "agent",
-            f"{search.agent} ranks channels, and depth and image size have no "
-            f"rank; use dyna",
+            f"{agent} is for granularity {_or(owners)}, got {search.granularity}",
         )
-    if granularity == "channel" or (
-        granularity == "dimensions" and search.agent != FITTED
-    ):
-        return budget
-    if isinstance(budget, BudgetRange):
+    if agent in entry.refused_agents:
+        raise UserError(
+            "agent",
+            f"{agent} {entry.refused_agents[agent]}; use {SearchConfig.agent}",
+        )
+    if entry.agents is not None and agent not in entry.agents:
+        raise UserError(
+            "agent",
+            f"{entry.units} of granularity {search.granularity} go by "
+            f"{_or(entry.agents)}, got {agent!r}",
+        )
+
+
+def _check_criterion(search: SearchConfig, entry: MethodEntry) -> None:
+    if entry.criteria is not None and search.criterion not in entry.criteria:
+        raise UserError(
+            "criterion",
+            f"{entry.units} of granularity {search.granularity} go by "
+            f"{_or(entry.criteria)}, got {search.criterion!r}",
+        )
+
+
+def _check_budget(settings: Settings, entry: MethodEntry) -> None:
+    # Budgets are parsed by a room that imports torch.
+    from autoprune.costs.budget import BudgetRange, parse_budget
+
+    search = settings.search
+    budget = parse_budget(search.budget)
+    if entry.metrics is not None and budget.metric not in entry.metrics:
         raise UserError(
             "budget",
-            f"a range is for agents; {granularity} takes one budget, got {budget}",
+            f"{entry.units} of granularity {search.granularity} go by damage per "
+            f"{_or(entry.metrics)}; give a budget of that, got {budget}",
         )
-    if granularity == "layer" and (budget.metric, search.agent) != ("macs", "global"):
+    if not isinstance(budget, BudgetRange):
+        return
+    if not entry.takes_ranges or search.agent in entry.further_agents:
         raise UserError(
-            "granularity",
-            f"blocks are ranked by damage per MAC; use agent global "
-            f"and a budget of macs, "
-            f"got {search.agent} and {budget}",
+            "budget",
+            f"a range is for agents; {search.granularity} takes one budget, got "
+            f"{budget}",
         )
-    if granularity in PATTERNS or n_of_m(granularity):
-        check_mask_options(granularity, search.criterion, search.agent)
-    return budget
+    pruner = TRAINED_PRUNERS.get(settings.removal.method)
+    if pruner is not None and not pruner.takes_ranges:
+        raise UserError(
+            "budget", f"{settings.removal.method} trains for one budget, got {budget}"
+        )
+
+
+def _or(names: Iterable[str]) -> str:
+    return " or ".join(names)

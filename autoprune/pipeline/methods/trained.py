@@ -1,38 +1,45 @@
-"""Channels that leave by training: they merge with others, are forgotten and folded
-away, or go a little at a time.
+"""Units that leave by training.
+
+Channels merge with others, are forgotten and folded away, or go a little at a time;
+masks grow. `autoprune.pipeline.methods.registry` names these pruners.
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import nn
 
+from autoprune.config import Settings
 from autoprune.costs.allocation import Allocation
-from autoprune.costs.budget import parse_budget
+from autoprune.costs.budget import Budget, parse_budget
 from autoprune.costs.cost import CostTable
+from autoprune.deploy.export import load_pruned, save_pruned
 from autoprune.evaluation.evaluate import recalibrate
 from autoprune.evaluation.importance import Importance, importance
-from autoprune.pipeline.context import Workspace
+from autoprune.pipeline.context import RunContext
+from autoprune.pipeline.methods.base import Decision, PruningMethod
+from autoprune.pipeline.methods.channels import ChannelDecision
+from autoprune.pipeline.methods.masks import MaskDecision, masks_within
+from autoprune.runs import RunFolder
 from autoprune.structure.groups import Groups
 from autoprune.structure.slicing import prune, top_channels
 from autoprune.tracing.trace import trace
 from autoprune.training import centripetal, compactors, resrep
 from autoprune.training.gradual import GradualChannels, GradualWeights
-from autoprune.training.loop import TrainingCallback
-from autoprune.training.masks import Masks, ranked_masks
-
-Decision = Allocation | Masks
+from autoprune.training.loop import EpochCallback, TrainingCallback, finetune
 
 
 @dataclass(frozen=True)
-class Course:
-    """One training after which channels can leave.
+class PrunerTraining:
+    """One training after which units can leave.
 
     Attributes:
         model: What is trained.
-        plug: What takes part.
+        callback: What takes part in it.
         finish: From the trained model to what remains of it, and the decision that this
             amounts to.
     """
@@ -42,186 +49,335 @@ class Course:
     finish: Callable[[nn.Module], tuple[nn.Module, Decision]]
 
 
-def masks_within(workspace: Workspace, network: nn.Module, target: int) -> Masks:
-    """Masks of the run's granularity by its criterion, agent and seed, so that `target`
-    is left of what it counts.
+class TrainedPruner(Protocol):
+    """A way in which units leave by training."""
+
+    def check(self, context: RunContext) -> None:
+        """Raises a `UserError` where the network can't have it."""
+        ...
+
+    def prepare(self, context: RunContext, decision: Any) -> PrunerTraining:
+        """The training that carries a decision out.
+
+        Args:
+            context: Network, images and trace.
+            decision: What the pruning method decided.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TrainedDecision:
+    """A decision, and the network that the training for it leaves.
+
+    Attributes:
+        decision: What goes.
+        network: Folder of the trained network; missing before the training.
+        pruner: Name of the trained pruner.
+    """
+
+    decision: Decision
+    network: Path
+    pruner: str
+
+    def save(self, folder: RunFolder) -> None:
+        """Writes the decision."""
+        self.decision.save(folder)
+
+    def costs(self, context: RunContext) -> dict[str, Any]:
+        """The costs of the decision."""
+        return self.decision.costs(context)
+
+    def plan(self, context: RunContext) -> dict[str, Any]:
+        """What the plan says of it.
+
+        Which channels are left isn't told of channels: merged ones are no selection.
+        """
+        if isinstance(self.decision, ChannelDecision):
+            allocation = self.decision.allocation.to_json()
+            return {"allocation": allocation, "removal": self.pruner}
+        return self.decision.plan(context)
+
+
+class Trained(PruningMethod[TrainedDecision]):
+    """A pruning method whose units leave by training; `merged/` holds what remains.
 
     Args:
-        workspace: The run's.
-        network: Of the run's architecture, with whatever weights.
-        target: The most that may be left of the budget's metric.
+        method: Decides what goes.
+        pruner: Trains.
+        name: The pruner's name.
     """
-    search = workspace.settings.search
-    metric = parse_budget(search.budget).metric
-    how = metric, search.criterion, search.agent, search.seed
-    return ranked_masks(network, workspace.groups, search.granularity, target, *how)
+
+    def __init__(self, method: PruningMethod[Any], pruner: TrainedPruner, name: str):
+        self.method = method
+        self.pruner = pruner
+        self.name = name
+
+    def check(self, context: RunContext) -> None:
+        """Checks also that the network can have that training."""
+        self.method.check(context)
+        self.pruner.check(context)
+
+    def is_searched(self, settings: Settings) -> bool:
+        """As the method says."""
+        return self.method.is_searched(settings)
+
+    def is_decided(self, folder: RunFolder) -> bool:
+        """As the method says."""
+        return self.method.is_decided(folder)
+
+    def load(self, context: RunContext, folder: RunFolder) -> TrainedDecision:
+        """The run's decision."""
+        decision = self.method.load(context, folder)
+        return TrainedDecision(decision, folder.merged, self.name)
+
+    def decide(
+        self, context: RunContext, folder: RunFolder, advance: Callable[[str], None]
+    ) -> tuple[TrainedDecision, dict[str, Any]]:
+        """As the method decides."""
+        decision, results = self.method.decide(context, folder, advance)
+        return TrainedDecision(decision, folder.merged, self.name), results
+
+    def n_epochs(self, context: RunContext, folder: RunFolder) -> int:
+        """Passes over the training split, none where the training is done."""
+        if _is_trained(folder):
+            return 0
+        n_images = len(context.splits.train)
+        return context.settings.removal_training.epochs_for(n_images)
+
+    def train(
+        self, context: RunContext, folder: RunFolder, on_epoch: EpochCallback
+    ) -> None:
+        """Trains; the run's decision is then what remained."""
+        if _is_trained(folder):
+            return
+        settings = context.settings
+        training = self.pruner.prepare(context, self.method.load(context, folder))
+        finetune(
+            training.model,
+            context.splits.train,
+            settings.removal_training,
+            settings.search.seed,
+            context.dense,
+            folder.checkpoints / "removal.pt",
+            folder.logging("removal epoch", on_epoch),
+            training.callback,
+        )
+        merged, remaining = training.finish(training.model)
+        decision = TrainedDecision(remaining, folder.merged, self.name)
+        decision.save(folder)
+        folder.add_results(removal_method=self.name, **decision.costs(context))
+        recalibrate(merged, context.splits.calibration.inputs)
+        # The network comes last: its plan says that the training is done.
+        plan = context.network_plan | {"stage": "merged"} | decision.plan(context)
+        save_pruned(merged, folder.merged, plan)
+
+    def build(self, context: RunContext, decision: TrainedDecision) -> nn.Module:
+        """What remained after the training."""
+        return load_pruned(decision.network)
+
+    def callback(self, decision: TrainedDecision) -> TrainingCallback | None:
+        """As the method says."""
+        return self.method.callback(decision.decision)
 
 
-def _gradual(workspace: Workspace, decision: Decision) -> Course:
-    """Iterative pruning, or AGP: towards the allocation, or the budget that masks have
-    to meet.
-    """
-    make = _gradual_masks if isinstance(decision, Masks) else _gradual_channels
-    return make(
-        workspace,
-        decision,
-        workspace.settings.removal.schedule,
-        workspace.settings.removal.prunings,
-    )
+def _is_trained(folder: RunFolder) -> bool:
+    return (folder.merged / "plan.json").exists()
 
 
-def _gradual_channels(
-    workspace: Workspace, allocation: Allocation, *how: object
-) -> Course:
-    search, groups, train = (
-        workspace.settings.search,
-        workspace.groups,
-        workspace.splits.train,
-    )
+class Gradual:
+    """Iterative pruning, or AGP: towards the allocation, or the budget of masks."""
 
-    def ranked(network: nn.Module) -> Importance:
-        return importance(search.criterion, network, groups, train, search.seed)
+    def check(self, context: RunContext) -> None:
+        """Every network can have it."""
 
-    callback = GradualChannels(*how, groups, allocation.kept, ranked)
-    return Course(
-        copy.deepcopy(workspace.model),
-        callback,
-        lambda trained: (prune(trained, groups, callback.kept), allocation),
-    )
+    def prepare(
+        self, context: RunContext, decision: ChannelDecision | MaskDecision
+    ) -> PrunerTraining:
+        """Masks a little at a time, ranked anew each time."""
+        if isinstance(decision, MaskDecision):
+            return self._prepare_masks(context)
+        return self._prepare_channels(context, decision.allocation)
 
+    def _prepare_channels(
+        self, context: RunContext, allocation: Allocation
+    ) -> PrunerTraining:
+        search = context.settings.search
+        removal = context.settings.removal
+        groups = context.groups
+        train = context.splits.train
 
-def _gradual_masks(workspace: Workspace, masks: Masks, *how: object) -> Course:
-    costs, budget = workspace.costs, parse_budget(workspace.settings.search.budget)
-    dense = costs.metrics[budget.metric](costs.dense)
-    callback = GradualWeights(
-        *how, dense, budget.target(costs), partial(masks_within, workspace)
-    )
-    return Course(
-        copy.deepcopy(workspace.model),
-        callback,
-        lambda trained: (trained, callback.masks),
-    )
+        def rank(network: nn.Module) -> Importance:
+            return importance(search.criterion, network, groups, train, search.seed)
 
+        callback = GradualChannels(
+            removal.schedule, removal.prunings, groups, allocation.kept, rank
+        )
 
-def _centripetal(workspace: Workspace, allocation: Allocation) -> Course:
-    """C-SGD: as many clusters as the allocation keeps channels; none of them is torn
-    out.
-    """
-    search, removal = workspace.settings.search, workspace.settings.removal
-    model, groups = copy.deepcopy(workspace.model), workspace.groups
-    counts = {
-        name: kept
-        for name, kept in allocation.kept.items()
-        if kept < groups[name].channels
-    }
-    clusters = centripetal.clusters_of(
-        model, groups, counts, removal.clusters, search.seed
-    )
-    callback = centripetal.Centripetal(groups, clusters, removal.strength)
-    return Course(
-        model,
-        callback,
-        lambda trained: (centripetal.merge(trained, groups, clusters), allocation),
-    )
+        def finish(trained: nn.Module) -> tuple[nn.Module, Decision]:
+            return prune(trained, groups, callback.kept), ChannelDecision(allocation)
+
+        return PrunerTraining(copy.deepcopy(context.model), callback, finish)
+
+    def _prepare_masks(self, context: RunContext) -> PrunerTraining:
+        removal = context.settings.removal
+        costs = context.costs
+        budget = _single_budget(context)
+        callback = GradualWeights(
+            removal.schedule,
+            removal.prunings,
+            costs.metrics[budget.metric](costs.dense),
+            budget.target(costs),
+            partial(masks_within, context),
+        )
+
+        def finish(trained: nn.Module) -> tuple[nn.Module, Decision]:
+            return trained, MaskDecision(callback.masks)
+
+        return PrunerTraining(copy.deepcopy(context.model), callback, finish)
 
 
-def _compactors(workspace: Workspace, allocation: Allocation) -> Course:
+class Centripetal:
+    """C-SGD: as many clusters as the allocation keeps channels."""
+
+    def check(self, context: RunContext) -> None:
+        """Checks that every group's channels can be merged."""
+        mergeable = centripetal.mergeable_groups(
+            context.model, context.groups, context.splits.example
+        )
+        asked = [group.name for group in context.groups if group.channels > 1]
+        centripetal.check_mergeable(asked, mergeable)
+
+    def prepare(self, context: RunContext, decision: ChannelDecision) -> PrunerTraining:
+        """Pulls the channels of each cluster together."""
+        search = context.settings.search
+        removal = context.settings.removal
+        groups = context.groups
+        model = copy.deepcopy(context.model)
+        # Groups that stay whole have nothing to merge.
+        counts = {}
+        for name, kept in decision.allocation.kept.items():
+            if kept < groups[name].channels:
+                counts[name] = kept
+        clusters = centripetal.cluster_channels(
+            model, groups, counts, removal.clusters, search.seed
+        )
+        callback = centripetal.Centripetal(groups, clusters, removal.strength)
+
+        def finish(trained: nn.Module) -> tuple[nn.Module, Decision]:
+            return centripetal.merge(trained, groups, clusters), decision
+
+        return PrunerTraining(model, callback, finish)
+
+
+class Compactors:
     """ResRep that forgets as many rows as the allocation says.
 
     Groups that can't have compactors are sliced first, so that the training makes up
     for it.
     """
-    groups, splits = workspace.groups, workspace.splits
-    pairs = compactors.eligible(workspace.model, groups, splits.example)
-    others = {name: kept for name, kept in allocation.kept.items() if name not in pairs}
-    sliced = prune(workspace.model, groups, top_channels(workspace.importance, others))
-    recalibrate(sliced, splits.calibration.inputs)
-    narrower = trace(sliced, splits.example).with_pins(groups.reasons)
-    goal = resrep.Goal(CostTable(narrower), counts=allocation.kept)
-    return _resrep_course(
-        workspace, (sliced, narrower, pairs), goal, lambda counts: allocation
-    )
+
+    def check(self, context: RunContext) -> None:
+        """Checks that some group can have a compactor."""
+        groups = context.groups
+        pairs = compactors.eligible_pairs(context.model, groups, context.splits.example)
+        compactors.insert_compactors(context.model, groups, pairs)
+
+    def prepare(self, context: RunContext, decision: ChannelDecision) -> PrunerTraining:
+        """Slices what has no compactor, then trains the others."""
+        groups = context.groups
+        splits = context.splits
+        allocation = decision.allocation
+        pairs = compactors.eligible_pairs(context.model, groups, splits.example)
+        others = {}
+        for name, kept in allocation.kept.items():
+            if name not in pairs:
+                others[name] = kept
+        sliced = prune(context.model, groups, top_channels(context.importance, others))
+        recalibrate(sliced, splits.calibration.inputs)
+        narrower = trace(sliced, splits.example).with_pins(groups.reasons)
+        goal = resrep.Goal(CostTable(narrower), counts=allocation.kept)
+        start = _CompactorStart(sliced, narrower, pairs)
+        return _compactor_training(context, start, goal, lambda counts: allocation)
 
 
-def _resrep(workspace: Workspace, allocation: Allocation | None) -> Course:
-    """ResRep as published: rows of all compactors compete until the budget is met; the
-    allocation is what remains.
+class ResRep:
+    """ResRep as published: the rows of all compactors compete until the budget is met.
+
+    The run's allocation is what remains.
     """
-    groups, asked = workspace.groups, workspace.settings.search.budget
-    budget = parse_budget(asked)
-    goal = resrep.Goal(workspace.costs, budget.metric, budget.target(workspace.costs))
-    found = partial(
-        Allocation, network=groups.fingerprint, budget=asked, source="resrep"
-    )
-    pairs = compactors.eligible(workspace.model, groups, workspace.splits.example)
-    return _resrep_course(workspace, (workspace.model, groups, pairs), goal, found)
 
+    def check(self, context: RunContext) -> None:
+        """Checks that the groups with compactors can meet the budget."""
+        self.prepare(context, None)
 
-def _resrep_course(
-    workspace: Workspace,
-    start: tuple[nn.Module, Groups, dict[str, tuple[str, str]]],
-    goal: resrep.Goal,
-    decision: Callable[[dict[str, int]], Allocation],
-) -> Course:
-    """From a network, its trace and its eligible groups; `decision` is told how many
-    channels each group has left.
-    """
-    model, groups, pairs = start
-    grown = compactors.insert_compactors(model, groups, pairs)
-    callback = resrep.Compaction(
-        groups, pairs, goal, workspace.settings.removal.strength
-    )
-
-    def finish(trained: nn.Module) -> tuple[nn.Module, Allocation]:
-        inputs, folded = (
-            workspace.splits.calibration.inputs,
-            compactors.fold(trained, pairs),
+    def prepare(
+        self, context: RunContext, decision: ChannelDecision | None
+    ) -> PrunerTraining:
+        """Trains compactors on all groups that can have one."""
+        groups = context.groups
+        budget = _single_budget(context)
+        target = budget.target(context.costs)
+        goal = resrep.Goal(context.costs, budget.metric, target)
+        allocate = partial(
+            Allocation,
+            network=groups.fingerprint,
+            budget=context.settings.search.budget,
+            source="resrep",
         )
-        compactors.standardise(folded, [norm for _, norm in pairs.values()], inputs)
-        counts = dict(groups.channels) | {
-            name: len(rows) for name, rows in callback.kept.items()
-        }
-        return prune(folded, groups, callback.kept), decision(counts)
-
-    return Course(grown, callback, finish)
-
-
-def _check_centripetal(workspace: Workspace) -> None:
-    names = centripetal.mergeable(
-        workspace.model, workspace.groups, workspace.splits.example
-    )
-    centripetal.check_mergeable(
-        [group.name for group in workspace.groups if group.channels > 1], names
-    )
-
-
-def _check_compactors(workspace: Workspace) -> None:
-    pairs = compactors.eligible(
-        workspace.model, workspace.groups, workspace.splits.example
-    )
-    compactors.insert_compactors(workspace.model, workspace.groups, pairs)
-
-
-def _check_resrep(workspace: Workspace) -> None:
-    _resrep(workspace, None)
+        pairs = compactors.eligible_pairs(context.model, groups, context.splits.example)
+        start = _CompactorStart(context.model, groups, pairs)
+        return _compactor_training(context, start, goal, allocate)
 
 
 @dataclass(frozen=True)
-class TrainedPruner:
-    """A way in which channels, or weights, leave by training.
+class _CompactorStart:
+    """Where a training of compactors starts.
 
     Attributes:
-        course: From workspace and decision to the training.
-        check: Raises a `UserError` where the network can't have it.
+        model: The network without them.
+        groups: Its trace.
+        pairs: Group that can have a compactor to its convolution and batch norm.
     """
 
-    course: Callable[[Workspace, Decision], Course]
-    check: Callable[[Workspace], None]
+    model: nn.Module
+    groups: Groups
+    pairs: dict[str, tuple[str, str]]
 
 
-TRAINED_PRUNERS: dict[str, TrainedPruner] = {
-    "gradual": TrainedPruner(_gradual, lambda workspace: None),
-    "centripetal": TrainedPruner(_centripetal, _check_centripetal),
-    "compactors": TrainedPruner(_compactors, _check_compactors),
-    "resrep": TrainedPruner(_resrep, _check_resrep),
-}
+def _compactor_training(
+    context: RunContext,
+    start: _CompactorStart,
+    goal: resrep.Goal,
+    allocate: Callable[[dict[str, int]], Allocation],
+) -> PrunerTraining:
+    """The training of compactors.
+
+    Args:
+        context: Images and settings.
+        start: Where it starts.
+        goal: How much shall be left.
+        allocate: From how many channels each group has left to the allocation.
+    """
+    groups = start.groups
+    grown = compactors.insert_compactors(start.model, groups, start.pairs)
+    strength = context.settings.removal.strength
+    callback = resrep.Compaction(groups, start.pairs, goal, strength)
+
+    def finish(trained: nn.Module) -> tuple[nn.Module, Decision]:
+        folded = compactors.fold(trained, start.pairs)
+        norms = [norm for _, norm in start.pairs.values()]
+        inputs = context.splits.calibration.inputs
+        compactors.standardise(folded, norms, inputs)
+        counts = dict(groups.channels)
+        for name, rows in callback.kept.items():
+            counts[name] = len(rows)
+        pruned = prune(folded, groups, callback.kept)
+        return pruned, ChannelDecision(allocate(counts))
+
+    return PrunerTraining(grown, callback, finish)
+
+
+def _single_budget(context: RunContext) -> Budget:
+    """The budget; the registry lets no range get here."""
+    return parse_budget(context.settings.search.budget).at_position(0)

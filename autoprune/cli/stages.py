@@ -1,0 +1,354 @@
+"""The stages of a run as a table, each with its progress on the terminal.
+
+Part of the composition root: heavy imports happen inside the functions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import Namespace
+
+from autoprune.cli.options import pick, settings_of
+from autoprune.config import OutputConfig, Settings
+from autoprune.errors import ExportError
+
+if TYPE_CHECKING:
+    from autoprune.pipeline.context import RunContext
+    from autoprune.runs import RunFolder
+
+
+@dataclass
+class Job:
+    """A run that is being worked on.
+
+    Attributes:
+        dense: Network, images and trace before any training.
+        folder: The run.
+        output: What is shown and searched beside the run itself.
+        failed: Why the network couldn't be exported, if it couldn't; the rest of the
+            run is still worth reporting.
+    """
+
+    dense: "RunContext"
+    folder: "RunFolder"
+    output: OutputConfig = field(default_factory=OutputConfig)
+    failed: ExportError | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """What the run was started with."""
+        return self.dense.settings
+
+    @cached_property
+    def context(self) -> "RunContext":
+        """What all stages after sparse training work on."""
+        if self.settings.sparse.method == "none" or self.dense.sparse is not None:
+            return self.dense
+        return self.dense.after_sparse_training(self.folder.sparse)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        name: Its name.
+        artefacts: What it writes into the run folder; the last one says that it is
+            done.
+        is_done: Whether that is there.
+        run: Does it, from where an interrupted attempt left off.
+    """
+
+    name: str
+    artefacts: tuple[str, ...]
+    is_done: Callable[[Job], bool]
+    run: Callable[[Job], None]
+
+
+def run_stages(job: Job, *, until: str | None = None) -> None:
+    """Runs the stages that aren't done yet, in order.
+
+    Args:
+        job: The run.
+        until: Name of the last stage; None for all.
+    """
+    for stage in STAGES:
+        if not stage.is_done(job):
+            stage.run(job)
+        if stage.name == until:
+            return
+
+
+def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Job:
+    """A new run, or the one to resume.
+
+    Args:
+        options: Those of `autoprune.cli.options.search_options`.
+        prepare: Finds everything that can be wrong before the folder is made.
+
+    Raises:
+        UserError: If something is wrong; nothing is written then.
+    """
+    from autoprune.pipeline.context import RunContext
+    from autoprune.runs import RunFolder, start_run
+
+    settings = settings_of(options)
+    output = pick(options, OutputConfig)
+    _check_names(settings, output)
+    blocks = None
+    if output.resume and output.out is not None:
+        blocks = RunFolder(Path(output.out)).blocks
+    context = RunContext(settings, blocks=blocks)
+    prepare(context)
+    folder = start_run(settings, output.out, output.resume)
+    if options.method:
+        folder.add_results(method=options.method)
+    return Job(context, folder, output)
+
+
+def _check_names(settings: Settings, output: OutputConfig) -> None:
+    """Refuses unknown names and impossible budgets before anything slow happens."""
+    from autoprune.agents.baselines import parse_baselines
+    from autoprune.agents.policies import starting_policy
+    from autoprune.agents.search import check_agent
+    from autoprune.costs.budget import parse_budget
+    from autoprune.envs.rewards import reward_named
+    from autoprune.evaluation.importance import check_criterion
+    from autoprune.pipeline.methods.registry import check_methods, further_agents
+    from autoprune.training.sparse import check_sparse
+
+    search = settings.search
+    # First, since it says which agents masks and blocks have.
+    check_methods(settings)
+    check_agent(search.agent, parse_budget(search.budget), others=further_agents())
+    parse_baselines(output.baselines, search.agent)
+    check_criterion(search.criterion)
+    check_sparse(settings.sparse.method)
+    reward_named(search.reward)
+    # A run that goes on has a copy of the policy that it started from.
+    if not output.resume:
+        starting_policy(search.agent, search.policy)
+
+
+def open_run(run: str) -> Job:
+    """An existing run.
+
+    Args:
+        run: Its folder.
+
+    Raises:
+        UserError: If it is none, or its sparse training isn't done.
+    """
+    from autoprune.pipeline.context import RunContext
+    from autoprune.runs import RunFolder
+
+    folder = RunFolder.open(run)
+    return Job(RunContext.of_run(folder), folder)
+
+
+def prepare(context: "RunContext") -> None:
+    """Finds what can be wrong with network, images and budget.
+
+    Args:
+        context: Those of a run that is about to begin.
+
+    Raises:
+        UserError: If something is.
+    """
+    from autoprune.cli.search_stage import make_env
+    from autoprune.pipeline.methods.registry import method_of
+
+    method = method_of(context.settings)
+    if method.is_searched(context.settings):
+        make_env(context)
+    method.check(context)
+
+
+def _is_trained_sparsely(job: Job) -> bool:
+    is_asked = job.settings.sparse.method != "none"
+    return not is_asked or (job.folder.sparse / "plan.json").exists()
+
+
+def _train_sparsely(job: Job) -> None:
+    from autoprune.pipeline.stages import sparse_stage
+    from autoprune.reporting.console import progress
+
+    settings = job.settings
+    epochs = settings.sparse_training.epochs_for(len(job.dense.splits.train))
+    with progress(settings.sparse.method, epochs) as advance:
+        sparse_stage(job.dense, job.folder, _show_loss(advance))
+
+
+def _is_decided(job: Job) -> bool:
+    from autoprune.cli.search_stage import missing_baselines
+    from autoprune.pipeline.methods.registry import method_of
+
+    method = method_of(job.settings)
+    if not method.is_decided(job.folder):
+        return False
+    if not method.is_searched(job.settings):
+        return True
+    # Somebody may go on with a run and ask for further baselines.
+    return not missing_baselines(job.settings, job.folder, job.output.baselines)
+
+
+def _decide(job: Job) -> None:
+    """A search decides what goes, or the method by itself."""
+    from autoprune.cli.search_stage import search_stage
+    from autoprune.costs.budget import parse_budget
+    from autoprune.pipeline.methods.registry import method_of
+    from autoprune.pipeline.stages import decide_stage, keep_order
+    from autoprune.reporting.console import progress
+
+    settings = job.settings
+    job.folder.add_results(
+        run=str(job.folder.root),
+        model=settings.network.model,
+        data=settings.data.data,
+        seed=settings.search.seed,
+        budget=str(parse_budget(settings.search.budget)),
+        agent=settings.search.agent,
+    )
+    keep_order(job.context, job.folder)
+    method = method_of(settings)
+    if method.is_searched(settings):
+        search_stage(job.context, job.folder, job.output.baselines)
+        return
+    n_steps = method.n_steps(job.context)
+    if not n_steps:
+        decide_stage(job.context, job.folder, lambda note: None)
+        return
+    with progress(settings.search.agent, n_steps) as advance:
+        decide_stage(job.context, job.folder, advance)
+
+
+def _is_pruned(job: Job) -> bool:
+    return (job.folder.pruned / "plan.json").exists()
+
+
+def prune(job: Job) -> None:
+    """Prunes, after the training that some ways of removing channels need.
+
+    Args:
+        job: A run that has decided what goes.
+    """
+    from autoprune.pipeline.methods.registry import method_of
+    from autoprune.pipeline.stages import prune_stage
+    from autoprune.reporting.console import progress, say
+
+    epochs = method_of(job.settings).n_epochs(job.context, job.folder)
+    if not epochs:
+        prune_stage(job.context, job.folder, say, lambda epoch, loss: None)
+        return
+    with progress(job.settings.removal.method, epochs) as advance:
+        prune_stage(job.context, job.folder, say, _show_loss(advance))
+
+
+def _is_finetuned(job: Job) -> bool:
+    from autoprune.pipeline.stages import read_plan
+
+    return read_plan(job.folder)["stage"] == "finetuned"
+
+
+def finetune(job: Job) -> None:
+    """Fine-tunes the pruned network.
+
+    Args:
+        job: A run that has pruned.
+    """
+    from autoprune.pipeline.stages import finetune_stage
+    from autoprune.reporting.console import progress
+
+    epochs = job.settings.finetune.epochs_for(len(job.context.splits.train))
+    with progress("fine-tune", epochs) as advance:
+        finetune_stage(job.context, job.folder, _show_loss(advance))
+
+
+def _is_evaluated(job: Job) -> bool:
+    return job.folder.read_results().accuracy is not None
+
+
+def _evaluate(job: Job) -> None:
+    from autoprune.pipeline.stages import evaluate_stage
+
+    evaluate_stage(job.context, job.folder)
+
+
+def _is_exported(job: Job) -> bool:
+    return job.folder.onnx.exists()
+
+
+def _export(job: Job) -> None:
+    from autoprune.pipeline.stages import export_stage
+    from autoprune.reporting.console import say
+
+    say("export: model.onnx, checked against PyTorch")
+    try:
+        export_stage(job.context, job.folder)
+    except ExportError as error:
+        job.failed = error
+
+
+def _is_timed(job: Job) -> bool:
+    return job.folder.read_results().latency is not None
+
+
+def _measure_latency(job: Job) -> None:
+    from autoprune.pipeline.stages import latency_stage
+    from autoprune.reporting.console import say
+
+    say("latency: dense and pruned")
+    latency_stage(job.context, job.folder, job.output.latency_batch)
+
+
+def _show_loss(advance: Callable[[str], None]) -> Callable[[int, float], None]:
+    """What a training calls after each epoch to advance a bar."""
+    return lambda epoch, loss: advance(f"loss {loss:.4f}")
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("sparse", ("sparse/",), _is_trained_sparsely, _train_sparsely),
+    Stage(
+        "decide",
+        (
+            "policy/",
+            "pareto.json",
+            "masks.safetensors",
+            "blocks.json",
+            "allocation.json",
+        ),
+        _is_decided,
+        _decide,
+    ),
+    Stage("prune", ("merged/", "pruned/"), _is_pruned, prune),
+    Stage("finetune", ("pruned/",), _is_finetuned, finetune),
+    Stage("evaluate", ("results.json: accuracy",), _is_evaluated, _evaluate),
+    Stage("export", ("model.onnx",), _is_exported, _export),
+    Stage("latency", ("results.json: latency",), _is_timed, _measure_latency),
+)
+"""What `autoprune run` does, in order; the report is written anew at each end."""
+
+
+def finish(job: Job, as_json: bool) -> None:
+    """Writes the report and prints the results.
+
+    Every command that adds to a run ends so.
+
+    Args:
+        job: The run.
+        as_json: Whether the last line of stdout is one JSON object.
+    """
+    import json
+
+    from autoprune.pipeline.stages import report_stage
+    from autoprune.reporting.console import print_results
+
+    print(f"report: {report_stage(job.folder)}")
+    results = job.folder.read_results().summary()
+    print_results(results)
+    print(f"run folder: {job.folder.root}")
+    if as_json:
+        print(json.dumps(results))
