@@ -73,9 +73,8 @@ def test_of_groups_that_fail_only_together_one_is_pinned():
 def test_equal_counts_that_the_labels_cannot_see_are_found():
     # With the same share for all groups they would pass.
     groups = traced(lambda widths: widths[0] == widths[5])
-    assert {"convs.0", "convs.5"}.isdisjoint(groups.channels) and len(groups) == len(
-        WIDTHS
-    ) - 2
+    assert {"convs.0", "convs.5"}.isdisjoint(groups.channels)
+    assert len(groups) == len(WIDTHS) - 2
 
 
 def test_large_networks_are_proven_in_float32(monkeypatch):
@@ -83,8 +82,8 @@ def test_large_networks_are_proven_in_float32(monkeypatch):
     seen = []
     monkeypatch.setattr(
         verify,
-        "_drawn",
-        lambda *args, drawn=verify._drawn: seen.append(args[-1]) or drawn(*args),
+        "_draw_values",
+        lambda *args, drawn=verify._draw_values: seen.append(args[-1]) or drawn(*args),
     )
     assert set(trace(SameWidths().eval(), images(1, 8)).channels) == {
         "left",
@@ -100,10 +99,13 @@ def test_only_large_tensors_of_one_shape_share_their_values(monkeypatch):
     def weights(large: int) -> list[torch.Tensor]:
         monkeypatch.setattr(verify, "LARGE", large)
         model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
-        twin = verify.randomised(model, np.random.default_rng(0), torch.float64)
+        twin = verify.copy_with_random_weights(
+            model, np.random.default_rng(0), torch.float64
+        )
         return [layer.weight for layer in twin]
 
     assert not torch.equal(*weights(65)[:2])
     first, second, third = weights(64)
-    assert torch.equal(first, second) and torch.equal(first, third)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
     assert first.std().item() == pytest.approx(8**-0.5, rel=0.2)

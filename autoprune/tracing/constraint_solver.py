@@ -1,9 +1,15 @@
-"""After the forward pass: joins what must be joined so that every tensor of the pruned
-network stays a box.
+"""After the forward pass: joins what must go together so that tensors stay boxes.
 
-Lattices that share cells agree on rows and columns; an axis that was split keeps a
-product of what its parts keep; an axis that was cut into equal parts keeps equally many
-channels in each.
+A pruned tensor has to be a box again, `(n, m, ...)`: its rows can't keep different
+numbers of columns. Three things in the code can break that, and each asks for joins:
+
+- lattices that share cells have to agree on rows and columns;
+- an axis that was split keeps a product of what its parts keep (`Constraint.GRID`);
+- an axis that was cut into equal parts keeps equally many channels in each
+  (`Constraint.PARTS`).
+
+The *representative* of a joined set is its smallest label; two labels are the same
+channel where their representatives are equal.
 """
 
 import numpy as np
@@ -14,108 +20,177 @@ from autoprune.structure.labels import Constraint, LabelBook, Lattice, varying_a
 
 
 def solve_constraints(book: LabelBook) -> np.ndarray:
-    """Joins until nothing changes. Returns the root of every label, `(n_labels,)`.
+    """Joins until nothing changes any more.
 
     Constraints are met in the order of the forward pass, each with all joins before it
     made: what an earlier block leaves apart, a later one can balance with less.
+
+    A residual block, for example: its stem produces labels 1, 2, 3 and its last
+    convolution 4, 5, 6. The sum has joined 1 with 4, 2 with 5 and 3 with 6, so the
+    representatives are `[0, 1, 2, 3, 1, 2, 3]`; label 0 is the constant. Nothing was
+    reshaped, so this is the answer.
+
+    Attention with two heads of three channels: labels 1 to 6 were reshaped to
+    `[[1, 2, 3], [4, 5, 6]]`, a grid. As long as nothing sums over these cells by
+    themselves, the six channels aren't a lattice, and a head that keeps two channels
+    beside one that keeps three would be no box. So the grid joins its rows, 1 with 4, 2
+    with 5 and 3 with 6. But when a product of queries and keys has summed each row,
+    `LabelBook.factor` has made a lattice of the cells, with labels 7, 8 for the rows
+    (heads) and 9, 10, 11 for the columns. A cell goes with its row or with its column,
+    which always leaves a box, and nothing is joined.
+
+    Args:
+        book: The labels of one forward pass; the joins are added to it.
+
+    Returns:
+        The representative of every label, `(n_labels,)`.
     """
-    representatives, factors = _aligned(book, book.representatives(), 0)
+    # Lattices come first, since constraints look at the rows and columns of cells.
+    representatives, factors = _solve_lattices(book, book.representatives(), 0)
     while True:
         before = representatives
         for constraint, labels in book.constraints:
             n_joins = book.n_joins
             for plane in planes(representatives[labels.numpy()], factors):
-                MEET[constraint](book, plane)
+                if constraint is Constraint.GRID:
+                    _keep_product(book, plane)
+                else:
+                    _balance(book, plane)
             if book.n_joins > n_joins:
-                representatives, factors = _aligned(book, representatives, n_joins)
+                representatives, factors = _solve_lattices(
+                    book, representatives, n_joins
+                )
+        # A join for a later constraint can break an earlier one; joins only ever make
+        # fewer sets, so this ends.
         if np.array_equal(before, representatives):
             return representatives
 
 
-def _aligned(
+def _solve_lattices(
     book: LabelBook, representatives: np.ndarray, since: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Roots and factors after the joins since then, and those that make lattices agree."""
+    """Takes new joins into account and makes the lattices agree.
+
+    Args:
+        book: The labels.
+        representatives: Of the joins before `since`.
+        since: How many joins those are.
+
+    Returns:
+        The representatives after all joins and the `lattice_factors` that go with them.
+    """
     while True:
-        representatives, since = (
-            book.representatives(representatives, since),
-            book.n_joins,
-        )
+        representatives = book.representatives(representatives, since)
+        since = book.n_joins
+        # Rows that join may bring cells of further lattices together.
         _align_lattices(book, representatives)
         if book.n_joins == since:
-            return representatives, factors_of(book, representatives)
+            return representatives, lattice_factors(book, representatives)
 
 
-def factors_of(book: LabelBook, representatives: np.ndarray) -> np.ndarray:
-    """Per root the roots of its row and its column, `(n_labels, 2)`; 0 for what is no
-    cell.
+def lattice_factors(book: LabelBook, representatives: np.ndarray) -> np.ndarray:
+    """The row and the column of every cell.
 
-    A lattice whose rows are an earlier one's columns is turned, so that heads stay in
-    the first place.
+    Heads 7, 8 and widths 9, 10, 11 with cells `[[1, 2, 3], [4, 5, 6]]` give cell 5 the
+    factors `(8, 10)`.
+
+    Args:
+        book: The labels, with their lattices.
+        representatives: Of all labels, `(n_labels,)`.
+
+    Returns:
+        `(n_labels, 2)`, by representative: those of its row and of its column; 0 for
+        what is no cell.
     """
     factors = np.zeros((len(representatives), 2), np.int64)
     is_column = np.zeros(len(representatives), bool)
     for lattice in book.lattices:
-        cells, rows, columns = (
-            representatives[x.numpy()]
-            for x in (lattice.cells, lattice.rows, lattice.columns)
-        )
+        cells = representatives[lattice.cells.numpy()]
+        rows = representatives[lattice.rows.numpy()]
+        columns = representatives[lattice.columns.numpy()]
+        # A lattice whose rows are an earlier one's columns is turned, so that heads
+        # stay in the first place.
         if is_column[rows].any():
-            cells, rows, columns = cells.T, columns, rows
-        factors[cells, 0], factors[cells, 1] = rows[:, None], columns[None, :]
+            cells = cells.T
+            rows, columns = columns, rows
+        factors[cells, 0] = rows[:, None]
+        factors[cells, 1] = columns[None, :]
         is_column[columns] = True
+    # Padding puts constants into lattices; a constant has no row to go with.
     factors[0] = 0
     return factors
 
 
 def _align_lattices(book: LabelBook, representatives: np.ndarray) -> None:
-    """A cell that lies in several lattices, or twice in one, has one row and one
-    column.
+    """Gives a cell that lies in several lattices, or twice in one, one row and column.
+
+    Queries and keys, for example: cell 1 is row 0, column 0 of the queries' lattice
+    and, since the product joined them, row 0, column 0 of the keys'. So the two rows
+    have to be one head, and the two columns one channel of the width.
     """
-    places = [
-        _places(number, representatives[lattice.cells.numpy()])
-        for number, lattice in enumerate(book.lattices)
-    ]
-    if not places:
+    if not book.lattices:
         return
-    places = np.concatenate(places, axis=1)
-    places = places[:, places[0] != 0]
-    _, first, cell = np.unique(places[0], return_index=True, return_inverse=True)
-    again = first[cell] != np.arange(places.shape[1])
-    meetings = np.concatenate([places[1:, first[cell]], places[1:]])[:, again]
+    positions = []
+    for number, lattice in enumerate(book.lattices):
+        cells = representatives[lattice.cells.numpy()]
+        positions.append(_cell_positions(number, cells))
+    positions = np.concatenate(positions, axis=1)
+    # Constants lie in many lattices and tie none of them together.
+    positions = positions[:, positions[0] != 0]
+    # Each further position of a cell is compared with its first.
+    _, first, cell = np.unique(positions[0], return_index=True, return_inverse=True)
+    is_repeated = first[cell] != np.arange(positions.shape[1])
+    first_positions = positions[1:, first[cell]]
+    meetings = np.concatenate([first_positions, positions[1:]])[:, is_repeated]
     for number, other in np.unique(meetings[[0, 3]], axis=1).T:
         of_both = meetings[:, (meetings[0] == number) & (meetings[3] == other)]
-        _align(
+        _join_axes(
             book,
-            *(_rooted(book.lattices[n], representatives) for n in (number, other)),
+            _with_representatives(book.lattices[number], representatives),
+            _with_representatives(book.lattices[other], representatives),
             of_both[[1, 2, 4, 5]],
         )
 
 
-def _rooted(lattice: Lattice, representatives: np.ndarray) -> Lattice:
-    """With roots for labels, so that nothing is joined twice."""
+def _with_representatives(lattice: Lattice, representatives: np.ndarray) -> Lattice:
+    """The lattice with representatives for labels, so that nothing is joined twice."""
     return Lattice(
-        *(
-            torch.from_numpy(representatives[x.numpy()])
-            for x in (lattice.cells, lattice.rows, lattice.columns)
-        )
+        cells=torch.from_numpy(representatives[lattice.cells.numpy()]),
+        rows=torch.from_numpy(representatives[lattice.rows.numpy()]),
+        columns=torch.from_numpy(representatives[lattice.columns.numpy()]),
     )
 
 
-def _places(number: int, cells: np.ndarray) -> np.ndarray:
-    """Cell, lattice, row and column of every cell, `(4, n_cells)`."""
+def _cell_positions(number: int, cells: np.ndarray) -> np.ndarray:
+    """Cell, lattice, row and column of every cell, `(4, n_cells)`.
+
+    Args:
+        number: Of the lattice.
+        cells: Its representatives, `(n_rows, n_columns)`.
+    """
     row, column = np.indices(cells.shape).reshape(2, -1)
     return np.stack([cells.ravel(), np.full(cells.size, number), row, column])
 
 
-def _align(
+def _join_axes(
     book: LabelBook, first: Lattice, second: Lattice, meetings: np.ndarray
 ) -> None:
+    """Joins the rows and columns of two lattices that share cells.
+
+    Args:
+        book: The labels.
+        first: One lattice.
+        second: The other, which may be the same.
+        meetings: Per shared cell its row and its column in the first lattice, then in
+            the second, `(4, n)`.
+    """
     row, column, other_row, other_column = torch.from_numpy(meetings)
     # An axis of one lattice is the axis of the other with which it pairs up in fewer
-    # ways.
-    straight = _n_pairs(row, other_row) + _n_pairs(column, other_column)
-    if straight > _n_pairs(row, other_column) + _n_pairs(column, other_row):
+    # ways. A lattice of 2 x 3 cells that meets itself makes 2 pairs of rows and 3 of
+    # columns, but 6 of rows with columns.
+    n_straight = _n_pairs(row, other_row) + _n_pairs(column, other_column)
+    n_turned = _n_pairs(row, other_column) + _n_pairs(column, other_row)
+    if n_straight > n_turned:
         book.join(first.rows[row], second.columns[other_column])
         book.join(first.columns[column], second.rows[other_row])
     else:
@@ -124,66 +199,118 @@ def _align(
 
 
 def _n_pairs(a: Tensor, b: Tensor) -> int:
+    """How many different pairs two lists of numbers make, position by position."""
     return torch.unique(torch.stack([a, b]), dim=1).shape[1]
 
 
-def planes(found: np.ndarray, factors: np.ndarray) -> list[Tensor]:
-    """What decides what is kept along a tensor's axes: its roots `found`, or the rows
-    and the columns of its cells.
+def planes(representatives: np.ndarray, factors: np.ndarray) -> list[Tensor]:
+    """What decides what is kept along a tensor's axes.
+
+    Channels that are no cells decide for themselves. Of cells the rows decide and the
+    columns do, so each constraint has to hold for both.
+
+    Args:
+        representatives: Of a tensor's labels, in any shape.
+        factors: By representative the row and the column, `(n_labels, 2)`.
+
+    Returns:
+        The representatives as they are, or twice with their cells replaced: by the rows
+        and by the columns.
     """
-    if not factors[found].any():
-        return [torch.from_numpy(found)]
-    is_cell = factors[found, 0] > 0
-    return [
-        torch.from_numpy(np.where(is_cell, factors[found, side], found))
-        for side in (0, 1)
-    ]
+    if not factors[representatives].any():
+        return [torch.from_numpy(representatives)]
+    is_cell = factors[representatives, 0] > 0
+    both = []
+    for side in (0, 1):
+        plane = np.where(is_cell, factors[representatives, side], representatives)
+        both.append(torch.from_numpy(plane))
+    return both
 
 
 def _keep_product(book: LabelBook, plane: Tensor) -> None:
-    """Of an axis that was split the longest part can shrink; the others, such as the 3
-    of q, k, v, are constants.
+    """Lets the longest part of a split axis shrink, the same in all of the others.
+
+    The others, such as the 3 of queries, keys and values, are taken for constants.
     """
     axes = varying_axes(plane)
     if len(axes) > 1:
+        # Of axes that are equally long, the first: heads rather than their width.
         longest = max(axes, key=lambda axis: plane.shape[axis])
-        book.join_lines(plane.movedim(longest, -1).reshape(-1, plane.shape[longest]))
+        lines = plane.movedim(longest, -1).reshape(-1, plane.shape[longest])
+        book.join_lines(lines)
 
 
 def _balance(book: LabelBook, parts: Tensor) -> None:
-    """Joins channels until each joined set has equally many positions in every part."""
-    classes, index = np.unique(parts.numpy(), return_inverse=True)
-    counts = np.zeros((len(classes), len(parts)), np.int64)
-    np.add.at(
-        counts, (index.reshape(len(parts), -1), np.arange(len(parts))[:, None]), 1
-    )
+    """Joins channels until each joined set has equally many positions in every part.
+
+    Two parts `[[1, 2, 3], [3, 1, 4]]`: channels 1 and 3 lie once in both and stay free;
+    2 lies in the first only, 4 in the second only. The excess of the second part over
+    the first is 0, -1, 0 and 1, so 2 and 4 join: they go together, one of each part.
+
+    Args:
+        book: The labels.
+        parts: Representatives, `(n_parts, ...)`.
+    """
+    channels, index = np.unique(parts.numpy(), return_inverse=True)
+    n_parts = len(parts)
+    counts = np.zeros((len(channels), n_parts), np.int64)
+    part_of_position = np.arange(n_parts)[:, None]
+    # `counts[...] += 1` would count a channel that lies twice in a part only once.
+    np.add.at(counts, (index.reshape(n_parts, -1), part_of_position), 1)
     excess = counts[:, 1:] - counts[:, :1]
-    for together in _balanced_sets(excess):
-        members = torch.from_numpy(classes[together])
+    for balanced_set in _balanced_sets(excess):
+        members = torch.from_numpy(channels[balanced_set])
         book.join(members[:1].expand_as(members), members)
 
 
 def _balanced_sets(excess: np.ndarray) -> list[list[int]]:
-    """Sets of rows that add up to zero, small ones: a set takes the next row that
-    brings its sum nearer to zero.
+    """Finds small sets of rows that add up to zero.
+
+    A greedy search, since the smallest sets would need a subset-sum solver: a set takes
+    the next row that brings its sum nearest to zero. Rows -1, 1, 1, -1 make the sets
+    `[1, 0]` and `[3, 2]`. All rows together add up to zero, as parts are equally long,
+    so every row ends in a set.
+
+    Args:
+        excess: Per channel how many more positions it has in each further part than in
+            the first, `(n_channels, n_parts - 1)`.
+
+    Returns:
+        Sets of row numbers; rows of zeros are in none.
     """
+    # Rows that are equal are interchangeable; each kind has a queue, its first row
+    # last, where `pop` takes it.
     queues: dict[tuple[int, ...], list[int]] = {}
     for row in reversed(np.flatnonzero(excess.any(1))):
         queues.setdefault(tuple(excess[row]), []).append(int(row))
     sets = []
     while queues:
-        together: list[int] = []
+        balanced_set: list[int] = []
         total = np.zeros(excess.shape[1], np.int64)
-        while queues and (not together or total.any()):
-            nearest = min(
-                queues, key=lambda step: (np.abs(total + step).sum(), -queues[step][-1])
-            )
-            together.append(queues[nearest].pop())
-            total = total + nearest
-            if not queues[nearest]:
-                del queues[nearest]
-        sets.append(together)
+        while queues and (not balanced_set or total.any()):
+            step = _nearest_step(queues, total)
+            balanced_set.append(queues[step].pop())
+            total = total + step
+            if not queues[step]:
+                del queues[step]
+        sets.append(balanced_set)
     return sets
 
 
-MEET = {Constraint.GRID: _keep_product, Constraint.PARTS: _balance}
+def _nearest_step(
+    queues: dict[tuple[int, ...], list[int]], total: np.ndarray
+) -> tuple[int, ...]:
+    """The kind of row that brings a sum nearest to zero.
+
+    Of kinds that come equally near, the one whose next row has the highest number.
+
+    Args:
+        queues: Excess to the rows that have it.
+        total: The sum, `(n_parts - 1,)`.
+    """
+
+    def rank(step: tuple[int, ...]) -> tuple[int, int]:
+        distance = np.abs(total + step).sum()
+        return distance, -queues[step][-1]
+
+    return min(queues, key=rank)

@@ -1,10 +1,12 @@
-"""Running a network while labels follow its operations."""
+"""Running a network so that every operation also moves its inputs' labels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune.structure.groups import tensors_in
@@ -16,79 +18,136 @@ from autoprune.tracing.rules.contractions import (
     linear,
 )
 from autoprune.tracing.rules.movements import (
-    cut,
-    indexed,
+    copy,
+    indexing,
     movement,
     reshape,
-    same,
+    slicing,
     split,
 )
 from autoprune.tracing.rules.table import apply_rule, rule_for
 from autoprune.tracing.tracer import Call, Tracer
 
-MOVING = (movement, reshape, same, split, cut, indexed)
-"""Rules of operations that compute nothing."""
-COUNTED = (convolution, linear, batched_product, attention)
+MOVING_RULES = (movement, reshape, copy, split, slicing, indexing)
+"""Rules of operations that compute nothing: their outputs take no memory of their own,
+or none that lasts."""
+MULTIPLYING_RULES = (convolution, linear, batched_product, attention)
+"""Rules of operations that cost multiply-accumulates."""
 
 
 @contextmanager
 def track_labels(tracer: Tracer, example: Tensor) -> Iterator[None]:
-    """Labels the input's channels and tells the tracer which module is running, without
-    touching the model.
+    """Labels the input's channels and tells the tracer which module is running.
+
+    The model itself isn't touched.
+
+    Args:
+        tracer: The notebook of the run.
+        example: The network's input, `(batch, channels, ...)`.
     """
-    inputs = tracer.book.new(example.shape[1], "input")
-    tracer.label(example, broadcast_labels(inputs, 1, example.shape))
-    tracer.book.pin(inputs, "is the network's input")
-    # Global hooks, so that the model's modules keep their own; the fused attention path
-    # would hide all inside it.
+    # Images have three channels, whatever is pruned.
+    channels = tracer.book.new_labels(example.shape[1], "input")
+    tracer.label(example, broadcast_labels(channels, 1, example.shape))
+    tracer.book.pin(channels, "is the network's input")
+
+    def enter(module: nn.Module, inputs: object) -> None:
+        tracer.enter_module(module)
+
+    def leave(module: nn.Module, inputs: object, output: object) -> None:
+        tracer.leave_module()
+
+    # Global hooks, so that the model's modules keep their own.
     hooks = (
-        nn.modules.module.register_module_forward_pre_hook(
-            lambda module, _: tracer.entered(module)
-        ),
-        nn.modules.module.register_module_forward_hook(lambda *_: tracer.left()),
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave),
     )
-    fastpath = torch.backends.mha.get_fastpath_enabled()
+    # The fused attention path is one operation, which would hide all inside it.
+    is_fastpath_enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.backends.mha.set_fastpath_enabled(is_fastpath_enabled)
         for hook in hooks:
             hook.remove()
 
 
 class LabelDispatchMode(TorchDispatchMode):
-    """Executes every operation and applies its rule."""
+    """Executes every operation and applies its rule.
+
+    PyTorch calls `__torch_dispatch__` for each ATen operation that runs inside the
+    `with` block, below autograd, whichever Python function it came from. A subclass may
+    override `execute` to compute something else at full width, as masking does.
+
+    Args:
+        tracer: The notebook of the run.
+    """
 
     def __init__(self, tracer: Tracer):
         super().__init__()
         self.tracer = tracer
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, tracer = self.execute(func, args, kwargs or {}), self.tracer
-        call = Call(tracer, func, args, kwargs or {}, out)
-        tensors = list(call.tensors())
-        active = [tensor for tensor in tensors if tracer.is_activation(tensor)]
-        if not all(tensor.numel() for tensor in [*tensors, *tensors_in(out)[:1]]):
-            return out  # a slice of nothing tells nothing
-        # What is multiplied counts, whether or not channels are involved.
-        if (
-            active
-            or rule_for(func) in COUNTED
-            or any(tracer.parameter(tensor) is not None for tensor in tensors)
-        ):
-            rule = apply_rule(call)
-            if active and rule not in MOVING:
-                alive = {
-                    id(tensor): tensor
-                    for tensor in [*active, *tensors_in(out)]
-                    if tracer.is_activation(tensor)
-                }
-                tracer.operations.append(
-                    [tracer.labels(tensor) for tensor in alive.values()]
-                )
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Runs one operation, then moves labels from its inputs to its outputs."""
+        # PyTorch passes None where there are no keyword arguments.
+        kwargs = kwargs or {}
+        out = self.execute(func, args, kwargs)
+        self._move_labels(Call(self.tracer, func, args, kwargs, out))
         return out
 
-    def execute(self, func, args: tuple, kwargs: dict) -> object:
-        """What the operation computes."""
+    def execute(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> object:
+        """What the operation computes.
+
+        Args:
+            func: The ATen overload.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+        """
         return func(*args, **kwargs)
+
+    def _move_labels(self, call: Call) -> None:
+        """Applies the operation's rule and notes which activations are alive with it.
+
+        Operations on constants alone, such as the making of a mask, are passed over.
+        """
+        tracer = self.tracer
+        tensors = list(call.tensors())
+        # Of the outputs only the first: batch norm returns statistics as well, which
+        # are empty in evaluation mode.
+        for tensor in [*tensors, *tensors_in(call.out)[:1]]:
+            if not tensor.numel():
+                return  # a slice of nothing tells nothing
+        activations = []
+        has_parameter = False
+        for tensor in tensors:
+            if tracer.is_activation(tensor):
+                activations.append(tensor)
+            if tracer.parameter(tensor) is not None:
+                has_parameter = True
+        # What is multiplied counts, whether or not channels are involved.
+        is_multiplying = rule_for(call.func) in MULTIPLYING_RULES
+        if not (activations or has_parameter or is_multiplying):
+            return
+        rule = apply_rule(call)
+        # What only moves data needs no memory for long, and counts where it is read.
+        if activations and rule not in MOVING_RULES:
+            tracer.operations.append(self._alive_labels(activations, call.out))
+
+    def _alive_labels(self, inputs: list[Tensor], out: object) -> list[Tensor]:
+        """Labels of an operation's inputs and outputs, each tensor counted once.
+
+        An operation in place returns one of its inputs, and `x * x` has one input.
+        """
+        alive: dict[int, Tensor] = {}
+        for tensor in [*inputs, *tensors_in(out)]:
+            if self.tracer.is_activation(tensor):
+                alive[id(tensor)] = tensor
+        return [self.tracer.labels(tensor) for tensor in alive.values()]

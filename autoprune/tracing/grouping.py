@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.structure.groups import Extent, Group, Groups, Member, own_tensors
-from autoprune.structure.labels import compressed
-from autoprune.tracing.constraint_solver import factors_of
+from autoprune.structure.groups import Extent, Group, Groups, Member, named_tensors
+from autoprune.structure.labels import compress
+from autoprune.tracing.constraint_solver import lattice_factors
 from autoprune.tracing.mac_coverage import with_macs_shares
 from autoprune.tracing.tracer import Tracer
 
@@ -18,11 +18,27 @@ LAYER_TENSORS = (".weight", ".bias", ".in_proj_weight", ".in_proj_bias")
 
 
 @dataclass(frozen=True)
-class _Family:
-    """Channels that sit equally often in the same places and are pinned for the same
-    reason, if for any.
+class _Places:
+    """The units on one axis of one tensor, sorted by unit, then by position.
 
-    A channel is a unit: a root, or the row or the column of cells.
+    Attributes:
+        units: Of every position; cells appear twice, with their row and their column.
+        positions: Along the axis.
+    """
+
+    units: np.ndarray
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Channels that sit equally often in the same places, pinned for the same reason.
+
+    Attributes:
+        units: The channels, ascending. A channel is a unit: a representative, or the
+            row or the column of cells.
+        uses: Numbers of the (tensor, axis) pairs on which they sit, ascending.
+        reason: Why they are pinned, or None if nothing in the forward pass pins them.
     """
 
     units: np.ndarray
@@ -30,149 +46,254 @@ class _Family:
     reason: str | None
 
 
-def derive(tracer: Tracer) -> Groups:
-    """The groups of a finished trace."""
-    representatives = tracer.solve_constraints()
-    factors = factors_of(tracer.book, representatives)
-    # Per label the units with which it goes: its row and its column, or its root; 0 for
-    # none.
-    sides = np.where(
-        factors[representatives] > 0,
-        factors[representatives],
-        np.stack([representatives, np.zeros_like(representatives)], 1),
-    )
-    reasons = _reasons(tracer, representatives, sides)
-    places = [
-        _sorted_places(sides[labels.numpy()]) for labels, _ in tracer.uses.values()
-    ]
-    families = _families(places, reasons)
-    groups = _groups(tracer, sides, places, families)
+@dataclass(frozen=True)
+class _Numbering:
+    """Which group every label belongs to.
 
-    channel_of, group_of = (
-        np.full(len(representatives), -1),
-        np.zeros_like(representatives),
-    )
-    first = 0
-    for number, family in enumerate(families, 1):
-        channel_of[family.units] = np.arange(first, first + len(family.units))
-        group_of[family.units] = number
-        first += len(family.units)
-    names, groups_of = [group.name for group in groups], group_of[sides]
-    is_prunable = np.array([False, *(group.pinned is None for group in groups)])
-    prunable_of = groups_of * is_prunable[groups_of]
+    Attributes:
+        names: Of the groups, in order.
+        groups: Per label the numbers of its one or two groups, counted from 1; 0 for
+            none, `(n_labels, 2)`.
+        prunable: The same, 0 for pinned groups too.
+        channels: Per label the numbers of its channels, counted through all groups in
+            order; -1 for none, `(n_labels, 2)`.
+    """
+
+    names: list[str]
+    groups: np.ndarray
+    prunable: np.ndarray
+    channels: np.ndarray
+
+
+def derive_groups(tracer: Tracer) -> Groups:
+    """The groups of a finished trace.
+
+    An example: `stem`, a convolution with three channels on an image of three, whose
+    output of one by two pixels is flattened and read by `head`, a linear layer with two
+    outputs. The image's channels are labels 1, 2, 3, the stem produces 4, 5, 6 and the
+    head 7, 8. The tracer's uses, numbered from 0 in the order of the forward pass:
+
+    ==== =============== ================= =======
+    use  tensor, axis    labels            role
+    ==== =============== ================= =======
+    0    stem.weight, 0  4 5 6             produce
+    1    stem.weight, 1  1 2 3             consume
+    2    stem.bias, 0    4 5 6             produce
+    3    head.weight, 1  4 4 5 5 6 6       consume
+    4    head.weight, 0  7 8               produce
+    5    head.bias, 0    7 8               produce
+    ==== =============== ================= =======
+
+    Units 4, 5 and 6 have the same pattern, once in uses 0 and 2 and twice in use 3, so
+    they are a family. It becomes the group `stem` of three channels, with the members
+    stem.weight, axis 0, `[[0], [1], [2]]`; stem.bias, axis 0, the same; and
+    head.weight, axis 1, `[[0, 1], [2, 3], [4, 5]]`: when channel 1 goes, so do the
+    head's columns 2 and 3. Units 1 to 3 and 7 to 8 are families of their own, pinned as
+    the network's input and output.
+
+    Args:
+        tracer: The notebook of the forward pass.
+
+    Returns:
+        Prunable and pinned groups, with the tables from which costs follow.
+    """
+    representatives = tracer.solve_constraints()
+    units = _label_units(tracer, representatives)
+    reasons = _pinning_reasons(tracer, representatives, units)
+    places = []
+    for labels, _ in tracer.uses.values():
+        places.append(_sorted_places(units[labels.numpy()]))
+    families = _families(places, reasons)
+    groups = _groups(tracer, units, places, families)
+    numbering = _number(units, families, groups)
+
+    shapes = {}
+    for name, tensor in named_tensors(tracer.model).items():
+        shapes[name] = tuple(tensor.shape)
+    # What no prunable group removes is fixed, so only those count here.
+    operations = []
+    for alive in tracer.operations:
+        operations.append(_sum([_extent(labels, 1, numbering) for labels in alive]))
+    products = []
+    for labels, times in tracer.products:
+        products.append(_extent(labels, times, numbering))
     result = Groups(
         all=tuple(groups),
         layers=tuple(tracer.layers),
-        shapes={
-            name: tuple(tensor.shape)
-            for name, tensor in own_tensors(tracer.model).items()
-        },
+        shapes=shapes,
         parameters=frozenset(name for name, _ in tracer.model.named_parameters()),
-        operations=tuple(
-            _sum([_extent(x, 1, prunable_of, names) for x in alive])
-            for alive in tracer.operations
-        ),
-        products=tuple(
-            _extent(x, times, prunable_of, names) for x, times in tracer.products
-        ),
-        cells=_cells(groups_of, names),
+        operations=tuple(operations),
+        products=tuple(products),
+        cells=_cells(numbering),
         book=tracer.book,
-        units=torch.from_numpy(np.where(sides > 0, channel_of[sides], -1)),
-        unsupported=_unsupported(tracer, representatives, groups_of, names),
+        units=torch.from_numpy(numbering.channels),
+        unsupported=_unsupported(tracer, representatives, numbering),
     )
+    # Shares need to know every layer and every group, hence last.
     return with_macs_shares(result)
 
 
-def _reasons(
-    tracer: Tracer, representatives: np.ndarray, sides: np.ndarray
+def _label_units(tracer: Tracer, representatives: np.ndarray) -> np.ndarray:
+    """Per label the units with which it goes, `(n_labels, 2)`; 0 for none.
+
+    A cell goes with its row or with its column; any other label with its
+    representative alone.
+    """
+    # Factors are known of representatives; every label has its representative's.
+    factors = lattice_factors(tracer.book, representatives)[representatives]
+    alone = np.stack([representatives, np.zeros_like(representatives)], 1)
+    return np.where(factors > 0, factors, alone)
+
+
+def _pinning_reasons(
+    tracer: Tracer, representatives: np.ndarray, units: np.ndarray
 ) -> dict[int, str]:
     """Why units are pinned; a pinned cell pins its row and its column."""
     reasons = tracer.book.reasons(representatives)
-    for root, reason in list(reasons.items()):
-        for unit in sides[root]:
+    for representative, reason in list(reasons.items()):
+        for unit in units[representative]:
+            # The first reason given stays.
             reasons.setdefault(int(unit), reason)
     return reasons
 
 
-def _sorted_places(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Units on an axis and their positions, sorted by both; `units` is `(n_positions,
-    2)`.
+def _sorted_places(units: np.ndarray) -> _Places:
+    """The units on an axis.
+
+    Args:
+        units: Of its positions, `(n_positions, 2)`; 0 for none.
     """
-    positions = np.broadcast_to(np.arange(len(units))[:, None], units.shape)[units > 0]
-    units = units[units > 0]
+    positions = np.broadcast_to(np.arange(len(units))[:, None], units.shape)
+    is_unit = units > 0
+    positions = positions[is_unit]
+    units = units[is_unit]
+    # Sorted by the last key first.
     order = np.lexsort((positions, units))
-    return units[order], positions[order]
+    return _Places(units[order], positions[order])
 
 
-def _families(
-    places: list[tuple[np.ndarray, np.ndarray]], reasons: dict[int, str]
-) -> list[_Family]:
-    triples = []
-    for use, (units, _) in enumerate(places):
-        distinct, counts = np.unique(units, return_counts=True)
+def _families(places: list[_Places], reasons: dict[int, str]) -> list[_Family]:
+    """Puts units with the same pattern and the same reason together.
+
+    A unit's pattern is `(2, n_uses)`: the uses in which it lies, and how often in each.
+    In the example of `derive_groups`, unit 5 has `[[0, 2, 3], [1, 1, 2]]`.
+
+    Args:
+        places: Per use the units on it.
+        reasons: Pinned unit to its reason.
+
+    Returns:
+        The families, in the order of their first units.
+    """
+    triples = [np.zeros((3, 0), np.int64)]
+    for use, place in enumerate(places):
+        distinct, counts = np.unique(place.units, return_counts=True)
         triples.append(np.stack([distinct, np.full_like(distinct, use), counts]))
-    triples = np.concatenate(triples, axis=1) if triples else np.zeros((3, 0), np.int64)
-    triples = triples[:, np.lexsort((triples[1], triples[0]))]
-    distinct, starts = np.unique(triples[0], return_index=True)
-    patterns = np.split(triples[1:], starts[1:], axis=1)
-    found: dict[tuple[bytes, str | None], list[int]] = defaultdict(list)
+    # One column per unit and use; sorted, those of one unit stand side by side.
+    table = np.concatenate(triples, axis=1)
+    table = table[:, np.lexsort((table[1], table[0]))]
+    distinct, starts = np.unique(table[0], return_index=True)
+    if not len(distinct):
+        return []
+    patterns = np.split(table[1:], starts[1:], axis=1)
+    members: dict[tuple[bytes, str | None], list[int]] = defaultdict(list)
     uses: dict[bytes, tuple[int, ...]] = {}
-    for unit, pattern in zip(distinct.tolist(), patterns, strict=len(distinct) > 0):
+    for unit, pattern in zip(distinct.tolist(), patterns, strict=True):
+        # Arrays can't be keys of a dict.
         key = pattern.tobytes()
         uses.setdefault(key, tuple(pattern[0].tolist()))
-        found[key, reasons.get(unit)].append(unit)
-    return [
-        _Family(np.array(units), uses[key], reason)
-        for (key, reason), units in found.items()
-    ]
+        # Units that are pinned for another reason stay apart, to be reported.
+        members[key, reasons.get(unit)].append(unit)
+    families = []
+    for (key, reason), units in members.items():
+        families.append(_Family(np.array(units), uses[key], reason))
+    return families
 
 
 def _groups(
-    tracer: Tracer, sides: np.ndarray, places, families: list[_Family]
+    tracer: Tracer,
+    units: np.ndarray,
+    places: list[_Places],
+    families: list[_Family],
 ) -> list[Group]:
+    """One group for each family, named and, where nothing can be pruned, pinned."""
     uses = list(tracer.uses.items())
-    read = {
-        unit
-        for labels in tracer.contracted
-        for unit in np.unique(sides[labels.numpy()]).tolist()
-    }
-    is_cell = sides[:, 1] > 0
-    suffixes = dict.fromkeys(sides[is_cell, 0].tolist(), ":heads") | dict.fromkeys(
-        sides[is_cell, 1].tolist(), ":width"
-    )
-    groups, taken = [], set()
+    # A mean over channels reads them, though no weight does.
+    read_units = set()
+    for labels in tracer.summed_labels:
+        read_units.update(np.unique(units[labels.numpy()]).tolist())
+    suffixes = _suffixes(units)
+    groups = []
+    taken_names: set[str] = set()
     for family in families:
         members = []
         for use in family.uses:
             (tensor, axis), (_, role) = uses[use]
-            units, positions = places[use]
-            index = positions[np.isin(units, family.units)].reshape(
-                len(family.units), -1
-            )
-            members.append(Member(tensor, axis, role, torch.from_numpy(index)))
+            index = torch.from_numpy(_member_index(places[use], family))
+            members.append(Member(tensor, axis, role, index))
+        # All units of a family are rows, or columns, or neither.
         first = int(family.units[0])
-        name = _name(members, suffixes.get(first, ""), taken)
-        reason = family.reason or _unprunable(members, len(family.units), first in read)
+        name = _unique_name(members, suffixes.get(first, ""), taken_names)
+        reason = family.reason or _unprunable_reason(
+            members, len(family.units), first in read_units
+        )
         groups.append(Group(name, len(family.units), tuple(members), reason))
     return groups
 
 
-def _name(members: list[Member], suffix: str, taken: set[str]) -> str:
+def _suffixes(units: np.ndarray) -> dict[int, str]:
+    """Row and column units to what distinguishes their groups' names."""
+    is_cell = units[:, 1] > 0
+    suffixes = dict.fromkeys(units[is_cell, 0].tolist(), ":heads")
+    suffixes.update(dict.fromkeys(units[is_cell, 1].tolist(), ":width"))
+    return suffixes
+
+
+def _member_index(places: _Places, family: _Family) -> np.ndarray:
+    """Per channel of a family its positions on one axis, `(n_channels, k)`.
+
+    All channels have equally many positions, as their patterns are the same, and places
+    are sorted by unit; so cutting the list into equal pieces gives each its own.
+    """
+    is_member = np.isin(places.units, family.units)
+    return places.positions[is_member].reshape(len(family.units), -1)
+
+
+def _unique_name(members: list[Member], suffix: str, taken_names: set[str]) -> str:
+    """Names a group by the first layer that produces it.
+
+    Args:
+        members: Of the group.
+        suffix: ":heads" or ":width" for rows and columns of cells, else "".
+        taken_names: Names given so far; the new one is added.
+    """
+    # Members are in the order of the forward pass.
     first = next((m for m in members if m.role == "produce"), members[0])
-    name = (
-        first.tensor.rpartition(".")[0]
-        if first.tensor.endswith(LAYER_TENSORS)
-        else first.tensor
-    )
-    name += suffix if first.role != "consume" else f"{suffix}:input"
-    unique, number = name, 2
-    while unique in taken:
-        unique, number = f"{name}#{number}", number + 1
-    taken.add(unique)
+    name = first.tensor
+    if name.endswith(LAYER_TENSORS):
+        name = name.rpartition(".")[0]
+    # No layer produces it, so it goes by one that reads it.
+    name += f"{suffix}:input" if first.role == "consume" else suffix
+    # Channels of one layer that go different ways after it are different groups.
+    unique = name
+    number = 2
+    while unique in taken_names:
+        unique = f"{name}#{number}"
+        number += 1
+    taken_names.add(unique)
     return unique
 
 
-def _unprunable(members: list[Member], n_channels: int, is_read: bool) -> str | None:
+def _unprunable_reason(
+    members: list[Member], n_channels: int, is_read: bool
+) -> str | None:
+    """Why there is nothing to prune in a group that nothing pins.
+
+    Args:
+        members: Of the group.
+        n_channels: How many it has.
+        is_read: Whether an operation without a weight sums over its channels.
+    """
     roles = {member.role for member in members}
     if "produce" not in roles:
         return "no layer of the network produces it"
@@ -181,63 +302,89 @@ def _unprunable(members: list[Member], n_channels: int, is_read: bool) -> str | 
     return "is a single channel" if n_channels < 2 else None
 
 
-def _extent(
-    labels: Tensor, times: int, group_of: np.ndarray, names: list[str]
-) -> Extent:
+def _number(
+    units: np.ndarray, families: list[_Family], groups: list[Group]
+) -> _Numbering:
+    """Numbers groups from 1 and channels from 0, and says which are each label's."""
+    n_labels = len(units)
+    channel_of_unit = np.full(n_labels, -1)
+    group_of_unit = np.zeros(n_labels, np.int64)
+    first = 0
+    for number, family in enumerate(families, 1):
+        n_channels = len(family.units)
+        # Channel i of a group is unit i of its family, as in its members' index.
+        channel_of_unit[family.units] = np.arange(first, first + n_channels)
+        group_of_unit[family.units] = number
+        first += n_channels
+    groups_of_label = group_of_unit[units]
+    # Number 0 stands for no group, which can't be pruned either.
+    is_prunable = [False]
+    for group in groups:
+        is_prunable.append(group.pinned is None)
+    return _Numbering(
+        names=[group.name for group in groups],
+        groups=groups_of_label,
+        prunable=groups_of_label * np.array(is_prunable)[groups_of_label],
+        channels=np.where(units > 0, channel_of_unit[units], -1),
+    )
+
+
+def _extent(labels: Tensor, times: int, numbering: _Numbering) -> Extent:
     """How many of the labelled elements each channel, or pair of channels, keeps.
 
     Args:
         labels: Of what is counted.
         times: How often each element counts.
-        group_of: Per label the numbers of its prunable groups, counted from 1; 0 for
-            none.
-        names: Names of the groups.
+        numbering: The groups of every label.
     """
-    cells = compressed(labels)
+    # Only axes along which labels vary are looked at; the others multiply the count.
+    cells = compress(labels)
     times *= labels.numel() // cells.numel()
-    found = group_of[cells.numpy().ravel()]
-    codes, counts = np.unique(
-        found[:, 0] * (len(names) + 1) + found[:, 1], return_counts=True
-    )
-    fixed, elements = 0, {}
+    numbers = numbering.prunable[cells.numpy().ravel()]
+    # A pair of group numbers as one number, since those are counted much faster.
+    base = len(numbering.names) + 1
+    codes, counts = np.unique(numbers[:, 0] * base + numbers[:, 1], return_counts=True)
+    fixed = 0
+    elements: dict[tuple[str, ...], int] = {}
     for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
-        groups = tuple(
-            names[number - 1] for number in divmod(code, len(names) + 1) if number
-        )
-        if groups:
-            elements[groups] = elements.get(groups, 0) + times * count
+        pair = divmod(code, base)
+        names = tuple(numbering.names[number - 1] for number in pair if number)
+        if names:
+            elements[names] = elements.get(names, 0) + times * count
         else:
             fixed += times * count
     return Extent(fixed, elements)
 
 
 def _sum(extents: list[Extent]) -> Extent:
-    total: dict[tuple[str, ...], int] = defaultdict(int)
+    """All elements of several tensors together."""
+    fixed = 0
+    elements: dict[tuple[str, ...], int] = defaultdict(int)
     for extent in extents:
-        for names, elements in extent.elements.items():
-            total[names] += elements
-    return Extent(sum(extent.fixed for extent in extents), dict(total))
+        fixed += extent.fixed
+        for names, count in extent.elements.items():
+            elements[names] += count
+    return Extent(fixed, dict(elements))
 
 
-def _cells(groups: np.ndarray, names: list[str]) -> tuple[tuple[str, str], ...]:
+def _cells(numbering: _Numbering) -> tuple[tuple[str, str], ...]:
     """The groups of rows and columns of the same cells."""
-    pairs = np.unique(groups[(groups > 0).all(1)], axis=0)
-    return tuple((names[row - 1], names[column - 1]) for row, column in pairs.tolist())
+    is_cell = (numbering.groups > 0).all(1)
+    pairs = []
+    for row, column in np.unique(numbering.groups[is_cell], axis=0).tolist():
+        pairs.append((numbering.names[row - 1], numbering.names[column - 1]))
+    return tuple(pairs)
 
 
 def _unsupported(
-    tracer: Tracer, representatives: np.ndarray, groups: np.ndarray, names: list[str]
+    tracer: Tracer, representatives: np.ndarray, numbering: _Numbering
 ) -> tuple[str, ...]:
-    """One line per operation that pinned what reached it: the operation, its module,
-    the groups.
-    """
-    said = []
+    """One line per operation that pinned what reached it: where it is, which groups."""
+    lines = []
+    # An operation in a loop gives its reason many times.
     for reason in dict.fromkeys(tracer.unsupported):
-        pinned = np.unique(
-            groups[sorted(tracer.book.pinned_for(reason, representatives))]
-        )
-        said.append(
-            f"{reason}; it pins "
-            f"{', '.join(names[number - 1] for number in pinned if number) or 'nothing'}"
-        )
-    return tuple(said)
+        pinned = sorted(tracer.book.roots_pinned_for(reason, representatives))
+        numbers = np.unique(numbering.groups[pinned])
+        names = [numbering.names[number - 1] for number in numbers if number]
+        lines.append(f"{reason}; it pins {', '.join(names) or 'nothing'}")
+    return tuple(lines)

@@ -1,38 +1,37 @@
-"""The numerical twin of pruning: the dense network, in which nothing reads the removed
-channels.
+"""The numerical twin of pruning: a dense network that doesn't read removed channels.
 
-The network runs at full width while its labels are followed anew; whatever reads
+The network runs at full width while its operations carry labels anew; whatever reads
 channels, sees only those that are left. Convolutions, linear layers and products of
 activations get zeros for the others; means, norms and softmax over channels are taken
 over what is left. So neither batch norm's shift nor a bias keeps a removed channel
-alive, and what the pruned network must compute follows without slicing a single weight.
+alive, and what the pruned network must compute comes out without slicing a weight.
 """
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import Groups, loses_whole_conv_groups
 from autoprune.structure.labels import thin, varying_axes
 from autoprune.structure.slicing import KeptIndices
-from autoprune.tracing.dispatch import LabelDispatchMode, track_labels
-from autoprune.tracing.rules.contractions import (
-    attention,
-    batched_product,
-    convolution,
-    linear,
+from autoprune.tracing.dispatch import (
+    MULTIPLYING_RULES,
+    LabelDispatchMode,
+    track_labels,
 )
 from autoprune.tracing.rules.norms import (
-    along_axis,
+    axis_scan,
     group_norm,
     layer_norm,
     reduced_axes,
     reduction,
 )
-from autoprune.tracing.rules.table import rule_for
+from autoprune.tracing.rules.table import Rule, rule_for
 from autoprune.tracing.tracer import Call, Tracer
 
 
@@ -44,12 +43,12 @@ def mask(model: nn.Module, groups: Groups, kept: KeptIndices) -> nn.Module:
         groups: Its trace.
         kept: Prunable group to the surviving channels; groups left out keep all.
     """
+    # Closed attention is one operation, in which heads can't be left out.
     return Masked(open_attention(copy.deepcopy(model)), groups, kept)
 
 
 class Masked(nn.Module):
-    """A network with open attention, run at full width without the channels behind some
-    labels.
+    """A network with open attention, run at full width without some channels.
 
     Args:
         model: The dense network.
@@ -59,137 +58,196 @@ class Masked(nn.Module):
 
     def __init__(self, model: nn.Module, groups: Groups, kept: KeptIndices):
         super().__init__()
-        self.model, self.book, self.gone = model, groups.book, groups.gone(kept)
+        assert groups.book is not None, "groups of a trace come with their labels"
+        self.model = model
+        self.book = groups.book
+        self.is_removed = groups.removed_labels(kept)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> object:
-        """The network's output, gradients aside."""
-        tracer = Tracer(self.model, self.book.again())
-        with track_labels(tracer, x), _MaskMode(tracer, self.gone):
+        """The network's output, without gradients."""
+        # The book hands out the trace's labels again, so they mean the same channels.
+        tracer = Tracer(self.model, self.book.copy_for_rerun())
+        with track_labels(tracer, x), _MaskMode(tracer, self.is_removed):
             return self.model(x)
 
 
 class _MaskMode(LabelDispatchMode):
-    def __init__(self, tracer: Tracer, gone: Tensor):
+    """Executes operations that read channels on those that are left.
+
+    Args:
+        tracer: The notebook of the run.
+        is_removed: Per label of the trace whether its channel is removed.
+    """
+
+    def __init__(self, tracer: Tracer, is_removed: Tensor):
         super().__init__(tracer)
-        self._known = gone
+        self._is_removed = is_removed
 
     @property
-    def gone(self) -> Tensor:
-        """Per label whether its channel is removed; what this run labels beyond the
-        trace, stays.
+    def is_removed(self) -> Tensor:
+        """Per label whether its channel is removed; what the trace lacks, stays.
 
         Another batch size can take other kernels: a bias that is added after the
         product is a bare parameter.
         """
-        missing = self.tracer.book.n_labels - len(self._known)
-        if missing:
-            self._known = torch.cat(
-                [self._known, torch.zeros(missing, dtype=torch.bool)]
-            )
-        return self._known
+        n_new = self.tracer.book.n_labels - len(self._is_removed)
+        if n_new:
+            stays = torch.zeros(n_new, dtype=torch.bool)
+            self._is_removed = torch.cat([self._is_removed, stays])
+        return self._is_removed
 
-    def execute(self, func, args: tuple, kwargs: dict) -> object:
-        """Runs an operation on what is left of its inputs."""
-        run, call = (
-            MASKED.get(rule_for(func)),
-            Call(self.tracer, func, args, kwargs, None),
-        )
+    def execute(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> object:
+        """Runs an operation on what is left of its inputs.
+
+        Args:
+            func: The ATen overload.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+        """
+        run = MASKED.get(rule_for(func))
+        call = Call(self.tracer, func, args, kwargs, None)
+        # Constants, such as a mask of positions, have no channels to lose.
         if run is None or not any(map(self.tracer.is_activation, call.tensors())):
             return func(*args, **kwargs)
-        return run(call, self.gone)
+        return run(call, self.is_removed)
 
 
-def _with_zeros(call: Call, gone: Tensor) -> object:
+def _multiply_with_zeros(call: Call, is_removed: Tensor) -> object:
     """What was removed contributes nothing to a sum of products."""
+    tracer = call.tracer
 
-    def left(tensor: Tensor) -> Tensor:
-        if not call.tracer.is_activation(tensor):
+    def zero_removed(tensor: Tensor) -> Tensor:
+        if not tracer.is_activation(tensor):
             return tensor
-        return tensor.masked_fill(gone[thin(call.tracer.labels(tensor))], 0)
+        # Thin labels have length 1 where they don't vary; the mask broadcasts.
+        return tensor.masked_fill(is_removed[thin(tracer.labels(tensor))], 0)
 
-    return call.func(*call.replaced(left), **call.kwargs)
+    return call.func(*call.substitute_tensors(zero_removed), **call.kwargs)
 
 
-def _left_along(call: Call, axis: int, gone: Tensor) -> Tensor:
-    """Positions along an axis of the first argument that are left, whatever rows of
-    cells are removed as a whole.
+def _remaining_positions(call: Call, axis: int, is_removed: Tensor) -> Tensor:
+    """Positions along an axis of the first argument that are left, ascending.
+
+    Rows of cells that are removed as a whole have no say: a head that is gone doesn't
+    take the width of the others with it.
+
+    Args:
+        call: The operation.
+        axis: On which channels lie.
+        is_removed: Per label whether its channel is removed.
     """
-    removed = (
-        gone[thin(call.tracer.labels(call.args[0]))].movedim(axis, -1).flatten(0, -2)
-    )
-    rows = removed[~removed.all(1)]
-    return (
-        (~rows.any(0)).nonzero()[:, 0] if len(rows) else torch.arange(removed.shape[1])
-    )
+    labels = thin(call.tracer.labels(call.args[0]))
+    lines = is_removed[labels].movedim(axis, -1).flatten(0, -2)
+    partly_left = lines[~lines.all(1)]
+    if not len(partly_left):
+        # All is gone; something has to be computed nonetheless, and nobody reads it.
+        return torch.arange(lines.shape[1])
+    return (~partly_left.any(0)).nonzero()[:, 0]
 
 
 def _channel_axes(call: Call, axes: list[int]) -> list[int]:
+    """Those of some axes of the first argument on which channels lie."""
     varying = varying_axes(call.tracer.labels(call.args[0]))
     return [axis for axis in axes if axis in varying]
 
 
-def _reduced_over_the_rest(call: Call, gone: Tensor) -> object:
+def _reduce_remaining(call: Call, is_removed: Tensor) -> object:
+    """A mean or sum over what is left."""
     x = call.args[0]
+    # Positions are looked up in the labels of all of `x`, so the axes don't interfere.
     for axis in _channel_axes(call, reduced_axes(call)):
-        x = x.index_select(axis, _left_along(call, axis, gone))
+        x = x.index_select(axis, _remaining_positions(call, axis, is_removed))
     return call.func(x, *call.args[1:], **call.kwargs)
 
 
-def _scanned_over_the_rest(call: Call, gone: Tensor) -> object:
+def _scan_remaining(call: Call, is_removed: Tensor) -> object:
+    """Softmax or a running sum over what is left."""
     x = call.args[0]
     axes = _channel_axes(call, [call["dim"] % x.ndim])
-    left = [_left_along(call, axis, gone) for axis in axes]
-    out = call.func(_selected(x, axes, left), *call.args[1:], **call.kwargs)
-    return _back_in_place(out, x.shape, axes, left)
+    remaining = [_remaining_positions(call, axis, is_removed) for axis in axes]
+    out = call.func(_select(x, axes, remaining), *call.args[1:], **call.kwargs)
+    return _scatter(out, x.shape, axes, remaining)
 
 
-def _layer_norm_over_the_rest(call: Call, gone: Tensor) -> object:
-    x, first = call.args[0], call.args[0].ndim - len(call["normalized_shape"])
-    axes = _channel_axes(call, list(range(first, x.ndim)))
-    left = [_left_along(call, axis, gone) for axis in axes]
-    own = [axis - first for axis in axes]
-    vectors = [v if v is None else _selected(v, own, left) for v in call.args[2:-1]]
-    shape = _selected(x, axes, left).shape[first:]
-    out, *statistics = call.func(
-        _selected(x, axes, left), list(shape), *vectors, call.args[-1]
-    )
-    return _back_in_place(out, x.shape, axes, left), *statistics
+def _normalise_remaining(call: Call, is_removed: Tensor) -> object:
+    """Layer norm with the statistics of what is left."""
+    x = call.args[0]
+    first_normalised = x.ndim - len(call["normalized_shape"])
+    axes = _channel_axes(call, list(range(first_normalised, x.ndim)))
+    remaining = [_remaining_positions(call, axis, is_removed) for axis in axes]
+    selected = _select(x, axes, remaining)
+    # Weight and bias, or the weight alone of an RMS norm, have the normalised axes.
+    vector_axes = [axis - first_normalised for axis in axes]
+    vectors = []
+    for vector in call.args[2:-1]:
+        if vector is not None:
+            vector = _select(vector, vector_axes, remaining)
+        vectors.append(vector)
+    normalised_shape = list(selected.shape[first_normalised:])
+    eps = call.args[-1]
+    out, *statistics = call.func(selected, normalised_shape, *vectors, eps)
+    return _scatter(out, x.shape, axes, remaining), *statistics
 
 
-def _group_norm_over_the_rest(call: Call, gone: Tensor) -> object:
+def _normalise_remaining_groups(call: Call, is_removed: Tensor) -> object:
+    """Group norm with as many groups as are left, or with smaller ones."""
     x, weight, bias, n, n_channels, area, n_groups, eps = call.args
-    left = _left_along(call, 1, gone)
+    remaining = _remaining_positions(call, 1, is_removed)
+    n_left = len(remaining)
+    # Whole norm groups go, or each gets smaller; the tracing rule decides likewise.
     if weight is not None and loses_whole_conv_groups(n_channels, n_channels, n_groups):
-        n_groups = len(left) * n_groups // n_channels
-    vectors = [v if v is None else v[left] for v in (weight, bias)]
-    out, *statistics = call.func(
-        x[:, left].contiguous(), *vectors, n, len(left), area, n_groups, eps
-    )
-    return _back_in_place(out, x.shape, [1], [left]), *statistics
+        n_groups = n_left * n_groups // n_channels
+    vectors = []
+    for vector in (weight, bias):
+        if vector is not None:
+            vector = _select(vector, [0], [remaining])
+        vectors.append(vector)
+    selected = _select(x, [1], [remaining])
+    out, *statistics = call.func(selected, *vectors, n, n_left, area, n_groups, eps)
+    return _scatter(out, x.shape, [1], [remaining]), *statistics
 
 
-def _selected(x: Tensor, axes: list[int], left: list[Tensor]) -> Tensor:
-    for axis, index in zip(axes, left, strict=True):
+def _select(x: Tensor, axes: list[int], remaining: list[Tensor]) -> Tensor:
+    """A tensor without the removed positions.
+
+    Args:
+        x: The tensor.
+        axes: On which channels lie.
+        remaining: For each of them the positions that are left.
+    """
+    for axis, index in zip(axes, remaining, strict=True):
         x = x.index_select(axis, index)
+    # As the kernels of norms require.
     return x.contiguous()
 
 
-def _back_in_place(
-    out: Tensor, shape: torch.Size, axes: list[int], left: list[Tensor]
+def _scatter(
+    out: Tensor, shape: torch.Size, axes: list[int], remaining: list[Tensor]
 ) -> Tensor:
-    """Zeros where nothing was computed."""
-    for axis, index in reversed(list(zip(axes, left, strict=True))):
+    """What was computed of the remaining positions at full width, zeros elsewhere.
+
+    Args:
+        out: The result.
+        shape: The full one.
+        axes: Along which positions are missing.
+        remaining: For each of them the positions that are left.
+    """
+    for axis, index in reversed(list(zip(axes, remaining, strict=True))):
         size = list(out.shape)
         size[axis] = shape[axis]
+        # Nobody reads the zeros, but what isn't filled could be NaN and spread.
         out = out.new_zeros(size).index_copy_(axis, index, out)
     return out
 
 
-MASKED: dict[Callable, Callable[[Call, Tensor], object]] = {
-    **dict.fromkeys((convolution, linear, batched_product, attention), _with_zeros),
-    reduction: _reduced_over_the_rest,
-    along_axis: _scanned_over_the_rest,
-    layer_norm: _layer_norm_over_the_rest,
-    group_norm: _group_norm_over_the_rest,
+MASKED: dict[Rule, Callable[[Call, Tensor], object]] = {
+    **dict.fromkeys(MULTIPLYING_RULES, _multiply_with_zeros),
+    reduction: _reduce_remaining,
+    axis_scan: _scan_remaining,
+    layer_norm: _normalise_remaining,
+    group_norm: _normalise_remaining_groups,
 }
+"""Rule to how its operations run on what is left; all others run at full width."""

@@ -2,8 +2,10 @@
 
 No table of layer couplings and no list of architectures: what is added, concatenated,
 reshaped or padded in the forward pass decides which channels belong together. Every
-group found is then proven: pruned equals masked.
+group is then proven: the pruned network equals the masked one.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +13,19 @@ from torch import Tensor, nn
 from autoprune.costs.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.structure.attention import open_attention
-from autoprune.structure.groups import Groups, tensors_in
+from autoprune.structure.groups import Group, Groups, tensors_in
 from autoprune.structure.slicing import shared_copy
 from autoprune.tracing.dispatch import LabelDispatchMode, track_labels
-from autoprune.tracing.grouping import derive
+from autoprune.tracing.grouping import derive_groups
 from autoprune.tracing.mac_coverage import both_axes_share, prunable_share
 from autoprune.tracing.tracer import Tracer
 from autoprune.tracing.verify import failing_groups
 
 
 def trace(model: nn.Module, example: Tensor, verify: bool = True) -> Groups:
-    """The groups of channels that can only be pruned together. The model is left as
-    found.
+    """Finds the groups of channels that can only be pruned together.
+
+    The model is left as found.
 
     Args:
         model: Any network with one tensor input and float parameters.
@@ -30,32 +33,33 @@ def trace(model: nn.Module, example: Tensor, verify: bool = True) -> Groups:
         verify: Prove every group numerically and pin those that fail. Without it, trust
             the labels.
 
+    Returns:
+        The prunable groups and the pinned ones, each of those with its reason.
+
     Raises:
         UserError: If the network can't run on the example, its path depends on the
             values of activations, or its parameters aren't finite.
     """
     twin = _private_copy(model)
     tracer = Tracer(twin)
-    _run(tracer, example[:1].detach().to("cpu", torch.float32).contiguous())
-    groups = derive(tracer)
-    return (
-        groups.with_pins(failing_groups(twin, groups, example[:1]))
-        if verify
-        else groups
-    )
+    # Channels don't depend on how many images there are.
+    sample = example[:1].detach().to("cpu", torch.float32).contiguous()
+    _run_forward(tracer, sample)
+    groups = derive_groups(tracer)
+    if not verify:
+        return groups
+    # What fails keeps all its channels.
+    return groups.with_pins(failing_groups(twin, groups, example[:1]))
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
+    """A float32 copy on the CPU in evaluation mode, its attention modules open."""
+    twin = shared_copy(model).eval().cpu().float()
     # Channels-last tensors take other kernels (as_strided_), which say nothing about
     # channels.
-    twin = (
-        shared_copy(model)
-        .eval()
-        .cpu()
-        .float()
-        .to(memory_format=torch.contiguous_format)
-    )
+    twin = twin.to(memory_format=torch.contiguous_format)
     for name, tensor in twin.state_dict().items():
+        # Buffers may be empty, and then have neither a least nor a greatest value.
         if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
             raise UserError(
                 "model",
@@ -65,8 +69,8 @@ def _private_copy(model: nn.Module) -> nn.Module:
     return open_attention(twin.requires_grad_(False))
 
 
-def _run(tracer: Tracer, example: Tensor) -> None:
-    """The forward pass. The input's channels and the output's are pinned."""
+def _run_forward(tracer: Tracer, example: Tensor) -> None:
+    """Runs the forward pass; the input's channels and the output's are pinned."""
     try:
         with torch.no_grad(), track_labels(tracer, example), LabelDispatchMode(tracer):
             output = tracer.model(example)
@@ -76,13 +80,14 @@ def _run(tracer: Tracer, example: Tensor) -> None:
         reason = str(error).splitlines()[0] if str(error) else ""
         raise UserError(
             "model",
-            f"tracing failed in {tracer.where}: {type(error).__name__}: {reason}",
+            f"tracing failed in {tracer.current_module}: "
+            f"{type(error).__name__}: {reason}",
         ) from error
     for tensor in tensors_in(output):
         tracer.book.pin(tracer.labels(tensor), "feeds the network's output")
 
 
-def describe(groups: Groups) -> dict:
+def describe(groups: Groups) -> dict[str, Any]:
     """A trace as plain data, for `autoprune trace --json`.
 
     `prunable_macs_share` is the share of the MACs in layers of which a prunable group
@@ -90,27 +95,33 @@ def describe(groups: Groups) -> dict:
     `removable_macs_share` what goes with one channel left of each group.
     """
     costs = CostTable(groups)
-    entries = [
-        {
-            "name": group.name,
-            "channels": group.channels,
-            "prunable": group.pinned is None,
-            "pinned": group.pinned,
-            "macs_share": group.macs_share,
-            "members": [
-                {"tensor": m.tensor, "axis": m.axis, "role": m.role}
-                for m in group.members
-            ],
-        }
-        for group in groups.all
-    ]
+    dense_macs = costs.macs(costs.dense)
+    # No group can go altogether.
+    one_channel_each = costs.dense * 0 + 1
+    # A network may have no layer that multiplies.
+    removable_share = 1 - costs.macs(one_channel_each) / max(1, dense_macs)
     return {
-        "macs": costs.macs(costs.dense),
+        "macs": dense_macs,
         "params": costs.params(costs.dense),
         "prunable_macs_share": prunable_share(groups),
         "both_axes_macs_share": both_axes_share(groups),
-        "removable_macs_share": 1
-        - costs.macs(costs.dense * 0 + 1) / max(1, costs.macs(costs.dense)),
-        "groups": entries,
+        "removable_macs_share": removable_share,
+        "groups": [_describe_group(group) for group in groups.all],
         "unsupported": list(groups.unsupported),
+    }
+
+
+def _describe_group(group: Group) -> dict[str, Any]:
+    members = []
+    for member in group.members:
+        members.append(
+            {"tensor": member.tensor, "axis": member.axis, "role": member.role}
+        )
+    return {
+        "name": group.name,
+        "channels": group.channels,
+        "prunable": group.pinned is None,
+        "pinned": group.pinned,
+        "macs_share": group.macs_share,
+        "members": members,
     }

@@ -1,30 +1,38 @@
-"""The tracer's notebook: which labels an activation carries, which labels met which
-axis of which tensor.
+"""The tracer's notebook: which labels an activation carries and which axes they met.
 
 Labels ride on the tensors themselves, as an attribute; ids of tensors are reused as
 soon as one is freed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from autoprune.errors import UserError
-from autoprune.structure.groups import Layer, own_tensors
+from autoprune.structure.groups import Layer, named_tensors
 from autoprune.structure.labels import (
+    CONSTANT,
     LabelBook,
     broadcast_labels,
     labels_on_axis,
     lines,
     varying_axes,
 )
-from autoprune.tracing.constraint_solver import factors_of, planes, solve_constraints
+from autoprune.tracing.constraint_solver import (
+    lattice_factors,
+    planes,
+    solve_constraints,
+)
 
-LABELS, VIEW = "_autoprune_labels", "_autoprune_view"
+LABELS = "_autoprune_labels"
+"""Attribute of an activation that holds its labels."""
+VIEW = "_autoprune_view"
+"""Attribute of a parameter, or of a view of one, that says which it is."""
 
 
 @dataclass(frozen=True)
@@ -42,56 +50,70 @@ class ParameterView:
     index: tuple[Tensor, ...]
 
     @classmethod
-    def whole(cls, name: str, tensor: Tensor) -> "ParameterView":
-        """The parameter as it is."""
-        axes = (
-            broadcast_labels(torch.arange(size), axis, tensor.shape)
-            for axis, size in enumerate(tensor.shape)
-        )
-        return cls(name, tensor.shape, tuple(axes))
+    def from_parameter(cls, name: str, tensor: Tensor) -> "ParameterView":
+        """The parameter as it is.
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> "ParameterView":
-        """The view after one more movement."""
-        return ParameterView(
-            self.name, self.shape, tuple(move(index) for index in self.index)
-        )
-
-    def axis_at(self, dim: int) -> int | None:
-        """The original axis that lies whole and in order along `dim` of the view, or
-        None.
+        Args:
+            name: Its name in the state dict.
+            tensor: The parameter or buffer.
         """
-        lines = [labels_on_axis(index, dim) for index in self.index]
-        fits = [
-            axis
-            for axis, line in enumerate(lines)
-            if line is not None and torch.equal(line, torch.arange(self.shape[axis]))
-        ]
+        index = []
+        for axis, size in enumerate(tensor.shape):
+            # Broadcast, so that a large weight takes no memory here.
+            index.append(broadcast_labels(torch.arange(size), axis, tensor.shape))
+        return cls(name, tensor.shape, tuple(index))
+
+    def apply(self, move: Callable[[Tensor], Tensor]) -> "ParameterView":
+        """The view after one more movement of its elements."""
+        index = tuple(move(axis_index) for axis_index in self.index)
+        return ParameterView(self.name, self.shape, index)
+
+    def original_axis(self, dim: int) -> int | None:
+        """The original axis that lies whole and in order along `dim` of the view.
+
+        None if there is no such axis: a part of one, a permuted one, or two merged.
+        """
+        matches = []
+        for axis, index in enumerate(self.index):
+            line = labels_on_axis(index, dim)
+            # In a slice or a permutation position i isn't channel i any more.
+            if line is not None and torch.equal(line, torch.arange(self.shape[axis])):
+                matches.append(axis)
         # Axes of length 1 look alike.
-        return dim if dim in fits else next(iter(fits), None)
+        if dim in matches:
+            return dim
+        return matches[0] if matches else None
 
 
 @dataclass(frozen=True)
 class Call:
-    """One executed operation: what went in, what came out."""
+    """One executed operation: what went in, what came out.
+
+    Attributes:
+        tracer: The notebook of the running trace.
+        func: The ATen overload.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        out: What it returned; None while it is yet to be executed.
+    """
 
     tracer: "Tracer"
-    func: Any
-    args: tuple
-    kwargs: dict
+    func: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     out: Any
 
     def __getitem__(self, name: str) -> Any:
-        """An argument by its name in the operation's schema; its default where it
-        wasn't given.
-        """
+        """An argument by its name in the operation's schema, or its default."""
         for position, argument in enumerate(self.func._schema.arguments):
-            if argument.name == name:
-                given = (
-                    self.args[position]
-                    if position < len(self.args)
-                    else argument.default_value
-                )
-                return self.kwargs.get(name, given)
+            if argument.name != name:
+                continue
+            # Code may pass an argument by name, by position or not at all.
+            if name in self.kwargs:
+                return self.kwargs[name]
+            if position < len(self.args):
+                return self.args[position]
+            return argument.default_value
         raise KeyError(name)
 
     def refuse(self) -> NoReturn:
@@ -99,27 +121,33 @@ class Call:
         raise UserError(
             "model",
             f"its forward pass depends on the values of activations "
-            f"({self.tracer.place(self.func)}), so one "
+            f"({self.tracer.locate(self.func)}), so one "
             "pass can't show what belongs together; trace a network without "
             "data-dependent control flow",
         )
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensor arguments, lists flattened."""
-        for arg in [*self.args, *self.kwargs.values()]:
-            yield from (
-                item
-                for item in (arg if isinstance(arg, list | tuple) else [arg])
-                if isinstance(item, Tensor)
-            )
+        for argument in [*self.args, *self.kwargs.values()]:
+            # `cat` and indexing take lists.
+            items = argument if isinstance(argument, list | tuple) else [argument]
+            for item in items:
+                if isinstance(item, Tensor):
+                    yield item
 
-    def replaced(self, substitute: Callable[[Tensor], Tensor]) -> tuple:
-        """The positional arguments with every tensor exchanged."""
-        one = lambda arg: substitute(arg) if isinstance(arg, Tensor) else arg  # noqa: E731
-        return tuple(
-            [one(item) for item in arg] if isinstance(arg, list | tuple) else one(arg)
-            for arg in self.args
-        )
+    def substitute_tensors(self, substitute: Callable[[Tensor], Tensor]) -> list[Any]:
+        """The positional arguments with every tensor exchanged for another."""
+
+        def exchange(item: Any) -> Any:
+            return substitute(item) if isinstance(item, Tensor) else item
+
+        arguments: list[Any] = []
+        for argument in self.args:
+            if isinstance(argument, list | tuple):
+                arguments.append([exchange(item) for item in argument])
+            else:
+                arguments.append(exchange(argument))
+        return arguments
 
 
 @dataclass
@@ -127,18 +155,21 @@ class Tracer:
     """Collects, during one forward pass, which labels meet which axis of which tensor.
 
     Attributes:
+        model: The network that runs.
+        book: Hands out labels and remembers what was joined and pinned.
+        layers: Every use of a weight in a convolution or a linear layer.
+        unsupported: Reasons for which operations pinned what reached them.
         uses: (tensor, axis) to the labels on it and their role there.
         operations: Per operation the labels of the activations that are alive while it
             runs.
         products: Per product of two activations its labelled factor and how often each
             of its elements is used.
-        contracted: Labels over which an operation without a weight sums: it reads these
-            channels.
-        blanks: Labels of buffers that the code is yet to fill, by where they lie in
-            memory.
-        bare: Parameters that the code uses by themselves, with a label for each
-            element.
-        unsupported: Reasons for which operations pinned what reached them.
+        blank_buffers: Labels of buffers that the code is yet to fill, by where they lie
+            in memory.
+        summed_labels: Labels over which an operation without a weight sums: it reads
+            these channels.
+        bare_parameters: Parameters that the code uses by themselves, with a label for
+            each element.
     """
 
     model: nn.Module
@@ -148,49 +179,63 @@ class Tracer:
     uses: dict[tuple[str, int], tuple[Tensor, str]] = field(default_factory=dict)
     operations: list[list[Tensor]] = field(default_factory=list)
     products: list[tuple[Tensor, int]] = field(default_factory=list)
-    blanks: dict[int, Tensor] = field(default_factory=dict)
-    contracted: list[Tensor] = field(default_factory=list)
-    bare: dict[str, Tensor] = field(default_factory=dict)
+    blank_buffers: dict[int, Tensor] = field(default_factory=dict)
+    summed_labels: list[Tensor] = field(default_factory=list)
+    bare_parameters: dict[str, Tensor] = field(default_factory=dict)
     _path: list[str] = field(default_factory=list)
 
-    def __post_init__(self):
-        self._names = {
-            module: name or type(module).__name__
-            for name, module in self.model.named_modules()
-        }
-        for name, tensor in own_tensors(self.model).items():
-            self.see(tensor, ParameterView.whole(name, tensor))
+    def __post_init__(self) -> None:
+        self._names: dict[nn.Module, str] = {}
+        for name, module in self.model.named_modules():
+            # The network itself has an empty name.
+            self._names[module] = name or type(module).__name__
+        # Tied weights are one tensor, which goes by its first name.
+        for name, tensor in named_tensors(self.model).items():
+            self.mark_parameter(tensor, ParameterView.from_parameter(name, tensor))
 
-    def entered(self, module: nn.Module) -> None:
+    def enter_module(self, module: nn.Module) -> None:
         """The forward pass goes into a module."""
+        # Code may make modules as it runs, which have no name in the network.
         self._path.append(self._names.get(module, type(module).__name__))
 
-    def left(self) -> None:
+    def leave_module(self) -> None:
         """The forward pass comes out of the module that it entered last."""
         self._path.pop()
 
     @property
-    def where(self) -> str:
+    def current_module(self) -> str:
         """The module that is running, for messages."""
         return self._path[-1] if self._path else "the model"
 
-    def place(self, operation) -> str:
+    def locate(self, operation: OpOverload) -> str:
         """An operation and the module that runs it, for messages."""
         name = operation.overloadpacket.__name__
-        return f"{name} in {self.where}" if self._path else name
+        return f"{name} in {self.current_module}" if self._path else name
 
     def label(
-        self, tensor: Tensor | list | tuple, labels: Tensor | list | tuple
+        self, tensor: Tensor | Sequence[Any], labels: Tensor | Sequence[Any]
     ) -> None:
-        """Attaches labels to an activation, or to each of several."""
+        """Attaches labels to an activation, or to each of several.
+
+        Args:
+            tensor: One activation, or a list of them as `split` returns.
+            labels: Labels of the same shape, or a list of as many.
+        """
+        # An attribute of the tensor goes when the tensor does; a table by id would
+        # give a later tensor in the same place the labels of this one.
         if isinstance(tensor, Tensor):
             setattr(tensor, LABELS, labels)
         else:
-            for one, its in zip(tensor, labels, strict=True):
-                self.label(one, its)
+            for item, item_labels in zip(tensor, labels, strict=True):
+                self.label(item, item_labels)
 
-    def see(self, tensor: Tensor, view: ParameterView) -> None:
-        """Marks a tensor as a parameter or a view of one."""
+    def mark_parameter(self, tensor: Tensor, view: ParameterView) -> None:
+        """Marks a tensor as a parameter or a view of one.
+
+        Args:
+            tensor: What the code holds.
+            view: Which of the parameter's elements it shows.
+        """
         setattr(tensor, VIEW, view)
 
     def parameter(self, tensor: Tensor | None) -> ParameterView | None:
@@ -202,97 +247,149 @@ class Tracer:
         return hasattr(tensor, LABELS)
 
     def labels(self, tensor: Tensor) -> Tensor:
-        """The labels of an activation, one an element for a bare parameter, 0 for
-        constants; shaped like the tensor.
+        """The labels of a tensor, in its shape.
+
+        A bare parameter gets a label for each element, since nothing has shown yet on
+        which of its axes channels lie. What is neither activation nor parameter is
+        constant, label 0.
         """
         if self.is_activation(tensor):
             return getattr(tensor, LABELS)
         view = self.parameter(tensor)
         if view is None:
-            return torch.zeros((), dtype=torch.int64).expand(tensor.shape)
-        if view.name not in self.bare:
-            self.bare[view.name] = self.book.new(view.shape.numel(), view.name).view(
-                view.shape
-            )
-        return self.bare[view.name][view.index]
+            # A scalar that is expanded takes no memory, however large the tensor.
+            return torch.full((), CONSTANT, dtype=torch.int64).expand(tensor.shape)
+        if view.name not in self.bare_parameters:
+            labels = self.book.new_labels(view.shape.numel(), view.name)
+            self.bare_parameters[view.name] = labels.view(view.shape)
+        return self.bare_parameters[view.name][view.index]
 
-    def produced(self, weight: str, n: int) -> Tensor:
-        """Labels for what a weight produces; a layer that is used again produces
-        others, `(n,)`.
-        """
-        times = sum(layer.tensor == weight for layer in self.layers)
-        return self.book.new(n, (weight, times))
+    def new_output_labels(self, weight: str, n: int) -> Tensor:
+        """Labels for what a weight produces, `(n,)`.
 
-    def line(self, tensor: Tensor, axis: int) -> Tensor:
-        """The labels along one axis where a weight reads it: the same at every other
-        position, `(n,)`.
+        A layer that is used again produces others: the code may treat its two outputs
+        differently.
+
+        Args:
+            weight: Name of the weight.
+            n: How many channels it produces.
         """
-        found = lines(self.labels(tensor), axis)
-        if len(found) > 1:
-            self.book.join_lines(found)
-        return found[0]
+        n_uses = 0
+        for layer in self.layers:
+            if layer.tensor == weight:
+                n_uses += 1
+        return self.book.new_labels(n, (weight, n_uses))
+
+    def unify_axis(self, tensor: Tensor, axis: int) -> Tensor:
+        """Joins all lines along one axis; returns the first, `(n,)`.
+
+        A weight reads the axis as a whole, so a channel of it means the same at every
+        position of the other axes.
+
+        Args:
+            tensor: An activation.
+            axis: Where its channels lie.
+        """
+        axis_lines = lines(self.labels(tensor), axis)
+        if len(axis_lines) > 1:
+            self.book.join_lines(axis_lines)
+        return axis_lines[0]
 
     def use(self, tensor: str, axis: int, labels: Tensor, role: str) -> None:
-        """Records that `labels` meet an axis of a parameter; a second use (a shared
-        module) joins both.
+        """Records that labels meet an axis of a parameter.
+
+        A second use, by a shared module, joins its labels with the first one's: one
+        weight can't lose different channels for each of its uses.
+
+        Args:
+            tensor: Name of the parameter or buffer.
+            axis: Its axis.
+            labels: What meets the axis, as long as it.
+            role: "produce", "consume" or "follow", as in `Member`.
         """
-        known = self.uses.get((tensor, axis))
-        if known is not None:
-            self.book.join(known[0], labels)
-        else:
+        first_use = self.uses.get((tensor, axis))
+        if first_use is None:
             self.uses[tensor, axis] = labels, role
+        else:
+            self.book.join(first_use[0], labels)
 
     def use_vector(self, tensor: Tensor | None, labels: Tensor, role: str) -> None:
-        """Records that `labels` meet a bias, a scale or a running statistic, if there
-        is one.
+        """Records that labels meet a bias, a scale or a running statistic.
+
+        Args:
+            tensor: The vector, or None where the layer has none.
+            labels: What meets it, as long as it.
+            role: "produce" or "follow".
         """
         view = self.parameter(tensor)
         if view is not None:
             self.use(view.name, 0, labels, role)
         elif tensor is not None and self.is_activation(tensor):
+            # The code computes the vector, from the style of an image for instance.
             self.book.join(self.labels(tensor), labels)
 
     def solve_constraints(self) -> np.ndarray:
-        """The root of every label, after all joins are made and bare parameters have
-        found their axes.
+        """Makes all joins, those of bare parameters' axes included.
+
+        Returns:
+            The representative of every label, `(n_labels,)`.
         """
+        # Only when all joins are made is it known what each element of a bare
+        # parameter met.
         representatives = solve_constraints(self.book)
-        factors = factors_of(self.book, representatives)
-        for name, labels in self.bare.items():
-            found = torch.from_numpy(representatives[labels.numpy()])
+        factors = lattice_factors(self.book, representatives)
+        for name, labels in self.bare_parameters.items():
+            cells = representatives[labels.numpy()]
             # Cells that lie along one axis are used as they are; on two axes, rows lie
             # along one and columns along the other.
-            for plane in (
-                planes(found.numpy(), factors)
-                if len(varying_axes(found)) > 1
-                else [found]
-            ):
-                self._settle_bare(name, plane, labels)
+            if len(varying_axes(torch.from_numpy(cells))) > 1:
+                cell_planes = planes(cells, factors)
+            else:
+                cell_planes = [torch.from_numpy(cells)]
+            for plane in cell_planes:
+                self._assign_bare_parameter(name, plane, labels)
+        # Those axes have joined further labels, which constraints may have to answer.
         return solve_constraints(self.book)
 
-    def _settle_bare(self, name: str, plane: Tensor, labels: Tensor) -> None:
-        """A bare parameter's channels lie along the one axis on which its elements
-        stayed apart.
+    def _assign_bare_parameter(self, name: str, plane: Tensor, labels: Tensor) -> None:
+        """Records on which axis of a bare parameter its channels lie.
+
+        It is the one axis on which its elements stayed apart. A layer scale
+        `(1, 3, 1, 1)` that multiplies channels 4, 5, 6 has the plane 4, 5, 6 along axis
+        1; a table of positions `(1, 2, 3)` that is added to the same channels has it in
+        both rows, which join.
+
+        Args:
+            name: Of the parameter.
+            plane: The representatives of its elements, or their rows or columns.
+            labels: Its elements' own labels, in its shape.
         """
-        axes = [axis for axis in varying_axes(plane) if plane.shape[axis] > 1]
+        axes = varying_axes(plane)
         if len(axes) > 1:
-            axes = self._axes_of_met(plane, labels)
+            axes = self._consistent_axes(plane, labels)
         if len(axes) == 1:
-            met = lines(plane, axes[0])
-            self.book.join_lines(met)
-            self.use(name, axes[0], met[0], "follow")
+            # Lines differ where the code read only a part of the parameter.
+            axis_lines = lines(plane, axes[0])
+            self.book.join_lines(axis_lines)
+            self.use(name, axes[0], axis_lines[0], "follow")
         elif axes:
             self.book.pin(labels, f"parameter {name} varies along several axes")
 
-    def _axes_of_met(self, plane: Tensor, labels: Tensor) -> list[int]:
-        """The varying axes, elements left aside that met nothing: a table of positions
-        needn't be read everywhere.
+    def _consistent_axes(self, plane: Tensor, labels: Tensor) -> list[int]:
+        """The axes along which whatever an element met is the same in every line.
+
+        Elements that met nothing are left aside: a table of positions needn't be read
+        everywhere.
         """
-        alone = plane == labels
-        candidates = []
+        met_nothing = plane == labels
+        consistent = []
         for axis in varying_axes(plane):
-            met = lines(torch.where(alone, -1, plane), axis)
-            low = torch.where(met < 0, torch.iinfo(torch.int64).max, met).amin(0)
-            if bool((met.amax(0) <= low).all()):
-                candidates.append(axis)
-        return candidates
+            axis_lines = lines(torch.where(met_nothing, -1, plane), axis)
+            highest = axis_lines.amax(0)
+            # -1 would be the least of any position, so here it counts as the greatest.
+            unread = axis_lines < 0
+            greatest = torch.iinfo(torch.int64).max
+            lowest = torch.where(unread, greatest, axis_lines).amin(0)
+            if bool((highest <= lowest).all()):
+                consistent.append(axis)
+        return consistent

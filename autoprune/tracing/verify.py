@@ -1,6 +1,4 @@
-"""The proof that a network was traced right: with the same channels, the pruned network
-equals the masked one.
-"""
+"""The proof of a trace: with the same channels, pruned and masked network are equal."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -9,25 +7,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.structure.groups import Group, Groups, own_tensors, tensors_in
+from autoprune.structure.groups import Group, Groups, named_tensors, tensors_in
 from autoprune.structure.slicing import Slicer, shared_copy
 from autoprune.tracing.masking import Masked
 
 # float64 agrees to about 1e-13, float32 to 1e-5; a wrong index or a channel kept alive
 # by its bias shows at 1e-3 and above.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""Largest difference that passes, relative to the largest output."""
 MAX_FLOAT64_PARAMETERS = 50_000_000
 """Larger networks are checked in float32 and pruned once, to bound time and memory."""
 LARGE = 1_000_000
-# ReLUs that happen to be off hide their channels, both hidden units of a small
-# squeeze-and-excitation block in one draw of four; other weights bring them out.
+"""Elements from which tensors of one shape share their random values."""
+# ReLUs that happen to be off hide their channels, for instance both hidden units of a
+# small squeeze-and-excitation block; other weights bring them out.
 DRAWS = 8
+"""How many draws of weights a group gets to show that masking it changes something."""
 UNCHANGED = "masking it doesn't change the output"
 
 
 def failing_groups(model: nn.Module, groups: Groups, example: Tensor) -> dict[str, str]:
-    """Groups whose pruned network isn't the masked one, each with the reason. The model
-    is left as found.
+    """Groups whose pruned network isn't the masked one, each with the reason.
 
     Every parameter and buffer is drawn at random for the check, so that zeros of a
     trained network hide nothing, and masking has to change the output. All groups are
@@ -35,204 +35,257 @@ def failing_groups(model: nn.Module, groups: Groups, example: Tensor) -> dict[st
     that fails, halving the set finds the groups that do.
 
     Args:
-        model: The network, its attention open.
+        model: The network, its attention open; it is left as found.
         groups: Its trace.
         example: An input, for its shape.
+
+    Returns:
+        Name of a group to what is wrong with pruning it.
     """
     draw = partial(_Check, model, groups, example)
     check = draw(seed=0)
     if not len(groups) or check.joint_failure(groups) is None:
         return {}
     # Nearly all that fails doesn't run, which a forward pass for each group tells.
-    trials = {group.name: check.trial(check.parts([group])[0]) for group in groups}
-    failing = {
-        name: failure for name, failure in trials.items() if isinstance(failure, str)
-    }
-    failing |= _failing_apart(
-        check, draw, [group for group in groups if group.name not in failing]
-    )
+    failing: dict[str, str] = {}
+    for group in groups:
+        first_part, _ = check.random_parts([group])
+        output = check.try_pruning(first_part)
+        if isinstance(output, str):
+            failing[group.name] = output
+    running = [group for group in groups if group.name not in failing]
+    failing.update(_find_failing_halves(check, draw, running))
+    # What is left passes by itself, but may fail together.
     sound = [group for group in groups if group.name not in failing]
-    while (failure := check.joint_failure(sound)) not in (None, UNCHANGED):
-        last = _last_straw(check, sound)
+    failure = check.joint_failure(sound)
+    while failure is not None and failure != UNCHANGED:
+        last = _first_failing(check, sound)
         failing[sound[last].name] = f"together with other groups, {failure}"
         del sound[last]
+        failure = check.joint_failure(sound)
     return failing
 
 
-def _failing_apart(
+def _find_failing_halves(
     check: "_Check", draw: Callable[..., "_Check"], groups: list[Group]
 ) -> dict[str, str]:
-    """Groups that can't be pruned, found by halving the set as long as pruning all of
-    it fails.
+    """Halves a set of groups as long as pruning all of it fails.
+
+    Args:
+        check: A draw of weights.
+        draw: Makes another one of a seed.
+        groups: Those in question.
+
+    Returns:
+        The single groups that are left to fail, each with its reason.
     """
     if not groups:
         return {}
     failure = check.joint_failure(groups)
     if failure is None:
         return {}
+    # Halves that pass may still fail together; `failing_groups` looks at that later.
     if len(groups) > 1:
         middle = len(groups) // 2
-        return _failing_apart(check, draw, groups[:middle]) | _failing_apart(
-            check, draw, groups[middle:]
-        )
+        failing = _find_failing_halves(check, draw, groups[:middle])
+        failing.update(_find_failing_halves(check, draw, groups[middle:]))
+        return failing
     for seed in range(1, DRAWS):
         if failure == UNCHANGED:
             failure = draw(seed=seed).joint_failure(groups)
     return {} if failure is None else {groups[0].name: failure}
 
 
-def _last_straw(check: "_Check", groups: list[Group]) -> int:
-    """Position of the first group that can't be pruned together with those before it."""
-    low, high = 0, len(groups)
+def _first_failing(check: "_Check", groups: list[Group]) -> int:
+    """Position of the first group that can't be pruned together with those before it.
+
+    A bisection: it assumes that a set with a failing subset fails.
+
+    Args:
+        check: A draw of weights.
+        groups: They fail together.
+    """
+    low = 0
+    high = len(groups)
     while high - low > 1:
         middle = (low + high) // 2
-        passes = check.joint_failure(groups[:middle]) in (None, UNCHANGED)
-        low, high = (middle, high) if passes else (low, middle)
+        if check.joint_failure(groups[:middle]) in (None, UNCHANGED):
+            low = middle
+        else:
+            high = middle
     return low
 
 
 class _Check:
-    """One draw of random weights and one random input."""
+    """One draw of random weights and one random input.
+
+    Args:
+        model: The network; it is left as found.
+        groups: Its trace.
+        example: An input, for its shape.
+        seed: Of the draw.
+    """
 
     def __init__(self, model: nn.Module, groups: Groups, example: Tensor, seed: int):
-        n_parameters = sum(tensor.numel() for tensor in own_tensors(model).values())
-        dtype = (
-            torch.float64 if n_parameters <= MAX_FLOAT64_PARAMETERS else torch.float32
-        )
-        self.is_large = dtype == torch.float32
+        n_parameters = 0
+        for tensor in named_tensors(model).values():
+            n_parameters += tensor.numel()
+        self.is_large = n_parameters > MAX_FLOAT64_PARAMETERS
+        dtype = torch.float32 if self.is_large else torch.float64
+        # SFC64 is the fastest of numpy's generators, and there is much to draw.
         self.random = np.random.Generator(np.random.SFC64(seed))
-        self.groups, self.tolerance = groups, TOLERANCE[dtype]
-        self.twin = randomised(model, self.random, dtype)
-        self.example = torch.from_numpy(
-            self.random.standard_normal(tuple(example.shape))
-        ).to(dtype)
+        self.groups = groups
+        self.tolerance = TOLERANCE[dtype]
+        self.twin = copy_with_random_weights(model, self.random, dtype)
+        values = self.random.standard_normal(tuple(example.shape))
+        self.example = torch.from_numpy(values).to(dtype)
         try:
             self.dense = self._output(self.twin)
         except RuntimeError:  # a forward pass that insists on float32
-            self.twin, self.example, self.tolerance = (
-                self.twin.float(),
-                self.example.float(),
-                TOLERANCE[torch.float32],
-            )
+            self.twin = self.twin.float()
+            self.example = self.example.float()
+            self.tolerance = TOLERANCE[torch.float32]
             self.dense = self._output(self.twin)
 
     @torch.no_grad()
     def _output(self, model: nn.Module) -> Tensor:
         """Every tensor that a network returns, as one vector."""
-        return torch.cat(
-            [tensor.flatten().double() for tensor in tensors_in(model(self.example))]
-        )
+        tensors = []
+        for tensor in tensors_in(model(self.example)):
+            tensors.append(tensor.flatten().double())
+        return torch.cat(tensors)
 
-    def parts(self, groups: Iterable[Group]) -> list[dict[str, Tensor]]:
-        """Each group's channels cut in two at random, a quarter at least on either
-        side.
+    def random_parts(
+        self, groups: Iterable[Group]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Cuts each group's channels in two at random, a quarter at least on each side.
 
         Sizes differ from group to group: with equal ones, groups that must keep equally
         many would pass.
+
+        Returns:
+            Group to one part of its channels, and to the other.
         """
-        kept: list[dict[str, Tensor]] = [{}, {}]
+        first: dict[str, Tensor] = {}
+        second: dict[str, Tensor] = {}
         for group in groups:
             order = torch.from_numpy(self.random.permutation(group.channels))
             fewest = max(1, group.channels // 4)
-            size = int(
-                self.random.integers(fewest, group.channels - fewest, endpoint=True)
-            )
-            for part, channels in zip(
-                kept, order.split([size, group.channels - size]), strict=True
-            ):
-                part[group.name] = channels.sort().values
-        return kept
+            most = group.channels - fewest
+            size = int(self.random.integers(fewest, most, endpoint=True))
+            # Both parts, so that every channel is removed once and kept once.
+            first[group.name] = order[:size].sort().values
+            second[group.name] = order[size:].sort().values
+        return first, second
 
-    def ends(self, groups: Iterable[Group]) -> dict[str, Tensor]:
-        """The first or the last channels of each group, which shows best where the code
-        cuts at a fixed place.
+    def random_ends(self, groups: Iterable[Group]) -> dict[str, Tensor]:
+        """The first or the last channels of each group, a random number of them.
+
+        That shows best where the code cuts at a fixed place.
         """
         kept = {}
         for group in groups:
-            first = (
-                int(self.random.integers(1, group.channels))
-                if group.channels > 1
-                else 0
-            )
+            n_removed = 0
+            if group.channels > 1:
+                n_removed = int(self.random.integers(1, group.channels))
             channels = torch.arange(group.channels)
-            kept[group.name] = (
-                channels[first:]
-                if self.random.random() < 0.5
-                else channels[: group.channels - first]
-            )
+            if self.random.random() < 0.5:
+                kept[group.name] = channels[n_removed:]
+            else:
+                kept[group.name] = channels[: group.channels - n_removed]
         return kept
 
     def joint_failure(self, groups: Iterable[Group]) -> str | None:
-        """What is wrong with pruning all of `groups` at once to a random part, to the
-        other, or to one end, or None.
-        """
-        kept = [*self.parts(groups), self.ends(groups)][: 1 if self.is_large else 3]
-        return next(
-            (failure for part in kept if (failure := self.failure(part)) is not None),
-            None,
-        )
+        """What is wrong with pruning all groups at once, or None.
 
-    def trial(self, kept: dict[str, Tensor]) -> Tensor | str:
+        They are pruned to a random part, to the other, and to one end.
+        """
+        # All are drawn even if the first fails, so that later draws don't depend on it.
+        trials = [*self.random_parts(groups), self.random_ends(groups)]
+        if self.is_large:
+            trials = trials[:1]
+        # The first failure says enough, and each trial runs the network twice.
+        for kept in trials:
+            failure = self.failure(kept)
+            if failure is not None:
+                return failure
+        return None
+
+    def try_pruning(self, kept: dict[str, Tensor]) -> Tensor | str:
         """What the pruned network returns, or why it doesn't run."""
         try:
-            return self._output(Slicer(self.twin, self.groups, borrow=True).apply(kept))
+            slicer = Slicer(self.twin, self.groups, borrow=True)
+            return self._output(slicer.apply(kept))
+        # What operations and the code's own checks raise for shapes that don't fit.
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            return f"the pruned network doesn't run: {next(iter(str(error).splitlines()), type(error).__name__)}"
+            lines = str(error).splitlines()
+            reason = lines[0] if lines else type(error).__name__
+            return f"the pruned network doesn't run: {reason}"
 
     def failure(self, kept: dict[str, Tensor]) -> str | None:
-        """What is wrong with pruning to `kept`, or None."""
-        pruned = self.trial(kept)
+        """What is wrong with pruning to these channels, or None."""
+        pruned = self.try_pruning(kept)
         if isinstance(pruned, str):
             return pruned
         masked = self._output(Masked(self.twin, self.groups, kept))
         if pruned.shape != masked.shape:
             return "pruning it changes the shape of the output"
         scale = masked.abs().max()
+        # Where nobody reads the channels, equality would prove nothing.
         if (masked - self.dense).abs().max() <= self.tolerance * scale:
             return UNCHANGED
         error = ((pruned - masked).abs().max() / scale).item()
-        return (
-            None
-            if error < self.tolerance
-            else f"pruned and masked network differ by {error:.1e}"
-        )
+        # NaN fails too.
+        if error < self.tolerance:
+            return None
+        return f"pruned and masked network differ by {error:.1e}"
 
 
-def randomised(
+def copy_with_random_weights(
     model: nn.Module, generator: np.random.Generator, dtype: torch.dtype
 ) -> nn.Module:
-    """A copy with random weights, tame enough that activations neither vanish nor
-    explode; integers stay.
+    """A copy with random weights; integers stay.
 
-    Tensors of one kind and shape that are large share their values: drawing each would
-    take longer, and more memory, than running the network. Nothing hides behind that,
-    since every layer keeps other channels.
+    They are tame enough that activations neither vanish nor explode. Tensors of one
+    kind and shape that are large share their values: drawing each would take longer,
+    and more memory, than running the network. Nothing hides behind that, since every
+    layer keeps other channels.
+
+    Args:
+        model: The network; it is left as found.
+        generator: Where the values come from.
+        dtype: Of the copy's parameters and buffers, float64 or float32.
     """
-    twin, drawn = shared_copy(model), {}
-    for name, tensor in own_tensors(twin).items():
-        if tensor.is_floating_point():
-            is_positive = name.endswith("running_var") or (
-                tensor.ndim == 1 and name.endswith("weight")
-            )
-            kind = is_positive, tensor.shape
-            if kind not in drawn or tensor.numel() < LARGE:
-                drawn[kind] = _drawn(is_positive, tensor.shape, generator, dtype)
-            tensor.data = drawn[kind]
+    twin = shared_copy(model)
+    drawn: dict[tuple[bool, torch.Size], Tensor] = {}
+    for name, tensor in named_tensors(twin).items():
+        if not tensor.is_floating_point():
+            continue
+        # Scales of norms too: around zero they would erase what they scale.
+        is_scale = tensor.ndim == 1 and name.endswith("weight")
+        is_positive = name.endswith("running_var") or is_scale
+        kind = (is_positive, tensor.shape)
+        if kind not in drawn or tensor.numel() < LARGE:
+            drawn[kind] = _draw_values(is_positive, tensor.shape, generator, dtype)
+        tensor.data = drawn[kind]
     return twin
 
 
-def _drawn(
+def _draw_values(
     is_positive: bool,
     shape: torch.Size,
     generator: np.random.Generator,
     dtype: torch.dtype,
 ) -> Tensor:
-    values = torch.from_numpy(
-        generator.random(
-            tuple(shape), np.float64 if dtype == torch.float64 else np.float32
-        )
-    )
+    """Uniform values: from 0.5 to 1.5 if positive, else around zero.
+
+    The variance around zero is 1 / fan-in, so that a layer keeps the scale of its
+    input; for vectors, such as biases, it is 0.04.
+    """
+    number = np.float64 if dtype == torch.float64 else np.float32
+    values = torch.from_numpy(generator.random(tuple(shape), number))
     if is_positive:
         return values.add_(0.5)
     variance = 1 / max(1, shape[1:].numel()) if len(shape) > 1 else 0.04
+    # A uniform distribution of width 1 has the variance 1 / 12.
     return values.sub_(0.5).mul_((12 * variance) ** 0.5)

@@ -1,8 +1,8 @@
-"""Rules of the operations that multiply and sum: convolutions, linear layers, products
-of activations, attention.
+"""Rules of the operations that multiply and sum.
 
-A weight hands out new labels for what it produces; a product of two activations joins
-the channels that it sums over.
+These are convolutions, linear layers, products of activations and attention. A weight
+hands out new labels for what it produces; a product of two activations joins the
+channels that it sums over.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoprune.structure.groups import Layer, loses_whole_conv_groups
 from autoprune.structure.labels import CONSTANT, broadcast_labels, varying_axes
-from autoprune.tracing.tracer import Call, Tracer
+from autoprune.tracing.tracer import Call, ParameterView, Tracer
 
 CROSSED = "multiplies channels with channels"
 NO_CHANNEL = torch.tensor([CONSTANT])
@@ -24,215 +24,337 @@ def convolution(call: Call) -> str | None:
     has more conv groups than channels in each (a depthwise one always); else the same
     positions of every conv group, so that groups stay equal.
     """
-    x, weight, n_groups, transposed = (
-        call["input"],
-        call["weight"],
-        call["groups"],
-        call["transposed"],
-    )
-    tracer, view = call.tracer, call.tracer.parameter(weight)
-    computed = view is None or (view.axis_at(0), view.axis_at(1)) != (0, 1)
-    if computed or set(varying_axes(tracer.labels(x))) - {0, 1}:
-        places = x.numel() if transposed else call.out.numel()
-        tracer.products.append((NO_CHANNEL, places * weight.shape[1:].numel()))
-        return (
-            "has a weight that is computed from others"
-            if computed
-            else "slides over channels as over space"
-        )
-    n_out, n_in = call.out.shape[1], x.shape[1]
-    inputs, outputs = tracer.line(x, 1), tracer.produced(view.name, n_out)
-    whole = loses_whole_conv_groups(n_in, n_out, n_groups)
-    if whole:
+    tracer = call.tracer
+    x = call["input"]
+    view = tracer.parameter(call["weight"])
+    if view is None or not _is_whole_kernel(view):
+        _count_fixed_convolution(call)
+        return "has a weight that is computed from others"
+    if set(varying_axes(tracer.labels(x))) - {0, 1}:
+        _count_fixed_convolution(call)
+        return "slides over channels as over space"
+    n_in = x.shape[1]
+    n_out = call.out.shape[1]
+    n_groups = call["groups"]
+    inputs = tracer.unify_axis(x, 1)
+    outputs = tracer.new_output_labels(view.name, n_out)
+    loses_groups = loses_whole_conv_groups(n_in, n_out, n_groups)
+    if loses_groups:
         _join_conv_groups(tracer, inputs, outputs, n_groups)
     else:
+        # With one conv group, a single line, nothing is joined.
         tracer.book.join_lines(inputs.view(n_groups, -1))
         tracer.book.join_lines(outputs.view(n_groups, -1))
-    _use_kernel(tracer, view.name, (inputs, outputs), (n_groups, whole, transposed))
-    tracer.use_vector(call["bias"], outputs, "follow" if whole else "produce")
-    size = tuple((x if transposed else call.out).shape[2:])
-    kind = "conv" if not whole else "depthwise" if n_groups == n_in else "grouped"
-    # Windows of an image may lie on the batch axis.
-    positions = len(x) * torch.Size(size).numel()
-    tracer.layers.append(
-        Layer(view.name, kind, positions, (1, *size)[-2:], call["stride"][0])
-    )
+    _use_kernel(call, view.name, inputs, outputs, loses_groups)
+    # Where whole conv groups go, the inputs decide as much as the outputs.
+    bias_role = "follow" if loses_groups else "produce"
+    tracer.use_vector(call["bias"], outputs, bias_role)
+    kind = "conv"
+    if loses_groups:
+        kind = "depthwise" if n_groups == n_in else "grouped"
+    tracer.layers.append(_convolution_layer(call, view.name, kind))
     tracer.label(call.out, broadcast_labels(outputs, 1, call.out.shape))
     return None
+
+
+def _is_whole_kernel(view: ParameterView) -> bool:
+    """Whether a weight is a parameter as it is, its channel axes in their places."""
+    return view.original_axis(0) == 0 and view.original_axis(1) == 1
+
+
+def _count_fixed_convolution(call: Call) -> None:
+    """Counts the multiply-accumulates of a convolution that stays as it is."""
+    # A transposed convolution applies its kernel at every place of the input.
+    tensor = call["input"] if call["transposed"] else call.out
+    n_products = tensor.numel() * call["weight"].shape[1:].numel()
+    call.tracer.products.append((NO_CHANNEL, n_products))
+
+
+def _convolution_layer(call: Call, name: str, kind: str) -> Layer:
+    """A convolution as costs see it."""
+    x = call["input"]
+    size = tuple((x if call["transposed"] else call.out).shape[2:])
+    # Windows of an image may lie on the batch axis.
+    positions = len(x) * torch.Size(size).numel()
+    # One row high where there is one spatial axis; of three, the last two.
+    height, width = (1, *size)[-2:]
+    return Layer(name, kind, positions, (height, width), call["stride"][0])
 
 
 def _join_conv_groups(
     tracer: Tracer, inputs: Tensor, outputs: Tensor, n_groups: int
 ) -> None:
-    together = torch.cat([outputs.view(n_groups, -1), inputs.view(n_groups, -1)], 1)
+    """Joins each conv group's inputs and outputs into one channel."""
+    rows = [outputs.view(n_groups, -1), inputs.view(n_groups, -1)]
+    together = torch.cat(rows, 1)
     tracer.book.join(together[:, :1].expand_as(together), together)
 
 
 def _use_kernel(
-    tracer: Tracer, name: str, ends: tuple[Tensor, Tensor], how: tuple[int, bool, bool]
+    call: Call, name: str, inputs: Tensor, outputs: Tensor, loses_groups: bool
 ) -> None:
-    """Axis 0 is the outputs', or the inputs' of a transposed convolution; axis 1 the
-    other's within a conv group.
+    """Records which labels meet which axis of a kernel.
+
+    Axis 0 holds all outputs, or all inputs of a transposed convolution. Axis 1 holds
+    the other side's channels of one conv group, so it stays where whole groups go.
     """
-    n_groups, whole, transposed = how
-    first, second = ends if transposed else ends[::-1]
-    roles = ("consume", "produce") if transposed else ("produce", "consume")
-    tracer.use(name, 0, first, "follow" if whole else roles[0])
-    if not whole:
-        tracer.use(name, 1, second[: len(second) // n_groups], roles[1])
+    first = outputs
+    second = inputs
+    first_role = "produce"
+    second_role = "consume"
+    if call["transposed"]:
+        first, second = second, first
+        first_role, second_role = second_role, first_role
+    if loses_groups:
+        call.tracer.use(name, 0, first, "follow")
+        return
+    call.tracer.use(name, 0, first, first_role)
+    # The conv groups' channels are joined; the first group's speak for all.
+    n_per_group = len(second) // call["groups"]
+    call.tracer.use(name, 1, second[:n_per_group], second_role)
 
 
 def linear(call: Call) -> str | None:
-    """`mm(x, weight)` and `addmm(bias, x, weight)`, the weight being a transposed
-    parameter.
+    """`mm(x, weight)` and `addmm(bias, x, weight)`.
+
+    `nn.Linear` arrives as `addmm` with its weight transposed, `(n_in, n_out)`. Code may
+    also put a parameter first, `mm(weight, x)`, which computes the columns of `x`.
     """
-    bias, x, weight = call.args if len(call.args) == 3 else (None, *call.args)
-    weighted, swapped = (
-        call.tracer.parameter(operand) is not None for operand in (weight, x)
-    )
-    if call.kwargs or (bias is not None and not weighted):
-        call.tracer.products.append((NO_CHANNEL, x.numel() * weight.shape[1]))
+    tracer = call.tracer
+    bias = call.args[0] if len(call.args) == 3 else None
+    first, second = call.args[-2:]
+    first_view = tracer.parameter(first)
+    second_view = tracer.parameter(second)
+    # `addmm` can scale its terms; no layer does.
+    if call.kwargs or (bias is not None and second_view is None):
+        tracer.products.append((NO_CHANNEL, first.numel() * second.shape[1]))
         return "scales or adds to a product"
-    if not weighted and not swapped:
-        return _product(call, x.unsqueeze(0), weight.unsqueeze(0))
-    return _apply_weight(
-        call, *((x, weight, (1, 0, 1)) if weighted else (weight, x, (0, 1, 0))), bias
-    )
+    if second_view is not None:
+        # (n, n_in) @ (n_in, n_out)
+        return _apply_weight(
+            call, first, second_view, x_axis=1, in_axis=0, out_axis=1, bias=bias
+        )
+    if first_view is not None:
+        # (n_out, n_in) @ (n_in, n)
+        return _apply_weight(
+            call, second, first_view, x_axis=0, in_axis=1, out_axis=0, bias=bias
+        )
+    return _product(call, first.unsqueeze(0), second.unsqueeze(0))
 
 
 def _apply_weight(
     call: Call,
     x: Tensor,
-    weight: Tensor,
-    axes: tuple[int, int, int],
+    weight: ParameterView,
+    *,
+    x_axis: int,
+    in_axis: int,
+    out_axis: int,
     bias: Tensor | None = None,
-):
-    """A linear layer: `axes` are the summed axis of `x`, that of `weight`, and the
-    weight's other one.
+) -> str | None:
+    """A linear layer: sums over one axis of an activation and one of a weight.
+
+    Args:
+        call: The product.
+        x: The activation.
+        weight: The parameter behind the other operand.
+        x_axis: The axis of `x` that is summed over.
+        in_axis: That of the weight, as it enters the product.
+        out_axis: The weight's other one; the output's channels lie on the same axis.
+        bias: What is added to the product.
     """
-    tracer, view = call.tracer, call.tracer.parameter(weight)
-    summed, weight_in, weight_out = axes
-    ends = view.axis_at(weight_in), view.axis_at(weight_out)
-    positions = x.numel() // x.shape[summed]
-    if None in ends:
-        tracer.products.append((NO_CHANNEL, positions * weight.numel()))
+    tracer = call.tracer
+    consuming_axis = weight.original_axis(in_axis)
+    producing_axis = weight.original_axis(out_axis)
+    positions = x.numel() // x.shape[x_axis]
+    if consuming_axis is None or producing_axis is None:
+        # Every element of the view is used once at each position.
+        n_products = positions * weight.index[0].numel()
+        tracer.products.append((NO_CHANNEL, n_products))
         return "reads a part of its weight"
-    outputs = tracer.produced(view.name, call.out.shape[weight_out])
-    tracer.use(view.name, ends[0], tracer.line(x, summed), "consume")
-    tracer.use(view.name, ends[1], outputs, "produce")
+    outputs = tracer.new_output_labels(weight.name, call.out.shape[out_axis])
+    inputs = tracer.unify_axis(x, x_axis)
+    tracer.use(weight.name, consuming_axis, inputs, "consume")
+    tracer.use(weight.name, producing_axis, outputs, "produce")
     tracer.use_vector(bias, outputs, "produce")
-    tracer.layers.append(Layer(view.name, "linear", positions))
-    tracer.label(call.out, broadcast_labels(outputs, weight_out, call.out.shape))
+    tracer.layers.append(Layer(weight.name, "linear", positions))
+    tracer.label(call.out, broadcast_labels(outputs, out_axis, call.out.shape))
     return None
 
 
 def batched_product(call: Call) -> str | None:
     """`bmm(a, b)` and `baddbmm(c, a, b)`."""
-    a, b = call.args[-2:]
     tracer = call.tracer
-    if tracer.parameter(a) is not None or tracer.parameter(b) is not None:
-        if len(call.args) > 2 or len(a) > 1:
-            tracer.products.append((NO_CHANNEL, call.out.numel() * a.shape[2]))
-            return "has a weight for each entry of the batch"
-        first = tracer.parameter(a) is not None
-        return (
-            _apply_weight(call, b, a, (1, 2, 1))
-            if first
-            else _apply_weight(call, a, b, (2, 1, 2))
-        )
-    failure = _product(call, a, b)
-    if failure is None and len(call.args) > 2:
-        tracer.book.join(
-            tracer.labels(call.args[0]).expand(call.out.shape), tracer.labels(call.out)
-        )
-    return failure
+    a, b = call.args[-2:]
+    has_addend = len(call.args) > 2
+    a_view = tracer.parameter(a)
+    b_view = tracer.parameter(b)
+    if a_view is None and b_view is None:
+        failure = _product(call, a, b)
+        if failure is None and has_addend:
+            # A bias that is added to the logits meets the product's channels.
+            addend = tracer.labels(call.args[0]).expand(call.out.shape)
+            tracer.book.join(addend, tracer.labels(call.out))
+        return failure
+    if has_addend or len(a) > 1:
+        tracer.products.append((NO_CHANNEL, call.out.numel() * a.shape[2]))
+        return "has a weight for each entry of the batch"
+    if a_view is not None:
+        # (1, n_out, n_in) @ (1, n_in, n)
+        return _apply_weight(call, b, a_view, x_axis=1, in_axis=2, out_axis=1)
+    assert b_view is not None, "one of the two is a parameter"
+    # (1, n, n_in) @ (1, n_in, n_out)
+    return _apply_weight(call, a, b_view, x_axis=2, in_axis=1, out_axis=2)
 
 
 def _product(call: Call, a: Tensor, b: Tensor) -> str | None:
-    tracer, operands = call.tracer, call.args[-2:]
-    labels = [
-        tracer.labels(t).reshape(s.shape) for t, s in zip(operands, (a, b), strict=True)
-    ]
-    out = product(tracer, *labels)
+    """A product of two activations.
+
+    Args:
+        call: `mm`, `bmm` or `baddbmm`; its last two arguments are the operands.
+        a: The first operand, with a batch axis.
+        b: The second one, with a batch axis.
+    """
+    tracer = call.tracer
+    first, second = call.args[-2:]
+    a_labels = tracer.labels(first).reshape(a.shape)
+    b_labels = tracer.labels(second).reshape(b.shape)
+    out = product(tracer, a_labels, b_labels)
     if out is None:
         return CROSSED
-    if any(map(tracer.is_activation, operands)):
+    # Two constants make a constant, which carries no labels.
+    if tracer.is_activation(first) or tracer.is_activation(second):
         tracer.label(call.out, out.reshape(call.out.shape))
     return None
 
 
 def product(tracer: Tracer, a: Tensor, b: Tensor) -> Tensor | None:
-    """Labels of the batched product of `a` `(batch, n, k)` and `b` `(batch, k, m)`, or
-    None where none describe it.
+    """Labels of a batched product of two activations.
 
     Channels on the summed axis meet; what is left of them is their row, an attention
     head for instance. Channels on `n` or `m` pass; those on the batch axis gate them.
+
+    Queries times keys, for example, with two heads of three channels on the batch axis
+    and the summed one: `a` is `(2, n, 3)` with cells `[[1, 2, 3], [4, 5, 6]]` along
+    axes 0 and 2; they join the keys' 7 to 12, one by one. The logits `(2, n, m)` carry
+    one label for each head, 13 and 14, which go when the whole of a head does. Logits
+    times values: label 13 gates the first head's values, 14 the second's, which pass.
+
+    Args:
+        tracer: The notebook of the run.
+        a: Labels of the first operand, `(batch, n, k)`.
+        b: Labels of the second one, `(batch, k, m)`.
+
+    Returns:
+        Labels `(batch, n, m)`, or None where none describe the product.
     """
     shape = torch.Size((a.shape[0], a.shape[1], b.shape[2]))
-    varies = {"a": varying_axes(a), "b": varying_axes(b)}
-    summed, outer = (
-        2 in varies["a"] or 1 in varies["b"],
-        [1 in varies["a"], 2 in varies["b"]],
-    )
-    if (summed and any(outer)) or all(outer):
-        cells, out = NO_CHANNEL, None
-    elif summed:
-        cells, out = _summed(tracer, a, b, 0 in [*varies["a"], *varies["b"]])
+    a_axes = varying_axes(a)
+    b_axes = varying_axes(b)
+    is_summed = 2 in a_axes or 1 in b_axes
+    # Channels on the outer axis, n or m, of either operand.
+    a_passes = 1 in a_axes
+    b_passes = 2 in b_axes
+    out: Tensor | None
+    if (is_summed and (a_passes or b_passes)) or (a_passes and b_passes):
+        cells = NO_CHANNEL
+        out = None
+    elif is_summed:
+        is_batched = 0 in a_axes or 0 in b_axes
+        cells, out = _sum_channels(tracer, a, b, is_batched)
+    elif b_passes:
+        cells, out = _pass_channels(
+            tracer, b.narrow(1, 0, 1), a[:, 0, 0], 2, 0 in b_axes, 0 in a_axes
+        )
+    elif a_passes:
+        cells, out = _pass_channels(
+            tracer, a.narrow(2, 0, 1), b[:, 0, 0], 1, 0 in a_axes, 0 in b_axes
+        )
     else:
-        cells, out = _passed(tracer, (a, b), varies, outer)
-    tracer.products.append((cells, shape.numel() * a.shape[2] // cells.numel()))
+        # Channels lie on the batch axis, if on any: the operands' are the same.
+        cells = a[:, 0, 0]
+        gated = b[:, :1, :1]
+        tracer.book.join(gated[:, 0, 0], cells)
+        out = gated
+    n_products = shape.numel() * a.shape[2]
+    tracer.products.append((cells, n_products // cells.numel()))
     return None if out is None else out.expand(shape)
 
 
-def _summed(
-    tracer: Tracer, a: Tensor, b: Tensor, batched: bool
+def _sum_channels(
+    tracer: Tracer, a: Tensor, b: Tensor, is_batched: bool
 ) -> tuple[Tensor, Tensor]:
+    """Channels lie on the summed axis, and on the batch axis at most.
+
+    Args:
+        tracer: The notebook of the run.
+        a: Labels of the first operand.
+        b: Labels of the second one.
+        is_batched: Whether channels lie on the batch axis too, as heads do.
+
+    Returns:
+        The channels that are multiplied, and the product's labels, to be expanded.
+    """
     cells = a[:, 0, :]
     tracer.book.join(cells, b[:, :, 0])
-    tracer.contracted.append(cells)
-    if not batched:
+    tracer.summed_labels.append(cells)
+    if not is_batched:
+        # The sum over all channels is there whichever of them are left.
         return cells[0], torch.zeros((1, 1, 1), dtype=torch.int64)
     return cells, tracer.book.factor(cells)[:, None, None]
 
 
-def _passed(
-    tracer: Tracer, operands: tuple[Tensor, Tensor], varies: dict, outer: list[bool]
-):
-    """Channels lie on the batch axis and on one outer axis at most; the operand without
-    the outer axis is the gate.
+def _pass_channels(
+    tracer: Tracer,
+    passing: Tensor,
+    gate: Tensor,
+    outer_axis: int,
+    is_batched: bool,
+    is_gate_batched: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Channels of one operand lie on its outer axis, and so on the product's.
+
+    Args:
+        tracer: The notebook of the run.
+        passing: Labels of that operand, its summed axis of length 1.
+        gate: Labels of the other one along the batch axis.
+        outer_axis: The axis on which channels lie, 1 or 2.
+        is_batched: Whether the passing channels lie on the batch axis too.
+        is_gate_batched: Whether the gate's do.
+
+    Returns:
+        The channels that are multiplied, and the product's labels, or None where none
+        describe it.
     """
-    side = 0 if outer[0] else 1
-    passing, gate = operands[side].narrow(2 - side, 0, 1), operands[1 - side][:, 0, 0]
-    if not any(outer):
-        tracer.book.join(passing[:, 0, 0], gate)
-        return gate, passing[:, :1, :1]
-    cells = passing.squeeze(2 - side)
-    if 0 in varies["ab"[side]]:
+    cells = passing.squeeze(3 - outer_axis)
+    if is_batched:
+        # A gate that goes takes its row of cells with it, and the other way round.
         tracer.book.join(tracer.book.factor(cells), gate)
         return cells, passing
-    return cells[0], None if 0 in varies["ba"[side]] else passing
+    # One gate after the other for the same channels: each output is a pair of both.
+    return cells[0], None if is_gate_batched else passing
 
 
 def attention(call: Call) -> str | None:
-    """Scaled dot-product attention: the product with the keys, softmax, the product
-    with the values.
+    """Scaled dot-product attention.
+
+    It is the product with the keys, softmax, which keeps labels, and the product with
+    the values.
     """
     tracer = call.tracer
     out = call.out[0]
-    # A key that all heads share lies on a head axis of length 1.
-    spreads = [tracer.labels(call[name]) for name in ("query", "key", "value")]
-    query, key, value = (
-        _merged(x.expand(*out.shape[:2], *x.shape[2:])) for x in spreads
-    )
+    query = _merge_heads(tracer.labels(call["query"]), out.shape)
+    key = _merge_heads(tracer.labels(call["key"]), out.shape)
+    value = _merge_heads(tracer.labels(call["value"]), out.shape)
     weights = product(tracer, query, key.transpose(1, 2))
     if weights is None:
         return CROSSED
     mask = call["attn_mask"]
     if mask is not None and varying_axes(tracer.labels(mask)):
+        # A learned bias of the logits has a value for each head.
         heads = weights.view(*out.shape[:2], *weights.shape[1:])
-        tracer.book.join(
-            heads[..., 0, 0], tracer.labels(mask).expand(heads.shape)[..., 0, 0]
-        )
+        mask_labels = tracer.labels(mask).expand(heads.shape)
+        tracer.book.join(heads[..., 0, 0], mask_labels[..., 0, 0])
     labels = product(tracer, weights, value)
     if labels is None:
         return CROSSED
@@ -240,5 +362,13 @@ def attention(call: Call) -> str | None:
     return None
 
 
-def _merged(labels: Tensor) -> Tensor:
-    return labels.reshape(-1, *labels.shape[-2:])
+def _merge_heads(labels: Tensor, shape: torch.Size) -> Tensor:
+    """Labels with heads on the batch axis, `(batch * heads, tokens, width)`.
+
+    Args:
+        labels: `(batch, heads, tokens, width)`.
+        shape: Of the output, with as many heads as the queries have.
+    """
+    # A key that all heads share lies on a head axis of length 1.
+    spread = labels.expand(*shape[:2], *labels.shape[2:])
+    return spread.reshape(-1, *spread.shape[-2:])

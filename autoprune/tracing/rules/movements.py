@@ -14,211 +14,257 @@ from autoprune.structure.labels import (
     CONSTANT,
     Constraint,
     broadcast_labels,
-    compressed,
+    compress,
     lines,
     varying_axes,
 )
 from autoprune.tracing.tracer import Call, ParameterView
 
 MAX_PARTS = 8
+"""Into how many parts a cut can divide a channel axis. A cut into more, such as one
+channel of many, is hardly computed from the width."""
 
 
 def movement(call: Call) -> str | None:
     """Operations that only move data are executed on the labels themselves."""
     tracer = call.tracer
-    view = tracer.parameter(call.args[0]) if isinstance(call.args[0], Tensor) else None
+    moved = call.args[0]
+    # A user's own operation with this rule may take a list.
+    view = tracer.parameter(moved) if isinstance(moved, Tensor) else None
     if view is None:
-        tracer.label(call.out, call.func(*call.replaced(tracer.labels), **call.kwargs))
-        return
-    moved = [call.func(index, *call.args[1:], **call.kwargs) for index in view.index]
-    outputs = tensors_in(call.out)
-    for position, out in enumerate(outputs):
-        pieces = (
-            moved
-            if isinstance(call.out, Tensor)
-            else [parts[position] for parts in moved]
-        )
-        tracer.see(out, ParameterView(view.name, view.shape, tuple(pieces)))
+        arguments = call.substitute_tensors(tracer.labels)
+        tracer.label(call.out, call.func(*arguments, **call.kwargs))
+        return None
+    # The view of a parameter stays one, so that a layer may read it transposed.
+    moved_index = []
+    for index in view.index:
+        moved_index.append(call.func(index, *call.args[1:], **call.kwargs))
+    if isinstance(call.out, Tensor):
+        moved_view = ParameterView(view.name, view.shape, tuple(moved_index))
+        tracer.mark_parameter(call.out, moved_view)
+        return None
+    for position, out in enumerate(tensors_in(call.out)):
+        piece = tuple(index[position] for index in moved_index)
+        tracer.mark_parameter(out, ParameterView(view.name, view.shape, piece))
+    return None
 
 
 def split(call: Call) -> str | None:
-    """Equal parts of the channel axis keep equally many channels; the code is trusted
-    to compute its sizes.
+    """Equal parts of the channel axis keep equally many channels.
+
+    The code is trusted to compute its sizes.
     """
     movement(call)
-    axis, outputs = call["dim"], tensors_in(call.out)
-    labels = [
-        call.tracer.labels(out) for out in outputs if call.tracer.is_activation(out)
-    ]
-    if len(labels) > 1 and len({part.shape for part in labels}) == 1:
-        if axis % labels[0].ndim in varying_axes(call.tracer.labels(call.args[0])):
-            parts = compressed(torch.stack(labels)).reshape(len(labels), -1)
-            call.tracer.book.constraints.append((Constraint.PARTS, parts))
+    tracer = call.tracer
+    parts = []
+    for out in tensors_in(call.out):
+        if tracer.is_activation(out):
+            parts.append(tracer.labels(out))
+    # What unequal parts keep is the code's own choice, which only the proof can test.
+    if len(parts) < 2 or len({part.shape for part in parts}) > 1:
+        return None
+    axis = call["dim"] % parts[0].ndim
+    if axis in varying_axes(tracer.labels(call.args[0])):
+        rows = compress(torch.stack(parts)).reshape(len(parts), -1)
+        tracer.book.constraints.append((Constraint.PARTS, rows))
+    return None
 
 
-def cut(call: Call) -> str | None:
-    """`slice`: where the code cuts a channel axis, the cut has to move with what is
-    left.
+def slicing(call: Call) -> str | None:
+    """`slice`: a cut through a channel axis has to move with what is left.
 
     A cut at a quarter needs equally many channels in every quarter, every second
     channel needs whole pairs. Whether the code computes the place from the width, as
     this takes for granted, the proof decides; of a cut at 16 of 27 it doesn't.
     """
     movement(call)
-    tracer, x = call.tracer, call.args[0]
-    axis, n = call["dim"] % x.ndim, x.shape[call["dim"]]
-    if (
-        not tracer.is_activation(x)
-        or call.out.shape == x.shape
-        or axis not in varying_axes(tracer.labels(x))
-    ):
+    tracer = call.tracer
+    x = call.args[0]
+    axis = call["dim"] % x.ndim
+    n = x.shape[axis]
+    # `x[:]` cuts nothing off.
+    if not tracer.is_activation(x) or call.out.shape == x.shape:
+        return None
+    labels = tracer.labels(x)
+    if axis not in varying_axes(labels):
         return None
     start, end, _ = slice(call["start"], call["end"]).indices(n)
     step = call["step"]
+    # Only whole pairs, counted from the beginning of the axis, can go.
     if n % step or (step > 1 and start >= step):
         return "cuts channels at uneven places"
+    # Parts of this length have the cut at their borders: 6 to 9 of 12 is the third of
+    # four parts of 3.
     unit = math.gcd(start, end, n)
-    for line in lines(tracer.labels(x), axis):
+    for line in lines(labels, axis):
         if step > 1:
-            tracer.book.constraints.append((Constraint.GRID, line.view(-1, step)))
+            constraint = (Constraint.GRID, line.view(-1, step))
+            tracer.book.constraints.append(constraint)
         elif n // unit <= MAX_PARTS:
-            tracer.book.constraints.append((Constraint.PARTS, line.view(-1, unit)))
+            constraint = (Constraint.PARTS, line.view(-1, unit))
+            tracer.book.constraints.append(constraint)
     return None
 
 
-def rolled(call: Call) -> str | None:
-    """`roll` by a number of places: of the channel axis that number would have to
-    shrink with the channels.
+def roll(call: Call) -> str | None:
+    """`roll` by a number of places keeps labels, unless it moves channels.
+
+    Of the channel axis that number would have to shrink with the channels.
     """
     movement(call)
-    tracer, x = call.tracer, call.args[0]
-    axes = [axis % x.ndim for axis in call["dims"]] or range(x.ndim)
-    moves_channels = tracer.is_activation(x) and set(axes) & set(
-        varying_axes(tracer.labels(x))
-    )
-    return "moves channels by a fixed number of places" if moves_channels else None
+    tracer = call.tracer
+    x = call.args[0]
+    if not tracer.is_activation(x):
+        return None
+    # Without axes the tensor is rolled as if it were flat.
+    axes = {axis % x.ndim for axis in call["dims"]} or set(range(x.ndim))
+    if axes & set(varying_axes(tracer.labels(x))):
+        return "moves channels by a fixed number of places"
+    return None
 
 
 def reshape(call: Call) -> str | None:
-    """`view` and its kin; labels with zero strides may need a copy, so they are
-    reshaped.
+    """`view` and its kin.
+
+    Labels with zero strides may need a copy where the data needs none, so they are
+    reshaped rather than viewed.
     """
-    tracer, shape = call.tracer, call.out.shape
+    tracer = call.tracer
+    shape = call.out.shape
     view = tracer.parameter(call.args[0])
     if view is not None:
-        tracer.see(call.out, view.moved(lambda index: index.reshape(shape)))
-        return
+        moved = view.apply(lambda index: index.reshape(shape))
+        tracer.mark_parameter(call.out, moved)
+        return None
     before = tracer.labels(call.args[0])
     after = before.reshape(shape)
     tracer.label(call.out, after)
+    # A channel axis that was split has to stay a product of its parts.
     if len(varying_axes(after)) > len(varying_axes(before)):
-        tracer.book.constraints.append((Constraint.GRID, compressed(after)))
+        tracer.book.constraints.append((Constraint.GRID, compress(after)))
+    return None
 
 
-def same(call: Call) -> str | None:
+def copy(call: Call) -> str | None:
     """Copies and casts keep their labels, and a copied parameter stays a parameter."""
-    view = call.tracer.parameter(call.args[0])
+    tracer = call.tracer
+    view = tracer.parameter(call.args[0])
     if view is not None:
-        call.tracer.see(call.out, view)
+        tracer.mark_parameter(call.out, view)
     else:
-        call.tracer.label(call.out, call.tracer.labels(call.args[0]))
+        tracer.label(call.out, tracer.labels(call.args[0]))
+    return None
 
 
-def restrided(call: Call) -> str | None:
-    """`as_strided_` to the same shape changes the layout in memory alone, as pooling
-    does for channels-last tensors.
+def restride(call: Call) -> str | None:
+    """`as_strided_` to the same shape changes the layout in memory alone.
+
+    Pooling does so for channels-last tensors.
     """
-    tracer, tensor = call.tracer, call.args[0]
-    return (
-        None if tracer.labels(tensor).shape == call.out.shape else "regroups elements"
-    )
+    labels = call.tracer.labels(call.args[0])
+    return None if labels.shape == call.out.shape else "regroups elements"
 
 
-def shaped_alike(call: Call) -> str | None:
+def new_like(call: Call) -> str | None:
     """A new tensor of an activation's shape shrinks with it."""
-    if call.tracer.is_activation(call.args[0]):
-        call.tracer.label(call.out, call.tracer.labels(call.args[0]))
+    tracer = call.tracer
+    if tracer.is_activation(call.args[0]):
+        tracer.label(call.out, tracer.labels(call.args[0]))
+    return None
 
 
 def constant(call: Call) -> str | None:
     """A new tensor, or a constant written in place: labels stay as they are."""
+    return None
 
 
-def blank(call: Call) -> str | None:
-    """A buffer to be filled: its labels are memory of their own, of which slices are
-    views as the tensor's are.
+def new_buffer(call: Call) -> str | None:
+    """A buffer to be filled.
+
+    Its labels are memory of their own, of which slices are views as the tensor's are;
+    so what is written into a slice shows in the whole.
     """
     labels = torch.zeros(call.out.shape, dtype=torch.int64)
-    call.tracer.blanks[labels.untyped_storage().data_ptr()] = labels
+    call.tracer.blank_buffers[labels.untyped_storage().data_ptr()] = labels
     call.tracer.label(call.out, labels)
+    return None
 
 
-def indexed(call: Call) -> str | None:
+def indexing(call: Call) -> str | None:
     """Reading at constant positions is executed on the labels."""
-    tracer, data = call.tracer, call.args[0]
-    positions = [
-        tensor
-        for tensor in call.tensors()
-        if tensor is not data and tracer.is_activation(tensor)
-    ]
+    tracer = call.tracer
+    data = call.args[0]
+    positions = []
+    for tensor in call.tensors():
+        if tensor is not data and tracer.is_activation(tensor):
+            positions.append(tensor)
+    # A mask of booleans decides by its values how many elements there are.
     if any(tensor.dtype == torch.bool for tensor in positions):
         call.refuse()
     if positions:
         return "reads at positions that are computed"
     is_embedding = call.func.overloadpacket is torch.ops.aten.embedding
 
-    def read(x):
-        return (
-            x[call.args[1]]
-            if is_embedding
-            else call.func(x, *call.args[1:], **call.kwargs)
-        )
+    def read(x: Tensor) -> Tensor:
+        # An embedding takes floats alone, and labels are integers.
+        if is_embedding:
+            return x[call.args[1]]
+        return call.func(x, *call.args[1:], **call.kwargs)
 
     view = tracer.parameter(data)
     if view is not None:
-        tracer.see(call.out, view.moved(read))
+        tracer.mark_parameter(call.out, view.apply(read))
     else:
         tracer.label(call.out, read(tracer.labels(data)))
+    return None
 
 
 def concatenation(call: Call) -> str | None:
-    """Tensors side by side on an axis without channels, such as tokens, have the same
-    channels on every other axis.
+    """Tensors side by side.
+
+    Along the channel axis their labels stand side by side too. On an axis without
+    channels, such as tokens, they have the same channels on every other axis.
     """
-    tracer, tensors = call.tracer, call.args[0]
-    labels = [tracer.labels(tensor) for tensor in tensors]
+    tracer = call.tracer
+    labels = [tracer.labels(tensor) for tensor in call.args[0]]
     if call.func.overloadpacket is torch.ops.aten.stack:
-        labels = [one.unsqueeze(call["dim"]) for one in labels]
+        labels = [item.unsqueeze(call["dim"]) for item in labels]
     axis = call["dim"] % call.out.ndim
-    varying = {other for one in labels for other in varying_axes(one)}
+    varying: set[int] = set()
+    for item in labels:
+        varying.update(varying_axes(item))
     if axis in varying or not varying:
         tracer.label(call.out, torch.cat(labels, axis))
-        return
-    first = max(labels, key=lambda one: len(varying_axes(one))).narrow(axis, 0, 1)
-    for one in labels:
-        tracer.book.join(first, one.narrow(axis, 0, 1))
+        return None
+    # A class token, say, is a bare parameter: the image's tokens tell more apart.
+    main = max(labels, key=lambda item: len(varying_axes(item)))
+    first = main.narrow(axis, 0, 1)
+    for item in labels:
+        tracer.book.join(first, item.narrow(axis, 0, 1))
     tracer.label(call.out, first.expand(call.out.shape))
+    return None
 
 
 def pad(call: Call) -> str | None:
-    """Padding along the channel axis adds constants; along any other it keeps the
-    channel.
-    """
+    """Padding along the channel axis adds constants; along others it keeps channels."""
     x, amounts = call.args[:2]
     labels = call.tracer.labels(x)
     varying = varying_axes(labels)
+    # Amounts go from the last axis to the first, two for each.
     for position in range(len(amounts) // 2):
         axis = labels.ndim - 1 - position
-        before, after = amounts[2 * position], amounts[2 * position + 1]
+        before, after = amounts[2 * position : 2 * position + 2]
         if axis in varying:
+            later_axes = [0] * (2 * position)
             labels = torch.constant_pad_nd(
-                labels, [*[0] * (2 * position), before, after], CONSTANT
+                labels, [*later_axes, before, after], CONSTANT
             )
         elif before or after:
             shape = list(labels.shape)
             shape[axis] += before + after
             labels = labels.narrow(axis, 0, 1).expand(shape)
     call.tracer.label(call.out, labels)
+    return None
 
 
 def spatial(call: Call) -> str | None:
@@ -226,44 +272,60 @@ def spatial(call: Call) -> str | None:
     out = tensors_in(call.out)[0]
     labels = call.tracer.labels(call.args[0])
     name = call.func.overloadpacket.__name__
-    n_spatial = next((n for n in (1, 3) if f"{n}d" in name), 2)
-    if set(range(labels.ndim - n_spatial, labels.ndim)) & set(varying_axes(labels)):
+    # ATen's names say over how many axes an operation goes.
+    n_spatial = 2
+    for n in (1, 3):
+        if f"{n}d" in name:
+            n_spatial = n
+    spatial_axes = set(range(labels.ndim - n_spatial, labels.ndim))
+    if spatial_axes & set(varying_axes(labels)):
         return "works across channels as across space"
+    # One pixel's labels are every pixel's, however many there are afterwards.
     corner = labels[(..., *[slice(0, 1)] * n_spatial)]
     call.tracer.label(out, corner.expand(out.shape))
+    return None
 
 
 def pixel_shuffle(call: Call) -> str | None:
     """The channels that become one channel's pixels go together."""
-    tracer, shape = call.tracer, call.out.shape
-    channels = tracer.line(call.args[0], -3 % len(shape)).view(shape[-3], -1)
-    tracer.book.join(channels[:, :1].expand_as(channels), channels)
-    tracer.label(call.out, broadcast_labels(channels[:, 0], len(shape) - 3, shape))
+    tracer = call.tracer
+    shape = call.out.shape
+    channel_axis = len(shape) - 3
+    channels = tracer.unify_axis(call.args[0], channel_axis)
+    pixels = channels.view(shape[channel_axis], -1)
+    tracer.book.join(pixels[:, :1].expand_as(pixels), pixels)
+    tracer.label(call.out, broadcast_labels(pixels[:, 0], channel_axis, shape))
+    return None
 
 
 def pixel_unshuffle(call: Call) -> str | None:
     """A channel's pixels become channels that go together."""
-    shape = call.out.shape
-    channels = call.tracer.line(call.args[0], -3 % len(shape))
-    call.tracer.label(
-        call.out,
-        broadcast_labels(
-            channels.repeat_interleave(call.args[1] ** 2), len(shape) - 3, shape
-        ),
-    )
+    tracer = call.tracer
+    x, factor = call.args
+    channel_axis = call.out.ndim - 3
+    channels = tracer.unify_axis(x, channel_axis)
+    pixels = channels.repeat_interleave(factor**2)
+    tracer.label(call.out, broadcast_labels(pixels, channel_axis, call.out.shape))
+    return None
 
 
 def channel_shuffle(call: Call) -> str | None:
     """The same positions go in every shuffled group."""
-    channels = call.tracer.line(call.args[0], 1).view(call.args[1], -1)
-    call.tracer.book.join_lines(channels)
-    call.tracer.label(
-        call.out, broadcast_labels(channels.T.flatten(), 1, call.out.shape)
-    )
+    tracer = call.tracer
+    x, n_groups = call.args
+    # Pruned, the groups have to be equally large again to be shuffled.
+    channels = tracer.unify_axis(x, 1).view(n_groups, -1)
+    tracer.book.join_lines(channels)
+    shuffled = channels.T.flatten()
+    tracer.label(call.out, broadcast_labels(shuffled, 1, call.out.shape))
+    return None
 
 
 def gated_halves(call: Call) -> str | None:
     """`glu`: the first half of an axis times the sigmoid of the second."""
-    first, second = call.tracer.labels(call.args[0]).chunk(2, call["dim"])
-    call.tracer.book.join(first, second)
-    call.tracer.label(call.out, first)
+    tracer = call.tracer
+    # A value without its gate is nothing, nor is a gate without its value.
+    first, second = tracer.labels(call.args[0]).chunk(2, call["dim"])
+    tracer.book.join(first, second)
+    tracer.label(call.out, first)
+    return None

@@ -3,16 +3,19 @@
 A rule returns None, or the reason why it can't tell what happens to the channels; then
 every channel that reaches the operation is pinned. An operation without an entry that
 PyTorch tags as pointwise joins the labels that meet, any other has no rule.
-`RULES[torch.ops.aten.my_op] = my_rule` teaches the tracer a new operation.
+
+`RULES` is where a new operation is taught to the tracer; its description, at the end of
+this module, says how.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
-from autoprune.structure.labels import at_origin, varying_axes
+from autoprune.structure.labels import CONSTANT, take_at_origin, varying_axes
 from autoprune.tracing.rules.contractions import (
     attention,
     batched_product,
@@ -20,58 +23,60 @@ from autoprune.tracing.rules.contractions import (
     linear,
 )
 from autoprune.tracing.rules.movements import (
-    blank,
     channel_shuffle,
     concatenation,
     constant,
-    cut,
+    copy,
     gated_halves,
-    indexed,
+    indexing,
     movement,
+    new_buffer,
+    new_like,
     pad,
     pixel_shuffle,
     pixel_unshuffle,
     reshape,
-    restrided,
-    rolled,
-    same,
-    shaped_alike,
+    restride,
+    roll,
+    slicing,
     spatial,
     split,
 )
 from autoprune.tracing.rules.norms import (
-    along_axis,
+    axis_scan,
     batch_norm,
     group_norm,
     layer_norm,
     reduction,
-    rows_of,
+    row_labels,
 )
 from autoprune.tracing.tracer import Call
 
 aten = torch.ops.aten
-Rule = Callable[[Call], str | None]
+Rule: TypeAlias = Callable[[Call], str | None]
+"""From an executed operation to None, or to why its channels can't be told."""
 
 
 def apply_rule(call: Call) -> Rule:
-    """Applies the operation's rule, or pins what reaches it. Returns the rule."""
+    """Applies the operation's rule, or pins what reaches it; returns the rule."""
+    tracer = call.tracer
     rule = rule_for(call.func)
     failure = rule(call)
-    if failure is not None:
-        reason = f"operation {call.tracer.place(call.func)} {failure}"
-        for tensor in call.tensors():
-            if (
-                call.tracer.is_activation(tensor)
-                or call.tracer.parameter(tensor) is not None
-            ):
-                call.tracer.book.pin(call.tracer.labels(tensor), reason)
-        call.tracer.unsupported.append(reason)
+    if failure is None:
+        return rule
+    reason = f"operation {tracer.locate(call.func)} {failure}"
+    for tensor in call.tensors():
+        if tracer.is_activation(tensor) or tracer.parameter(tensor) is not None:
+            tracer.book.pin(tracer.labels(tensor), reason)
+    tracer.unsupported.append(reason)
     return rule
 
 
-def rule_for(func: Any) -> Rule:
-    """The rule of an ATen overload: the table, else PyTorch's pointwise tag, else
-    `unknown`.
+def rule_for(func: OpOverload) -> Rule:
+    """The rule of an ATen overload.
+
+    It is the one in the table, else PyTorch's pointwise tag decides, else `unknown`.
+    All overloads of an operation have one rule.
     """
     rule = RULES.get(func.overloadpacket)
     if rule is None:
@@ -84,43 +89,57 @@ def unknown(call: Call) -> str | None:
     return "has no rule"
 
 
-def depends_on_values(call: Call) -> str | None:
+def value_read(call: Call) -> str | None:
     """The code reads an activation's values; another input could take another path."""
     if any(call.tracer.is_activation(tensor) for tensor in call.tensors()):
         call.refuse()
+    return None
 
 
 def pointwise(call: Call) -> str | None:
-    """Elementwise operations join the labels that meet, those of bare parameters
-    included.
-    """
-    tracer, out = call.tracer, call.out
+    """Elementwise operations join the labels that meet, bare parameters' included."""
+    tracer = call.tracer
+    out = call.out
     if not isinstance(out, Tensor):
         return "has no rule"
     if not out.ndim and any(map(tracer.is_activation, call.tensors())):
-        tracer.label(out, torch.zeros((), dtype=torch.int64))
+        # A single number, computed from a mean for instance, is nobody's channel.
+        tracer.label(out, torch.full((), CONSTANT, dtype=torch.int64))
         return None
+    # Numbers that the code writes, as scalars, scale all channels alike.
     operands = [tensor for tensor in call.tensors() if tensor.ndim]
-    if not any(
-        tracer.is_activation(t) or tracer.parameter(t) is not None for t in operands
-    ):
+    has_activation = False
+    has_parameter = False
+    for tensor in operands:
+        if tracer.is_activation(tensor):
+            has_activation = True
+        elif tracer.parameter(tensor) is not None:
+            has_parameter = True
+    if not has_activation and not has_parameter:
         return None
-    if not any(map(tracer.is_activation, operands)) and len(operands) == 1:
+    if not has_activation and len(operands) == 1:
+        # The exponential of a parameter, say; nothing meets it yet.
         tracer.label(out, tracer.labels(operands[0]))
         return None
-    return _meet(
-        call, operands, [tracer.labels(tensor).expand(out.shape) for tensor in operands]
-    )
+    spreads = []
+    for tensor in operands:
+        spreads.append(tracer.labels(tensor).expand(out.shape))
+    return _join_operands(call, operands, spreads)
 
 
-def _meet(call: Call, operands: list[Tensor], spreads: list[Tensor]) -> str | None:
-    """All operands meet the one that tells most channels apart."""
-    tracer, n_axes = call.tracer, call.out.ndim
+def _join_operands(
+    call: Call, operands: list[Tensor], spreads: list[Tensor]
+) -> str | None:
+    """All operands meet the one that tells most channels apart.
+
+    Args:
+        call: The operation.
+        operands: Its tensors.
+        spreads: Their labels, broadcast to the output's shape.
+    """
+    tracer = call.tracer
     axes = [varying_axes(labels) for labels in spreads]
-    main = max(
-        range(len(operands)),
-        key=lambda i: (tracer.is_activation(operands[i]), len(axes[i])),
-    )
+    main = _main_operand(call, operands, axes)
     for i in range(len(operands)):
         if i == main:
             continue
@@ -129,85 +148,200 @@ def _meet(call: Call, operands: list[Tensor], spreads: list[Tensor]) -> str | No
             # many.
             tracer.book.pin(
                 spreads[i],
-                f"is broadcast over other channels by {tracer.place(call.func)}",
+                f"is broadcast over other channels by {tracer.locate(call.func)}",
             )
             continue
-        sizes = (1,) * (n_axes - operands[i].ndim) + tuple(operands[i].shape)
-        met = axes[i] or [axis for axis in axes[main] if sizes[axis] > 1]
-        if set(axes[main]) <= set(met):
-            tracer.book.join(at_origin(spreads[main], met), at_origin(spreads[i], met))
-        elif set(met) <= set(axes[main]):
-            rows = rows_of(tracer, spreads[main], met).expand(call.out.shape)
-            tracer.book.join(at_origin(rows, met), at_origin(spreads[i], met))
+        n_new_axes = call.out.ndim - operands[i].ndim
+        sizes = (1,) * n_new_axes + tuple(operands[i].shape)
+        # A constant varies on no axis; it meets the channels on those that it spans.
+        met_axes = axes[i] or [axis for axis in axes[main] if sizes[axis] > 1]
+        labels = take_at_origin(spreads[i], met_axes)
+        if set(axes[main]) <= set(met_axes):
+            tracer.book.join(take_at_origin(spreads[main], met_axes), labels)
+        elif set(met_axes) <= set(axes[main]):
+            # A value for each head, say, meets cells of heads and width: their rows.
+            rows = row_labels(tracer, spreads[main], met_axes).expand(call.out.shape)
+            tracer.book.join(take_at_origin(rows, met_axes), labels)
         else:
             return "crosses channels with channels"
     tracer.label(call.out, spreads[main])
     return None
 
 
-def written(call: Call) -> str | None:
-    """`copy_` fills a blank buffer with the source's labels; anything else it
-    overwrites in place, and joins.
+def _main_operand(call: Call, operands: list[Tensor], axes: list[list[int]]) -> int:
+    """Position of the operand whose labels the output takes.
+
+    Activations come before parameters, then those that vary on more axes; of equal
+    ones, the first.
+
+    Args:
+        call: The operation.
+        operands: Its tensors.
+        axes: Per operand those along which its labels vary.
     """
-    tracer, (target, source) = call.tracer, call.args[:2]
+
+    def rank(i: int) -> tuple[bool, int]:
+        return call.tracer.is_activation(operands[i]), len(axes[i])
+
+    return max(range(len(operands)), key=rank)
+
+
+def in_place_copy(call: Call) -> str | None:
+    """`copy_` fills a blank buffer with the source's labels.
+
+    Anything else it overwrites in place, and joins: the code goes on with the labels
+    that the target had.
+    """
+    tracer = call.tracer
+    target, source = call.args[:2]
     labels = tracer.labels(target)
-    if labels.untyped_storage().data_ptr() in tracer.blanks and not labels.any():
+    # A slice of a buffer lies in the buffer's memory, and so do its labels.
+    is_in_buffer = labels.untyped_storage().data_ptr() in tracer.blank_buffers
+    if is_in_buffer and not labels.any():
         labels.copy_(tracer.labels(source).expand(target.shape))
         return None
     return pointwise(call)
 
 
 RULES: dict[Any, Rule] = {
+    # Products. A weight hands out new labels.
     aten.convolution: convolution,
-    **dict.fromkeys((aten.addmm, aten.mm), linear),
-    **dict.fromkeys((aten.bmm, aten.baddbmm), batched_product),
+    aten.addmm: linear,
+    aten.mm: linear,
+    aten.bmm: batched_product,
+    aten.baddbmm: batched_product,
     aten._scaled_dot_product_flash_attention_for_cpu: attention,
-    **dict.fromkeys((aten.native_batch_norm, aten._native_batch_norm_legit_no_training), batch_norm),
-    **dict.fromkeys((aten.native_layer_norm, aten._fused_rms_norm), layer_norm),
+    # Norms and what else reads along an axis without changing the shape.
+    aten.native_batch_norm: batch_norm,
+    aten._native_batch_norm_legit_no_training: batch_norm,
+    aten.native_layer_norm: layer_norm,
+    aten._fused_rms_norm: layer_norm,
     aten.native_group_norm: group_norm,
-    **dict.fromkeys((aten._softmax, aten._log_softmax, aten.cumsum), along_axis),
+    aten._softmax: axis_scan,
+    aten._log_softmax: axis_scan,
+    aten.cumsum: axis_scan,
+    # Movements of data.
     aten.constant_pad_nd: pad,
-    **dict.fromkeys((aten.view, aten._unsafe_view, aten.reshape), reshape),
-    **dict.fromkeys(
-        (aten.clone, aten._to_copy, aten.detach, aten.alias, aten.lift_fresh, aten.contiguous), same
-    ),
-    **dict.fromkeys((aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like), shaped_alike),
-    **dict.fromkeys(
-        (aten.t, aten.transpose, aten.permute, aten.select, aten.expand, aten.unsqueeze,
-         aten.squeeze, aten.flip, aten.unbind, aten.repeat, aten.unfold, aten.diagonal),
-        movement,
-    ),
-    aten.slice: cut,
-    aten.roll: rolled,
-    **dict.fromkeys((aten.split, aten.split_with_sizes), split),
-    **dict.fromkeys((aten.cat, aten.stack), concatenation),
-    **dict.fromkeys((aten.index, aten.index_select, aten.gather, aten.embedding), indexed),
-    **dict.fromkeys(
-        (aten.max_pool2d_with_indices, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d,
-         aten.max_pool3d_with_indices, aten.avg_pool3d, aten._adaptive_avg_pool3d,
-         aten.upsample_nearest1d, aten.upsample_linear1d, aten.upsample_nearest2d, aten.upsample_bilinear2d,
-         aten.upsample_bicubic2d, aten._upsample_nearest_exact2d, aten._upsample_bilinear2d_aa,
-         aten._upsample_bicubic2d_aa, aten.upsample_nearest3d, aten.reflection_pad1d, aten.reflection_pad2d,
-         aten.replication_pad2d),
-        spatial,
-    ),
-    aten.as_strided_: restrided,
+    aten.view: reshape,
+    aten._unsafe_view: reshape,
+    aten.reshape: reshape,
+    aten.clone: copy,
+    aten._to_copy: copy,
+    aten.detach: copy,
+    aten.alias: copy,
+    aten.lift_fresh: copy,
+    aten.contiguous: copy,
+    # In the shape of an activation, with its labels.
+    aten.zeros_like: new_like,
+    aten.ones_like: new_like,
+    aten.full_like: new_like,
+    aten.empty_like: new_like,
+    aten.t: movement,
+    aten.transpose: movement,
+    aten.permute: movement,
+    aten.select: movement,
+    aten.expand: movement,
+    aten.unsqueeze: movement,
+    aten.squeeze: movement,
+    aten.flip: movement,
+    aten.unbind: movement,
+    aten.repeat: movement,
+    aten.unfold: movement,
+    aten.diagonal: movement,
+    aten.slice: slicing,
+    aten.roll: roll,
+    aten.split: split,
+    aten.split_with_sizes: split,
+    aten.cat: concatenation,
+    aten.stack: concatenation,
+    aten.index: indexing,
+    aten.index_select: indexing,
+    aten.gather: indexing,
+    aten.embedding: indexing,
+    # Operations on the last one to three axes, over which channels may not lie.
+    aten.max_pool2d_with_indices: spatial,
+    aten.avg_pool2d: spatial,
+    aten._adaptive_avg_pool2d: spatial,
+    aten.adaptive_max_pool2d: spatial,
+    aten.max_pool3d_with_indices: spatial,
+    aten.avg_pool3d: spatial,
+    aten._adaptive_avg_pool3d: spatial,
+    aten.upsample_nearest1d: spatial,
+    aten.upsample_linear1d: spatial,
+    aten.upsample_nearest2d: spatial,
+    aten.upsample_bilinear2d: spatial,
+    aten.upsample_bicubic2d: spatial,
+    aten._upsample_nearest_exact2d: spatial,
+    aten._upsample_bilinear2d_aa: spatial,
+    aten._upsample_bicubic2d_aa: spatial,
+    aten.upsample_nearest3d: spatial,
+    aten.reflection_pad1d: spatial,
+    aten.reflection_pad2d: spatial,
+    aten.replication_pad2d: spatial,
+    # Regroupings between channels and pixels, and of channels.
+    aten.as_strided_: restride,
     aten.pixel_shuffle: pixel_shuffle,
     aten.pixel_unshuffle: pixel_unshuffle,
-    **dict.fromkeys((aten.channel_shuffle, aten.native_channel_shuffle), channel_shuffle),
+    aten.channel_shuffle: channel_shuffle,
+    aten.native_channel_shuffle: channel_shuffle,
     aten.glu: gated_halves,
-    **dict.fromkeys(
-        (aten.mean, aten.sum, aten.amax, aten.amin, aten.max, aten.min, aten.var, aten.std, aten.var_mean,
-         aten.logsumexp, aten.linalg_vector_norm, aten.norm),
-        reduction,
-    ),
-    **dict.fromkeys((aten.hardswish, aten.hardswish_, aten._prelu_kernel), pointwise),
-    aten.new_empty: blank,
-    aten.copy_: written,
-    **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.zero_, aten.fill_), constant),
-    **dict.fromkeys(
-        (aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select,
-         aten._unique2),
-        depends_on_values,
-    ),
-}  # fmt: skip
+    # Reductions, whatever they compute of the values they reduce.
+    aten.mean: reduction,
+    aten.sum: reduction,
+    aten.amax: reduction,
+    aten.amin: reduction,
+    aten.max: reduction,
+    aten.min: reduction,
+    aten.var: reduction,
+    aten.std: reduction,
+    aten.var_mean: reduction,
+    aten.logsumexp: reduction,
+    aten.linalg_vector_norm: reduction,
+    aten.norm: reduction,
+    # PyTorch forgot to tag these as pointwise.
+    aten.hardswish: pointwise,
+    aten.hardswish_: pointwise,
+    aten._prelu_kernel: pointwise,
+    # Buffers and constants that the code makes.
+    aten.new_empty: new_buffer,
+    aten.copy_: in_place_copy,
+    aten.new_zeros: constant,
+    aten.new_ones: constant,
+    aten.new_full: constant,
+    aten.zero_: constant,
+    aten.fill_: constant,
+    # What the code can branch on, or what has as many elements as values say.
+    aten._local_scalar_dense: value_read,
+    aten.is_nonzero: value_read,
+    aten.equal: value_read,
+    aten.nonzero: value_read,
+    aten.masked_select: value_read,
+    aten._unique2: value_read,
+}
+"""ATen operation to its rule; the one place where an operation is added.
+
+For an operation that PyTorch lists as `aten::cummax`, say:
+
+    from autoprune.tracing.rules.table import RULES
+
+
+    def along_space(call):
+        for out in call.out:
+            call.tracer.label(out, call.tracer.labels(call.args[0]))
+
+
+    RULES[torch.ops.aten.cummax] = along_space
+
+The key is the operation without its overload, since one rule serves all of them. The
+rule gets an `autoprune.tracing.tracer.Call`: arguments by position, `call.args[0]`, or
+by the schema's names, `call["dim"]`; the result in `call.out`. With `call.tracer` it
+
+- reads the labels of a tensor, `labels`, or those along one axis, `unify_axis`;
+- gives every tensor that leaves its labels, of the same shape, `label`;
+- joins channels that can only go together, `book.join`.
+
+It returns None, or why it can't tell, as the end of a sentence: "regroups elements". An
+entry has to be made before `trace` runs, and holds for the whole process. An existing
+rule may fit: `movement` for whatever only moves elements, `spatial`, `reduction`,
+`axis_scan` and `pointwise`.
+"""
