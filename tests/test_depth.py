@@ -32,7 +32,7 @@ from autoprune.scaling.depth import (
     block_importance,
     removable_blocks,
     remove_blocks,
-    shallower,
+    select_blocks_to_remove,
 )
 
 EXAMPLE = images(2, SIZE)
@@ -412,7 +412,7 @@ WIDTHS = (2, 6, 3, 4)
 def test_greedy_meets_the_target_and_can_not_do_with_one_fewer(share):
     model = stack(*WIDTHS)
     target = share * counted_macs(model, SIZE)
-    removed = shallower(model, EXAMPLE, DATA, target)
+    removed = select_blocks_to_remove(model, EXAMPLE, DATA, target)
     assert counted_macs(remove_blocks(model, removed), SIZE) <= target
     for spared in removed:
         others = [name for name in removed if name != spared]
@@ -425,29 +425,33 @@ def test_greedy_takes_silent_blocks_first_and_nothing_when_nothing_is_needed():
     model = stack(3, 3, 3)
     silence(model.blocks[1])
     macs = counted_macs(model, SIZE)
-    assert shallower(model, EXAMPLE, DATA, macs) == []
-    assert shallower(model, EXAMPLE, DATA, macs - 1) == ["blocks.1"]
+    assert select_blocks_to_remove(model, EXAMPLE, DATA, macs) == []
+    assert select_blocks_to_remove(model, EXAMPLE, DATA, macs - 1) == ["blocks.1"]
 
 
 def test_a_small_block_that_went_first_returns_where_a_large_one_is_enough():
     model = stack(2, 8)
     silence(model.blocks[0])
     macs = counted_macs(model, SIZE)
-    assert shallower(model, EXAMPLE, DATA, macs - Inner.macs(4, 2)) == ["blocks.0"]
-    assert shallower(model, EXAMPLE, DATA, macs - Inner.macs(4, 8)) == ["blocks.1"]
+    assert select_blocks_to_remove(model, EXAMPLE, DATA, macs - Inner.macs(4, 2)) == [
+        "blocks.0"
+    ]
+    assert select_blocks_to_remove(model, EXAMPLE, DATA, macs - Inner.macs(4, 8)) == [
+        "blocks.1"
+    ]
 
 
 def test_the_floor_is_reachable_and_below_it_is_an_error():
     model = stack(2, 6, 3)
     floor = AREA * K * RGB * 4 + 4 * CLASSES
-    assert sorted(shallower(model, EXAMPLE, DATA, floor)) == [
+    assert sorted(select_blocks_to_remove(model, EXAMPLE, DATA, floor)) == [
         "blocks.0",
         "blocks.1",
         "blocks.2",
     ]
     message = rf"^target_macs: {floor - 1} is below the reachable floor; .*3 removable blocks .* has {floor} MACs \(\d"
     with pytest.raises(UserError, match=message):
-        shallower(model, EXAMPLE, DATA, floor - 1)
+        select_blocks_to_remove(model, EXAMPLE, DATA, floor - 1)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -456,7 +460,7 @@ def test_the_model_is_left_as_found(training):
     before = [tensor.clone() for tensor in tensors(model)]
     remove_blocks(model, names_of(model))
     importance(model, "blocks.1")
-    shallower(model, EXAMPLE, DATA, 0.6 * counted_macs(model, SIZE))
+    select_blocks_to_remove(model, EXAMPLE, DATA, 0.6 * counted_macs(model, SIZE))
     assert all(itertools.starmap(torch.equal, zip(tensors(model), before, strict=True)))
     assert all(module.training is training for module in model.modules())
     assert not any(

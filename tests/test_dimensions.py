@@ -13,10 +13,9 @@ from autoprune.scaling.accuracy_model import (
     AccuracyModel,
     Point,
     Shares,
-    along,
-    measured_bounds,
-    optimum,
+    shrink_one,
 )
+from autoprune.scaling.optimum import measured_bounds, optimum
 
 WIDE = dict.fromkeys(EXPONENTS, (0.02, 1.0))
 POWERS = np.array(list(EXPONENTS.values()))
@@ -238,14 +237,16 @@ def test_mean_absolute_error_is_the_mean_distance():
 def test_three_dimensions_predict_no_less_than_the_best_of_one(cost):
     model = AccuracyModel.fit(scattered(30))
     best = optimum(model, cost, WIDE)
-    alone = [float(model(*sizes(along(dimension, cost)))) for dimension in EXPONENTS]
+    alone = [
+        float(model(*sizes(shrink_one(dimension, cost)))) for dimension in EXPONENTS
+    ]
     assert best.accuracy >= max(alone) - 1e-12
     assert best.accuracy > min(alone) + 1e-3
 
 
 @given(st.floats(0.001, 1.0), st.sampled_from(list(EXPONENTS)))
 def test_one_dimension_alone_pays_the_whole_cut(cost, dimension):
-    found = along(dimension, cost)
+    found = shrink_one(dimension, cost)
     assert found.cost == pytest.approx(cost, rel=1e-12)
     assert [name for name in EXPONENTS if getattr(found, name) != 1] in (
         [dimension],
@@ -303,10 +304,13 @@ def test_points_that_say_too_little_of_a_dimension_are_refused():
             r"^resolution: must be in \(0, 1\], .* got nan$",
         ),
         (
-            lambda: along("dept", 0.5),
+            lambda: shrink_one("dept", 0.5),
             r"^dimension: unknown dimension 'dept'; did you mean 'depth'\?",
         ),
-        (lambda: along("width", 0), r"^cost_share: must be in \(0, 1\], .* got 0$"),
+        (
+            lambda: shrink_one("width", 0),
+            r"^cost_share: must be in \(0, 1\], .* got 0$",
+        ),
         (
             lambda: AccuracyModel.fit(scattered(30), degree=0),
             r"^degree: must be 1 or more, got 0; ",

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from autoprune.deploy.export import export_onnx, onnx_session
 from autoprune.errors import UserError
-from autoprune.scaling.resolution import Resize, at_resolution
+from autoprune.scaling.resolution import Resize, resize_inputs
 from autoprune.tracing.trace import trace
 
 SIZE = 8
@@ -33,14 +33,14 @@ class Plain(nn.Module):
 def test_macs_scale_with_the_area(size):
     full = counted_macs(Plain(), SIZE)
     assert full == SIZE**2 * (3 * 4 * 9 + 4 * 5)
-    assert counted_macs(at_resolution(Plain(), size), SIZE) * SIZE**2 == full * size**2
+    assert counted_macs(resize_inputs(Plain(), size), SIZE) * SIZE**2 == full * size**2
 
 
 @pytest.mark.parametrize("name", ["chain", "residual", "squeeze_excitation"])
 def test_at_full_size_it_is_the_network_bit_for_bit(name):
     model, x = build(name), images(2, SIZE)
     with torch.no_grad():
-        assert torch.equal(at_resolution(model, SIZE)(x), model(x))
+        assert torch.equal(resize_inputs(model, SIZE)(x), model(x))
 
 
 def test_half_the_size_is_a_weighted_mean_of_neighbours():
@@ -54,12 +54,12 @@ def test_half_the_size_is_a_weighted_mean_of_neighbours():
                 weights[row, 2 * row + offset] = weight
     weights /= weights.sum(1, keepdim=True)
     x = images(2, 8, torch.float64)
-    seen = at_resolution(nn.Identity(), 4)(x)
+    seen = resize_inputs(nn.Identity(), 4)(x)
     torch.testing.assert_close(seen, weights @ x @ weights.T, rtol=1e-12, atol=1e-12)
 
 
 def test_the_network_sees_the_new_size_and_images_of_any_shape_are_taken():
-    seen = at_resolution(nn.Identity(), 5)
+    seen = resize_inputs(nn.Identity(), 5)
     assert seen(torch.ones(2, 3, 9, 7)).shape == (2, 3, 5, 5)
     assert torch.allclose(seen(torch.ones(2, 3, 9, 7)), torch.ones(()))
 
@@ -67,7 +67,7 @@ def test_the_network_sees_the_new_size_and_images_of_any_shape_are_taken():
 def test_it_is_a_copy_that_can_be_trained_without_the_original():
     model, x = build("chain"), images(2, SIZE)
     before = [tensor.clone() for tensor in tensors(model)]
-    resized = at_resolution(model, 6).train()
+    resized = resize_inputs(model, 6).train()
     F.cross_entropy(resized(x), torch.tensor([0, 1])).backward()
     torch.optim.SGD(resized.parameters(), 1.0).step()
     assert not torch.equal(resized.conv1.weight, model.conv1.weight)
@@ -77,11 +77,11 @@ def test_it_is_a_copy_that_can_be_trained_without_the_original():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_that_of_the_network(training):
-    assert at_resolution(build("chain").train(training), 6).training is training
+    assert resize_inputs(build("chain").train(training), 6).training is training
 
 
 def test_a_resized_network_is_not_nested():
-    twice = at_resolution(at_resolution(build("chain"), 2), 6)
+    twice = resize_inputs(resize_inputs(build("chain"), 2), 6)
     assert [
         hook.size
         for hook in twice._forward_pre_hooks.values()
@@ -89,13 +89,13 @@ def test_a_resized_network_is_not_nested():
     ] == [6]
     x = images(2, SIZE)
     with torch.no_grad():
-        assert torch.equal(twice(x), at_resolution(build("chain"), 6)(x))
+        assert torch.equal(twice(x), resize_inputs(build("chain"), 6)(x))
 
 
 @pytest.mark.parametrize("name", ["chain", "residual"])
 def test_the_trace_finds_the_same_groups(name):
     model, x = build(name), images(1, SIZE)
-    whole, resized = trace(model, x).all, trace(at_resolution(model, 5), x).all
+    whole, resized = trace(model, x).all, trace(resize_inputs(model, 5), x).all
     assert [(g.name, g.channels, g.pinned) for g in resized] == [
         (g.name, g.channels, g.pinned) for g in whole
     ]
@@ -103,7 +103,7 @@ def test_the_trace_finds_the_same_groups(name):
 
 @pytest.mark.parametrize("size", [5, 11])
 def test_onnx_takes_the_original_images_and_answers_the_same(size, tmp_path):
-    resized, x = at_resolution(build("chain"), size), images(3, SIZE)
+    resized, x = resize_inputs(build("chain"), size), images(3, SIZE)
     assert export_onnx(resized, x[:1], tmp_path / "model.onnx") < 1e-5
     (answers,) = onnx_session(tmp_path / "model.onnx").run(None, {"images": x.numpy()})
     with torch.no_grad():
@@ -117,4 +117,4 @@ def test_a_size_below_one_is_refused(size):
     with pytest.raises(
         UserError, match=rf"^size: expected at least 1 pixel, got {size}$"
     ):
-        at_resolution(build("chain"), size)
+        resize_inputs(build("chain"), size)

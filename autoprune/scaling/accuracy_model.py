@@ -1,14 +1,14 @@
-"""How much of a cut depth, width and input size should take: accuracy fitted to
-measured points, and its best point.
+"""How much of a cut should depth, width and input size take?
 
 Wang et al., "Accelerate CNNs from Three Dimensions" (ICML 2021): accuracy is a
 polynomial F of the three, cost is `depth x width^2 x resolution^2`, and the network to
-prune to is where F is largest at the cost wanted. Numbers only;
-`autoprune.scaling.depth`, pruning and `autoprune.scaling.resolution` make the network.
+prune to is where F is largest at that cost. Here F is fitted to measured networks;
+`autoprune.scaling.optimum` looks for its largest value. Numbers only: the network
+itself is made by `autoprune.scaling.depth`, `autoprune.structure.slicing` and
+`autoprune.scaling.resolution`.
 """
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -17,17 +17,13 @@ from autoprune.errors import UserError, check_known
 
 EXPONENTS = {"depth": 1, "width": 2, "resolution": 2}
 """Dimension to the power with which it enters the cost of a network of convolutions."""
+
 # Small enough to leave noise-free points fitted to 1e-8; it keeps factors of a product
 # from drifting apart.
 RIDGE = 1e-12
-MAX_SWEEPS, CONVERGED = 1000, 1e-12
-# Each round keeps a sixteenth of the range; ten leave 1e-12 of it.
-STEPS, ROUNDS = np.linspace(0, 1, 33), 10
-
-Accuracy = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""Depth, width and resolution, arrays of one shape, to what is to be maximised."""
-Bounds = Mapping[str, tuple[float, float]]
-"""Dimension to its lowest and highest share."""
+# A fit rests when a sweep over the dimensions changes no prediction by this much.
+CONVERGED = 1e-12
+MAX_SWEEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -47,35 +43,44 @@ class Shares:
     width: float
     resolution: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for dimension in EXPONENTS:
-            _check_share(dimension, getattr(self, dimension))
+            check_share(dimension, getattr(self, dimension))
 
     @property
     def cost(self) -> float:
-        """MACs relative to the dense network, after the paper's rule: depth x width^2 x
-        resolution^2.
+        """MACs relative to the dense network, by the paper's rule.
+
+        Half of the layers with half of the channels cost 0.5 x 0.5^2 = 0.125.
         """
-        return math.prod(
-            getattr(self, dimension) ** power for dimension, power in EXPONENTS.items()
-        )
+        cost = 1.0
+        for dimension, power in EXPONENTS.items():
+            cost *= getattr(self, dimension) ** power
+        return cost
 
 
 @dataclass(frozen=True)
 class Point(Shares):
-    """A network of these shares and its accuracy, measured or predicted."""
+    """A network of these shares and its accuracy.
+
+    Attributes:
+        accuracy: Measured or predicted, in [0, 1].
+    """
 
     accuracy: float
 
 
 @dataclass(frozen=True, eq=False)
 class AccuracyModel:
-    """A sum of products of one polynomial for each dimension: a low-rank form of the
-    paper's coefficient tensor.
+    """A sum of products of one polynomial for each dimension.
+
+    With one product it is F = p(depth) q(width) r(resolution): a low-rank form of the
+    paper's coefficient tensor. With p = 0.5 + 0.4 depth and q = r = 1, a network of
+    half the depth has the accuracy 0.7, whatever its width.
 
     Attributes:
         coefficients: Of the powers 0 to `degree` of each dimension in each product,
-            `(rank, 3, degree + 1)`.
+            `(rank, 3, degree + 1)`; [[[0.5, 0.4], [1, 0], [1, 0]]] in the example.
     """
 
     coefficients: np.ndarray
@@ -84,14 +89,13 @@ class AccuracyModel:
     def fit(
         cls, points: Sequence[Point], degree: int = 3, rank: int = 1
     ) -> "AccuracyModel":
-        """The model with the least squared error on `points`, by alternating least
-        squares.
+        """The model with the least squared error on `points`.
 
-        With two dimensions fixed the coefficients of the third one are a linear
-        problem; the three are solved in turns until the predictions rest. Nothing is
-        drawn at random. We couldn't verify the paper's degree, rank, way of fitting and
-        number of points; ours has to be given as many points as there are free
-        coefficients.
+        By alternating least squares: with two dimensions fixed, the coefficients of the
+        third one are a linear problem; the three are solved in turns until the
+        predictions rest. Nothing is drawn at random. We couldn't verify the paper's
+        degree, rank, way of fitting and number of points; ours has to be given as many
+        points as there are free coefficients.
 
         Args:
             points: Measured networks.
@@ -104,40 +108,54 @@ class AccuracyModel:
                 a polynomial has coefficients.
         """
         _check_fit(points, degree, rank)
-        *shares, accuracy = np.array([astuple(point) for point in points]).T
+        shares, accuracies = _columns(points)
         powers = [_powers(values, degree) for values in shares]
         coefficients = np.zeros((0, len(EXPONENTS), degree + 1))
         for _ in range(rank):
             # Products that all start at once end in worse fits; so each starts with
-            # what those before leave.
+            # what those before leave, from polynomials that are 1 everywhere.
             product = np.eye(1, degree + 1)[None].repeat(len(EXPONENTS), 1)
-            product = _settled(
-                product, powers, accuracy - _predicted(coefficients, powers)
-            )
-            coefficients = _settled(
-                np.concatenate([coefficients, product]), powers, accuracy
-            )
+            left = accuracies - _predict(coefficients, powers)
+            product = _solve_in_turns(product, powers, left)
+            coefficients = np.concatenate([coefficients, product])
+            coefficients = _solve_in_turns(coefficients, powers, accuracies)
         return cls(coefficients)
 
     def __call__(
         self, depth: np.ndarray, width: np.ndarray, resolution: np.ndarray
     ) -> np.ndarray:
-        """The predicted accuracy, of the arguments' shape; outside the measured range
-        it means nothing.
+        """The predicted accuracy; outside the measured range it means nothing.
+
+        Args:
+            depth: Shares, of any shape.
+            width: Shares, of the same shape.
+            resolution: Shares, of the same shape.
+
+        Returns:
+            An array of the arguments' shape.
         """
+        # A polynomial of degree 3 has four coefficients.
         degree = self.coefficients.shape[-1] - 1
         powers = [_powers(values, degree) for values in (depth, width, resolution)]
-        return _predicted(self.coefficients, powers)
+        return _predict(self.coefficients, powers)
 
     def mean_absolute_error(self, points: Sequence[Point]) -> float:
-        """Mean distance between predicted and measured accuracy; honest for points that
-        `fit` hasn't seen.
+        """Mean distance between predicted and measured accuracy.
+
+        It is honest for points that `fit` hasn't seen.
         """
-        *shares, accuracy = np.array([astuple(point) for point in points]).T
-        return float(np.abs(self(*shares) - accuracy).mean())
+        shares, accuracies = _columns(points)
+        return float(np.abs(self(*shares) - accuracies).mean())
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[np.ndarray], np.ndarray]:
+    """The points' shares of each dimension and their accuracies, `(n_points,)` each."""
+    *shares, accuracies = np.array([astuple(point) for point in points]).T
+    return shares, accuracies
 
 
 def _powers(values: np.ndarray, degree: int) -> np.ndarray:
+    """The powers 0 to `degree` of values of any shape, `(..., degree + 1)`."""
     return np.asarray(values, float)[..., None] ** np.arange(degree + 1)
 
 
@@ -148,159 +166,65 @@ def _factors(
     return [powers[axis] @ coefficients[:, axis].T for axis in range(len(EXPONENTS))]
 
 
-def _predicted(coefficients: np.ndarray, powers: Sequence[np.ndarray]) -> np.ndarray:
+def _predict(coefficients: np.ndarray, powers: Sequence[np.ndarray]) -> np.ndarray:
+    """The sum of the products, `(...)`."""
     return np.prod(_factors(powers, coefficients), axis=0).sum(-1)
 
 
-def _settled(
+def _solve_in_turns(
     coefficients: np.ndarray, powers: Sequence[np.ndarray], target: np.ndarray
 ) -> np.ndarray:
-    """Coefficients that fit the target, from where they are: each dimension's in turn,
-    until the predictions rest.
+    """Fits each dimension's coefficients in turn, until the predictions rest.
+
+    Args:
+        coefficients: Where the fit starts, `(rank, 3, degree + 1)`.
+        powers: Of each dimension, `(n_points, degree + 1)`.
+        target: What the sum of products should be, `(n_points,)`.
+
+    Returns:
+        The coefficients of the fit.
     """
-    rank, n_axes, size = coefficients.shape
-    coefficients, before = coefficients.copy(), np.inf
-    padded = np.append(target, np.zeros(rank * size))
+    coefficients = coefficients.copy()
+    predicted_before = np.inf
     for _ in range(MAX_SWEEPS):
-        for axis in range(n_axes):
-            factors = _factors(powers, coefficients)
-            others = factors[axis - 1] * factors[axis - 2]
-            design = (others[:, :, None] * powers[axis][:, None]).reshape(
-                len(target), -1
-            )
-            rows = np.vstack([design, RIDGE**0.5 * np.eye(rank * size)])
-            coefficients[:, axis] = np.linalg.lstsq(rows, padded, rcond=None)[
-                0
-            ].reshape(rank, size)
-        predicted = _predicted(coefficients, powers)
-        if np.abs(predicted - before).max() < CONVERGED:
+        # Each solution uses the ones just found for the dimensions before it.
+        for axis in range(len(EXPONENTS)):
+            coefficients[:, axis] = _solve_one(coefficients, powers, target, axis)
+        predicted = _predict(coefficients, powers)
+        if np.abs(predicted - predicted_before).max() < CONVERGED:
             break
-        before = predicted
+        predicted_before = predicted
     return coefficients
 
 
-def _check_fit(points: Sequence[Point], degree: int, rank: int) -> None:
-    if degree < 1:
-        raise UserError(
-            "degree", f"must be 1 or more, got {degree}; the usual one is 3"
-        )
-    if rank < 1:
-        raise UserError("rank", f"must be 1 or more, got {rank}; the usual one is 1")
-    needed = rank * (
-        3 * degree + 1
-    )  # two of the three polynomials of a product can be scaled freely
-    if len(points) < needed:
-        raise UserError(
-            "points",
-            f"degree {degree} and rank {rank} need {needed} or more, got "
-            f"{len(points)}; "
-            "measure more networks or take a lower degree",
-        )
-    for dimension in EXPONENTS:
-        n_values = len({getattr(point, dimension) for point in points})
-        if n_values <= degree:
-            raise UserError(
-                "points",
-                f"degree {degree} needs {degree + 1} or more different values "
-                f"of {dimension}, got {n_values}; "
-                f"measure networks of other {dimension} or take a lower degree",
-            )
+def _solve_one(
+    coefficients: np.ndarray,
+    powers: Sequence[np.ndarray],
+    target: np.ndarray,
+    axis: int,
+) -> np.ndarray:
+    """The best coefficients of one dimension while the others stay, `(rank, size)`.
 
-
-def measured_bounds(points: Sequence[Point]) -> dict[str, tuple[float, float]]:
-    """The range of each dimension in which `points` lie, for `optimum`: beyond it a fit
-    says nothing.
+    A point's prediction is linear in them. With width and resolution fixed it is, for
+    one product, `q r (p0 + p1 depth + p2 depth^2 + ...)`; so a point's row of the
+    linear problem is `q r` times the powers of its depth.
     """
-    values = {
-        dimension: [getattr(point, dimension) for point in points]
-        for dimension in EXPONENTS
-    }
-    return {
-        dimension: (min(shares), max(shares)) for dimension, shares in values.items()
-    }
+    rank, _, size = coefficients.shape
+    factors = _factors(powers, coefficients)
+    # Of three axes, those that are one and two before this one are the other two.
+    others = factors[axis - 1] * factors[axis - 2]
+    design = (others[:, :, None] * powers[axis][:, None]).reshape(len(target), -1)
+    # The ridge as further rows that ask for coefficients of zero.
+    rows = np.vstack([design, RIDGE**0.5 * np.eye(rank * size)])
+    padded = np.append(target, np.zeros(rank * size))
+    solution = np.linalg.lstsq(rows, padded, rcond=None)[0]
+    return solution.reshape(rank, size)
 
 
-def optimum(value: Accuracy, cost_share: float, bounds: Bounds) -> Point:
-    """The shares of largest `value` among those that cost exactly `cost_share`, with
-    that value as `accuracy`.
-
-    The paper's condition `d F_d = w F_w / 2 = r F_r / 2` holds inside the bounds, at a
-    bound as an inequality. We don't solve it, since a polynomial may meet it at a
-    minimum as well: in logarithms the cost is a plane, so two dimensions are free, and
-    for each resolution the best width is found, then the resolution. Both times a grid
-    over the whole range counts, then finer ones around its best point. Shares are good
-    to about 1e-7, where values no longer differ.
-
-    Args:
-        value: An `AccuracyModel`, or any function of arrays.
-        cost_share: Cost relative to the dense network, in (0, 1]; it is met to 1e-9.
-        bounds: For each of "depth", "width" and "resolution", within (0, 1];
-            `measured_bounds` gives those of points.
-
-    Raises:
-        UserError: If an argument is out of range or `cost_share` can't be reached
-            within `bounds`.
-    """
-    _check_share("cost_share", cost_share)
-    _check_bounds(bounds)
-    lows, highs = np.array([bounds[dimension] for dimension in EXPONENTS]).T
-    _check_reachable(cost_share, lows, highs)
-    (low_d, low_w, low_r), (high_d, high_w, high_r), total = (
-        np.log(lows),
-        np.log(highs),
-        math.log(cost_share),
-    )
-
-    def shares(width: np.ndarray, resolution: np.ndarray) -> np.ndarray:
-        """From logarithms to the three shares, the depth being what the cost leaves."""
-        return np.exp(np.stack([total - 2 * (width + resolution), width, resolution]))
-
-    def best_width(resolution: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        left = total / 2 - resolution
-        low, high = (
-            np.maximum(low_w, left - high_d / 2),
-            np.minimum(high_w, left - low_d / 2),
-        )
-        return _maximum(
-            lambda w: value(
-                *shares(w, np.broadcast_to(resolution[..., None], w.shape))
-            ),
-            low,
-            high,
-        )
-
-    low, high = (
-        max(low_r, (total - high_d) / 2 - high_w),
-        min(high_r, (total - low_d) / 2 - low_w),
-    )
-    resolution, _ = _maximum(lambda r: best_width(r)[1], np.array(low), np.array(high))
-    width, _ = best_width(resolution)
-    # A logarithm and back may end a rounding error outside the bounds.
-    found = np.clip(shares(width, resolution), lows, highs)
-    return Point(*map(float, found), accuracy=float(value(*found)))
-
-
-def _maximum(
-    value: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where each row's function is largest from `low` to `high`, and its value there;
-    `value` takes `(..., n)`.
-    """
-    for _ in range(ROUNDS):
-        grid = low[..., None] + (high - low)[..., None] * STEPS
-        values = value(grid)
-        best = values.argmax(-1)[..., None]
-        before, after = (np.clip(best + step, 0, len(STEPS) - 1) for step in (-1, 1))
-        low, high = (
-            np.take_along_axis(grid, index, -1)[..., 0] for index in (before, after)
-        )
-    return np.take_along_axis(grid, best, -1)[..., 0], np.take_along_axis(
-        values, best, -1
-    )[..., 0]
-
-
-def along(dimension: str, cost_share: float) -> Shares:
+def shrink_one(dimension: str, cost_share: float) -> Shares:
     """The network of `cost_share` that is cut in one dimension alone.
+
+    At a quarter of the cost half of the width is left.
 
     Args:
         dimension: "depth", "width" or "resolution".
@@ -310,12 +234,14 @@ def along(dimension: str, cost_share: float) -> Shares:
         UserError: If the dimension isn't known or the share out of range.
     """
     check_known("dimension", dimension, EXPONENTS)
-    return together((dimension,), cost_share)
+    return shrink_together((dimension,), cost_share)
 
 
-def together(dimensions: Collection[str], cost_share: float) -> Shares:
-    """The network of `cost_share` to which some dimensions contribute equally, in
-    logarithms of the cost.
+def shrink_together(dimensions: Collection[str], cost_share: float) -> Shares:
+    """The network of `cost_share` to which some dimensions contribute equally.
+
+    Equally in logarithms of the cost: of a quarter, depth and width each halve it, with
+    0.5 of the depth and 0.71 of the width.
 
     Args:
         dimensions: One or more of "depth", "width" and "resolution".
@@ -324,47 +250,56 @@ def together(dimensions: Collection[str], cost_share: float) -> Shares:
     Raises:
         UserError: If the share is out of range.
     """
-    _check_share("cost_share", cost_share)
+    check_share("cost_share", cost_share)
     part = cost_share ** (1 / len(dimensions))
-    return Shares(
-        *(
-            part ** (1 / power) if name in dimensions else 1.0
-            for name, power in EXPONENTS.items()
-        )
-    )
+    shares = []
+    for dimension, power in EXPONENTS.items():
+        is_shrunk = dimension in dimensions
+        shares.append(part ** (1 / power) if is_shrunk else 1.0)
+    return Shares(*shares)
 
 
-def _check_share(name: str, share: float) -> None:
+def check_share(name: str, share: float) -> None:
+    """Checks that a share is in (0, 1].
+
+    Args:
+        name: The argument that holds it, for the message.
+        share: Of the dense network.
+
+    Raises:
+        UserError: If it is out of range.
+    """
+    # Not "share <= 0 or share > 1", which NaN would pass.
     if not 0 < share <= 1:
         raise UserError(
             name, f"must be in (0, 1], relative to the dense network, got {share}"
         )
 
 
-def _check_bounds(bounds: Bounds) -> None:
-    for dimension in EXPONENTS:
-        if dimension not in bounds:
-            raise UserError(
-                "bounds",
-                f"no {dimension}; give {', '.join(EXPONENTS)}, each as (low, "
-                f"high) in (0, 1]",
-            )
-        low, high = bounds[dimension]
-        if not 0 < low <= high <= 1:
-            raise UserError(
-                "bounds",
-                f"{dimension} must be 0 < low <= high <= 1, got {low} to "
-                f"{high}; give other shares",
-            )
-
-
-def _check_reachable(cost_share: float, lows: np.ndarray, highs: np.ndarray) -> None:
-    powers = list(EXPONENTS.values())
-    least, most = np.prod(lows**powers), np.prod(highs**powers)
-    if not least * (1 - 1e-12) <= cost_share <= most * (1 + 1e-12):
+def _check_fit(points: Sequence[Point], degree: int, rank: int) -> None:
+    if degree < 1:
         raise UserError(
-            "cost_share",
-            f"{cost_share:.4g} can't be met within the bounds, which allow "
-            f"{least:.4g} to {most:.4g}; "
-            "widen the bounds",
+            "degree", f"must be 1 or more, got {degree}; the usual one is 3"
         )
+    if rank < 1:
+        raise UserError("rank", f"must be 1 or more, got {rank}; the usual one is 1")
+    # Of the 3 (degree + 1) coefficients of a product two aren't free: two of its three
+    # polynomials can be scaled at will, if the third makes up for it.
+    n_needed = rank * (3 * degree + 1)
+    if len(points) < n_needed:
+        raise UserError(
+            "points",
+            f"degree {degree} and rank {rank} need {n_needed} or more, "
+            f"got {len(points)}; measure more networks or take a lower degree",
+        )
+    # As many points on a line as a polynomial has coefficients, or it may be anything
+    # between them.
+    for dimension in EXPONENTS:
+        n_values = len({getattr(point, dimension) for point in points})
+        if n_values <= degree:
+            raise UserError(
+                "points",
+                f"degree {degree} needs {degree + 1} or more different values "
+                f"of {dimension}, got {n_values}; "
+                f"measure networks of other {dimension} or take a lower degree",
+            )
