@@ -1,7 +1,11 @@
-"""Lanes: episodes of one environment side by side, as Stable-Baselines3 wants them."""
+"""Episodes that step together, as the vector environments of Stable-Baselines3.
+
+A *lane* is one of the episodes.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
@@ -11,29 +15,36 @@ from autoprune.costs.budget import Budget, BudgetRange
 from autoprune.envs.batch import BatchedEpisodes, uniform_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 
+UNIFORM_POINTS = 6
+"""Budgets of a range at which uniform pruning is scored."""
+
 
 class SB3VecEnv(VecEnv):
-    """Lanes of one environment that end together, as Stable-Baselines3 wants them. How
-    they are judged is left open.
+    """Lanes of one environment that end together; subclasses say how they are scored.
 
     Args:
         env: The environment.
-        n_lanes: How many walk at once.
+        n_lanes: Number of episodes that step together.
+
+    Attributes:
+        budgets: The budget of each lane.
+        batch: The episodes.
     """
 
-    def __init__(self, env: LayerPruningEnv, n_lanes: int):
-        self.env = env  # first: the parent asks for attributes of the environment
+    def __init__(self, env: LayerPruningEnv, n_lanes: int) -> None:
+        # First: the parent asks for attributes of the environment.
+        self.env = env
         super().__init__(n_lanes, env.observation_space, env.action_space)
         self.budgets: list[Budget] = []
         self.batch: BatchedEpisodes
         self._actions = np.zeros(n_lanes)
 
     def next_budgets(self) -> list[Budget]:
-        """The budgets of the next episodes, one a lane."""
+        """The budgets of the next episodes, one for each lane."""
         raise NotImplementedError
 
     def rewards(self) -> np.ndarray:
-        """Rewards `(n_lanes,)` of the finished walks."""
+        """The rewards `(n_lanes,)` of the finished episodes."""
         raise NotImplementedError
 
     def reset(self) -> np.ndarray:
@@ -43,69 +54,96 @@ class SB3VecEnv(VecEnv):
         return self.batch.observe()
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Takes one action a lane, `(n_lanes, 1)`."""
+        """Takes one action for each lane, `(n_lanes, 1)`."""
         self._actions = np.asarray(actions, np.float64)[:, 0]
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
-        """Decides a group in every lane; after the last one all are judged and start
-        anew.
-        """
+        """Decides a group in every lane; after the last one all start anew."""
         executed, _ = self.batch.step(self._actions)
-        infos: list[dict] = [
+        infos: list[dict[str, Any]] = [
             {"executed_action": action} for action in executed.tolist()
         ]
-        observations, n = self.batch.observe(), self.num_envs
+        observations = self.batch.observe()
         if not self.batch.is_over:
-            return observations, np.zeros(n, np.float32), np.zeros(n, bool), infos
+            no_rewards = np.zeros(self.num_envs, np.float32)
+            return observations, no_rewards, np.zeros(self.num_envs, bool), infos
         rewards = self.rewards()
-        for info, observation, reward in zip(
-            infos, observations, rewards.tolist(), strict=True
-        ):
-            info |= {
-                "terminal_observation": observation,
-                "episode": {"r": reward, "l": len(self.env.groups), "t": 0.0},
+        for lane, info in enumerate(infos):
+            # By this name Stable-Baselines3 looks for it.
+            info["terminal_observation"] = observations[lane]
+            # What Stable-Baselines3 logs; the duration means nothing here.
+            info["episode"] = {
+                "r": float(rewards[lane]),
+                "l": len(self.env.groups),
+                "t": 0.0,
             }
-        return self.reset(), rewards.astype(np.float32), np.ones(n, bool), infos
+        dones = np.ones(self.num_envs, bool)
+        return self.reset(), rewards.astype(np.float32), dones, infos
 
     def close(self) -> None:
         """Nothing to release."""
 
-    def get_attr(self, attr_name: str, indices=None) -> list:
-        """The environment's attribute, once a lane."""
+    def get_attr(self, attr_name: str, indices: Any = None) -> list:
+        """The environment's attribute, once for each lane.
+
+        Args:
+            attr_name: Its name.
+            indices: Ignored; all lanes have the same.
+        """
         return [getattr(self.env, attr_name)] * self.num_envs
 
-    def set_attr(self, attr_name: str, value, indices=None) -> None:
-        """Not possible: the lanes share one environment."""
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Refuses: the lanes share one environment.
+
+        Args:
+            attr_name: Name of the attribute.
+            value: Ignored.
+            indices: Ignored.
+        """
         raise NotImplementedError(
             f"{attr_name}: lanes share one environment; make another one"
         )
 
-    def env_method(self, method_name: str, *args, indices=None, **kwargs) -> list:
-        """Calls the environment's method, once."""
+    def env_method(
+        self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
+    ) -> list:
+        """Calls the environment's method, once.
+
+        Args:
+            method_name: Name of the method.
+            *args: Its arguments.
+            indices: Ignored; the lanes share one environment.
+            **kwargs: Its keyword arguments.
+        """
         return [getattr(self.env, method_name)(*args, **kwargs)]
 
-    def env_is_wrapped(self, wrapper_class: type, indices=None) -> list[bool]:
-        """Lanes are never wrapped."""
+    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
+        """Lanes are never wrapped.
+
+        Args:
+            wrapper_class: Ignored.
+            indices: Ignored.
+        """
         return [False] * self.num_envs
 
 
 class RecordedVecEnv(SB3VecEnv):
-    """Lanes whose networks are really scored, side by side, and recorded.
+    """Lanes whose networks are scored side by side and recorded.
 
-    Where fewer episodes are asked for than there are lanes, the surplus lanes shadow
-    the first ones: same budget, same actions, nothing recorded, nothing evaluated
-    twice.
+    Where fewer episodes are asked for than there are lanes, the surplus lanes copy the
+    first ones: same budget, same actions, nothing recorded, nothing evaluated twice.
+    With ten lanes and three episodes to go, lanes 3, 6 and 9 copy lane 0.
 
     Under a range of budgets the learner sees how much better than uniform pruning at
     the same budget a network is, so that a tight budget isn't taken for a bad policy.
 
     Args:
         recorder: Where episodes go.
-        n_lanes: How many walk at once.
-        lead: Wishes actions `(n_lanes,)` for the first batch of all. The first lane
-            does as it says; in the others the learner's wishes are added, which of a
-            learner at uniform pruning are its noise. Learners store what was executed,
-            so they learn from it all the same.
+        n_lanes: Number of episodes that step together.
+        warm_start: A policy that acts in the very first batch. The first lane does what
+            it says; in the others the learner's actions are added, which of a learner
+            at uniform pruning are its noise. Learners store what was executed, so they
+            learn from it all the same.
     """
 
     def __init__(
@@ -113,43 +151,37 @@ class RecordedVecEnv(SB3VecEnv):
         recorder: Recorder,
         n_lanes: int = LANES,
         warm_start: Callable[[BatchedEpisodes], np.ndarray] | None = None,
-    ):
+    ) -> None:
         super().__init__(recorder.env, n_lanes)
-        self.recorder, self._warm_start = recorder, warm_start
-        self._shadows = np.arange(n_lanes)
+        self.recorder = recorder
+        self._warm_start = warm_start
+        self._copied_lanes = np.arange(n_lanes)
 
     def next_budgets(self) -> list[Budget]:
-        """Spread over the range, and the same in a lane and its shadow."""
-        live = min(self.num_envs, self.recorder.remaining) or self.num_envs
-        self._shadows = np.arange(self.num_envs) % live
-        budgets = self.recorder.budgets(live)
-        return [budgets[lane] for lane in self._shadows]
+        """Spread over the range, and the same in a lane and its copies."""
+        # After the last episode a learner still resets its environment once.
+        n_live = min(self.num_envs, self.recorder.remaining) or self.num_envs
+        self._copied_lanes = np.arange(self.num_envs) % n_live
+        budgets = self.recorder.budgets(n_live)
+        return [budgets[lane] for lane in self._copied_lanes]
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Takes one action a lane, `(n_lanes, 1)`; those of shadows don't count, those
-        of the first batch are led.
-        """
-        super().step_async(np.asarray(actions)[self._shadows])
+        """Takes one action for each lane, `(n_lanes, 1)`; copies' own don't count."""
+        # What the learner asked for in a copy is dropped; it stores what was executed.
+        super().step_async(np.asarray(actions)[self._copied_lanes])
         if self._warm_start is not None and not self.recorder.episodes:
-            self._actions = self._warm_start(self.batch) + np.where(
-                self._shadows == 0, 0, self._actions
-            )
+            noise = np.where(self._copied_lanes == 0, 0, self._actions)
+            self._actions = self._warm_start(self.batch) + noise
 
     def rewards(self) -> np.ndarray:
-        """Scores the networks."""
-        # Par first: a resumed search then sees it scored before its episodes too, on
-        # the same block of images.
-        expected = (
-            self._uniform.at(self.budgets, self._uniform_rewards)
-            if isinstance(self.env.budget, BudgetRange)
-            else 0.0
-        )
-        return (
-            self.recorder.score(
-                self.batch, self.budgets, min(self.num_envs, self.recorder.remaining)
-            )
-            - expected
-        )
+        """Scores and records the networks."""
+        expected = 0.0
+        if isinstance(self.env.budget, BudgetRange):
+            # Uniform pruning is scored first: a resumed search then sees it scored
+            # before its episodes too, on the same block of images.
+            expected = self._uniform.interpolate(self.budgets, self._uniform_rewards)
+        n_recorded = min(self.num_envs, self.recorder.remaining)
+        return self.recorder.score(self.batch, self.budgets, n_recorded) - expected
 
     @cached_property
     def _uniform(self) -> "UniformBaseline":
@@ -160,32 +192,38 @@ class RecordedVecEnv(SB3VecEnv):
         return self.env.score(self._uniform.batch, self._uniform.budgets)[0]
 
 
-UNIFORM_POINTS = 6
-
-
 class UniformBaseline:
-    """What a budget of an environment's range is worth to uniform pruning, which is
-    judged at a few of them.
+    """Uniform pruning at a few budgets of an environment's range.
 
     Args:
         env: An environment with a range of budgets.
 
     Attributes:
-        budgets: Where uniform pruning is judged.
-        walks: Its episodes under those budgets, at their end.
+        budgets: The budgets.
+        batch: Episodes of uniform pruning under them, at their end.
     """
 
-    def __init__(self, env: LayerPruningEnv):
-        self.budgets = [
-            env.budget.at(position) for position in np.linspace(0, 1, UNIFORM_POINTS)
-        ]
+    def __init__(self, env: LayerPruningEnv) -> None:
+        positions = np.linspace(0, 1, UNIFORM_POINTS)
+        self.budgets = [env.budget.at_position(position) for position in positions]
         self.batch = env.start_episodes(self.budgets).rollout(uniform_policy)
 
-    def at(self, budgets: Sequence[Budget], rewards: np.ndarray) -> np.ndarray:
-        """What uniform pruning earns under `budgets`, linear between its `rewards` in
-        the walks.
+    def interpolate(self, budgets: Sequence[Budget], rewards: np.ndarray) -> np.ndarray:
+        """What uniform pruning earns under other budgets, linear between those known.
+
+        Args:
+            budgets: Shares within the range, `n` of them.
+            rewards: What it earned in `batch`, `(n_points,)`.
+
+        Returns:
+            Rewards `(n,)`.
         """
-        shares, asked = (
-            [budget.share for budget in some] for some in (self.budgets, budgets)
-        )
-        return np.interp(asked, shares, rewards)
+        return np.interp(_shares(budgets), _shares(self.budgets), rewards)
+
+
+def _shares(budgets: Sequence[Budget]) -> list[float]:
+    shares = []
+    for budget in budgets:
+        assert budget.share is not None, "a range is one of shares"
+        shares.append(budget.share)
+    return shares

@@ -1,8 +1,7 @@
-"""The observation: named features with bounds, so that a policy means the same on every
-network.
+"""The observation: named features within [0, 1] that mean the same on every network.
 
-Everything is a share, a rank, or relative to the network's own mean or largest; nothing
-names the network.
+Everything is a share, a rank, or relative to the network's own mean or largest. Nothing
+names the network, so that a policy can be carried to another one.
 """
 
 from collections.abc import Callable
@@ -14,15 +13,14 @@ import numpy as np
 from gymnasium import spaces
 from torch import Tensor
 
-from autoprune.costs.allocation import SearchSpace
-from autoprune.evaluation.proxy import ProxyAccuracy, half
+from autoprune.costs.search_space import SearchSpace
+from autoprune.evaluation.proxy import Proxy, half
 from autoprune.structure.groups import Group, Groups
 
 
 @dataclass(frozen=True)
 class State:
-    """What is known when the sparsity of one group has to be chosen, in several lanes
-    at once.
+    """What is known when the sparsity of one group has to be chosen, in every lane.
 
     Attributes:
         index: Position of the group among the prunable groups; the same in all lanes.
@@ -46,14 +44,13 @@ class State:
 
 @dataclass(frozen=True)
 class Feature:
-    """One number of the observation, within [0, 1]: the same in all lanes, or
-    `(n_lanes,)`.
+    """One number of the observation, within [0, 1].
 
     Attributes:
         name: What a policy's file calls it.
         meaning: What it says, and in which units.
-        value: How it is computed.
-        is_static: Whether it is a matter of the group alone, whatever has been decided.
+        value: How it is computed: one number for all lanes, or `(n_lanes,)`.
+        is_static: Whether it depends on the group alone, whatever has been decided.
     """
 
     name: str
@@ -73,8 +70,10 @@ class Observer:
             before the first observation.
     """
 
-    def __init__(self, groups: Groups, space: SearchSpace, proxy: ProxyAccuracy):
-        self.groups, self.space, self.proxy = groups, space, proxy
+    def __init__(self, groups: Groups, space: SearchSpace, proxy: Proxy) -> None:
+        self.groups = groups
+        self.space = space
+        self.proxy = proxy
         self.dense_cost = space.cost(space.costs.dense)
 
     def observe(self, state: State) -> np.ndarray:
@@ -82,42 +81,42 @@ class Observer:
         features = np.empty((len(state.kept), len(FEATURES)), np.float32)
         for column, feature in enumerate(FEATURES):
             features[:, column] = feature.value(self, state)
+        # A budget beyond the dense cost says no more than the dense cost.
         return features.clip(0, 1)
 
-    def reduced(self, state: State) -> np.ndarray:
-        """Share of the dense cost that the decided groups have saved."""
-        return (
-            1
-            - self.space.cost(_with_rest(state, self.space.costs.dense))
-            / self.dense_cost
-        )
+    def saved_share(self, state: State) -> np.ndarray:
+        """Share of the dense cost that the decided groups have saved, `(n_lanes,)`."""
+        cost = self.space.cost(_with_rest(state, self.space.costs.dense))
+        return 1 - cost / self.dense_cost
 
-    def rest(self, state: State) -> np.ndarray:
-        """Share of the dense cost that this and later groups could still save."""
-        dense, low = (
-            self.space.cost(_with_rest(state, counts))
-            for counts in (self.space.costs.dense, self.space.low)
-        )
-        return (dense - low) / self.dense_cost
+    def open_share(self, state: State) -> np.ndarray:
+        """Share of the dense cost that can still be saved, `(n_lanes,)`."""
+        most = self.space.cost(_with_rest(state, self.space.costs.dense))
+        least = self.space.cost(_with_rest(state, self.space.low))
+        return (most - least) / self.dense_cost
 
     @property
     def group_features(self) -> np.ndarray:
-        """The features of `STATIC` of each group, `(n_groups, n_static)`: groups alike
-        in these are of one kind.
+        """The features of `STATIC` of each group, `(n_groups, n_static)`.
+
+        Groups that are alike in these are of one kind.
         """
         return np.column_stack([self.static[name] for name in STATIC])
 
     @cached_property
     def static(self) -> dict[str, np.ndarray]:
         """What never changes: feature to `(n_groups,)`."""
+        # Measured on first use: until then nobody pays for the sensitivity.
         rows = [
             _describe(group, self.groups, self.proxy.importance[group.name])
             for group in self.groups
         ]
-        columns = {
-            name: np.array([row[name] for row in rows], float) for name in rows[0]
-        }
-        damage, dense = self.proxy.sensitivity, self.space.costs.dense
+        columns = {}
+        for name in rows[0]:
+            columns[name] = np.array([row[name] for row in rows], float)
+        dense = self.space.costs.dense
+        damage = self.proxy.sensitivity
+        # In row i only the i-th group is halved, as in the sensitivity.
         halves = np.where(np.eye(len(dense), dtype=bool), half(dense), dense)
         saved = self.dense_cost - self.space.cost(halves)
         return columns | {
@@ -133,76 +132,125 @@ class Observer:
 
 
 def _relative(values: np.ndarray, parts: np.ndarray | None = None) -> np.ndarray:
-    """`parts` (by default the values themselves) as x / (1 + x), with x in units of the
-    mean: 0.5 is average.
+    """Numbers as x / (1 + x), with x in units of the mean: 0.5 is average.
+
+    Worked example: of 1, 2 and 6 the mean is 3, so x is 1/3, 2/3 and 2, and the result
+    0.25, 0.4 and 0.67.
+
+    Args:
+        values: What the mean is taken of, `(n,)`.
+        parts: The numbers, `(n,)`; None for `values` themselves.
     """
-    parts = (values if parts is None else parts) / max(values.mean(), 1e-12)
-    return parts / (1 + parts)
+    numbers = values if parts is None else parts
+    # Where all are 0 there is no unit; they stay 0.
+    scaled = numbers / max(values.mean(), 1e-12)
+    return scaled / (1 + scaled)
 
 
 def _rank(values: np.ndarray) -> np.ndarray:
     """0 for the smallest, 1 for the largest."""
-    return values.argsort(kind="stable").argsort(kind="stable") / max(
-        1, len(values) - 1
-    )
+    # Stable, so that equal values rank the same on every machine.
+    ranks = values.argsort(kind="stable").argsort(kind="stable")
+    return ranks / max(1, len(values) - 1)
 
 
 def _means_ahead(values: np.ndarray) -> np.ndarray:
     """For each group the mean over the groups after it; the last one's own value."""
-    return np.array(
-        [
-            values[min(index + 1, len(values) - 1) :].mean()
-            for index in range(len(values))
-        ]
-    )
+    last = len(values) - 1
+    means = np.empty(len(values))
+    for index in range(len(values)):
+        means[index] = values[min(index + 1, last) :].mean()
+    return means
 
 
 def _describe(group: Group, groups: Groups, scores: Tensor) -> dict[str, float]:
+    """What is known of a group without measuring anything; not yet relative.
+
+    Args:
+        group: The group.
+        groups: The network's trace.
+        scores: Importance of the group's channels, `(n_channels,)`.
+    """
+    members = {member.tensor for member in group.members}
     by_tensor = {layer.tensor: layer for layer in groups.layers}
-    # Depth and image size have no members: they touch everything.
-    touched = [
-        by_tensor[m.tensor] for m in group.members if m.tensor in by_tensor
-    ] or list(groups.layers)
-    producer = next(
-        (layer for layer in touched if layer.kind != "depthwise"), touched[0]
-    )
-    tensors = {
-        member.tensor for member in group.members
-    } & groups.parameters or groups.parameters
-    weak = scores.sort().values[: len(scores) // 2].sum() / scores.sum().clamp_min(
-        1e-12
-    )
+    layers = [by_tensor[m.tensor] for m in group.members if m.tensor in by_tensor]
+    if not layers:
+        # Depth and image size have no members: they touch everything.
+        layers = list(groups.layers)
+    # A depthwise layer passes channels on; the first other one makes them.
+    kinds = [layer.kind for layer in layers]
+    producers = [kind for kind in kinds if kind != "depthwise"]
+    producer = producers[0] if producers else kinds[0]
+    # Members include buffers, which aren't parameters.
+    tensors = members & groups.parameters
+    if not tensors:
+        tensors = groups.parameters
+    n_parameters = 0
+    for name in tensors:
+        n_parameters += int(np.prod(groups.shapes[name]))
+    # Twice its share is 1 where all channels matter alike.
+    weaker_half = scores.sort().values[: len(scores) // 2]
+    weak_share = weaker_half.sum() / scores.sum().clamp_min(1e-12)
     return {
-        "is_linear": producer.kind == "linear",
-        "has_depthwise": any(layer.kind == "depthwise" for layer in touched),
-        "n_layers": log2(1 + len({layer.tensor for layer in touched})) / 8,
-        "resolution": max(max(layer.size) for layer in touched),
+        "is_linear": producer == "linear",
+        "has_depthwise": "depthwise" in kinds,
+        "n_layers": log2(1 + len({layer.tensor for layer in layers})) / 8,
+        "resolution": max(max(layer.size) for layer in layers),
         "macs_share": group.macs_share,
-        "params_share": sum(int(np.prod(groups.shapes[name])) for name in tensors),
-        "weak_half": 2 * float(weak),
+        "params_share": n_parameters,
+        "weak_half": 2 * float(weak_share),
     }
 
 
 def _with_rest(state: State, counts: np.ndarray) -> np.ndarray:
+    """The decided groups, then `counts`: `(n_lanes, n_groups)`."""
     kept = np.repeat(counts[None], len(state.kept), 0)
     kept[:, : state.index] = state.kept[:, : state.index]
     return kept
 
 
 def _static(name: str, meaning: str) -> Feature:
-    return Feature(
-        name,
-        meaning,
-        lambda observer, state: observer.static[name][state.index],
-        is_static=True,
-    )
+    """A feature that is looked up in `Observer.static`."""
+
+    def value(observer: Observer, state: State) -> float:
+        return observer.static[name][state.index]
+
+    return Feature(name, meaning, value, is_static=True)
+
+
+def _position(observer: Observer, state: State) -> float:
+    return state.index / len(observer.groups)
+
+
+def _previous(observer: Observer, state: State) -> np.ndarray:
+    return state.previous
+
+
+def _budget(observer: Observer, state: State) -> np.ndarray:
+    return state.targets / observer.dense_cost
+
+
+def _is_params(observer: Observer, state: State) -> float:
+    return float(observer.space.metric == "params")
+
+
+def _lowest(observer: Observer, state: State) -> np.ndarray:
+    return state.bounds[0]
+
+
+def _highest(observer: Observer, state: State) -> np.ndarray:
+    return state.bounds[1]
+
+
+def _uniform_to_go(observer: Observer, state: State) -> np.ndarray:
+    return state.uniform_to_go
 
 
 FEATURES: tuple[Feature, ...] = (
     Feature(
         "position",
         "index of the group / number of groups",
-        lambda o, s: s.index / len(o.groups),
+        _position,
     ),
     _static(
         "is_linear", "1 if a linear layer produces the channels, 0 for a convolution"
@@ -240,36 +288,34 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "reduced",
         "share of the dense cost saved by the groups before",
-        lambda o, s: o.reduced(s),
+        Observer.saved_share,
     ),
     Feature(
         "rest",
         "share of the dense cost that this and later groups can still save",
-        lambda o, s: o.rest(s),
+        Observer.open_share,
     ),
-    Feature(
-        "previous", "executed sparsity of the group before", lambda o, s: s.previous
-    ),
-    Feature("budget", "target / dense cost", lambda o, s: s.targets / o.dense_cost),
+    Feature("previous", "executed sparsity of the group before", _previous),
+    Feature("budget", "target / dense cost", _budget),
     Feature(
         "is_params",
         "1 if parameters are budgeted, 0 for MACs",
-        lambda o, s: float(o.space.metric == "params"),
+        _is_params,
     ),
     Feature(
         "lowest",
         "lowest sparsity from which the budget can still be met",
-        lambda o, s: s.bounds[0],
+        _lowest,
     ),
     Feature(
         "highest",
         "highest sparsity at which the budget can still be used up",
-        lambda o, s: s.bounds[1],
+        _highest,
     ),
     Feature(
         "uniform_to_go",
         "sparsity that meets the budget if all remaining groups get it",
-        lambda o, s: s.uniform_to_go,
+        _uniform_to_go,
     ),
 )
 
@@ -280,14 +326,10 @@ OBSERVATION_SPACE = spaces.Box(0.0, 1.0, (len(FEATURES),), np.float32)
 
 def feature_table() -> str:
     """The features as a Markdown table: index, name, bounds, meaning."""
-    rows = [
-        f"| {i} | {feature.name} | 0 | 1 | {feature.meaning} |"
-        for i, feature in enumerate(FEATURES)
+    lines = [
+        "| index | name | min | max | meaning |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    return "\n".join(
-        [
-            "| index | name | min | max | meaning |",
-            "| --- | --- | --- | --- | --- |",
-            *rows,
-        ]
-    )
+    for index, feature in enumerate(FEATURES):
+        lines.append(f"| {index} | {feature.name} | 0 | 1 | {feature.meaning} |")
+    return "\n".join(lines)

@@ -1,15 +1,16 @@
-"""What is a search worth once its network is fine-tuned? The agent's allocation against
-every simple answer.
+r"""What is a search worth once its network is fine-tuned?
 
-    python experiments/after_finetuning.py --model resnet20 --weights FILE --budgets macs=50% macs=30% --seeds 0 1 2
-    python experiments/after_finetuning.py --model resnet20 --summary
+    python -m experiments.after_finetuning --model resnet20 --weights FILE \
+        --budgets macs=50% macs=30% --seeds 0 1 2
+    python -m experiments.after_finetuning --model resnet20 --summary
 
-Every network is pruned as `autoprune prune` does it (L1, reconstructed weights where
-they help; Torch-Pruning by its own criterion, its weights as they are), recalibrated
-and fine-tuned alike: annealed epochs over all 45,000 training images with distillation,
-the last epoch counts, the test split is read once, after it. A seed stands for the
-search and for the order of fine-tuning. The agent has as many evaluations as random
-search, of which measuring sensitivity is a part.
+The agent's allocation against every simple answer. Every network is pruned as
+`autoprune prune` does it (L1, reconstructed weights where they help; Torch-Pruning by
+its own criterion, its weights as they are), recalibrated and fine-tuned alike: annealed
+epochs over all 45,000 training images with distillation, the last epoch counts, the
+test split is read once, after it. A seed stands for the search and for the order of
+fine-tuning. The agent has as many evaluations as random search, of which measuring
+sensitivity is a part.
 
 - `dyna`, `random`, `sensitivity`, `uniform`: see `autoprune run --agent`.
 - `torch_pruning_l2`: Torch-Pruning's global pruning by group L2 norm, its ratio
@@ -33,7 +34,7 @@ import numpy as np
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from autoprune.agents.replay import ALGORITHMS
+from autoprune.agents.algorithms import ALGORITHMS
 from autoprune.agents.search import search
 from autoprune.config import (
     DataConfig,
@@ -47,14 +48,14 @@ from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.evaluation.evaluate import accuracy, recalibrate
-from autoprune.pipeline.context import Workspace
-from autoprune.pipeline.methods.base import sliced
+from autoprune.pipeline.context import RunContext
+from autoprune.pipeline.methods.channels import sliced
 from autoprune.runs import RunFolder, write_json
 from autoprune.training.loop import finetune
 from experiments.rival_proxies import cut_by_layer, macs_of
 from experiments.script import run
 from experiments.search_agents import sensitivity_cost
-from experiments.tables import fill, mean_and_spread, measured
+from experiments.tables import fill_table, mean_and_spread, rows_for_summary
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("model", "budget", "method", "seed")
@@ -73,6 +74,7 @@ METHODS = ("dyna", "random", "sensitivity", "uniform", TORCH_PRUNING)
 
 
 def main() -> None:
+    """Measures what the table lacks, or sums it up."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -90,34 +92,38 @@ def main() -> None:
     args = parser.parse_args()
     table = RESULTS / f"after_finetuning_{args.model}.csv"
     if args.summary:
-        return summarise(measured(table, parser))
+        return summarise(rows_for_summary(table, parser))
     if args.weights is None:
         parser.error("--weights: give the trained weights of the network")
 
     network = NetworkConfig(args.model, args.weights)
-    workspace = Workspace(
-        Settings(network, DataConfig("cifar10"), SearchConfig(), ProxyConfig())
+    settings = Settings(network, DataConfig("cifar10"), SearchConfig(), ProxyConfig())
+    context = RunContext(settings)
+    teacher = CachedTeacher(context.model)
+    fill_table(
+        table, cells(args), lambda cell: measure(context, teacher, cell, args), FIELDS
     )
-    teacher = Remembering(workspace.model)
-    fill(
-        table, cells(args), lambda cell: measure(workspace, teacher, cell, args), FIELDS
-    )
 
 
-class Remembering(nn.Module):
-    """A network that answers a batch once: all that is trained with one seed sees the
-    same batches, and so its teacher.
+class CachedTeacher(nn.Module):
+    """A network that answers a batch once.
 
-    On ResNet-56 the teacher is 28 % of a training step.
+    All that is trained with one seed sees the same batches, and so its teacher.
+
+    Args:
+        model: The network.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self._answers = model, dict[bytes, Tensor]()
+        self.model = model
+        self._answers: dict[bytes, Tensor] = {}
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """What the network says, or said."""
-        key = hashlib.sha256(inputs.contiguous().numpy()).digest()
+        """The network's answers, computed or remembered."""
+        # A view of the bytes as they lie: nothing is copied.
+        values = inputs.contiguous().numpy()
+        key = hashlib.sha256(values.data).digest()
         if key not in self._answers:
             self._answers[key] = self.model(inputs)
         return self._answers[key]
@@ -125,106 +131,131 @@ class Remembering(nn.Module):
 
 def cells(args: argparse.Namespace) -> list[dict]:
     """What is to be measured, seed by seed."""
-    return [
-        dict(zip(KEY, (args.model, budget, method, seed), strict=True))
-        for seed in args.seeds
-        for budget in args.budgets
-        for method in args.methods
-    ]
+    chosen = []
+    for seed in args.seeds:
+        for budget in args.budgets:
+            for method in args.methods:
+                values = (args.model, budget, method, seed)
+                chosen.append(dict(zip(KEY, values, strict=True)))
+    return chosen
 
 
 def measure(
-    workspace: Workspace, teacher: nn.Module, cell: dict, args: argparse.Namespace
+    context: RunContext, teacher: nn.Module, cell: dict, args: argparse.Namespace
 ) -> dict:
-    """One network from the dense one to its test accuracy."""
-    stem = "-".join(str(cell[name]) for name in KEY).replace("=", "-").replace("%", "")
-    folder, started, splits = (
-        RunFolder(args.runs / stem),
-        time.perf_counter(),
-        workspace.splits,
-    )
+    """One network from the dense one to its test accuracy.
+
+    Args:
+        context: Network, images and trace.
+        teacher: The dense network, for distillation.
+        cell: Which network.
+        args: The script's arguments.
+
+    Returns:
+        The row without its cell.
+    """
+    started = time.perf_counter()
+    splits = context.splits
+    stem = "-".join(str(cell[name]) for name in KEY)
+    folder = RunFolder(args.runs / stem.replace("=", "-").replace("%", ""))
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     if cell["method"] == TORCH_PRUNING:
-        pruned = pruned_globally(workspace, Budget.parse(cell["budget"]))
+        pruned = prune_globally(context, Budget.parse(cell["budget"]))
         recalibrate(pruned, splits.calibration.inputs)
     else:
-        allocation = allocated(workspace, cell, args.evaluations, folder)
-        pruned = sliced(workspace, allocation.kept)
-    before, macs = accuracy(pruned, splits.selection), macs_of(pruned, splits.example)
-    config, checkpoint = FinetuneConfig(epochs=args.epochs), folder.finetune_checkpoint
+        allocation = find_allocation(context, cell, args.evaluations, folder)
+        pruned = sliced(context, allocation.kept)
+    before = accuracy(pruned, splits.selection)
+    macs = macs_of(pruned, splits.example)
+    config = FinetuneConfig(epochs=args.epochs)
+    checkpoint = folder.finetune_checkpoint
     finetune(pruned, splits.train, config, cell["seed"], teacher, checkpoint)
+    has_length = cell["method"] in ("dyna", "random")
     return {
-        "evaluations": args.evaluations if cell["method"] in ("dyna", "random") else "",
+        "evaluations": args.evaluations if has_length else "",
         "epochs": args.epochs,
-        "macs_ratio": round(macs / macs_of(workspace.model, splits.example), 5),
+        "macs_ratio": round(macs / macs_of(context.model, splits.example), 5),
         "selection_pruned": round(before, 4),
-        "test_dense": round(accuracy(workspace.model, splits.test), 4),
+        "test_dense": round(accuracy(context.model, splits.test), 4),
         "test": round(accuracy(pruned, splits.test), 4),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
-def allocated(
-    workspace: Workspace, cell: dict, evaluations: int, folder: RunFolder
+def find_allocation(
+    context: RunContext, cell: dict, evaluations: int, folder: RunFolder
 ) -> Allocation:
-    """What a search finds, or found before the script was killed."""
+    """What a search finds, or found before the script was killed.
+
+    Args:
+        context: Network, images and trace.
+        cell: Method, budget and seed.
+        evaluations: Of the search, measuring sensitivity included.
+        folder: Where the allocation is kept.
+    """
     if not folder.allocation.exists():
-        spent = sensitivity_cost(workspace) if cell["method"] in ALGORITHMS else 0
+        budget = cell["budget"]
+        episodes = evaluations
+        if cell["method"] in ALGORITHMS:
+            episodes -= sensitivity_cost(context)
         config = SearchConfig(
-            cell["budget"],
-            agent=cell["method"],
-            episodes=evaluations - spent,
-            seed=cell["seed"],
+            budget, agent=cell["method"], episodes=episodes, seed=cell["seed"]
         )
-        env = LayerPruningEnv(
-            workspace.model, workspace.groups, workspace.proxy(), cell["budget"]
+        env = LayerPruningEnv.with_suited_proxy(
+            context.model, context.groups, context.proxy(), budget
         )
-        write_json(
-            folder.allocation, search(env, config, folder).best.allocation.to_json()
-        )
-    return Allocation.read(folder.allocation, workspace.groups)
+        best = search(env, config, folder).best
+        write_json(folder.allocation, best.allocation.to_json())
+    return Allocation.read(folder.allocation, context.groups)
 
 
-def pruned_globally(workspace: Workspace, budget: Budget) -> nn.Module:
-    """Torch-Pruning's global L2, at the most MACs that the budget allows."""
-    allowed, low, high = budget.target(workspace.costs), 0.0, 1.0
+def prune_globally(context: RunContext, budget: Budget) -> nn.Module:
+    """Torch-Pruning's global L2, at the most MACs that the budget allows.
+
+    Args:
+        context: Network, images and trace.
+        budget: In MACs.
+    """
+    allowed = budget.target(context.costs)
+    low = 0.0
+    high = 1.0
     for _ in range(20):
         ratio = (low + high) / 2
-        fits = macs_of(_by_ratio(workspace, ratio), workspace.splits.example) <= allowed
-        low, high = (low, ratio) if fits else (ratio, high)
-    return _by_ratio(workspace, high)
+        macs = macs_of(_prune_by_ratio(context, ratio), context.splits.example)
+        if macs <= allowed:
+            high = ratio
+        else:
+            low = ratio
+    return _prune_by_ratio(context, high)
 
 
-def _by_ratio(workspace: Workspace, ratio: float) -> nn.Module:
-    model, prunable = copy.deepcopy(workspace.model), cut_by_layer(workspace.groups)
-    own = {
-        m.tensor.removesuffix(".weight")
-        for group in prunable
-        for m in group.members
-        if m.role == "produce"
-    }
-    layers = {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear | nn.Conv2d)
-    }
-    options = {
-        "pruning_ratio": ratio,
-        "max_pruning_ratio": workspace.settings.search.max_sparsity,
-        "global_pruning": True,
-        "ignored_layers": [layer for name, layer in layers.items() if name not in own],
-    }
-    example = workspace.splits.example
-    tp.pruner.BasePruner(
-        model, example, tp.importance.GroupMagnitudeImportance(p=2), **options
-    ).step()
+def _prune_by_ratio(context: RunContext, ratio: float) -> nn.Module:
+    """A copy of the network without that share of the channels that may go."""
+    model = copy.deepcopy(context.model)
+    prunable = set()
+    for group in cut_by_layer(context.groups):
+        for member in group.members:
+            if member.role == "produce":
+                prunable.add(member.tensor.removesuffix(".weight"))
+    ignored = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and name not in prunable:
+            ignored.append(module)
+    pruner = tp.pruner.BasePruner(
+        model,
+        context.splits.example,
+        tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        max_pruning_ratio=context.settings.search.max_sparsity,
+        global_pruning=True,
+        ignored_layers=ignored,
+    )
+    pruner.step()
     return model
 
 
 def summarise(rows: list[dict]) -> None:
-    """Test accuracy, mean ± standard deviation over the seeds, best first within a
-    budget.
-    """
+    """Test accuracy over the seeds, best first within a budget."""
     by_cell: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
         by_cell[row["budget"], row["method"]].append(100 * float(row["test"]))

@@ -1,7 +1,7 @@
 """Does one policy for a range of budgets do what a policy for each of them does?
 
-    python experiments/multi_budget.py --model resnet20 --weights FILE --seeds 0 1 2
-    python experiments/multi_budget.py --summary
+    python -m experiments.multi_budget --model resnet20 --weights FILE --seeds 0 1 2
+    python -m experiments.multi_budget --summary
 
 One search over `macs=30%..70%` of twice the evaluations, those that draw its front
 included, against five searches for 30, 40, 50, 60 and 70 % alone. At each budget both
@@ -16,14 +16,13 @@ on that split.
 """
 
 import argparse
-from collections import defaultdict
 from pathlib import Path
 
 from autoprune.agents.finalists import (
     FRONT_BUDGETS,
     Finalist,
+    candidates_for_budget,
     rank_on_selection,
-    within,
 )
 from autoprune.agents.search import search
 from autoprune.config import (
@@ -35,22 +34,36 @@ from autoprune.config import (
 )
 from autoprune.costs.budget import Budget
 from autoprune.envs.layer_pruning import LayerPruningEnv
-from autoprune.pipeline.context import Workspace
+from autoprune.pipeline.context import RunContext
 from autoprune.runs import RunFolder
 from experiments.script import run
-from experiments.tables import add_rows, device, holds, mean_and_spread, measured
+from experiments.tables import (
+    add_rows,
+    device,
+    has_row,
+    mean_and_spread,
+    rows_for_summary,
+)
 
-RANGE, SHARES = "macs=30%..70%", (30, 40, 50, 60, 70)
+RANGE = "macs=30%..70%"
+BUDGETS = tuple(f"macs={share}%" for share in (30, 40, 50, 60, 70))
 TABLE = Path(__file__).parent / "results" / "multi_budget.csv"
 KEY = ("model", "agent", "seed", "kind", "budget")
 FIELDS = (
     *KEY,
-    *("evaluations", "seconds", "selection_loss", "selection_accuracy", "source"),
-    *("policy_selection_loss", "policy_selection_accuracy", "device"),
+    "evaluations",
+    "seconds",
+    "selection_loss",
+    "selection_accuracy",
+    "source",
+    "policy_selection_loss",
+    "policy_selection_accuracy",
+    "device",
 )
 
 
 def main() -> None:
+    """Measures what the table lacks, or sums it up."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,7 +82,7 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
     if args.summary:
-        return summarise(measured(TABLE, parser))
+        return summarise(rows_for_summary(TABLE, parser))
     if args.weights is None:
         parser.error("--weights: give the trained weights of the network")
     if args.episodes <= FRONT_BUDGETS:
@@ -77,58 +90,57 @@ def main() -> None:
             f"--episodes: a range's front takes {FRONT_BUDGETS}, so give more than "
             f"that; got {args.episodes}"
         )
-    network, proxy = (
-        NetworkConfig(args.model, args.weights),
-        ProxyConfig(workers=args.workers, reconstruct="off"),
-    )
-    workspace = Workspace(
-        Settings(network, DataConfig("cifar10"), SearchConfig(), proxy)
-    )
-    alone = [("alone", f"macs={share}%", [f"macs={share}%"]) for share in SHARES]
+    network = NetworkConfig(args.model, args.weights)
+    proxy = ProxyConfig(workers=args.workers, reconstruct="off")
+    settings = Settings(network, DataConfig("cifar10"), SearchConfig(), proxy)
+    context = RunContext(settings)
+    # A search is of a kind, for a budget or a range, and fills rows at some budgets.
+    searches = [("range", RANGE, BUDGETS)]
+    for budget in BUDGETS:
+        searches.append(("alone", budget, (budget,)))
     for seed in args.seeds:
-        for kind, trained_on, budgets in [
-            ("range", RANGE, [f"macs={share}%" for share in SHARES]),
-            *alone,
-        ]:
-            cells = [
-                dict(
-                    zip(KEY, (args.model, args.agent, seed, kind, budget), strict=True)
-                )
-                for budget in budgets
-            ]
-            if not all(holds(TABLE, cell) for cell in cells):
-                measure(workspace, cells, trained_on, args)
+        for kind, trained_on, budgets in searches:
+            cells = []
+            for budget in budgets:
+                values = (args.model, args.agent, seed, kind, budget)
+                cells.append(dict(zip(KEY, values, strict=True)))
+            if not all(has_row(TABLE, cell) for cell in cells):
+                measure(context, cells, trained_on, args)
 
 
 def measure(
-    workspace: Workspace, cells: list[dict], trained_on: str, args: argparse.Namespace
+    context: RunContext, cells: list[dict], trained_on: str, args: argparse.Namespace
 ) -> None:
-    """One search, and its rows."""
-    # The front takes a roll-out of the policy and one of uniform pruning at each of its
-    # budgets.
-    first, n = (
-        cells[0],
-        2 * (args.episodes - FRONT_BUDGETS)
-        if cells[0]["kind"] == "range"
-        else args.episodes,
-    )
-    stem = f"{args.model}-{args.agent}-{first['seed']}-{trained_on}".replace(
-        "=", "-"
-    ).replace("%", "")
-    folder = RunFolder(args.runs / stem)
+    """Runs one search and adds its rows to the table.
+
+    Args:
+        context: Network, images and trace.
+        cells: The rows, which differ in their budget.
+        trained_on: The budget or range that is searched.
+        args: The script's arguments.
+    """
+    seed = cells[0]["seed"]
+    episodes = args.episodes
+    if cells[0]["kind"] == "range":
+        # The front takes a roll-out of the policy and one of uniform pruning at each
+        # of its budgets.
+        episodes = 2 * (args.episodes - FRONT_BUDGETS)
+    stem = f"{args.model}-{args.agent}-{seed}-{trained_on}"
+    folder = RunFolder(args.runs / stem.replace("=", "-").replace("%", ""))
     folder.root.mkdir(parents=True, exist_ok=True)
-    config = SearchConfig(trained_on, agent=args.agent, episodes=n, seed=first["seed"])
-    env = LayerPruningEnv(
-        workspace.model, workspace.groups, workspace.proxy(), trained_on
+    config = SearchConfig(trained_on, agent=args.agent, episodes=episodes, seed=seed)
+    env = LayerPruningEnv.with_suited_proxy(
+        context.model, context.groups, context.proxy(), trained_on
     )
     result = search(env, config, folder)
+    assert result.policy is not None, "the question is about policies"
     result.policy.save(
-        folder.policy, network=workspace.groups.fingerprint, budget=trained_on
+        folder.policy, network=context.groups.fingerprint, budget=trained_on
     )
     for cell in cells:
-        finalists = rank_on_selection(
-            within(result.recorder, result.policy, Budget.parse(cell["budget"])), env
-        )
+        budget = Budget.parse(cell["budget"])
+        candidates = candidates_for_budget(result.recorder, result.policy, budget)
+        finalists = rank_on_selection(candidates, env)
         costs = {"evaluations": result.evaluations, "seconds": round(result.seconds, 1)}
         row = cell | costs | scores(finalists) | {"device": device()}
         add_rows(TABLE, [row], FIELDS)
@@ -138,46 +150,52 @@ def measure(
 def scores(finalists: list[Finalist]) -> dict:
     """The better of the two, and the policy's own."""
     best = finalists[0]
-    own = next(
+    (of_policy,) = [
         finalist for finalist in finalists if finalist.allocation.source == "policy"
-    )
+    ]
     return {
         "selection_loss": round(best.selection.loss, 4),
         "selection_accuracy": round(best.selection.accuracy, 4),
         "source": best.allocation.source,
-        "policy_selection_loss": round(own.selection.loss, 4),
-        "policy_selection_accuracy": round(own.selection.accuracy, 4),
+        "policy_selection_loss": round(of_policy.selection.loss, 4),
+        "policy_selection_accuracy": round(of_policy.selection.accuracy, 4),
     }
 
 
 def summarise(rows: list[dict]) -> None:
-    """Range minus alone at each budget, over the seeds that have both: of the policies,
-    and of what is chosen.
+    """Range minus alone at each budget, over the seeds that have both.
+
+    Of the policies, and of what is chosen.
     """
-    for column, what in (
-        ("policy_selection_accuracy", "policy"),
-        ("selection_accuracy", "better of policy and episode"),
-    ):
-        points: dict[tuple[str, str, str], dict[tuple[str, str], float]] = defaultdict(
-            dict
-        )
-        for row in rows:
-            points[row["model"], row["agent"], row["budget"]][
-                row["kind"], row["seed"]
-            ] = 100 * float(row[column])
-        for key, by_kind in points.items():
-            seeds = [
-                seed
-                for kind, seed in by_kind
-                if kind == "alone" and ("range", seed) in by_kind
-            ]
-            if seeds:
-                alone = [by_kind["alone", seed] for seed in seeds]
-                gaps = [
-                    by_kind["range", seed] - by_kind["alone", seed] for seed in seeds
-                ]
-                shown = f"alone {mean_and_spread(alone)}  range {mean_and_spread(gaps)}  seeds {len(seeds)}"
-                print(f"{what}: {' '.join(key)}  {shown}")
+    summarise_column(rows, "policy_selection_accuracy", "policy")
+    summarise_column(rows, "selection_accuracy", "better of policy and episode")
+
+
+def summarise_column(rows: list[dict], column: str, label: str) -> None:
+    """One line a model, agent and budget.
+
+    Args:
+        rows: The table.
+        column: The accuracy that is compared.
+        label: What to call it.
+    """
+    points: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {}
+    for row in rows:
+        key = (row["model"], row["agent"], row["budget"])
+        by_kind = points.setdefault(key, {})
+        by_kind[row["kind"], row["seed"]] = 100 * float(row[column])
+    for key, by_kind in points.items():
+        alone = []
+        gaps = []
+        for (kind, seed), accuracy in by_kind.items():
+            if kind == "alone" and ("range", seed) in by_kind:
+                alone.append(accuracy)
+                gaps.append(by_kind["range", seed] - accuracy)
+        if alone:
+            print(
+                f"{label}: {' '.join(key)}  alone {mean_and_spread(alone)}  "
+                f"range {mean_and_spread(gaps)}  seeds {len(alone)}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""What is a learned policy worth on another network: without learning, and as a start?
+r"""What is a learned policy worth on another network?
 
-    python experiments/transfer.py --policy resnet20-dyna --model resnet56 --weights FILE --seeds 0 1 2
+    python -m experiments.transfer --policy resnet20-dyna --model resnet56 \
+        --weights FILE --seeds 0 1 2
 
 Zero shot, the policy's one roll-out stands beside uniform pruning; where the network is
-unlike what the policy knows, the guide's measurements are among its evaluations. Then
-its agent searches on from it with 100 evaluations, those of sensitivity and guide
-included, as in `search_agents.py`. One row each in `experiments/results/transfer.csv`,
-scored on the selection split (3,000 training images that no search sees) before
-fine-tuning. Resumable row by row.
+unlike what the policy knows, the measurements of the greedy allocator that helps are
+among its evaluations. Then its agent searches on from it with 100 evaluations, those of
+sensitivity and allocator included, as in `search_agents.py`. One row each in
+`experiments/results/transfer.csv`, scored on the selection split (3,000 training images
+that no search sees) before fine-tuning. Resumable row by row.
 
 `--summary` sets every policy beside searches of its agent from scratch, which are rows
 of `search_agents.py`.
@@ -17,7 +18,12 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from autoprune.agents.finalists import Finalist, own, rank_on_selection, rolled_out
+from autoprune.agents.finalists import (
+    Finalist,
+    rank_on_selection,
+    roll_out,
+    roll_out_policy,
+)
 from autoprune.agents.policies import find_policy
 from autoprune.agents.replay import Policy
 from autoprune.agents.search import search
@@ -28,13 +34,19 @@ from autoprune.config import (
     SearchConfig,
     Settings,
 )
+from autoprune.costs.budget import Budget
 from autoprune.envs.batch import uniform_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
-from autoprune.pipeline.context import Workspace
+from autoprune.pipeline.context import RunContext
 from autoprune.runs import RunFolder
 from experiments.script import run
 from experiments.search_agents import sensitivity_cost
-from experiments.tables import fill, mean_and_spread, measured, read_table
+from experiments.tables import (
+    fill_table,
+    mean_and_spread,
+    read_table,
+    rows_for_summary,
+)
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = RESULTS / "transfer.csv"
@@ -53,6 +65,7 @@ WARM = f"warm, {EVALUATIONS}"
 
 
 def main() -> None:
+    """Measures what the table lacks, or sums it up."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,78 +87,86 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
     if args.summary:
-        return summarise(measured(TABLE, parser))
+        return summarise(rows_for_summary(TABLE, parser))
     if args.policy is None or args.weights is None:
         parser.error(
             "--policy, --weights: give the policy and the trained weights of the "
             "network"
         )
-    policy = Policy.load(find_policy(args.policy), "--policy")
-    network, proxy = (
-        NetworkConfig(args.model, args.weights),
-        ProxyConfig(workers=args.workers),
-    )
-    workspace = Workspace(
-        Settings(network, DataConfig("cifar10"), SearchConfig(), proxy)
-    )
+    policy = Policy.load(find_policy(args.policy), "policy")
+    network = NetworkConfig(args.model, args.weights)
+    proxy = ProxyConfig(workers=args.workers)
+    settings = Settings(network, DataConfig("cifar10"), SearchConfig(), proxy)
+    context = RunContext(settings)
     kinds = [("uniform", 0), ("zero shot", 0), *((WARM, seed) for seed in args.seeds)]
-    cells = [
-        dict(
-            zip(
-                KEY,
-                (Path(args.policy).name, args.model, args.budget, kind, seed),
-                strict=True,
-            )
-        )
-        for kind, seed in kinds
-    ]
-    fill(TABLE, cells, lambda cell: measure(workspace, policy, cell, args), FIELDS)
+    cells = []
+    for kind, seed in kinds:
+        values = (Path(args.policy).name, args.model, args.budget, kind, seed)
+        cells.append(dict(zip(KEY, values, strict=True)))
+    fill_table(TABLE, cells, lambda cell: measure(context, policy, cell, args), FIELDS)
 
 
 def measure(
-    workspace: Workspace, policy: Policy, cell: dict, args: argparse.Namespace
+    context: RunContext, policy: Policy, cell: dict, args: argparse.Namespace
 ) -> dict:
-    """One roll-out or search."""
-    env = LayerPruningEnv(
-        workspace.model, workspace.groups, workspace.proxy(), args.budget
+    """One roll-out or search.
+
+    Args:
+        context: Network, images and trace.
+        policy: The policy.
+        cell: Which row.
+        args: The script's arguments.
+
+    Returns:
+        The row without its cell.
+    """
+    env = LayerPruningEnv.with_suited_proxy(
+        context.model, context.groups, context.proxy(), args.budget
     )
     if cell["kind"] == WARM:
-        return searched(workspace, policy, env, cell, args)
+        return search_on(context, policy, env, cell, args)
     if cell["kind"] == "uniform":
-        (episode,) = rolled_out(uniform_policy, env, [env.budget], "uniform")
+        budget = env.budget
+        assert isinstance(budget, Budget), "policies are compared at one budget"
+        (episode,) = roll_out(uniform_policy, env, [budget], "uniform")
     else:
-        episode = own(policy, env, env.budget)
-    return figures(rank_on_selection([episode], env)[0], env) | {
-        "evaluations": env.proxy.evaluations
-    }
+        episode = roll_out_policy(policy, env, env.budget)
+    row = figures(rank_on_selection([episode], env)[0], env)
+    return row | {"evaluations": env.proxy.evaluations}
 
 
-def searched(
-    workspace: Workspace,
+def search_on(
+    context: RunContext,
     policy: Policy,
     env: LayerPruningEnv,
     cell: dict,
     args: argparse.Namespace,
 ) -> dict:
-    """One search from the policy, in a run folder of its own so that it can be resumed."""
-    stem = (
-        "-".join(str(cell[name]) for name in KEY)
-        .replace("=", "-")
-        .replace("%", "")
-        .replace(", ", "-")
-    )
+    """One search from the policy, in a run folder so that it can be resumed.
+
+    Args:
+        context: Network, images and trace.
+        policy: The policy to start from.
+        env: Where its agent searches.
+        cell: Which row.
+        args: The script's arguments.
+
+    Returns:
+        The row without its cell.
+    """
+    stem = "-".join(str(cell[name]) for name in KEY)
+    stem = stem.replace("=", "-").replace("%", "").replace(", ", "-")
     folder = RunFolder(args.runs / stem)
     folder.root.mkdir(parents=True, exist_ok=True)
-    measured_first = sensitivity_cost(workspace) + (
-        len(env.groups) + 1
-    ) * policy.is_out_of_distribution(env.observer)
-    episodes = (
-        EVALUATIONS - measured_first - 1
-    )  # the last one is the policy's own allocation
+    n_measured = sensitivity_cost(context)
+    if policy.is_out_of_distribution(env.observer):
+        # The greedy allocator halves all groups, and makes each one whole again.
+        n_measured += len(env.groups) + 1
+    # The last evaluation is that of the policy's own allocation.
     config = SearchConfig(
         args.budget,
         agent=policy.algorithm,
-        episodes=episodes,
+        episodes=EVALUATIONS - n_measured - 1,
         seed=cell["seed"],
         policy=args.policy,
     )
@@ -157,36 +178,36 @@ def searched(
 
 
 def figures(finalist: Finalist, env: LayerPruningEnv) -> dict:
+    """The scores of an allocation.
+
+    Args:
+        finalist: The allocation, scored.
+        env: Its environment.
+    """
+    costs = env.space.costs
     return {
         "selection_loss": round(finalist.selection.loss, 4),
         "selection_accuracy": round(finalist.selection.accuracy, 4),
         "source": finalist.allocation.source,
-        "macs_ratio": round(
-            finalist.macs / env.space.costs.macs(env.space.costs.dense), 5
-        ),
+        "macs_ratio": round(finalist.macs / costs.macs(costs.dense), 5),
     }
 
 
 def summarise(rows: list[dict]) -> None:
-    """Selection loss without learning, from the policy, and from scratch, mean ±
-    standard deviation over the seeds.
-    """
-    losses: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
+    """Selection loss without learning, from the policy, and from scratch."""
+    losses: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for row in rows:
-        losses[row["model"], row["budget"], row["policy"]][row["kind"]].append(
-            float(row["selection_loss"])
-        )
+        key = (row["model"], row["budget"], row["policy"])
+        by_kind = losses.setdefault(key, defaultdict(list))
+        by_kind[row["kind"]].append(float(row["selection_loss"]))
     for (model, budget, policy), by_kind in losses.items():
         for row in read_table(RESULTS / f"search_{model}.csv"):
             if row["budget"] == budget and policy.endswith(f"-{row['searcher']}"):
                 by_kind[f"scratch, {row['asked']}"].append(float(row["selection_loss"]))
-        shown = (
-            f"{kind} {mean_and_spread(found, 3)} ({len(found)})"
-            for kind, found in by_kind.items()
-        )
-        print(f"{model} {budget} {policy}:  {'  '.join(shown)}")
+        parts = []
+        for kind, values in by_kind.items():
+            parts.append(f"{kind} {mean_and_spread(values, 3)} ({len(values)})")
+        print(f"{model} {budget} {policy}:  {'  '.join(parts)}")
 
 
 if __name__ == "__main__":

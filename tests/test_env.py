@@ -11,7 +11,9 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env as check_gymnasium
+from processes import run_python
 from stable_baselines3.common.env_checker import check_env as check_stable_baselines
 from toys import (
     FakeProxy,
@@ -21,13 +23,17 @@ from toys import (
     digits_proxy,
     fake_env,
     fake_proxy,
+    run_episode,
     traced,
 )
 
-from autoprune.agents.baselines import run_episode
+from autoprune.cli.search_stage import make_env
+from autoprune.config import Settings
 from autoprune.costs.budget import Budget
+from autoprune.envs import ENV_ID, register_envs
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError
+from autoprune.pipeline.context import RunContext
 from autoprune.structure.slicing import prune
 from autoprune.tracing.trace import trace
 
@@ -98,6 +104,110 @@ def test_importing_envs_registers_the_environment():
     assert env.unwrapped.budget == Budget.parse("macs=40%")
 
 
+def printed_by(code: str) -> list[str]:
+    """What a fresh interpreter prints, in which every warning is an error."""
+    done = run_python("-W", "error", "-c", code)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_an_id_that_names_the_package_works_where_nothing_of_it_was_imported():
+    code = f"""
+import sys
+import gymnasium
+
+env = gymnasium.make("autoprune.envs:{ENV_ID}", budget="macs=40%")
+env.reset(seed=0)
+terminated = False
+while not terminated:
+    *_, terminated, _, info = env.step(env.action_space.sample())
+print(info["cost"] <= info["target"], env.spec.id)
+lanes = gymnasium.make_vec("autoprune.envs:{ENV_ID}", num_envs=2)
+lanes.reset(seed=0)
+print(lanes.step(lanes.action_space.sample())[0].shape)
+"""
+    assert printed_by(code) == ["True", ENV_ID, "(2,", "21)"]
+
+
+def test_registering_imports_nothing_heavy():
+    heavy = {"torch", "stable_baselines3", "matplotlib"}
+    code = f"import autoprune.envs, sys; print(*{heavy} & set(sys.modules))"
+    assert printed_by(code) == []
+
+
+def test_registering_again_changes_nothing_and_warns_of_nothing():
+    before = gymnasium.spec(ENV_ID)
+    register_envs()
+    assert gymnasium.spec(ENV_ID) is before
+
+
+@pytest.fixture(scope="module")
+def named() -> gymnasium.Env:
+    """The environment that text alone makes."""
+    return gymnasium.make(ENV_ID, budget="macs=40%", max_sparsity=0.8)
+
+
+def test_a_stored_specification_makes_the_same_environment_again(named):
+    spec = EnvSpec.from_json(named.spec.to_json())
+    assert spec.kwargs == {"budget": "macs=40%", "max_sparsity": 0.8}
+    again = gymnasium.make(spec)
+    actions = np.random.default_rng(0).uniform(-1, 1, len(named.unwrapped.groups))
+    assert_same_rollout(
+        rollout(named.unwrapped, actions), rollout(again.unwrapped, actions)
+    )
+    lanes = gymnasium.make_vec(ENV_ID, num_envs=2, budget="macs=40%")
+    assert EnvSpec.from_json(lanes.spec.to_json()).kwargs["budget"] == "macs=40%"
+
+
+def test_names_make_what_the_command_line_makes_without_options():
+    by_command = make_env(RunContext(Settings()))
+    by_name = gymnasium.make(ENV_ID).unwrapped
+    actions = np.random.default_rng(1).uniform(-1, 1, len(by_name.groups))
+    assert_same_rollout(rollout(by_name, actions), rollout(by_command, actions))
+
+
+def test_both_checkers_pass_on_what_text_makes_without_a_warning(named):
+    check_gymnasium(named.unwrapped)
+    check_stable_baselines(named.unwrapped)
+
+
+def digits_network(n_classes: int) -> torch.nn.Module:
+    return digits()[0]
+
+
+@pytest.mark.parametrize(
+    ("budget", "is_lost"), [("params=12%", True), ("macs=60%", False)]
+)
+def test_a_factorys_name_does_too_and_its_proxy_suits_the_budget(budget, is_lost):
+    env = LayerPruningEnv(f"{__name__}:digits_network", data="digits", budget=budget)
+    assert env.proxy.reconstructs == is_lost
+    assert run_episode(env, lambda _: 0.2)["cost"] <= env.target
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"model": "resnet56"},
+            "model: 'resnet56' has no trained weights for 'sample'",
+        ),
+        ({"data": "digits"}, "model: 'resnet20' has no trained weights for 'digits'"),
+        ({"data": "sampel"}, "data: no dataset 'sampel'; did you mean 'sample'"),
+        ({"budget": "macs=1%"}, "budget: macs=1% is below the reachable floor"),
+    ],
+)
+def test_names_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        LayerPruningEnv(**options)
+
+
+def test_a_name_together_with_a_networks_groups_or_proxy_is_refused():
+    _, groups, _ = traced("chain")
+    for options in ({"groups": groups}, {"proxy": fake_proxy()}):
+        with pytest.raises(UserError, match="model: groups and proxy are of a network"):
+            LayerPruningEnv(**options)
+
+
 @pytest.mark.parametrize("reward", ["weighted_sum", "accuracy_guaranteed"])
 def test_both_checkers_pass_without_a_warning(reward):
     env = made(reward=reward)
@@ -112,7 +222,8 @@ def test_both_checkers_pass_without_a_warning(reward):
 def test_two_seeded_rollouts_of_a_trained_network_are_equal_step_by_step():
     actions = np.random.default_rng(0).uniform(-0.5, 0.5, 3)
     first, second = (rollout(digits_env(), actions, seed=3) for _ in range(2))
-    assert first[-1][2] and first[-1][3]["loss"] > 0
+    assert first[-1][2]
+    assert first[-1][3]["loss"] > 0
     assert_same_rollout(first, second)
 
 
@@ -191,7 +302,7 @@ def test_budget_at_the_reachable_floor_leaves_one_allocation():
         )
 
 
-@pytest.mark.parametrize("round_to, max_sparsity", [(1, 0.9), (8, 0.5), (3, 0.99)])
+@pytest.mark.parametrize(("round_to", "max_sparsity"), [(1, 0.9), (8, 0.5), (3, 0.99)])
 def test_counts_are_multiples_within_the_largest_sparsity(round_to, max_sparsity):
     env = fake_env(
         "wide", round_to=round_to, max_sparsity=max_sparsity, budget="params=60%"
@@ -239,9 +350,8 @@ def test_the_action_space_covers_the_feasible_interval_from_end_to_end():
         bounds = env.bounds
         assert bounds[0] < bounds[1]
         info = env.step(np.array([action]))[4]
-        assert info["sparsity"] == pytest.approx(bounds[end]) and info[
-            "executed_action"
-        ] == pytest.approx(action)
+        assert info["sparsity"] == pytest.approx(bounds[end])
+        assert info["executed_action"] == pytest.approx(action)
 
 
 def test_where_any_action_would_do_the_wish_counts_as_executed():
@@ -258,7 +368,7 @@ def test_the_action_of_a_sparsity_executes_that_sparsity():
     env = fake_env("wide")
     for count in env.space.levels[0]:
         env.reset()
-        lowest, highest = env.space.feasible(env.space.costs.dense, 0, env.target)
+        lowest, highest = env.space.feasible_range(env.space.costs.dense, 0, env.target)
         kept = round(
             (
                 1
@@ -342,11 +452,9 @@ def test_render_changes_as_the_episode_goes():
     for _ in range(5):
         env.step(np.array([0.0]))
         pictures.append(env.render())
-    assert (
-        pictures[0].dtype == np.uint8
-        and pictures[0].ndim == 3
-        and pictures[0].shape[2] == 3
-    )
+    assert pictures[0].dtype == np.uint8
+    assert pictures[0].ndim == 3
+    assert pictures[0].shape[2] == 3
     assert all((one != other).any() for one, other in pairwise(pictures))
     assert fake_env("wide").render() is None
 

@@ -6,10 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from toys import fake_env, target_env
+from toys import fake_env, run_episode, target_env
 
-from autoprune.agents.baselines import run_episode
-from autoprune.agents.recorder import Recorder, near
+from autoprune.agents.recorder import Recorder, is_near_budget
 from autoprune.agents.sb3_env import RecordedVecEnv
 from autoprune.agents.search import search
 from autoprune.config import SearchConfig
@@ -65,7 +64,7 @@ def test_exactly_the_asked_episodes_are_recorded_and_surplus_lanes_shadow_the_fi
     ]
     assert set(scored.values()) == {1}
     par = {
-        tuple(env.space.uniform(env.target_of(env.budget.at(p))))
+        tuple(env.space.uniform(env.target_of(env.budget.at_position(p))))
         for p in np.linspace(0, 1, 6)
     }
     assert (
@@ -79,7 +78,8 @@ def test_budgets_of_a_range_are_one_from_each_equal_part_of_a_half_circle_over_i
     recorder = recorder_of(fake_env("wide", budget=RANGE))
     shares = np.array([budget.share for budget in recorder.budgets(n)])
     edges = 0.55 - 0.25 * np.cos(np.linspace(0, np.pi, n + 1))
-    assert (edges[:-1] - 1e-4 <= shares).all() and (shares <= edges[1:] + 1e-4).all()
+    assert (edges[:-1] - 1e-4 <= shares).all()
+    assert (shares <= edges[1:] + 1e-4).all()
 
 
 def test_a_searchs_budgets_cover_their_range_and_lie_closest_at_its_ends():
@@ -94,14 +94,18 @@ def test_a_searchs_budgets_cover_their_range_and_lie_closest_at_its_ends():
         )
 
     drawn = np.array([shares(seed) for seed in range(60)])
-    assert (
-        drawn.min() >= 0.3 and drawn.max() <= 0.8 and (np.diff(drawn, axis=1) > 0).all()
-    )
-    assert drawn[:, 0].max() < 0.33 and drawn[:, -1].min() > 0.77
+    assert drawn.min() >= 0.3
+    assert drawn.max() <= 0.8
+    assert (np.diff(drawn, axis=1) > 0).all()
+    assert drawn[:, 0].max() < 0.33
+    assert drawn[:, -1].min() > 0.77
     gaps = np.diff(drawn, axis=1).mean(0)
-    assert (np.diff(gaps[:5]) > 0).all() and np.allclose(gaps, gaps[::-1], atol=0.01)
+    assert (np.diff(gaps[:5]) > 0).all()
+    assert np.allclose(gaps, gaps[::-1], atol=0.01)
     tenths = np.histogram(drawn, np.linspace(0.3, 0.8, 11))[0] / drawn.size
-    assert tenths.min() > 0.05 and tenths[0] > 0.17 and tenths[-1] > 0.17
+    assert tenths.min() > 0.05
+    assert tenths[0] > 0.17
+    assert tenths[-1] > 0.17
 
 
 def test_budgets_of_a_range_follow_from_seed_and_episode_alone():
@@ -176,9 +180,8 @@ def test_an_episodes_last_observation_is_told_beside_the_next_ones_first():
         assert dones.tolist() == [step == 4] * 3
     assert np.array_equal(observations, first)
     terminal = np.array([info["terminal_observation"] for info in infos])
-    assert np.array_equal(terminal[:, :15], before[:, :15]) and not np.array_equal(
-        terminal, first
-    )
+    assert np.array_equal(terminal[:, :15], before[:, :15])
+    assert not np.array_equal(terminal, first)
 
 
 def test_lanes_do_what_the_environment_does_one_by_one():
@@ -239,7 +242,10 @@ def test_near_a_budget_is_close_on_both_sides_or_anywhere_below_a_ceiling(
 ):
     env = fake_env("wide", reward=reward)
     shares = np.array([0.5, 0.91, 1.0, 1.09, 1.15])
-    assert shares[near(env, shares * env.target, env.budget)].tolist() == expected
+    assert (
+        shares[is_near_budget(env, shares * env.target, env.budget)].tolist()
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,14 +265,16 @@ def test_what_is_usual_at_a_cost_counts_under_a_range_of_budgets_that_are_used_u
     recorder = search(
         fake_env("wide", **options), SearchConfig(agent="random", episodes=30)
     ).recorder
-    assert (recorder.usual is not None) == is_there
+    assert (recorder.cost_baseline is not None) == is_there
 
 
 def test_where_nothing_is_near_a_budget_the_closest_counts():
     env = fake_env("wide")
-    assert near(env, np.array([0.4, 0.7, 1.5]) * env.target, env.budget).tolist() == [
+    assert is_near_budget(
+        env, np.array([0.4, 0.7, 1.5]) * env.target, env.budget
+    ).tolist() == [
         False,
         True,
         False,
     ]
-    assert near(env, np.array([]), env.budget).tolist() == []
+    assert is_near_budget(env, np.array([]), env.budget).tolist() == []

@@ -15,8 +15,8 @@ from toys import fake_env
 
 from autoprune.agents import dyna, finalists
 from autoprune.agents.finalists import FRONT_BUDGETS
-from autoprune.agents.pareto import pareto
-from autoprune.agents.recorder import counts_of, near
+from autoprune.agents.pareto import front_to_json
+from autoprune.agents.recorder import counts_of, is_near_budget
 from autoprune.agents.search import search
 from autoprune.cli.main import main
 from autoprune.config import SearchConfig
@@ -61,7 +61,7 @@ def found() -> tuple[dict, object]:
     """The front of a search on a toy, and its environment."""
     env = fake_env("chain", lopsided, budget=RANGE)
     result = search(env, SearchConfig(agent="random", episodes=200))
-    return pareto(result.front, result.uniform, env), env
+    return front_to_json(result.front, result.uniform, env), env
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,8 @@ def test_a_search_says_what_it_does_where_no_episode_ends_for_a_while(budget, pa
 
 def test_every_point_is_an_allocation_with_its_own_costs(found, tmp_path):
     data, env = found
-    assert data["metric"] == "macs" and data["dense"] == env.space.cost(
-        env.space.costs.dense
-    )
+    assert data["metric"] == "macs"
+    assert data["dense"] == env.space.cost(env.space.costs.dense)
     for point in json.loads(json.dumps(data))["front"] + data["uniform"]:
         write_json(tmp_path / "point.json", point)
         allocation = Allocation.read(tmp_path / "point.json", env.groups)
@@ -109,11 +108,9 @@ def test_the_front_falls_in_loss_as_it_grows_in_cost(found):
         [point[key] for point in found[0]["front"]]
         for key in ("cost", "selection_loss")
     )
-    assert (
-        2 < len(costs) <= FRONT_BUDGETS
-        and (np.diff(costs) > 0).all()
-        and (np.diff(losses) < 0).all()
-    )
+    assert 2 < len(costs) <= FRONT_BUDGETS
+    assert (np.diff(costs) > 0).all()
+    assert (np.diff(losses) < 0).all()
 
 
 def test_uniform_stands_at_the_budgets_of_the_front_and_is_beaten(found):
@@ -150,9 +147,9 @@ def test_near_a_budget_an_episode_does_not_win_by_having_cost_more(target, monke
     env, budget = fake_env("wide", loss, budget=RANGE), Budget.parse(target)
     recorder = search(env, SearchConfig(agent="random", episodes=200)).recorder
     kept = counts_of(recorder.episodes)
-    is_near = near(env, space.cost(kept), budget)
-    monkeypatch.setattr(finalists, "SURVEYED_WITHIN", 1)
-    (best,) = finalists.within(recorder, None, budget)
+    is_near = is_near_budget(env, space.cost(kept), budget)
+    monkeypatch.setattr(finalists, "N_SURVEYED_PER_BUDGET", 1)
+    (best,) = finalists.candidates_for_budget(recorder, None, budget)
     assert best.counts[1] <= np.quantile(kept[is_near, 1], 0.1)
     assert best.allocation.source.endswith(", resized")
     assert 0.97 * env.target_of(budget) < best.macs <= env.target_of(budget)
@@ -161,10 +158,9 @@ def test_near_a_budget_an_episode_does_not_win_by_having_cost_more(target, monke
 def test_parameters_are_budgeted_apart_from_macs():
     env = fake_env("chain", lopsided, budget="params=40%..60%")
     result = search(env, SearchConfig(agent="random", episodes=20))
-    data = pareto(result.front, result.uniform, env)
-    assert data["metric"] == "params" and data["dense"] == env.space.costs.params(
-        env.space.costs.dense
-    )
+    data = front_to_json(result.front, result.uniform, env)
+    assert data["metric"] == "params"
+    assert data["dense"] == env.space.costs.params(env.space.costs.dense)
     assert all(
         point["cost"] != point["macs"] and point["share"] != point["macs_ratio"]
         for point in data["front"]
@@ -184,17 +180,14 @@ def test_a_search_of_a_range_writes_the_front_and_goes_on_with_its_knee(searched
         json.loads((searched / name).read_text())
         for name in ("results.json", "pareto.json")
     )
-    assert (
-        results["pareto"] == str(searched / "pareto.json")
-        and results["budget"] == RANGE
-    )
-    assert "baselines" not in results and not (searched / "baselines").exists()
+    assert results["pareto"] == str(searched / "pareto.json")
+    assert results["budget"] == RANGE
+    assert "baselines" not in results
+    assert not (searched / "baselines").exists()
     chosen = json.loads((searched / "allocation.json").read_text())
     (knee,) = [point for point in data["front"] if point["kept"] == chosen["kept"]]
-    assert (
-        results["macs"] == knee["macs"]
-        and results["selection_loss"] == knee["selection_loss"]
-    )
+    assert results["macs"] == knee["macs"]
+    assert results["selection_loss"] == knee["selection_loss"]
 
 
 def test_the_report_tells_how_to_have_another_point(searched):
@@ -218,7 +211,8 @@ def test_the_console_shows_the_front_and_how_to_go_on(tmp_path, capsys):
     ]
     assert main([*arguments, "--out", str(folder), "--json"]) == 0
     captured = capsys.readouterr()
-    assert "Pareto front, not fine-tuned" in captured.out and "uniform" in captured.out
+    assert "Pareto front, not fine-tuned" in captured.out
+    assert "uniform" in captured.out
     assert json.loads(captured.out.splitlines()[-1])["pareto"] == str(
         folder / "pareto.json"
     )
@@ -238,7 +232,7 @@ def test_the_console_shows_the_front_and_how_to_go_on(tmp_path, capsys):
     assert (tmp_path / "new" / "pruned" / "plan.json").exists()
 
 
-def test_replay_of_a_range_says_how_far_the_policy_was_trusted(tmp_path, capsys):
+def test_replay_of_a_range_says_how_far_the_policy_decides(tmp_path, capsys):
     foreign = [
         "--model",
         "tests.tiny:residual",
@@ -253,7 +247,8 @@ def test_replay_of_a_range_says_how_far_the_policy_was_trusted(tmp_path, capsys)
     assert main(["replay", "resnet20-ppo", *foreign, "--json", "--out", out]) == 0
     captured = capsys.readouterr()
     familiar = json.loads(captured.out.splitlines()[-1])["familiar"]
-    assert familiar < 1 and f"policy trusted to {familiar:.0%}" in captured.err
+    assert familiar < 1
+    assert f"policy decides to {familiar:.0%}" in captured.err
 
 
 def test_a_killed_search_of_a_range_ends_with_the_same_front(searched, tmp_path):
@@ -295,9 +290,8 @@ def test_a_run_of_a_range_ends_with_a_network_of_the_knee(
     folder = tmp_path / "runs" / "tests.tiny-network-macs-30..80-random-1"
     plan = json.loads((folder / "pruned" / "plan.json").read_text())
     points = json.loads((folder / "pareto.json").read_text())["front"]
-    assert plan["stage"] == "finetuned" and plan["allocation"]["kept"] in [
-        point["kept"] for point in points
-    ]
+    assert plan["stage"] == "finetuned"
+    assert plan["allocation"]["kept"] in [point["kept"] for point in points]
 
 
 def test_replaying_a_range_writes_the_front_of_the_policys_roll_outs_and_uniform_pruning(
@@ -320,7 +314,8 @@ def test_replaying_a_range_writes_the_front_of_the_policys_roll_outs_and_uniform
     )
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     points = json.loads(path.read_text())["front"]
-    assert results["pareto"] == str(path) and results["points"] == len(points) > 0
+    assert results["pareto"] == str(path)
+    assert results["points"] == len(points) > 0
     assert {point["source"] for point in points} <= {"policy", "uniform"}
     assert all(0.3 < point["share"] <= 0.6 for point in points)
     assert main(["replay", str(searched)]) == 0  # the run's own range
@@ -352,11 +347,9 @@ def test_a_full_disk_leaves_no_half_written_front(tmp_path, monkeypatch, capsys)
     line = failure_after_progress(
         capsys, *SEARCH, "--agent", "random", "--out", str(folder)
     )
-    assert (
-        "pareto.json" in line
-        and not list(folder.rglob("*.partial*"))
-        and not (folder / "allocation.json").exists()
-    )
+    assert "pareto.json" in line
+    assert not list(folder.rglob("*.partial*"))
+    assert not (folder / "allocation.json").exists()
 
 
 def point(share: float, accuracy: float, source: str = "policy") -> dict:
@@ -418,9 +411,8 @@ def test_the_report_draws_the_front_and_holds_every_number_of_it(page):
         assert number in parsed.text, number
     assert "Reward of 5 episodes, each under a budget of its own" in parsed.text
     assert "autoprune replay" not in parsed.text  # no policy was learned
-    assert (
-        "Against the baselines" not in parsed.text and "best so far" not in parsed.text
-    )
+    assert "Against the baselines" not in parsed.text
+    assert "best so far" not in parsed.text
 
 
 def test_the_fronts_figure_follows_the_theme_and_rings_the_chosen_point(page):
@@ -429,15 +421,14 @@ def test_the_fronts_figure_follows_the_theme_and_rings_the_chosen_point(page):
         for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)
         if 'id="pareto-title"' in svg
     ]
-    assert "var(--accent, #0b6bcb)" in svg and not re.search(r"(?:fill|stroke): #", svg)
+    assert "var(--accent, #0b6bcb)" in svg
+    assert not re.search(r"(?:fill|stroke): #", svg)
     assert svg.count(">chosen<") == 1
 
 
 def test_a_front_of_one_point_can_be_drawn():
     before = dict(matplotlib.rcParams)
     figure = pareto_front([(0.5, 0.7)], [(0.5, 0.6)], "parameters")
-    assert (
-        render_svg(figure, "name", "title").startswith("<svg")
-        and dict(matplotlib.rcParams) == before
-    )
+    assert render_svg(figure, "name", "title").startswith("<svg")
+    assert dict(matplotlib.rcParams) == before
     assert figure.axes[0].get_xlabel() == "share of parameters kept, %"

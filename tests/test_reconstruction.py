@@ -368,7 +368,8 @@ def test_model_images_and_memory_shared_with_the_dense_network_stay_as_they_are(
     assert all(
         torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()
     )
-    assert torch.equal(x, pixels) and [m.training for m in model.modules()] == flags
+    assert torch.equal(x, pixels)
+    assert [m.training for m in model.modules()] == flags
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -403,7 +404,8 @@ def test_places_depend_on_the_seed_only_and_batches_dont_matter_where_all_places
         rebuilt(model, groups, x, kept, samples_per_image=2, seed=seed).conv2.weight
         for seed in (0, 0, 1)
     ]
-    assert torch.equal(few[0], few[1]) and not torch.allclose(few[0], few[2])
+    assert torch.equal(few[0], few[1])
+    assert not torch.allclose(few[0], few[2])
     whole = rebuilt(model, groups, x, kept, seed=1).conv2.weight
     monkeypatch.setattr(reconstruction, "BATCH", 5)
     for samples in (ALL, 4 * 4):
@@ -420,7 +422,8 @@ def test_a_network_in_float32_is_solved_even_if_channels_are_dead_or_alike():
                 tensor[:] = tensor[0]
             model.bn1.weight *= scale
         conv = rebuilt(model, groups, x, kept, samples_per_image=1).conv2
-        assert torch.isfinite(conv.weight).all() and torch.isfinite(conv.bias).all()
+        assert torch.isfinite(conv.weight).all()
+        assert torch.isfinite(conv.bias).all()
 
 
 @pytest.mark.parametrize(
@@ -570,12 +573,13 @@ def test_auto_reconstructs_where_the_budget_leaves_a_network_worse_than_a_guess(
     proxy, always = auto_proxy(loss=loss), auto_proxy("on", loss=loss)
     before = (proxy(twos()), proxy.sensitivity.copy())
     lost = proxy.suited_to(twos())
-    assert lost.evaluations == 0 and lost.suited_to(twos()) is lost
-    assert lost.reconstructs and not proxy.reconstructs
+    assert lost.evaluations == 0
+    assert lost.suited_to(twos()) is lost
+    assert lost.reconstructs
+    assert not proxy.reconstructs
     assert lost(twos()) == always(twos()) != before[0]
-    assert np.array_equal(lost.sensitivity, always.sensitivity) and not np.array_equal(
-        lost.sensitivity, before[1]
-    )
+    assert np.array_equal(lost.sensitivity, always.sensitivity)
+    assert not np.array_equal(lost.sensitivity, before[1])
     assert (proxy(twos()), proxy.evaluations) == (before[0], 1), (
         "what it was asked of stays as it was"
     )

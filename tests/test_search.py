@@ -6,16 +6,20 @@ import multiprocessing
 import random
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import forked
 from toys import FakeProxy, digits_env, digits_proxy, fake_env, target_env, traced
 
 from autoprune.agents import finalists, training
 from autoprune.agents.baselines import BASELINES
+from autoprune.agents.recorder import Episode
 from autoprune.agents.search import AGENTS, search
 from autoprune.config import ProxyConfig, SearchConfig
 from autoprune.data.datasets import Images, Splits
@@ -78,11 +82,28 @@ class Uneven(FakeProxy):
         return super().survey_all(allocations, batches)
 
 
-def killable_search(agent: str, folder: Path):
+def killable_search(
+    agent: str,
+    folder: Path,
+    on_episode: Callable[[Episode], None] = lambda episode: None,
+):
     """One search on a real proxy of an untrained network: the same in every process."""
     config = SearchConfig(agent=agent, episodes=N_KILLED, checkpoint_every=5, seed=1)
     folder.mkdir(exist_ok=True)
-    return search(small_real_env(), config, RunFolder(folder))
+    return search(small_real_env(), config, RunFolder(folder), on_episode)
+
+
+def search_until_killed(agent: str, folder: Path, number: int, told: Connection):
+    """Searches on, telling of every episode from `number` on, then waits for its end."""
+
+    def tell(episode: Episode) -> None:
+        if episode.number >= number:
+            told.send(episode.number)
+
+    killable_search(agent, folder, tell)
+    # A kill right before may have left all episodes in the log already.
+    told.send(N_KILLED)
+    signal.pause()
 
 
 def small_real_env() -> LayerPruningEnv:
@@ -108,25 +129,31 @@ def small_real_env() -> LayerPruningEnv:
         splits,
         ProxyConfig(bf16="off"),
     )
-    return LayerPruningEnv(model, groups, proxy)
+    return LayerPruningEnv.with_suited_proxy(model, groups, proxy)
 
 
 def logged(folder: Path) -> list[dict]:
     return list(RunFolder(folder).events("episode"))
 
 
-@pytest.mark.parametrize("agent", AGENTS)
-def test_every_episode_of_200_meets_the_budget_whoever_walks_it(agent, monkeypatch):
+@pytest.fixture
+def fewer_updates(monkeypatch):
+    """Off-policy learners with half of their updates, where it isn't asked how well they
+    learn.
+    """
     usual = training.hyperparameters
 
     def fewer(name):
-        return usual(name) | (
-            {"updates_per_step": 1} if "updates_per_step" in usual(name) else {}
-        )
+        settings = usual(name)
+        if "updates_per_step" in settings:
+            settings["updates_per_step"] = 1
+        return settings
 
-    monkeypatch.setattr(
-        training, "hyperparameters", fewer
-    )  # how well they learn isn't asked
+    monkeypatch.setattr(training, "hyperparameters", fewer)
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_every_episode_of_200_meets_the_budget_whoever_walks_it(agent, fewer_updates):
     env = target_env("chain")
     episodes = search(
         env, SearchConfig(agent=agent, episodes=200, finalists=1)
@@ -159,11 +186,12 @@ def test_finalists_are_the_best_different_episodes_sorted_by_their_selection_rew
     model, groups, example = traced("wide")
     proxy = Shifted(groups, example, lambda kept: float(kept[0] / 20))
     result = search(
-        LayerPruningEnv(model, groups, proxy),
+        LayerPruningEnv.with_suited_proxy(model, groups, proxy),
         SearchConfig(agent="random", episodes=30, finalists=6),
     )
     rewards = [finalist.reward for finalist in result.finalists]
-    assert len(rewards) == 6 and rewards == sorted(rewards, reverse=True)
+    assert len(rewards) == 6
+    assert rewards == sorted(rewards, reverse=True)
     assert result.best is result.finalists[0]
     chosen = {tuple(finalist.allocation.kept.values()) for finalist in result.finalists}
     assert len(chosen) == 6
@@ -183,7 +211,7 @@ def test_every_block_of_images_sends_its_best_episodes_to_the_survey():
     model, groups, example = traced("wide")
     proxy = Uneven(groups, example, lambda kept: float(kept[0] / 40))
     result = search(
-        LayerPruningEnv(model, groups, proxy),
+        LayerPruningEnv.with_suited_proxy(model, groups, proxy),
         SearchConfig(agent="random", episodes=40, finalists=2),
     )
     rewards = {episode.counts: episode.reward for episode in reversed(result.episodes)}
@@ -199,9 +227,8 @@ def test_every_block_of_images_sends_its_best_episodes_to_the_survey():
     )
     for block in (easy, hard):
         sent = [rewards[counts] for counts in block if counts in proxy.surveyed]
-        assert len(sent) == 4 and min(sent) >= max(
-            rewards[c] for c in block if c not in proxy.surveyed
-        )
+        assert len(sent) == 4
+        assert min(sent) >= max(rewards[c] for c in block if c not in proxy.surveyed)
 
 
 def test_trained_policy_competes_as_a_finalist():
@@ -223,12 +250,13 @@ def test_a_network_that_policy_and_episode_share_stands_once_among_the_finalists
     its = replace(
         shared, number=0, allocation=replace(shared.allocation, source="policy")
     )
-    monkeypatch.setattr(finalists, "own", lambda *_: its)
+    monkeypatch.setattr(finalists, "roll_out_policy", lambda *_: its)
     found = {
         tuple(f.allocation.kept.values()): f
-        for f in finalists.finalists(result.recorder, policy=object())
+        for f in finalists.choose_finalists(result.recorder, policy=object())
     }
-    assert len(found) == 3 and found[shared.counts].allocation.source == "policy"
+    assert len(found) == 3
+    assert found[shared.counts].allocation.source == "policy"
 
 
 def test_test_split_is_never_touched():
@@ -301,22 +329,22 @@ def test_finished_search_is_not_searched_again(agent, tmp_path):
 @pytest.mark.parametrize(
     "agent", [agent for agent in AGENTS if agent not in N_EPISODES]
 )
-def test_search_killed_at_any_moment_ends_as_one_left_alone(agent, tmp_path):
+def test_search_killed_at_any_moment_ends_as_one_left_alone(
+    agent, tmp_path, fewer_updates
+):
     expected = killable_search(agent, tmp_path / "alone")
-    folder, generator, exits = tmp_path / "killed", random.Random(agent), []
-    for n_lines in sorted(generator.sample(range(1, N_KILLED - 4), 4)):
-        # A fork, since a fresh interpreter takes seconds to import torch.
-        process = multiprocessing.get_context("fork").Process(
-            target=killable_search, args=(agent, folder)
-        )
-        process.start()
-        while process.is_alive() and len(logged(folder)) < n_lines:
-            time.sleep(0.002)
-        time.sleep(generator.uniform(0, 0.02))
-        process.kill()
-        process.join()
-        exits.append(process.exitcode)
-    assert set(exits) <= {-signal.SIGKILL, 0} and exits[0] == -signal.SIGKILL
+    folder = tmp_path / "killed"
+    generator = random.Random(agent)
+    for number in sorted(generator.sample(range(1, N_KILLED - 4), 4)):
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        with forked(search_until_killed, agent, folder, number, sender) as process:
+            # So that a search which fails ends the pipe, and with it the waiting.
+            sender.close()
+            receiver.recv()
+            # Anywhere in what follows an episode: a log line, an update, a checkpoint.
+            time.sleep(generator.uniform(0, 0.02))
+        receiver.close()
+        assert process.exitcode == -signal.SIGKILL
     result = killable_search(agent, folder)
     assert result.best.allocation == expected.best.allocation
     assert result.best.selection == expected.best.selection

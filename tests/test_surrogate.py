@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from autoprune.agents import surrogate
-from autoprune.agents.surrogate import MAX_POINTS, WINSOR, CostBaseline, Surrogate
+from autoprune.agents.cost_baseline import CostBaseline
+from autoprune.agents.surrogate import MAX_POINTS, WINSOR, Surrogate
 
 DENSE, LOW = np.array([16, 40, 24]), np.array([2, 4, 4])
 LIKENESS = np.array([[0.1, 0.9], [0.2, 0.8], [1.0, 0.0]])
@@ -138,7 +139,7 @@ def test_draws_have_the_textbooks_mean_and_covariance():
     book = Textbook(model, kept, smooth(kept))
     mean, covariance = book.posterior(at)
     n = 20_000
-    draws = model.samples(at, n, torch.Generator().manual_seed(0))
+    draws = model.sample(at, n, torch.Generator().manual_seed(0))
     assert draws.shape == (n, 6)
     deviations = np.sqrt(covariance.diagonal() + 10 * book.least_noise)
     assert np.abs(draws.mean(0) - mean).max() < 5 * deviations.max() / np.sqrt(n)
@@ -150,17 +151,18 @@ def test_draws_have_the_textbooks_mean_and_covariance():
 def test_draws_are_reproducible_by_seed():
     model, at = fitted(), allocations(5, seed=3)
     first, again, other = (
-        model.samples(at, 4, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        model.sample(at, 4, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
 
 
 def test_evaluated_allocations_are_predicted_within_the_noise():
     model, kept = fitted(), allocations(40)
     noise = float(model._deviation("noise").detach()) * smooth(kept).std()
     assert np.abs(model.mean(kept) - smooth(kept)).max() < 3 * noise + 1e-3
-    uncertain = model.samples(kept, 500, torch.Generator().manual_seed(0)).std(0)
-    far = model.samples(
+    uncertain = model.sample(kept, 500, torch.Generator().manual_seed(0)).std(0)
+    far = model.sample(
         allocations(40, seed=9), 500, torch.Generator().manual_seed(0)
     ).std(0)
     assert uncertain.mean() < far.mean()
@@ -250,7 +252,7 @@ def test_a_few_evaluations_are_enough_and_equal_ones_too(n):
         model = fitted(n, rewards)
         at = allocations(10, seed=1)
         assert np.isfinite(model.mean(at)).all()
-        assert np.isfinite(model.samples(at, 3, torch.Generator().manual_seed(0))).all()
+        assert np.isfinite(model.sample(at, 3, torch.Generator().manual_seed(0))).all()
     assert model.mean(at) == pytest.approx(-3.0)
 
 
@@ -283,7 +285,7 @@ def test_how_bad_the_bad_ones_are_does_not_matter():
 def test_winsorised_rewards_keep_the_good_half_and_their_order():
     rewards = np.random.default_rng(0).normal(size=101) ** 3
     cut, median, best = (
-        surrogate._winsorised(rewards),
+        surrogate._winsorise(rewards),
         np.median(rewards),
         rewards.max(),
     )
@@ -295,13 +297,15 @@ def test_winsorised_rewards_keep_the_good_half_and_their_order():
 
 def test_of_many_evaluations_the_best_and_the_latest_are_fitted_in_their_order():
     rewards = np.random.default_rng(0).normal(size=3 * MAX_POINTS)
-    chosen = surrogate._chosen(rewards)
-    assert len(chosen) == len(set(chosen)) == MAX_POINTS and (np.diff(chosen) > 0).all()
+    chosen = surrogate._choose_points(rewards)
+    assert len(chosen) == len(set(chosen)) == MAX_POINTS
+    assert (np.diff(chosen) > 0).all()
     best = set(np.argsort(-rewards)[: MAX_POINTS // 3])
     assert best <= set(chosen)
     others = sorted(set(chosen) - best)
     assert others == sorted(set(range(len(rewards))) - best)[-len(others) :]
-    assert surrogate._chosen(rewards[:MAX_POINTS]).tolist() == list(range(MAX_POINTS))
+    few = surrogate._choose_points(rewards[:MAX_POINTS])
+    assert few.tolist() == list(range(MAX_POINTS))
 
 
 def test_a_group_that_cannot_shrink_is_no_obstacle():
@@ -323,7 +327,7 @@ def test_the_rounding_of_the_groups_own_kernels_does_not_make_it_indefinite(devi
         model._logs["deviations"][names.index("noise")] = -20
     model.fit(kept, smooth(kept), np.zeros(300))
     assert np.isfinite(
-        model.samples(allocations(300, seed=1), 2, torch.Generator().manual_seed(0))
+        model.sample(allocations(300, seed=1), 2, torch.Generator().manual_seed(0))
     ).all()
 
 
@@ -352,7 +356,5 @@ def test_the_usual_of_few_or_equal_costs_is_finite(n):
     costs, rewards, _ = heap(n)
     for some in (costs, np.full(n, costs[0])):
         cost_baseline = CostBaseline(some, rewards)
-        assert (
-            np.isfinite(cost_baseline.centre(costs)).all()
-            and (cost_baseline.scale(costs) > 0).all()
-        )
+        assert np.isfinite(cost_baseline.centre(costs)).all()
+        assert (cost_baseline.scale(costs) > 0).all()

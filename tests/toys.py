@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import gymnasium
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -197,7 +198,9 @@ def digits_proxy(**parts) -> ProxyAccuracy:
 def digits_env(budget: str = "macs=50%", **options) -> LayerPruningEnv:
     """The environment of the digits network with a fresh real proxy."""
     model, groups, _ = digits()
-    return LayerPruningEnv(model, groups, digits_proxy(), budget=budget, **options)
+    return LayerPruningEnv.with_suited_proxy(
+        model, groups, digits_proxy(), budget, **options
+    )
 
 
 def learner_of(name: str, start: Policy | None = None) -> BaseAlgorithm:
@@ -211,9 +214,21 @@ def some_policy(name: str = "ppo") -> Policy:
     """Its actions are far from zero and differ between observations, without training
     it.
     """
-    policy = Policy.of(name, learner_of(name), hyperparameters(name)["policy_kwargs"])
+    policy = Policy.from_learner(
+        name, learner_of(name), hyperparameters(name)["policy_kwargs"]
+    )
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in policy.network.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return policy
+
+
+def run_episode(env: gymnasium.Env, action: Callable[[int], float]) -> dict:
+    """One episode of actions chosen by the group's position; returns the last info."""
+    env.reset()
+    done, position, info = False, 0, {}
+    while not done:
+        _, _, done, _, info = env.step(np.array([action(position)], dtype=np.float32))
+        position += 1
+    return info
