@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kills import Killed, kill_after
+from kills import KilledError, kill_after
 from nets import NETS, build, images, outputs
 from torch import Tensor, nn
 
@@ -22,13 +22,13 @@ from autoprune.tracing.trace import trace
 from autoprune.training import centripetal
 from autoprune.training.centripetal import (
     CLUSTERINGS,
-    VECTORS,
+    VECTOR_PULL,
     Centripetal,
-    averaged,
+    average_clusters,
     check_mergeable,
-    clusters_of,
+    cluster_channels,
     merge,
-    mergeable,
+    mergeable_groups,
 )
 from autoprune.training.loop import finetune
 
@@ -41,17 +41,18 @@ def traced(name: str) -> tuple[nn.Module, Groups]:
 
 
 def spread(rows: Tensor, numbers: Tensor) -> Tensor:
-    return rows - averaged(rows, numbers)
+    return rows - average_clusters(rows, numbers)
 
 
 @pytest.mark.parametrize("how", CLUSTERINGS)
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 8])
 def test_every_group_gets_exactly_the_asked_clusters_the_same_for_a_seed(how, count):
     model, groups = traced("residual")
-    numbers = clusters_of(model, groups, {"stem": count}, how, seed=3)["stem"]
-    assert sorted(set(numbers.tolist())) == list(range(count)) and len(numbers) == 8
+    numbers = cluster_channels(model, groups, {"stem": count}, how, seed=3)["stem"]
+    assert sorted(set(numbers.tolist())) == list(range(count))
+    assert len(numbers) == 8
     assert torch.equal(
-        numbers, clusters_of(model, groups, {"stem": count}, how, seed=3)["stem"]
+        numbers, cluster_channels(model, groups, {"stem": count}, how, seed=3)["stem"]
     )
 
 
@@ -59,14 +60,14 @@ def test_filters_that_are_all_the_same_still_get_the_asked_clusters():
     model, groups = traced("chain")
     with torch.no_grad():
         model.conv1.weight.copy_(model.conv1.weight[:1].expand_as(model.conv1.weight))
-    numbers = clusters_of(model, groups, {"conv1": 4})["conv1"]
+    numbers = cluster_channels(model, groups, {"conv1": 4})["conv1"]
     assert sorted(set(numbers.tolist())) == [0, 1, 2, 3]
 
 
 def test_another_seed_may_find_other_clusters():
     model, groups = traced("residual")
     found = {
-        tuple(clusters_of(model, groups, {"stem": 5}, seed=seed)["stem"].tolist())
+        tuple(cluster_channels(model, groups, {"stem": 5}, seed=seed)["stem"].tolist())
         for seed in range(8)
     }
     assert len(found) > 1
@@ -87,7 +88,7 @@ def test_kmeans_finds_filters_that_are_alike_in_all_layers_that_a_shortcut_ties(
             layer.weight.add_(
                 scale * 1e-3 * torch.randn(layer.weight.shape, generator=generator)
             )
-    numbers = clusters_of(model, groups, {"stem": 3}, seed=0)["stem"]
+    numbers = cluster_channels(model, groups, {"stem": 3}, seed=0)["stem"]
     assert len({(int(a), int(b)) for a, b in zip(alike, numbers, strict=True)}) == 3
 
 
@@ -103,13 +104,13 @@ def test_kmeans_is_not_drowned_by_the_noise_of_a_layer_with_large_weights():
             1000
             * (1 + 0.05 * torch.randn(model.outer.weight.shape, generator=generator))
         )
-    numbers = clusters_of(model, groups, {"stem": 3}, seed=0)["stem"]
+    numbers = cluster_channels(model, groups, {"stem": 3}, seed=0)["stem"]
     assert len({(int(a), int(b)) for a, b in zip(alike, numbers, strict=True)}) == 3
 
 
 def test_averaging_is_a_symmetric_projection_whose_rows_sum_to_one():
     numbers = torch.tensor([0, 1, 0, 2, 1, 0])
-    matrix = averaged(torch.eye(6, dtype=torch.float64), numbers)
+    matrix = average_clusters(torch.eye(6, dtype=torch.float64), numbers)
     torch.testing.assert_close(matrix @ matrix, matrix)
     torch.testing.assert_close(matrix, matrix.T)
     torch.testing.assert_close(matrix.sum(1), torch.ones(6, dtype=torch.float64))
@@ -140,9 +141,9 @@ def test_the_spread_in_a_cluster_follows_its_geometric_law_whatever_the_loss():
     steps(model, groups, {"conv1": numbers}, 25)
     tensors = {
         "conv1.weight": 1.0,
-        "conv1.bias": VECTORS,
-        "bn1.weight": VECTORS,
-        "bn1.bias": VECTORS,
+        "conv1.bias": VECTOR_PULL,
+        "bn1.weight": VECTOR_PULL,
+        "bn1.bias": VECTOR_PULL,
     }
     for name, pull in tensors.items():
         old, new = (
@@ -175,7 +176,7 @@ def test_the_law_holds_in_every_tensor_that_shares_a_groups_channels(name, tied)
         for member in (
             m for m in group.members if m.role != "consume" and m.tensor in parameters
         ):
-            pull = PULL if parameters[member.tensor].ndim > 1 else PULL * VECTORS
+            pull = PULL if parameters[member.tensor].ndim > 1 else PULL * VECTOR_PULL
             rows = [
                 n.get_parameter(member.tensor).detach().movedim(member.axis, 0)
                 for n in (before, model)
@@ -198,11 +199,12 @@ def test_a_clusters_centre_moves_as_by_the_mean_gradient_and_a_cluster_of_one_as
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     optimizer.step()
     moved, usual = model.conv1.weight.detach(), plain.conv1.weight.detach()
-    torch.testing.assert_close(averaged(moved, numbers), averaged(usual, numbers))
-    assert torch.equal(moved[5], usual[5])
-    assert torch.equal(model.conv2.weight, plain.conv2.weight) and torch.equal(
-        model.head.weight, plain.head.weight
+    torch.testing.assert_close(
+        average_clusters(moved, numbers), average_clusters(usual, numbers)
     )
+    assert torch.equal(moved[5], usual[5])
+    assert torch.equal(model.conv2.weight, plain.conv2.weight)
+    assert torch.equal(model.head.weight, plain.head.weight)
 
 
 def made_equal(
@@ -215,7 +217,7 @@ def made_equal(
         for member in groups[name].members:
             if member.role != "consume":
                 rows = tensors[member.tensor].movedim(member.axis, 0)
-                rows[member.index] = averaged(rows[member.index], numbers)
+                rows[member.index] = average_clusters(rows[member.index], numbers)
     return equal
 
 
@@ -229,10 +231,10 @@ def made_equal(
 def test_merging_equal_channels_changes_nothing(name, dtype, tolerance):
     model, groups = traced(name)
     x = images(4, NETS[name].size)
-    names = mergeable(model, groups, x)
+    names = mergeable_groups(model, groups, x)
     assert names
     counts = {group: max(1, groups[group].channels * 2 // 3) for group in names}
-    clusters = clusters_of(model, groups, counts)
+    clusters = cluster_channels(model, groups, counts)
     equal = made_equal(model, groups, clusters).to(dtype)
     merged = merge(equal, groups, clusters)
     expected, computed = outputs(equal, x.to(dtype)), outputs(merged, x.to(dtype))
@@ -269,7 +271,9 @@ def test_statistics_of_equal_filters_become_equal_when_they_are_measured():
 @pytest.mark.parametrize("name", ["layer_norm", "attention"])
 def test_channels_that_a_norm_reads_are_not_mergeable(name):
     model, groups = traced(name)
-    assert len(mergeable(model, groups, images(2, NETS[name].size))) < len(groups)
+    assert len(mergeable_groups(model, groups, images(2, NETS[name].size))) < len(
+        groups
+    )
 
 
 class NormInBranch(nn.Module):
@@ -298,7 +302,7 @@ class NormInBranch(nn.Module):
 def test_a_small_scale_does_not_hide_that_a_norm_reads_the_channels(scale):
     model = NormInBranch(scale).eval()
     before = copy.deepcopy(model.state_dict())
-    assert mergeable(model, trace(model, images(1, 8)), images(1, 8)) == ["stem"]
+    assert mergeable_groups(model, trace(model, images(1, 8)), images(1, 8)) == ["stem"]
     assert all(
         torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()
     )
@@ -321,7 +325,7 @@ def test_dead_channels_do_not_hide_how_the_others_are_read():
     with torch.no_grad():
         for vector in (model.norm.weight, model.norm.bias):
             vector[:2] = 0
-    assert mergeable(model, trace(model, images(1, 8)), images(1, 8)) == ["read"]
+    assert mergeable_groups(model, trace(model, images(1, 8)), images(1, 8)) == ["read"]
 
 
 def test_groups_that_can_not_be_merged_are_named_with_the_way_out():
@@ -354,7 +358,7 @@ def small(seed: int = 0) -> tuple[nn.Module, Groups, dict[str, Tensor]]:
     return (
         model,
         groups,
-        clusters_of(model, groups, dict.fromkeys(groups.channels, 6), "even"),
+        cluster_channels(model, groups, dict.fromkeys(groups.channels, 6), "even"),
     )
 
 
@@ -388,8 +392,9 @@ def test_the_usual_pull_draws_as_much_in_a_training_of_any_length_as_in_the_pape
     digits, epochs, lr, monkeypatch
 ):
     # 3e-3, at each of three learning rates for 200 epochs of 782 steps, momentum 0.9
-    assert centripetal.PULL == pytest.approx(
-        3e-3 * 200 * 782 * (3e-2 + 3e-3 + 3e-4) / (1 - 0.9), rel=0.01
+    assert (
+        pytest.approx(3e-3 * 200 * 782 * (3e-2 + 3e-3 + 3e-4) / (1 - 0.9), rel=0.01)
+        == centripetal.PULL
     )
     monkeypatch.setattr(
         centripetal, "PULL", 3.0
@@ -413,7 +418,7 @@ def test_the_usual_pull_draws_as_much_in_a_training_of_any_length_as_in_the_pape
 def test_killed_training_goes_on_to_bit_identical_weights(digits, tmp_path):
     model, groups, clusters = small()
     callback = Centripetal(groups, clusters)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         finetune(
             model,
             digits[:64],
@@ -442,7 +447,7 @@ def test_groups_that_are_not_prunable_are_refused(name):
     with pytest.raises(
         UserError, match=f"counts: '{name}' is no prunable group; known: stem, inner"
     ):
-        clusters_of(model, groups, {name: 2})
+        cluster_channels(model, groups, {name: 2})
 
 
 @pytest.mark.parametrize("count", [0, 9])
@@ -451,7 +456,7 @@ def test_counts_that_can_not_be_are_refused(count):
     with pytest.raises(
         UserError, match=f"group 'stem' can have 1 to 8 clusters, got {count}"
     ):
-        clusters_of(model, groups, {"stem": count})
+        cluster_channels(model, groups, {"stem": count})
 
 
 def test_an_unknown_clustering_is_refused_with_the_nearest():
@@ -459,4 +464,4 @@ def test_an_unknown_clustering_is_refused_with_the_nearest():
     with pytest.raises(
         UserError, match="unknown clustering 'k-means'; did you mean 'kmeans'"
     ):
-        clusters_of(model, groups, {"stem": 2}, "k-means")
+        cluster_channels(model, groups, {"stem": 2}, "k-means")

@@ -82,11 +82,9 @@ def test_what_an_earlier_step_dropped_has_a_gradient_again(kind: type[Dropping])
         model(x).square().sum().backward()
         callback.before_step(model, step)
     again = dropped[0] & ~dropped[1]
-    assert (
-        again.any()
-        and (weight.grad[again] != 0).any()
-        and (weight.grad[dropped[1]] == 0).all()
-    )
+    assert again.any()
+    assert (weight.grad[again] != 0).any()
+    assert (weight.grad[dropped[1]] == 0).all()
 
 
 class Noting(DropOut):
@@ -170,7 +168,7 @@ def digits() -> Images:
     return load(DataConfig(data="digits")).train[:512]
 
 
-def trained(digits: Images, plug_of, seed: int = 0) -> tuple[nn.Module, Groups]:
+def trained(digits: Images, make_callback, seed: int = 0) -> tuple[nn.Module, Groups]:
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(3, 12, 3, 2),
@@ -183,18 +181,18 @@ def trained(digits: Images, plug_of, seed: int = 0) -> tuple[nn.Module, Groups]:
     config = FinetuneConfig(
         epochs=8, batch_size=64, lr=0.1, distillation=0.0, bf16="off"
     )
-    return finetune(model, digits, config, seed, callback=plug_of(groups)), groups
+    return finetune(model, digits, config, seed, callback=make_callback(groups)), groups
 
 
 def test_targeted_training_makes_magnitude_pruning_cost_less(digits):
     damages = []
-    for plug_of in (
+    for make_callback in (
         lambda groups: None,
         lambda groups: DropConnect(groups, 0.66, 0.75),
     ):
         damage = 0.0
         for seed in (0, 1):
-            model, groups = trained(digits, plug_of, seed)
+            model, groups = trained(digits, make_callback, seed)
             with torch.no_grad():
                 whole = F.cross_entropy(model(digits.inputs), digits.labels)
                 target = CostTable(groups).params({}) // 10
@@ -216,9 +214,8 @@ def test_the_same_seed_drops_the_same(kind: type[Dropping], digits):
         trained(digits[:128], lambda groups: kind(groups, 0.5, 0.5), seed)[0]
         for seed in (1, 1, 2)
     )
-    assert torch.equal(first[0].weight, again[0].weight) and not torch.equal(
-        first[0].weight, other[0].weight
-    )
+    assert torch.equal(first[0].weight, again[0].weight)
+    assert not torch.equal(first[0].weight, other[0].weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)

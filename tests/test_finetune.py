@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kills import Killed, kill_after
+from kills import KilledError, kill_after
 from torch import nn
 
 from autoprune.config import DataConfig, FinetuneConfig
 from autoprune.data.datasets import Images, load
 from autoprune.data.networks import conv_bn
 from autoprune.errors import UserError
-from autoprune.training.loop import finetune
+from autoprune.training.loop import TrainingCallback, finetune
 
 CONFIG = FinetuneConfig(epochs=4, batch_size=64, lr=0.1, distillation=0.0, bf16="off")
 
@@ -47,7 +47,8 @@ def test_loss_falls_and_most_training_images_are_recognised(images):
     model = finetune(
         network(), images, config, on_epoch=lambda epoch, loss: losses.append(loss)
     )
-    assert losses[-1] < losses[0] / 2 and len(losses) == 10
+    assert losses[-1] < losses[0] / 2
+    assert len(losses) == 10
     assert not model.training
     with torch.no_grad():
         assert (model(images.inputs).argmax(1) == images.labels).float().mean() > 0.8
@@ -71,7 +72,7 @@ def test_global_random_state_is_left_as_found(images):
 @pytest.mark.parametrize("killed_after", [1, 2, 3])
 def test_killed_run_goes_on_to_bit_identical_weights(images, tmp_path, killed_after):
     checkpoint = tmp_path / "training.ckpt"
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         finetune(
             network(),
             images,
@@ -89,6 +90,43 @@ def test_killed_run_goes_on_to_bit_identical_weights(images, tmp_path, killed_af
     )
     assert epochs == list(range(killed_after + 1, 5))
     assert_same_weights(resumed, finetune(network(), images, CONFIG))
+
+
+class StepCounter(TrainingCallback):
+    """Counts steps, through kills."""
+
+    n = 0
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        self.n += 1
+
+    def state_dict(self) -> dict:
+        return {"n": self.n}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.n = state["n"]
+
+
+@pytest.mark.parametrize("key", ["callback", "plug"])
+def test_a_callback_goes_on_whatever_the_checkpoints_version_calls_its_state(
+    images, tmp_path, key
+):
+    checkpoint = tmp_path / "training.ckpt"
+    with pytest.raises(KilledError):
+        finetune(
+            network(),
+            images,
+            CONFIG,
+            checkpoint=checkpoint,
+            on_epoch=kill_after(1),
+            callback=StepCounter(),
+        )
+    state = torch.load(checkpoint, weights_only=True)
+    state[key] = state.pop("callback")
+    torch.save(state, checkpoint)
+    counter = StepCounter()
+    finetune(network(), images, CONFIG, checkpoint=checkpoint, callback=counter)
+    assert counter.n == 4 * CONFIG.steps_per_epoch(len(images))
 
 
 def test_finished_run_is_not_trained_again(images, tmp_path):
@@ -129,7 +167,8 @@ def test_checkpoint_loads_without_executing_code_and_its_learning_rate_ends_at_z
 
     finetune(network(), images, CONFIG, checkpoint=checkpoint, on_epoch=note)
     assert rates == sorted(rates, reverse=True)
-    assert rates[0] > 0.5 * CONFIG.lr and rates[-1] < 1e-6 * CONFIG.lr
+    assert rates[0] > 0.5 * CONFIG.lr
+    assert rates[-1] < 1e-6 * CONFIG.lr
 
 
 def test_distillation_moves_the_network_towards_its_teacher(images):
@@ -176,7 +215,7 @@ def test_fewer_images_than_a_batch_still_train(images):
 
 
 @pytest.mark.parametrize(
-    "n_images, epochs", [(45_000, 10), (2_600, 30), (5_120, 15), (100, 30)]
+    ("n_images", "epochs"), [(45_000, 10), (2_600, 30), (5_120, 15), (100, 30)]
 )
 def test_by_default_small_datasets_are_passed_over_more_often(n_images, epochs):
     config = FinetuneConfig()

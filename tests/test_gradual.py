@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from kills import Killed, kill_after
+from kills import KilledError, kill_after
 from nets import NETS, build, difference, images, outputs, random_kept, randomise
 from torch import nn
 
@@ -54,10 +54,10 @@ def channels(
 
 
 class Watched:
-    """Mixed into a plug: remembers share, masks and network of every pruning."""
+    """Mixed into a callback: remembers share, masks and network of every pruning."""
 
-    def masks_at(self, model: nn.Module, share: float) -> Masks:
-        masks = super().masks_at(model, share)
+    def grow_masks(self, model: nn.Module, share: float) -> Masks:
+        masks = super().grow_masks(model, share)
         seen = {name: p.detach().clone() for name, p in model.named_parameters()}
         vars(self).setdefault("prunings", []).append((share, masks, seen))
         return masks
@@ -84,7 +84,7 @@ class Schedule(Gradual):
 
     asked: list
 
-    def masks_at(self, model: nn.Module, share: float) -> Masks:
+    def grow_masks(self, model: nn.Module, share: float) -> Masks:
         self.asked.append((self.step, share))
         return Masks({})
 
@@ -103,7 +103,8 @@ def test_prunings_are_spread_over_the_first_two_thirds_and_the_last_reaches_the_
         callback.before_forward(nn.Identity(), callback.step)
     assert [step for step, _ in callback.asked] == moments
     shares = [share for _, share in callback.asked]
-    assert shares == sorted(shares) and shares[-1] == 1
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
 
 
 def test_weights_go_on_schedule_never_come_back_and_stay_zero():
@@ -127,11 +128,11 @@ def test_weights_go_on_schedule_never_come_back_and_stay_zero():
         # than one that stays.
         gone = torch.cat([seen[n][~k & before[n]].abs() for n, k in masks.kept.items()])
         stay = torch.cat([seen[n][k].abs() for n, k in masks.kept.items()])
-        assert len(gone) and gone.max() <= stay.max()
+        assert len(gone)
+        assert gone.max() <= stay.max()
         before = masks.kept
-    assert (
-        len(callback.prunings) == 5 and callback.masks.costs(groups)["params"] == target
-    )
+    assert len(callback.prunings) == 5
+    assert callback.masks.costs(groups)["params"] == target
     assert all(
         (model.get_parameter(name)[~kept] == 0).all()
         for name, kept in callback.masks.kept.items()
@@ -191,9 +192,9 @@ def test_channels_that_are_gone_stay_gone_whatever_is_said_of_them_later():
         }
 
     callback = GradualChannels("linear", 2, groups, GOAL, importance_of)
-    callback.masks_at(model, 0.5)
+    callback.grow_masks(model, 0.5)
     left = callback.kept
-    callback.masks_at(model, 1.0)
+    callback.grow_masks(model, 1.0)
     assert {name: kept.tolist() for name, kept in callback.kept.items()} == {
         n: left[n][: GOAL[n]].tolist() for n in GOAL
     }
@@ -263,7 +264,7 @@ def test_a_killed_training_goes_on_with_its_masks_and_ends_the_same(
         return model, callback
 
     whole, masks = trained(None)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         trained(tmp_path / "half.pt", kill_after(epoch))
     again, resumed = trained(tmp_path / "half.pt")
     assert all(

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from kills import Killed, kill_after
+from kills import KilledError, kill_after
 from nets import NETS, build, counted_macs, images, outputs, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -84,10 +84,8 @@ def test_the_least_units_of_the_network_go_until_the_target_is_met(pattern, metr
     }
     for name, unit in gone:
         expected[f"{name}.weight"][unit] = False
-    assert (
-        all(torch.equal(masks.kept[name], kept) for name, kept in expected.items())
-        and gone
-    )
+    assert all(torch.equal(masks.kept[name], kept) for name, kept in expected.items())
+    assert gone
     assert masks.costs(groups)[metric] <= target
 
 
@@ -138,7 +136,8 @@ def test_lamp_is_each_square_over_those_of_its_layer_that_are_not_smaller():
         shares += [square / squares[squares >= square].sum() for square in squares]
         kept.append(masks.kept[f"{name}.weight"].flatten())
     shares, kept = torch.stack(shares), torch.cat(kept)
-    assert shares[kept].min() >= shares[~kept].max() and 0 < kept.sum() < len(kept)
+    assert shares[kept].min() >= shares[~kept].max()
+    assert 0 < kept.sum() < len(kept)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -225,7 +224,8 @@ def test_units_of_weights_with_inputs_first_are_those_of_their_outputs():
         filters = masks.kept[name].movedim(1, 0).flatten(1)
         assert masks.kept[name].shape == groups.shapes[name]
         assert torch.equal(filters.all(1), filters.any(1)), name
-    assert not masks.kept["down.weight"].all() and not masks.kept["matrix"].all()
+    assert not masks.kept["down.weight"].all()
+    assert not masks.kept["matrix"].all()
     paired, whole = n_of_m_masks(model, groups, 2, 4)
     assert whole == ["up.weight"]
     for name in ("down.weight", "matrix"):
@@ -307,7 +307,8 @@ def test_n_of_m_keeps_exactly_the_n_largest_of_every_m_inputs(n, m):
     )
     groups = trace(model, torch.randn(1, 3, 8, 8))
     masks, whole = n_of_m_masks(model, groups, n, m)
-    assert whole == ["0.weight"] and masks.kept.keys() == {"1.weight", "3.weight"}
+    assert whole == ["0.weight"]
+    assert masks.kept.keys() == {"1.weight", "3.weight"}
     for name, kept in masks.kept.items():
         weight = model.get_parameter(name).detach()
         rows = (
@@ -328,9 +329,9 @@ def test_n_of_m_keeps_exactly_the_n_largest_of_every_m_inputs(n, m):
 
 
 def test_n_of_m_is_recognised_by_its_form():
-    assert (
-        n_of_m("2:4") == (2, 4) and n_of_m("weight") is None and n_of_m("2:4:8") is None
-    )
+    assert n_of_m("2:4") == (2, 4)
+    assert n_of_m("weight") is None
+    assert n_of_m("2:4:8") is None
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +365,8 @@ def test_masked_weights_stay_exactly_zero_through_momentum_and_decay_and_the_oth
     train(model, digits, masks)
     for name, kept in masks.kept.items():
         weight = model.get_parameter(name)
-        assert (weight[~kept] == 0).all() and (weight[kept] != 0).all()
+        assert (weight[~kept] == 0).all()
+        assert (weight[kept] != 0).all()
     assert not torch.equal(
         model[0].weight[masks.kept["0.weight"]], before[masks.kept["0.weight"]]
     )
@@ -381,7 +383,7 @@ def test_masked_weights_are_zero_before_the_first_step():
 
 def test_killed_training_under_masks_goes_on_to_bit_identical_weights(digits, tmp_path):
     model, masks = small()
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(
             model,
             digits,
@@ -422,7 +424,8 @@ def test_everything_stays_where_everything_fits_and_the_model_is_left_as_found()
     model, groups = traced()
     before: Tensor = model.conv1.weight.detach().clone()
     masks = ranked_masks(model, groups, "filter", CostTable(groups).macs({}))
-    assert masks.sparsity == 0 and torch.equal(model.conv1.weight, before)
+    assert masks.sparsity == 0
+    assert torch.equal(model.conv1.weight, before)
     assert F.conv2d(images(1, 8), model.conv1.weight).isfinite().all()
 
 

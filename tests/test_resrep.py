@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kills import Killed, kill_after
+from kills import KilledError, kill_after
 from nets import NETS, build, images, outputs
 from torch import Tensor, nn
 
@@ -20,7 +20,12 @@ from autoprune.evaluation.evaluate import recalibrate
 from autoprune.structure.groups import Groups
 from autoprune.structure.slicing import prune
 from autoprune.tracing.trace import trace
-from autoprune.training.compactors import eligible, fold, insert_compactors, standardise
+from autoprune.training.compactors import (
+    eligible_pairs,
+    fold,
+    insert_compactors,
+    standardise,
+)
 from autoprune.training.loop import TrainingCallback, finetune
 from autoprune.training.resrep import Compaction, Goal
 
@@ -50,7 +55,7 @@ def merge(
 
 def test_only_a_convolution_with_its_own_batch_norm_gets_a_compactor():
     found = {
-        name: eligible(*traced(name))
+        name: eligible_pairs(*traced(name))
         for name in ("chain", "residual", "depthwise", "flatten")
     }
     assert found["chain"] == {"conv1": ("conv1", "bn1"), "conv2": ("conv2", "bn2")}
@@ -70,7 +75,7 @@ def test_a_batch_norm_behind_a_relu_gets_none():
     )
     x = torch.randn(2, 3, 8, 8)
     for net in (model.eval(), in_place.eval()):
-        assert eligible(net, trace(net, x[:1]), x) == {}
+        assert eligible_pairs(net, trace(net, x[:1]), x) == {}
 
 
 class ReadTwice(nn.Module):
@@ -98,13 +103,13 @@ def test_what_is_read_in_front_of_its_batch_norm_or_has_no_statistics_gets_none(
         twice,
         nn.Sequential(nn.Conv2d(3, 6, 3), alone, nn.ReLU(), nn.Conv2d(6, 4, 3)).eval(),
     ):
-        assert eligible(net, trace(net, x[:1]), x) == {}
+        assert eligible_pairs(net, trace(net, x[:1]), x) == {}
 
 
 def test_inserting_compactors_changes_nothing():
     model, groups, x = traced("residual")
     assert (
-        outputs(insert_compactors(model, groups, eligible(model, groups, x)), x)
+        outputs(insert_compactors(model, groups, eligible_pairs(model, groups, x)), x)
         - outputs(model, x)
     ).abs().max() < 1e-6
 
@@ -140,7 +145,7 @@ def test_folding_random_compactors_equals_the_three_layers(name, dtype, toleranc
         groups = trace(model, x[:1])
     else:
         model, groups, x = traced(name)
-    pairs = eligible(model, groups, x)
+    pairs = eligible_pairs(model, groups, x)
     grown = disturbed(insert_compactors(model, groups, pairs), pairs).to(dtype)
     expected, computed = (
         outputs(grown, x.to(dtype)),
@@ -153,7 +158,7 @@ def test_folding_random_compactors_equals_the_three_layers(name, dtype, toleranc
 @pytest.mark.parametrize("length", [0.0, 1e-4, 1e-2])
 def test_rows_that_are_gone_may_go_and_short_ones_change_little(length):
     model, groups, x = traced()
-    pairs = eligible(model, groups, x)
+    pairs = eligible_pairs(model, groups, x)
     grown = disturbed(insert_compactors(model, groups, pairs), pairs)
     rows = grown.bn1[1].weight
     with torch.no_grad():
@@ -166,12 +171,12 @@ def test_rows_that_are_gone_may_go_and_short_ones_change_little(length):
     ) * expected.abs().max()
 
 
-def plug_of(
+def compaction_of(
     model: nn.Module, groups: Groups, x: Tensor, share: float = 0.5, **options
 ) -> Compaction:
     table = CostTable(groups)
     goal = Goal(table, "macs", int(table.macs({}) * share))
-    return Compaction(groups, eligible(model, groups, x), goal, **options)
+    return Compaction(groups, eligible_pairs(model, groups, x), goal, **options)
 
 
 def gradients(
@@ -186,11 +191,11 @@ def gradients(
 def test_the_penalty_leaves_all_other_gradients_bit_by_bit_and_selected_rows_none_of_the_loss():
     model, groups, x = traced()
     grown = disturbed(
-        insert_compactors(model, groups, eligible(model, groups, x)),
-        eligible(model, groups, x),
+        insert_compactors(model, groups, eligible_pairs(model, groups, x)),
+        eligible_pairs(model, groups, x),
     )
-    callback = plug_of(model, groups, x, strength=0.1)
-    callback.masked["conv1"][[1, 4]] = True
+    callback = compaction_of(model, groups, x, strength=0.1)
+    callback.selection["conv1"][[1, 4]] = True
     plain, penalised = (
         gradients(grown, x, TrainingCallback()),
         gradients(grown, x, callback),
@@ -208,16 +213,16 @@ def test_the_penalty_leaves_all_other_gradients_bit_by_bit_and_selected_rows_non
 def test_however_short_the_training_rows_that_stay_feel_the_papers_pull():
     model, groups, x = traced()
     grown = disturbed(
-        insert_compactors(model, groups, eligible(model, groups, x)),
-        eligible(model, groups, x),
+        insert_compactors(model, groups, eligible_pairs(model, groups, x)),
+        eligible_pairs(model, groups, x),
     )
-    callback = plug_of(model, groups, x)
+    callback = compaction_of(model, groups, x)
     callback.begin(grown, 40, FinetuneConfig())
     plain, penalised = (
         gradients(grown, x, TrainingCallback()),
         gradients(grown, x, callback),
     )
-    mask, rows = callback.masked["conv1"], grown.bn1[1].weight.detach().flatten(1)
+    mask, rows = callback.selection["conv1"], grown.bn1[1].weight.detach().flatten(1)
     unit = rows / rows.norm(dim=1, keepdim=True)
     loss, got = plain["bn1.1.weight"].flatten(1), penalised["bn1.1.weight"].flatten(1)
     torch.testing.assert_close(got[~mask], (loss + 1e-4 * unit)[~mask])
@@ -226,11 +231,11 @@ def test_however_short_the_training_rows_that_stay_feel_the_papers_pull():
 def test_a_selected_row_keeps_its_direction_and_the_others_turn():
     model, groups, x = traced()
     grown = disturbed(
-        insert_compactors(model, groups, eligible(model, groups, x)),
-        eligible(model, groups, x),
+        insert_compactors(model, groups, eligible_pairs(model, groups, x)),
+        eligible_pairs(model, groups, x),
     )
-    callback = plug_of(model, groups, x, strength=1e-2)
-    callback.masked["conv1"][[1, 4]] = True
+    callback = compaction_of(model, groups, x, strength=1e-2)
+    callback.selection["conv1"][[1, 4]] = True
     optimizer = torch.optim.SGD(
         callback.parameter_groups(grown, FinetuneConfig()), 1e-3, 0.9, nesterov=True
     )
@@ -241,7 +246,8 @@ def test_a_selected_row_keeps_its_direction_and_the_others_turn():
         callback.after_step(grown, step)
     after = grown.bn1[1].weight.detach().flatten(1)
     turned = 1 - torch.cosine_similarity(before, after, dim=1)
-    assert (turned[[1, 4]] < 1e-6).all() and (turned[[0, 2, 3, 5]] > 1e-5).all()
+    assert (turned[[1, 4]] < 1e-6).all()
+    assert (turned[[0, 2, 3, 5]] > 1e-5).all()
     assert (after.norm(dim=1) < before.norm(dim=1))[[1, 4]].all()
 
 
@@ -251,7 +257,7 @@ def test_the_shortest_rows_are_selected_until_the_budget_is_met_and_no_further(
     metric, share
 ):
     model, groups, x = traced()
-    pairs, table = eligible(model, groups, x), CostTable(groups)
+    pairs, table = eligible_pairs(model, groups, x), CostTable(groups)
     grown, target = (
         disturbed(insert_compactors(model, groups, pairs), pairs),
         int(table.metrics[metric]({}) * share),
@@ -259,18 +265,19 @@ def test_the_shortest_rows_are_selected_until_the_budget_is_met_and_no_further(
     callback = Compaction(groups, pairs, Goal(table, metric, target))
     callback.select(grown, 1.0)
     kept = {name: len(rows) for name, rows in callback.kept.items()}
-    assert table.metrics[metric](kept) <= target and min(kept.values()) >= 1
+    assert table.metrics[metric](kept) <= target
+    assert min(kept.values()) >= 1
     norms = {
         name: grown.get_submodule(norm)[1].norms for name, (_, norm) in pairs.items()
     }
     longest = max(
         (norms[name][mask].max().item(), name)
-        for name, mask in callback.masked.items()
+        for name, mask in callback.selection.items()
         if mask.any()
     )
     assert table.metrics[metric](kept | {longest[1]: kept[longest[1]] + 1}) > target
     could_go = torch.cat(
-        [norms[name][~callback.masked[name]] for name in norms if kept[name] > 1]
+        [norms[name][~callback.selection[name]] for name in norms if kept[name] > 1]
     )
     assert could_go.min() >= longest[0]
 
@@ -279,8 +286,8 @@ def test_the_shortest_rows_are_selected_until_the_budget_is_met_and_no_further(
 def test_the_goal_is_met_by_the_end_of_the_shortest_training(n_steps):
     model, groups, x = traced()
     grown, callback = (
-        insert_compactors(model, groups, eligible(model, groups, x)),
-        plug_of(model, groups, x),
+        insert_compactors(model, groups, eligible_pairs(model, groups, x)),
+        compaction_of(model, groups, x),
     )
     callback.begin(grown, n_steps, FinetuneConfig())
     for parameter in grown.parameters():
@@ -296,7 +303,7 @@ def test_the_goal_is_met_by_the_end_of_the_shortest_training(n_steps):
 
 def test_an_allocations_counts_are_met_group_by_group():
     model, groups, x = traced()
-    pairs = eligible(model, groups, x)
+    pairs = eligible_pairs(model, groups, x)
     callback = Compaction(
         groups, pairs, Goal(CostTable(groups), counts={"conv1": 2, "conv2": 7})
     )
@@ -309,7 +316,7 @@ def test_an_allocations_counts_are_met_group_by_group():
 
 def test_standardising_changes_statistics_but_not_the_function_and_measuring_again_finds_the_same():
     model, groups, x = traced()
-    pairs, x = eligible(model, groups, x), images(64, 8)
+    pairs, x = eligible_pairs(model, groups, x), images(64, 8)
     merged = merge(
         disturbed(insert_compactors(model, groups, pairs), pairs),
         groups,
@@ -348,11 +355,11 @@ def small(seed: int = 0) -> tuple[nn.Module, Groups, Compaction, dict]:
     model = nn.Sequential(*body, nn.Linear(12, 10)).eval()
     x = torch.zeros(2, 3, 16, 16)
     groups = trace(model, x[:1])
-    pairs = eligible(model, groups, x)
+    pairs = eligible_pairs(model, groups, x)
     table = CostTable(groups)
     callback = Compaction(groups, pairs, Goal(table, "macs", table.macs({}) // 2))
     return (
-        insert_compactors(model, groups, eligible(model, groups, x)),
+        insert_compactors(model, groups, eligible_pairs(model, groups, x)),
         groups,
         callback,
         pairs,
@@ -363,25 +370,24 @@ def test_training_makes_the_selected_rows_vanish_so_that_merging_is_free(digits)
     grown, groups, callback, pairs = small()
     finetune(grown, digits, CONFIG, callback=callback)
     for name, (_, norm) in pairs.items():
-        norms, mask = grown.get_submodule(norm)[1].norms, callback.masked[name]
-        assert (norms[mask] == 0).all() and (norms[~mask] > 1e-3).all()
+        norms, mask = grown.get_submodule(norm)[1].norms, callback.selection[name]
+        assert (norms[mask] == 0).all()
+        assert (norms[~mask] > 1e-3).all()
     merged, table = merge(grown, groups, pairs, callback.kept), CostTable(groups)
     with torch.no_grad():
         torch.testing.assert_close(
             merged(digits.inputs), grown(digits.inputs), rtol=1e-4, atol=1e-4
         )
     kept = {name: len(rows) for name, rows in callback.kept.items()}
-    assert (
-        table.macs(kept) <= table.macs({}) // 2
-        and merged[0][0].out_channels == kept["0.0"]
-    )
+    assert table.macs(kept) <= table.macs({}) // 2
+    assert merged[0][0].out_channels == kept["0.0"]
 
 
 def test_a_selected_row_stops_at_zero_although_momentum_would_carry_it_through():
     model, groups, x = traced()
-    grown = insert_compactors(model, groups, eligible(model, groups, x))
-    callback = plug_of(model, groups, x, strength=0.3)
-    callback.masked["conv1"][2] = True
+    grown = insert_compactors(model, groups, eligible_pairs(model, groups, x))
+    callback = compaction_of(model, groups, x, strength=0.3)
+    callback.selection["conv1"][2] = True
     optimizer = torch.optim.SGD(
         callback.parameter_groups(grown, FinetuneConfig(lr=1e-3)),
         1e-3,
@@ -394,7 +400,8 @@ def test_a_selected_row_stops_at_zero_although_momentum_would_carry_it_through()
         optimizer.step()
         callback.after_step(grown, step)
         norms.append(grown.bn1[1].norms[2].item())
-    assert norms == sorted(norms, reverse=True) and norms[-1] == 0
+    assert norms == sorted(norms, reverse=True)
+    assert norms[-1] == 0
 
 
 @pytest.mark.parametrize("epochs", [6, 25])
@@ -403,7 +410,7 @@ def test_the_usual_pull_lets_rows_vanish_in_a_training_of_any_length(epochs, dig
     callback = Compaction(groups, pairs, callback.goal)
     finetune(grown, digits, replace(CONFIG, epochs=epochs), callback=callback)
     left = [
-        grown.get_submodule(norm)[1].norms[callback.masked[name]]
+        grown.get_submodule(norm)[1].norms[callback.selection[name]]
         for name, (_, norm) in pairs.items()
     ]
     assert torch.cat(left).max() == 0
@@ -411,7 +418,7 @@ def test_the_usual_pull_lets_rows_vanish_in_a_training_of_any_length(epochs, dig
 
 def test_goals_that_can_not_be_are_refused():
     model, groups, x = traced()
-    table, pairs = CostTable(groups), eligible(model, groups, x)
+    table, pairs = CostTable(groups), eligible_pairs(model, groups, x)
     with pytest.raises(UserError, match="give a target or counts, not both"):
         Goal(table)
     with pytest.raises(
@@ -424,7 +431,7 @@ def test_goals_that_can_not_be_are_refused():
 
 def test_killed_training_goes_on_to_bit_identical_weights_and_rows(digits, tmp_path):
     grown, _, callback, _ = small()
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         finetune(
             grown,
             digits[:64],
@@ -444,7 +451,8 @@ def test_killed_training_goes_on_to_bit_identical_weights_and_rows(digits, tmp_p
         for a, b in zip(resumed.parameters(), whole.parameters(), strict=True)
     )
     assert all(
-        torch.equal(again.masked[name], mask) for name, mask in callback.masked.items()
+        torch.equal(again.selection[name], mask)
+        for name, mask in callback.selection.items()
     )
 
 
@@ -453,4 +461,4 @@ def test_a_network_without_a_fitting_layer_is_refused():
     with pytest.raises(
         UserError, match="no group is made by one convolution with its batch norm"
     ):
-        insert_compactors(model, groups, eligible(model, groups, x))
+        insert_compactors(model, groups, eligible_pairs(model, groups, x))

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from kills import Killed, kill_after
+from kills import KilledError, kill_after
 from nets import NETS, build, images
 from torch import Tensor, nn
 
@@ -69,9 +69,8 @@ def test_l1_moves_every_weight_towards_zero_by_rate_times_strength():
             rtol=1,
         )
         torch.testing.assert_close(new, old - LR * 0.02 * old.sign())
-    assert torch.equal(model.bn1.weight, before.bn1.weight) and torch.equal(
-        model.conv1.bias, before.conv1.bias
-    )
+    assert torch.equal(model.bn1.weight, before.bn1.weight)
+    assert torch.equal(model.conv1.bias, before.conv1.bias)
 
 
 def test_l2_decays_geometrically_and_adds_to_the_usual_weight_decay():
@@ -104,9 +103,8 @@ def test_slimming_drives_every_batch_norm_scale_to_zero_in_the_closed_forms_step
     for _ in range(10):
         assert all((scale.abs() <= LR * 0.3 + 1e-6).all() for scale in scales)
         step(model, callback)
-    assert torch.equal(model.stem.weight, convolutions[0]) and torch.equal(
-        model.inner.weight, convolutions[1]
-    )
+    assert torch.equal(model.stem.weight, convolutions[0])
+    assert torch.equal(model.inner.weight, convolutions[1])
 
 
 def test_group_lasso_pulls_each_channel_with_constant_force_along_its_own_direction():
@@ -131,7 +129,8 @@ def test_group_lasso_pulls_each_channel_with_constant_force_along_its_own_direct
     torch.testing.assert_close(
         pulls["inner.weight"].flatten(1).norm(dim=1), torch.ones(6)
     )
-    assert pulls["head.weight"].abs().sum() == 0 and pulls["bn.weight"].abs().sum() == 0
+    assert pulls["head.weight"].abs().sum() == 0
+    assert pulls["bn.weight"].abs().sum() == 0
 
 
 def test_a_group_lasso_step_shortens_a_channel_by_exactly_rate_times_strength():
@@ -245,9 +244,8 @@ def test_gsm_leaves_exactly_the_gradients_of_the_most_useful_weights(share):
     assert sum((weight.grad != 0).sum().item() for weight in weights) == n_kept
     for weight, gradient, values in zip(weights, old, saliency, strict=True):
         assert torch.equal(weight.grad, gradient * (values >= ranked[n_kept - 1]))
-    assert torch.equal(model.conv1.bias.grad, biases[0]) and torch.equal(
-        model.bn1.weight.grad, biases[1]
-    )
+    assert torch.equal(model.conv1.bias.grad, biases[0])
+    assert torch.equal(model.bn1.weight.grad, biases[1])
 
 
 def run_gsm(decay: float, n_steps: int) -> Tensor:
@@ -361,7 +359,8 @@ def test_more_slimming_leaves_more_scales_near_zero(digits):
         near_zero.append(
             sum((model[n][1].weight.abs() < 0.1).sum().item() for n in (0, 1))
         )
-    assert near_zero == sorted(near_zero) and near_zero[0] < near_zero[-1]
+    assert near_zero == sorted(near_zero)
+    assert near_zero[0] < near_zero[-1]
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -377,7 +376,7 @@ def test_killed_sparse_training_goes_on_to_bit_identical_weights(
         callback = SPARSE[name].callback(groups, SPARSE[name].strength, 0.3)
         return finetune(model, digits[:128], config, callback=callback, **options)
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(0, checkpoint=tmp_path / "sparse.pt", on_epoch=kill_after(1))
     resumed, whole = train(9, checkpoint=tmp_path / "sparse.pt"), train(0)
     for (key, one), other in zip(

@@ -1,17 +1,22 @@
-"""One plain training loop: fine-tuning, distillation, training from scratch; resumable
-at every epoch.
+"""One plain training loop: fine-tuning, distillation, training from scratch.
+
+It can be killed at any moment and resumed after its last whole epoch.
 
 Methods that train differently (sparse training, masks, compactors) don't bring a loop
-of their own: each is a `TrainingCallback`.
+of their own: each is a `TrainingCallback`, whose hooks the loop calls.
+
+What is learned is known to one function, `batch_loss`: here class labels, and with a
+teacher its answers. Everything else of the loop is the same for any task.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
 from autoprune.config import FinetuneConfig
 from autoprune.data.datasets import Images, batches, seeded
@@ -19,41 +24,75 @@ from autoprune.errors import UserError
 from autoprune.evaluation.precision import training_autocast
 from autoprune.runs import write_state
 
-EpochCallback = Callable[[int, float], None]
+EpochCallback: TypeAlias = Callable[[int, float], None]
+"""Is told the number of finished epochs and the mean training loss of the last one."""
 
 
 class TrainingCallback:
     """What a method adds to the training loop; this one adds nothing.
 
     The hooks are called in the order in which they stand here, the three of a step with
-    the network that is trained and the number of the step from 0. What a plug draws at
-    random comes from the global generator, which the loop seeds.
+    the network that is trained and the number of the step from 0. What a callback draws
+    at random comes from torch's global generator, which the loop seeds in each epoch.
     """
 
     def parameter_groups(self, model: nn.Module, config: FinetuneConfig) -> list[dict]:
-        """Parameters and their options for `torch.optim.SGD`; before the first step."""
+        """Returns the optimizer's parameters and their options, before the first step.
+
+        Args:
+            model: The network that will be trained.
+            config: Its training.
+
+        Returns:
+            Groups as `torch.optim.SGD` takes them.
+        """
         return parameter_groups(model, config)
 
     def begin(self, model: nn.Module, n_steps: int, config: FinetuneConfig) -> None:
-        """Training is about to start, or to go on; `n_steps` is its whole length."""
+        """Called before the first step, or before the first one after a kill.
+
+        Args:
+            model: The network, with the weights of the checkpoint if there was one.
+            n_steps: Length of the whole training, from its first step.
+            config: The training.
+        """
 
     def before_forward(self, model: nn.Module, step: int) -> None:
-        """A batch is about to be answered."""
+        """Called before a batch goes through the network.
+
+        Args:
+            model: The network.
+            step: Number of the step, from 0.
+        """
 
     def before_step(self, model: nn.Module, step: int) -> None:
-        """Gradients of the loss are there; the optimizer is about to use them, weight
-        decay and momentum included.
+        """Called between the backward pass and the optimizer; may change gradients.
+
+        They are those of the loss alone: the optimizer adds weight decay and momentum.
+
+        Args:
+            model: The network.
+            step: Number of the step, from 0.
         """
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """The optimizer has moved the weights."""
+        """Called after the optimizer has moved the weights; may change them.
+
+        Args:
+            model: The network.
+            step: Number of the step, from 0.
+        """
 
     def state_dict(self) -> dict:
-        """Tensors and numbers from which `load_state_dict` goes on after a kill."""
+        """Returns tensors and numbers from which `load_state_dict` goes on."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes over what `state_dict` gave."""
+        """Takes over what `state_dict` returned; called before `begin`."""
+
+
+def _ignore_epoch(epoch: int, loss: float) -> None:
+    """An `EpochCallback` that does nothing."""
 
 
 def finetune(
@@ -63,7 +102,7 @@ def finetune(
     seed: int = 0,
     teacher: nn.Module | None = None,
     checkpoint: Path | None = None,
-    on_epoch: EpochCallback = lambda epoch, loss: None,
+    on_epoch: EpochCallback = _ignore_epoch,
     callback: TrainingCallback | None = None,
 ) -> nn.Module:
     """Trains `model` in place and returns it in eval mode.
@@ -80,148 +119,220 @@ def finetune(
         teacher: Dense network to distil from; used where `config.distillation` > 0.
         checkpoint: File to resume from and to write to.
         on_epoch: Called with the number of finished epochs and the mean training loss.
-        plug: The method that takes part in the training; None for none.
+        callback: The method that takes part in the training; None for none.
+
+    Returns:
+        The same network.
+
+    Raises:
+        UserError: If the checkpoint is damaged, or is of a training of another length.
     """
     callback = callback or TrainingCallback()
+    # Convolutions on the CPU are fastest where a pixel's channels lie side by side.
     model.train().to(memory_format=torch.channels_last)
+    if config.distillation <= 0:
+        teacher = None  # it would cost a forward pass and count for nothing
+    if teacher is not None:
+        teacher.eval().to(memory_format=torch.channels_last)
+
     epochs = config.epochs_for(len(images))
     n_steps = epochs * config.steps_per_epoch(len(images))
-    groups, accelerated = callback.parameter_groups(model, config), config.momentum > 0
     optimizer = torch.optim.SGD(
-        groups, config.lr_for(n_steps), config.momentum, nesterov=accelerated
+        callback.parameter_groups(model, config),
+        config.lr_for(n_steps),
+        config.momentum,
+        # Nesterov looks ahead along the momentum; torch refuses it where there is none.
+        nesterov=config.momentum > 0,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, _annealing(n_steps, config.warmup)
-    )
-    loss_of = (
-        _distilled(config, teacher)
-        if teacher is not None and config.distillation > 0
-        else _plain
-    )
-    trained = _resume(checkpoint, epochs, model, optimizer, schedule, callback)
+    schedule = LambdaLR(optimizer, _annealing(n_steps, config.warmup))
+    n_finished = _resume(checkpoint, epochs, model, optimizer, schedule, callback)
+    # After resuming, so that the callback sees the weights that will be trained.
     callback.begin(model, n_steps, config)
-    for epoch in range(trained, epochs):
+
+    for epoch in range(n_finished, epochs):
+        # A seed for each epoch, so that a resumed training draws what an uninterrupted
+        # one would. The factor keeps the epochs of one seed apart from those of others.
         with seeded(seed * 100_003 + epoch):
-            loss = _one_epoch(
+            loss = _train_epoch(
                 model,
                 batches(images, config.batch_size, seed, epoch, config.flip),
                 optimizer,
                 schedule,
-                loss_of,
                 config,
+                teacher,
                 callback,
             )
-        _save(checkpoint, (epoch + 1, epochs), model, optimizer, schedule, callback)
+        # Before anybody is told, so that whoever stops the training then loses nothing.
+        _save(checkpoint, epoch + 1, epochs, model, optimizer, schedule, callback)
         on_epoch(epoch + 1, loss)
     return model.eval()
 
 
-def _one_epoch(
-    model,
-    epoch_batches,
-    optimizer,
-    schedule,
-    loss_of,
+def _train_epoch(
+    model: nn.Module,
+    epoch_batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    schedule: LambdaLR,
     config: FinetuneConfig,
+    teacher: nn.Module | None,
     callback: TrainingCallback,
 ) -> float:
+    """Trains on every batch once and returns the mean loss."""
     losses = []
     for inputs, labels in epoch_batches:
+        # The schedule moves once a batch; torch calls whatever it counts epochs.
         step = schedule.last_epoch
         callback.before_forward(model, step)
+        # Only the forward pass: gradients follow its precision by themselves.
         with training_autocast(config.bf16):
-            loss = loss_of(model, inputs, labels)
+            loss = batch_loss(model, inputs, labels, config, teacher)
         optimizer.zero_grad()
         loss.backward()
         callback.before_step(model, step)
         optimizer.step()
         callback.after_step(model, step)
         schedule.step()
+        # Detached, or every batch's graph would stay in memory for the whole epoch.
         losses.append(loss.detach())
     return torch.stack(losses).mean().item()
 
 
-def _plain(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(model(inputs).float(), labels)
+def batch_loss(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    config: FinetuneConfig,
+    teacher: nn.Module | None = None,
+) -> Tensor:
+    """Computes the loss of one batch; all that the loop knows of the task is here.
 
+    Without a teacher it is the cross-entropy with the labels. With one, a share of
+    `config.distillation` of it is the divergence from the teacher's answers, both
+    softened by the temperature T and scaled by T^2, which keeps the size of its
+    gradient whatever T is (Hinton et al. 2015, section 2).
 
-def _distilled(
-    config: FinetuneConfig, teacher: nn.Module
-) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    """Hinton et al. 2015, section 2: the soft term is scaled by the squared temperature
-    to keep its gradient.
+    Args:
+        model: The network that is trained.
+        inputs: Normalised images `(n, 3, height, width)`.
+        labels: Their classes, int64 `(n,)`.
+        config: Weight and temperature of the distillation.
+        teacher: The network to imitate, in eval mode; None for the labels alone.
+
+    Returns:
+        A scalar with its graph.
     """
-    weight, temperature = config.distillation, config.temperature
-    teacher.eval().to(memory_format=torch.channels_last)
-
-    def loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = (teacher(inputs).float() / temperature).log_softmax(1)
-        logits = model(inputs).float()
-        soft = F.kl_div(
-            (logits / temperature).log_softmax(1),
-            target,
-            log_target=True,
-            reduction="batchmean",
-        )
-        return (1 - weight) * F.cross_entropy(
-            logits, labels
-        ) + weight * temperature**2 * soft
-
-    return loss
+    if teacher is None:
+        # Logits may be bfloat16, in which a softmax over many classes loses digits.
+        return nn.functional.cross_entropy(model(inputs).float(), labels)
+    weight = config.distillation
+    temperature = config.temperature
+    # The teacher's answers are targets: nothing flows back through them.
+    with torch.no_grad():
+        target = (teacher(inputs).float() / temperature).log_softmax(1)
+    logits = model(inputs).float()
+    soft_loss = nn.functional.kl_div(
+        (logits / temperature).log_softmax(1),
+        target,
+        log_target=True,
+        # torch's "mean" would divide by the number of classes too.
+        reduction="batchmean",
+    )
+    hard_loss = nn.functional.cross_entropy(logits, labels)
+    return (1 - weight) * hard_loss + weight * temperature**2 * soft_loss
 
 
 def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict]:
-    """Options of `torch.optim.SGD`: weights decay, batch norm and biases don't."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1]
-    exempt = [p for p in parameters if p.ndim <= 1]
+    """Splits parameters into weights, which decay, and the rest, which doesn't.
+
+    Args:
+        model: The network that will be trained.
+        config: Its weight decay.
+
+    Returns:
+        Groups as `torch.optim.SGD` takes them: weights, then batch norm and biases.
+    """
+    weights = []
+    vectors = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        # Biases and batch norm have one axis, every layer's weight has more.
+        if parameter.ndim > 1:
+            weights.append(parameter)
+        else:
+            vectors.append(parameter)
     return [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": exempt, "weight_decay": 0.0},
+        {"params": weights, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
 
 
-def _annealing(total: int, warmup: float) -> Callable[[int], float]:
-    rising = max(1, round(warmup * total))
+def _annealing(n_steps: int, warmup: float) -> Callable[[int], float]:
+    """Linear warm-up, then a half cosine to zero: from step to factor of the rate.
+
+    With 100 steps and a warm-up of 0.1, step 0 has a factor of 0.1, step 9 has 1, step
+    55 has 0.5, and step 99 nearly 0.
+    """
+    n_warmup = max(1, round(warmup * n_steps))
+    n_cosine = max(1, n_steps - n_warmup)
 
     def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+        # Above zero from the first step on, which would be lost otherwise.
+        if step < n_warmup:
+            return (step + 1) / n_warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / n_cosine))
 
     return factor
 
 
-def pull_for(
-    total: float, momentum: float, config: FinetuneConfig, n_steps: int, since: int = 0
+def constant_pull(
+    total: float,
+    momentum: float,
+    config: FinetuneConfig,
+    n_steps: int,
+    first_step: int = 0,
 ) -> float:
-    """The constant pull that, times the learning rate and accelerated by momentum, adds
-    up to `total`.
+    """Finds the gradient that, constant over a training, moves a weight by `total`.
 
-    Over all steps of a training, or over those from one on.
+    A gradient moves a weight by the learning rate times itself, and by
+    1 / (1 - momentum) as much once momentum has built up. With three steps of rates
+    0.1, 0.05 and 0.01 and a momentum of 0.9, a pull of 1 moves it by 1.6.
+
+    Args:
+        total: How far the weight is to move.
+        momentum: The optimizer's.
+        config: The training, from which learning rates follow.
+        n_steps: Its length.
+        first_step: The step from which on the pull acts.
+
+    Returns:
+        The pull.
     """
     factor = _annealing(n_steps, config.warmup)
-    rate = config.lr_for(n_steps) * sum(factor(step) for step in range(since, n_steps))
-    return total * (1 - momentum) / max(rate, 1e-12)
+    sum_of_factors = sum(factor(step) for step in range(first_step, n_steps))
+    sum_of_rates = config.lr_for(n_steps) * sum_of_factors
+    # The floor is for a learning rate of 0, with which nothing moves anyway.
+    return total * (1 - momentum) / max(sum_of_rates, 1e-12)
 
 
 def _save(
     checkpoint: Path | None,
-    epoch_of: tuple[int, int],
+    n_finished: int,
+    epochs: int,
     model: nn.Module,
-    optimizer,
-    schedule,
-    callback,
+    optimizer: torch.optim.Optimizer,
+    schedule: LambdaLR,
+    callback: TrainingCallback,
 ) -> None:
+    """Writes all that `_resume` needs to go on; nothing without a file's name."""
     if checkpoint is None:
         return
     state = {
-        "epoch_of": epoch_of,
+        "epoch_of": (n_finished, epochs),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": schedule.last_epoch,
-        "plug": callback.state_dict(),
+        "callback": callback.state_dict(),
     }
     write_state(checkpoint, state)
 
@@ -230,23 +341,29 @@ def _resume(
     checkpoint: Path | None,
     epochs: int,
     model: nn.Module,
-    optimizer,
-    schedule,
+    optimizer: torch.optim.Optimizer,
+    schedule: LambdaLR,
     callback: TrainingCallback,
 ) -> int:
-    """The finished epochs; of a training of other length, whose rates are others,
-    nothing can be used.
+    """Takes over a checkpoint, if there is one; returns the number of finished epochs.
+
+    Of a training of another length nothing can be used: its learning rates are others.
     """
     if checkpoint is None or not checkpoint.exists():
         return 0
     try:
+        # Without unpickling objects: a file may come from anywhere.
         state = torch.load(checkpoint, weights_only=True)
-        epoch, planned = state["epoch_of"]
+        n_finished, planned = state["epoch_of"]
+        # Another length is no damage: it has an error of its own, below.
         if planned == epochs:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            # All that the schedule has to know; the rate is with the optimizer.
             schedule.last_epoch = state["step"]
-            callback.load_state_dict(state["plug"])
+            # Checkpoints of earlier versions call the callback's state "plug".
+            key = "plug" if "plug" in state else "callback"
+            callback.load_state_dict(state[key])
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
@@ -261,4 +378,4 @@ def _resume(
             f"(epochs {planned}, asked for "
             f"{epochs}); ask for {planned} again, or delete it to start over",
         )
-    return epoch
+    return n_finished

@@ -1,5 +1,6 @@
-"""Pruning finer than channels: masks over weights, rows, columns, kernels or filters,
-and N of M.
+"""Pruning finer than channels: masks over weights, rows, columns, kernels or filters.
+
+Also N:M masks, which keep N of every M inputs.
 
 Masks leave the network's shapes as they are. Dense kernels multiply zeros as fast as
 anything else, so nothing runs faster here; the non-zero MACs that `Masks.costs` counts
@@ -7,7 +8,7 @@ are what sparse hardware or a sparse format could save.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from autoprune.config import FinetuneConfig
 from autoprune.costs.cost import CostTable
 from autoprune.data.datasets import seeded
 from autoprune.errors import UserError, check_known
-from autoprune.evaluation.importance import lamp_scores
 from autoprune.runs import write_atomically
 from autoprune.structure.groups import Groups
 from autoprune.training.loop import TrainingCallback
+from autoprune.training.unit_scores import SCORE_TRANSFORMS, UNIT_SCORES, Axes
 
-PATTERNS: dict[str, tuple[int, ...]] = {
+PATTERNS: dict[str, Axes] = {
     "weight": (),
     "row": (3,),
     "column": (2,),
@@ -53,6 +54,7 @@ class Masks:
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
         """Zeroes what is removed, in place."""
+        # The network's own memory, not a copy.
         tensors = model.state_dict()
         for name, kept in self.kept.items():
             tensors[name].masked_fill_(~kept, 0)
@@ -60,32 +62,47 @@ class Masks:
     @property
     def sparsity(self) -> float:
         """Share of the masked weights' elements that is removed."""
-        return 1 - sum(int(kept.sum()) for kept in self.kept.values()) / sum(
-            kept.numel() for kept in self.kept.values()
-        )
+        n_kept = 0
+        n_elements = 0
+        for kept in self.kept.values():
+            n_kept += int(kept.sum())
+            n_elements += kept.numel()
+        return 1 - n_kept / n_elements
 
     def costs(self, groups: Groups) -> dict[str, int]:
-        """Non-zero "macs" and "params" of one sample; those of what isn't masked count
-        in full.
+        """Non-zero "macs" and "params" of one sample; what isn't masked counts in full.
+
+        A weight that is applied at 64 positions of the output saves 64 MACs where it is
+        zero, and 1 parameter.
         """
-        table, positions = CostTable(groups), groups.applied
-        removed = {name: int((~kept).sum()) for name, kept in self.kept.items()}
-        return {
-            "macs": table.macs({})
-            - sum(n * positions[name] for name, n in removed.items()),
-            "params": table.params({}) - sum(removed.values()),
-        }
+        table = CostTable(groups)
+        n_positions = groups.positions_per_weight
+        macs = int(table.macs({}))
+        params = int(table.params({}))
+        for name, kept in self.kept.items():
+            n_removed = int((~kept).sum())
+            macs -= n_removed * n_positions[name]
+            params -= n_removed
+        return {"macs": macs, "params": params}
 
     def save(self, path: Path) -> None:
         """Writes the masks as safetensors, a byte an element."""
-        tensors = {
-            name: kept.to(torch.uint8).contiguous() for name, kept in self.kept.items()
-        }
+        tensors = {}
+        for name, kept in self.kept.items():
+            # Turned-round masks are views, which the format refuses.
+            tensors[name] = kept.to(torch.uint8).contiguous()
         write_atomically(path, lambda partial: save_file(tensors, partial))
 
     @classmethod
     def load(cls, path: Path, model: nn.Module) -> "Masks":
-        """What `save` wrote.
+        """Reads what `save` wrote.
+
+        Args:
+            path: The file.
+            model: The network that the masks are for; left as found.
+
+        Returns:
+            The masks.
 
         Raises:
             UserError: If the file is missing or damaged, or is for another network.
@@ -102,86 +119,50 @@ class Masks:
                 f"{str(path)!r} is damaged ({error}); write it with: autoprune "
                 f"prune RUN",
             ) from error
-        own = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        strangers = [
-            name for name, kept in tensors.items() if own.get(name) != kept.shape
-        ]
-        if strangers:
-            raise UserError(
-                "run",
-                f"{str(path)!r} is for another network ({strangers[0]} doesn't "
-                f"fit); prune anew",
-            )
-        return cls({name: kept.bool() for name, kept in tensors.items()})
+        weights = model.state_dict()
+        masks = {}
+        for name, kept in tensors.items():
+            # Names alone prove nothing: a wider network of the same kind has them too.
+            if name not in weights or weights[name].shape != kept.shape:
+                raise UserError(
+                    "run",
+                    f"{str(path)!r} is for another network ({name} doesn't "
+                    f"fit); prune anew",
+                )
+            masks[name] = kept.bool()
+        return cls(masks)
 
 
 class KeepMasks(TrainingCallback):
-    """Masked weights are zero after every step, whatever momentum and decay make of
-    them.
+    """Keeps masked weights at zero, whatever momentum and weight decay make of them.
+
+    Their gradients may stay: zeroing the weights after every step undoes them.
 
     Args:
         masks: For the network that is trained.
     """
 
-    def __init__(self, masks: Masks):
+    def __init__(self, masks: Masks) -> None:
         self.masks = masks
 
     def begin(self, model: nn.Module, n_steps: int, config: FinetuneConfig) -> None:
-        """Zeroes what is masked."""
+        """Zeroes what is masked.
+
+        Args:
+            model: The network that will be trained.
+            n_steps: Not used.
+            config: Not used.
+        """
         self.masks.apply(model)
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """Zeroes what the optimizer has moved."""
+        """Zeroes what the optimizer has moved.
+
+        Args:
+            model: The network.
+            step: Not used.
+        """
         self.masks.apply(model)
-
-
-def _l1(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Mean |w| of each unit: a mean, so that units of different size compare."""
-    return weight.abs() if not axes else weight.abs().mean(axes, keepdim=True)
-
-
-def _l2(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Root of the mean square of each unit."""
-    return weight.abs() if not axes else weight.square().mean(axes, keepdim=True).sqrt()
-
-
-def _lamp(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Lee et al. 2021, eq. 6: a unit's square as a share of all squares in its layer
-    that aren't smaller.
-    """
-    squares = _l2(weight, axes).square()
-    return lamp_scores(squares.flatten().double()).view_as(squares)
-
-
-def _random(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The control: scores that depend on nothing but the seed."""
-    return torch.rand_like(_l1(weight, axes))
-
-
-UNIT_SCORES: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
-    "l1": _l1,
-    "l2": _l2,
-    "lamp": _lamp,
-    "random": _random,
-}
-"""Criterion to scores of a weight's units, whose axes have length 1; higher is kept."""
-
-
-def _by_rank(scores: Tensor) -> Tensor:
-    """A unit's place in its layer, in (0, 1): one threshold then takes the same share
-    of every layer.
-    """
-    places = scores.flatten().argsort(stable=True).argsort(stable=True)
-    return ((places.double() + 0.5) / places.numel()).view_as(scores)
-
-
-SCORE_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "global": lambda scores: scores,
-    "uniform": _by_rank,
-}
-"""Agent to what makes scores of different layers comparable: nothing, or their place in
-the layer.
-"""
 
 
 def ranked_masks(
@@ -194,8 +175,7 @@ def ranked_masks(
     agent: str = "global",
     seed: int = 0,
 ) -> Masks:
-    """The units of least score are removed until the network has at most `target`
-    non-zero MACs or parameters.
+    """Removes the units of least score until a target is met.
 
     All weights of convolutions and linear layers take part, the head included; each
     keeps its best unit, so none is cut off. The removed unit with the highest score
@@ -205,93 +185,128 @@ def ranked_masks(
         model: The dense network; left as found.
         groups: Its trace.
         pattern: A key of `PATTERNS`.
-        target: What may be left.
+        target: How much of the metric may be left.
         metric: What is counted, a key of `Masks.costs`: "macs" or "params".
         criterion: A key of `UNIT_SCORES`.
         agent: A key of `SCORE_TRANSFORMS`.
         seed: Of the criterion `random`.
+
+    Returns:
+        The masks.
 
     Raises:
         UserError: If a name is unknown, or the target can't be reached.
     """
     check_mask_options(pattern, criterion, agent)
     weights = _weights(model, groups)
-    counts = {"macs": groups.applied, "params": dict.fromkeys(weights, 1)}
-    check_known("metric", metric, counts, "budget")
+    # Of one element; a unit costs that for each of its elements.
+    element_costs = {
+        "macs": groups.positions_per_weight,
+        "params": dict.fromkeys(weights, 1),
+    }
+    check_known("metric", metric, element_costs, "budget")
+
+    # Seeded for all layers together, so that no two draw the same.
     with seeded(seed):
-        scores = {
-            n: SCORE_TRANSFORMS[agent](UNIT_SCORES[criterion](w, _axes(pattern, w)))
-            .double()
-            .contiguous()
-            for n, w in weights.items()
-        }
-    for unit_scores in scores.values():
-        unit_scores.view(-1)[unit_scores.argmax()] = torch.inf
-    unit_costs = {
-        name: weights[name].numel() // s.numel() * counts[metric][name]
-        for name, s in scores.items()
-    }
-    every = torch.cat([s.flatten() for s in scores.values()])
-    costs = torch.cat(
-        [torch.full((s.numel(),), unit_costs[name]) for name, s in scores.items()]
-    )
-    gone = torch.zeros(len(every), dtype=torch.bool)
-    gone[
-        _fewest(
-            every, costs, CostTable(groups).metrics[metric]({}) - target, metric, target
-        )
-    ] = True
-    parts = gone.split([s.numel() for s in scores.values()])
-    kept = {
-        n: ~part.view_as(s).expand_as(weights[n])
-        for (n, s), part in zip(scores.items(), parts, strict=True)
-    }
+        scores = _scores(weights, pattern, criterion, agent)
+    unit_costs = []
+    for name, layer_scores in scores.items():
+        size = weights[name].numel() // layer_scores.numel()
+        cost = size * element_costs[metric][name]
+        unit_costs.append(torch.full((layer_scores.numel(),), cost))
+
+    # The units of all layers in one row, so that they compete with each other.
+    n_units = [layer_scores.numel() for layer_scores in scores.values()]
+    all_scores = torch.cat([part.flatten() for part in scores.values()])
+    excess = CostTable(groups).metrics[metric]({}) - target
+    units = _units_to_remove(all_scores, torch.cat(unit_costs), excess, metric, target)
+    is_removed = torch.zeros(len(all_scores), dtype=torch.bool)
+    is_removed[units] = True
+
+    kept = {}
+    parts = is_removed.split(n_units)
+    for (name, layer_scores), part in zip(scores.items(), parts, strict=True):
+        # All elements of a unit stay or go with it.
+        kept[name] = ~part.view_as(layer_scores).expand_as(weights[name])
     return _as_stored(kept, groups)
 
 
-def _fewest(
+def _scores(
+    weights: Mapping[str, Tensor], pattern: str, criterion: str, agent: str
+) -> dict[str, Tensor]:
+    """Scores of every layer's units, float64, infinite for the best one of each."""
+    score = UNIT_SCORES[criterion]
+    transform = SCORE_TRANSFORMS[agent]
+    scores = {}
+    for name, weight in weights.items():
+        layer_scores = transform(score(weight, _unit_axes(pattern, weight)))
+        layer_scores = layer_scores.double().contiguous()
+        # The best unit stays, however low the whole layer scores.
+        layer_scores.view(-1)[layer_scores.argmax()] = torch.inf
+        scores[name] = layer_scores
+    return scores
+
+
+def _units_to_remove(
     scores: Tensor, costs: Tensor, excess: int, metric: str, target: int
 ) -> Tensor:
-    """The units, from the least score up, that cost at least `excess` together, and no
-    more of them than needed.
+    """Indices of the units of least score that together cost at least `excess`.
+
+    No more of them than needed. With scores 3, 1, 2, costs 10, 20, 30 and an excess of
+    45, these are units 1 and 2, which cost 50.
+
+    Raises:
+        UserError: If even all units of finite score cost less.
     """
     order = scores.argsort(stable=True)
+    # An infinite score says that the unit has to stay.
     order = order[torch.isfinite(scores[order])]
-    saved = costs[order].cumsum(0)
     if excess <= 0:
         return order[:0]
-    if not len(saved) or saved[-1] < excess:
-        floor = target + excess - (int(saved[-1]) if len(saved) else 0)
+    saved = costs[order].cumsum(0)
+    most = int(saved[-1]) if len(saved) else 0
+    if most < excess:
+        floor = target + excess - most
         raise UserError(
             "budget",
             f"masks of this granularity leave at least {metric}={floor}, "
             f"asked were {target}",
         )
+    # The unit with which the excess is reached goes too.
     return order[: int(torch.searchsorted(saved, excess)) + 1]
 
 
 def n_of_m_masks(
     model: nn.Module, groups: Groups, n: int, m: int
 ) -> tuple[Masks, list[str]]:
-    """Of every `m` consecutive inputs of a layer, at each output and kernel position,
-    the `n` largest are kept.
+    """Keeps the `n` largest of every `m` consecutive inputs of a layer.
+
+    Each output and each position of the kernel has its own: of inputs 0.1, -0.9, 0.3
+    and 0.2, 2:4 keeps -0.9 and 0.3.
+
+    Args:
+        model: The dense network; left as found.
+        groups: Its trace.
+        n: How many are kept.
+        m: Of how many.
 
     Returns:
         The masks, and the names of the weights that are left whole because `m` doesn't
         divide their inputs.
 
     Raises:
-        UserError: Unless 1 <= n < m.
+        UserError: Unless 1 <= n < m, and if all weights would be left whole.
     """
     if not 1 <= n < m:
         raise UserError("granularity", f"N:M needs 1 <= N < M, got {n}:{m}; e.g. 2:4")
-    weights = _weights(model, groups)
-    whole = [name for name, weight in weights.items() if weight.shape[1] % m]
-    kept = {
-        name: _n_of_m(weight, n, m)
-        for name, weight in weights.items()
-        if name not in whole
-    }
+    kept = {}
+    whole = []
+    for name, weight in _weights(model, groups).items():
+        # A rest of fewer than m inputs would make a mask that no N:M format holds.
+        if weight.shape[1] % m:
+            whole.append(name)
+        else:
+            kept[name] = _largest_of_m(weight, n, m)
     if not kept:
         raise UserError(
             "granularity", f"no layer's inputs are a multiple of {m}; use a smaller M"
@@ -299,69 +314,85 @@ def n_of_m_masks(
     return _as_stored(kept, groups), whole
 
 
-def _n_of_m(weight: Tensor, n: int, m: int) -> Tensor:
-    parts = weight.detach().abs().movedim(1, -1).unflatten(-1, (-1, m))
-    kept = torch.zeros_like(parts, dtype=torch.bool).scatter_(
-        -1, parts.topk(n, -1).indices, True
-    )
+def _largest_of_m(weight: Tensor, n: int, m: int) -> Tensor:
+    """Marks the `n` largest |w| of every `m` along axis 1, in the weight's shape."""
+    # The inputs go last to be cut into blocks, and back again.
+    blocks = weight.detach().abs().movedim(1, -1).unflatten(-1, (-1, m))
+    largest = blocks.topk(n, -1).indices
+    kept = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, largest, True)
     return kept.flatten(-2).movedim(-1, 1)
 
 
 def n_of_m(granularity: str) -> tuple[int, int] | None:
     """(2, 4) for "2:4"; None for what isn't of that form."""
     match = re.fullmatch(r"(\d+):(\d+)", granularity)
-    return (int(match[1]), int(match[2])) if match else None
+    if match is None:
+        return None
+    return int(match[1]), int(match[2])
 
 
 def check_mask_options(pattern: str, criterion: str, agent: str) -> None:
-    """Raises a `UserError` unless masks of a granularity can be made so; N:M keeps the
-    largest weights everywhere.
+    """Checks that masks of a granularity can be made by a criterion and an agent.
+
+    Args:
+        pattern: A key of `PATTERNS`, or N:M.
+        criterion: A key of `UNIT_SCORES`.
+        agent: A key of `SCORE_TRANSFORMS`.
+
+    Raises:
+        UserError: If they can't; the message names what is allowed.
     """
-    scores = ("l1",)
+    # N:M keeps the largest weights everywhere, so there is no criterion to choose.
+    criteria = ["l1"]
     if n_of_m(pattern) is None:
-        scores = UNIT_SCORES
+        criteria = list(UNIT_SCORES)
         check_known("granularity", pattern, PATTERNS)
-    for argument, value, known in (
-        ("criterion", criterion, scores),
-        ("agent", agent, SCORE_TRANSFORMS),
-    ):
-        if value not in known:
-            listed = " or ".join(known)
-            raise UserError(
-                argument,
-                f"masks of granularity {pattern} go by {listed}, got {value!r}",
-            )
+    _check_option("criterion", criterion, criteria, pattern)
+    _check_option("agent", agent, list(SCORE_TRANSFORMS), pattern)
 
 
-def _axes(pattern: str, weight: Tensor) -> tuple[int, ...]:
+def _check_option(argument: str, value: str, known: list[str], pattern: str) -> None:
+    """Raises a `UserError` unless the value is known."""
+    if value not in known:
+        listed = " or ".join(known)
+        raise UserError(
+            argument,
+            f"masks of granularity {pattern} go by {listed}, got {value!r}",
+        )
+
+
+def _unit_axes(pattern: str, weight: Tensor) -> Axes:
+    """The axes of a pattern that a weight has; a linear one has no kernel's."""
     return tuple(axis for axis in PATTERNS[pattern] if axis < weight.ndim)
 
 
 def _weights(model: nn.Module, groups: Groups) -> dict[str, Tensor]:
-    """The weights of convolutions and linear layers, whatever they are called, outputs
-    first, then inputs.
+    """The weights of convolutions and linear layers, outputs first, then inputs.
+
+    They come from the trace, not by name: a weight may be called anything.
     """
-    parameters, inputs = dict(model.named_parameters()), _input_axes(groups)
-    return {
-        name: parameters[name].detach().movedim(inputs.get(name, 1), 1)
-        for name in groups.applied
-    }
+    parameters = dict(model.named_parameters())
+    input_axes = _input_axes(groups)
+    weights = {}
+    for name in groups.positions_per_weight:
+        weights[name] = parameters[name].detach().movedim(input_axes.get(name, 1), 1)
+    return weights
 
 
 def _as_stored(kept: Mapping[str, Tensor], groups: Groups) -> Masks:
-    """Masks whose axes are those of the network's tensors, from axes as `_weights`
-    gives them.
-    """
-    inputs = _input_axes(groups)
-    return Masks(
-        {name: mask.movedim(1, inputs.get(name, 1)) for name, mask in kept.items()}
-    )
+    """Masks with the axes of the network's tensors, made from axes as in `_weights`."""
+    input_axes = _input_axes(groups)
+    masks = {}
+    for name, mask in kept.items():
+        masks[name] = mask.movedim(1, input_axes.get(name, 1))
+    return Masks(masks)
 
 
 def _input_axes(groups: Groups) -> dict[str, int]:
-    """Weight to the axis of its inputs; those of depthwise layers, which have none, are
-    left out.
-    """
-    return {
-        member.tensor: member.axis for group in groups.all for member in group.consumers
-    }
+    """Weight to the axis of its inputs; left out are depthwise layers, without one."""
+    axes = {}
+    # Pinned groups too: their channels stay, but single weights may go.
+    for group in groups.all:
+        for member in group.consumers:
+            axes[member.tensor] = member.axis
+    return axes
