@@ -1,5 +1,7 @@
-"""What holds for every test: one thread (the same sums on any machine), no network, no
-dataset of the user's.
+"""What holds for every test.
+
+One thread, so that sums are the same on any machine; no network; no dataset of the
+user's.
 """
 
 import socket
@@ -17,6 +19,8 @@ hypothesis.settings.load_profile("shared core")
 
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch, tmp_path_factory):
+    """Refuses connections, and looks for datasets where there are none."""
+
     def refuse(self, address):
         raise AssertionError(f"tests run without network, tried to reach {address}")
 

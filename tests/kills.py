@@ -5,12 +5,12 @@ from collections.abc import Callable
 from autoprune.training.loop import finetune
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """What `kill_after` raises."""
 
 
 def kill_after(
-    epoch: int, error: type[BaseException] = Killed
+    epoch: int, error: type[BaseException] = KilledError
 ) -> Callable[[int, float], None]:
     """An `on_epoch` that dies."""
 

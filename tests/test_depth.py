@@ -175,7 +175,8 @@ def test_mobilenet_v2_gives_exactly_its_residual_blocks():
         for name, block in model.named_modules()
         if getattr(block, "is_residual", False)
     ]
-    assert names_of(model) == residual and len(residual) == 10
+    assert names_of(model) == residual
+    assert len(residual) == 10
 
 
 def test_mobilenet_v3_gives_exactly_its_residual_blocks():
@@ -185,7 +186,8 @@ def test_mobilenet_v3_gives_exactly_its_residual_blocks():
         for name, block in model.named_modules()
         if getattr(block, "use_res_connect", False)
     ]
-    assert names_of(model) == residual and len(residual) == 6
+    assert names_of(model) == residual
+    assert len(residual) == 6
 
 
 def test_encoder_layers_of_a_vision_transformer_are_blocks_attention_products_included():

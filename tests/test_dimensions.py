@@ -111,7 +111,8 @@ def test_the_cost_is_met_within_the_bounds_and_no_feasible_change_helps(
         )
     )
     assert abs(np.prod(found**POWERS) - cost) < 1e-9
-    assert (lows <= found).all() and (found <= highs).all()
+    assert (lows <= found).all()
+    assert (found <= highs).all()
     # Growing i and shrinking j at equal cost helps where i's gain a unit of cost is the
     # larger one: KKT forbids it.
     gains = np.array(weight) / found / POWERS
@@ -128,7 +129,8 @@ def test_at_a_bound_the_condition_is_an_inequality():
     found = sizes(optimum(penalty(*weight), cost, WIDE))
     gains = np.array(weight) / found / POWERS
     assert found[2] == 1
-    assert gains[2] > gains[0] * 1.01 and gains[0] == pytest.approx(gains[1], rel=1e-5)
+    assert gains[2] > gains[0] * 1.01
+    assert gains[0] == pytest.approx(gains[1], rel=1e-5)
 
 
 def test_the_better_of_two_hills_is_found():

@@ -3,16 +3,15 @@ without torch.
 """
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
-    {"config", "structure"},
+    {"config", "results", "structure"},
     {"costs", "runs"},
     {"tracing", "data", "reporting"},
     {"evaluation"},
@@ -128,12 +127,6 @@ def test_wrong_edges_are_seen_in_functions_and_conditions_too():
 )
 def test_modules_are_imported_without_what_they_may_never_need(module, heavy):
     code = f"import {module}, sys; print(*{heavy} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""

@@ -2,10 +2,9 @@
 
 import os
 import platform
-import subprocess
-import sys
 
 import pytest
+from processes import run_python
 
 PROBE = """
 import ctypes
@@ -44,10 +43,8 @@ def _pages_cleared(ask: str, **variables: str) -> int:
         for name, value in os.environ.items()
         if not name.startswith(("MALLOC_", "GLIBC_"))
     }
-    command = [sys.executable, "-c", PROBE.format(ask=ask)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=usual | variables
-    )
+    done = run_python("-c", PROBE.format(ask=ask), environment=usual | variables)
+    assert done.returncode == 0, done.stderr
     return int(done.stderr.splitlines()[-1])
 
 
