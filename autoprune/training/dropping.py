@@ -111,6 +111,7 @@ class DropConnect(Dropping):
         self, parameters: dict[str, nn.Parameter]
     ) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Draws a mask for the weight of every layer."""
+        # By layer, or the layers with small weights would be dropped as a whole.
         for name in self.groups.positions_per_weight:
             yield parameters[name], self._kept(parameters[name].detach().abs())
 

@@ -179,6 +179,7 @@ class GradualChannels(Gradual):
         self.groups = groups
         self.goal = goal
         self.importance = importance
+        # All of them until the first pruning.
         self.kept: KeptIndices = {
             name: torch.arange(groups[name].channels) for name in goal
         }

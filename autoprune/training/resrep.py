@@ -140,6 +140,7 @@ class Compaction(TrainingCallback):
         self._paths: dict[str, str] = {}
         self.selection: dict[str, Tensor] = {}
         for name, (_, norm) in pairs.items():
+            # The compactor's place, behind the norm in the sequence that replaced it.
             self._paths[name] = f"{norm}.1"
             self.selection[name] = torch.zeros(groups[name].channels, dtype=torch.bool)
         # Until `begin` no step is one of selection, and selected rows are pulled like
