@@ -24,7 +24,7 @@ from nets import (
     tensors,
 )
 from test_cli import TINY
-from test_pruning import TiedParameter
+from test_slicing import TiedParameter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import digits, digits_proxy
