@@ -1,25 +1,26 @@
-"""What an agent has to beat, through the same door: the same environment, the same
-evaluations, the same finalists.
+"""What an agent has to beat: the same environment, evaluations and finalists.
 
-Each baseline walks episodes of a `Recorder` and stops after the evaluations that it
-asks for at the latest.
+Each baseline walks episodes of a `Recorder` and stops, at the latest, after as many
+evaluations as the recorder asks for. `BASELINES` names them all;
+`autoprune.agents.search` says how one is added.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import sqrt
 
-import gymnasium
 import numpy as np
 
-from autoprune.agents.rankings import ONE_SHOT
+from autoprune.agents.algorithms import check_installed
+from autoprune.agents.rankings import cost_aware, eagleeye, global_ranking
 from autoprune.agents.recorder import LANES, START_STD, Recorder
-from autoprune.agents.replay import check_installed
 from autoprune.envs.batch import BatchedEpisodes, fixed_policy, uniform_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import check_known
 
 GRID = 200
 """Steps into which the dynamic program divides the budget."""
+MAX_LEVELS = 9
+"""Most sparsities at which `sensitivity` prunes each group alone."""
 
 
 def uniform(recorder: Recorder) -> None:
@@ -33,41 +34,47 @@ def random(recorder: Recorder) -> None:
 
     def act(batch: BatchedEpisodes) -> np.ndarray:
         lowest, highest = batch.state.bounds
-        return batch.actions_of(
-            generator.uniform(lowest, highest), np.zeros(len(lowest))
-        )
+        # Uniform in sparsity, and not in the action, whose sides differ in width.
+        sparsities = generator.uniform(lowest, highest)
+        return batch.actions_of(sparsities, np.zeros(len(lowest)))
 
     while recorder.remaining:
         recorder.run_episodes(act, min(LANES, recorder.remaining))
 
 
 def sensitivity(recorder: Recorder) -> None:
-    """Prunes each group alone at several sparsities, then solves for the best sum of
-    damages under the budget.
+    """Prunes each group alone, then solves for the least sum of damages.
 
     The damage of a network is taken as the sum over groups of its growth in loss, or of
-    the growth's root; a dynamic program finds the cheapest sum for either. Costs
-    multiply between neighbouring groups, so the program's additive budget is searched
-    until the real cost meets the target. With too few evaluations to prune each group
-    once, it knows nothing and is uniform.
+    the growth's root; a dynamic program finds the allocation with the least sum for
+    either. Costs multiply between neighbouring groups, so the program's additive budget
+    is searched until the real cost meets the target. With too few evaluations to prune
+    each group once, it knows nothing and is uniform.
     """
-    core = recorder.env
-    n_levels = min(
-        9, (recorder.remaining - 3) // len(core.groups)
-    )  # besides: the dense network and two solutions
+    env = recorder.env
+    # Three evaluations go elsewhere: to the dense network and to two solutions.
+    n_levels = min(MAX_LEVELS, (recorder.remaining - 3) // len(env.groups))
     if n_levels < 1:
         return uniform(recorder)
-    levels = [_pick(levels, n_levels) for levels in core.space.levels]
-    damages = _damages(core, levels)
-    for transform in (lambda damage: damage, sqrt):
-        table = [[transform(max(0.0, damage)) for damage in row] for row in damages]
-        sparsities = 1 - _allocate(core, levels, table) / core.space.costs.dense
+    levels = [_spread_levels(allowed, n_levels) for allowed in env.space.levels]
+    growths = []
+    for row in _damages(env, levels):
+        # On few images some pruning seems to help; no root is taken of that.
+        growths.append([max(0.0, damage) for damage in row])
+    roots = []
+    for row in growths:
+        roots.append([sqrt(growth) for growth in row])
+    # Which of the two adds up better depends on the network, so both are tried.
+    for damages in (growths, roots):
+        counts = _allocate(env, levels, damages)
+        sparsities = 1 - counts / env.space.costs.dense
         recorder.run_episodes(fixed_policy(sparsities[None]), 1)
 
 
 def evolution(recorder: Recorder) -> None:
-    """CMA-ES (Hansen 2016, arXiv 1604.00772) over the actions of a whole episode,
-    starting at uniform.
+    """CMA-ES over the actions of a whole episode, starting at uniform.
+
+    Hansen 2016, arXiv 1604.00772, as the package cma has it.
 
     Raises:
         UserError: If the package cma isn't installed.
@@ -75,28 +82,34 @@ def evolution(recorder: Recorder) -> None:
     check_installed("evolution", "agent")
     import cma
 
-    n_groups = len(recorder.env.groups)
     options = {
         "bounds": [-1, 1],
         "popsize": LANES,
+        # The package takes seed 0 for "by the clock".
         "seed": recorder.config.seed + 1,
         "verbose": -9,
     }
-    # The package can't search a line.
-    strategy = cma.CMAEvolutionStrategy(np.zeros(max(2, n_groups)), START_STD, options)
+    # The package can't search a line, so one group gets a second, unused coordinate.
+    n_coordinates = max(2, len(recorder.env.groups))
+    strategy = cma.CMAEvolutionStrategy(np.zeros(n_coordinates), START_STD, options)
     while recorder.remaining:
         population = strategy.ask()
-        wishes = np.array(population)[: recorder.remaining]
-        rewards = recorder.run_episodes(
-            lambda batch, wishes=wishes: wishes[:, batch.state.index], len(wishes)
-        )
+        actions = np.array(population)[: recorder.remaining]
+
+        def act(batch: BatchedEpisodes, actions: np.ndarray = actions) -> np.ndarray:
+            return actions[:, batch.state.index]
+
+        rewards = recorder.run_episodes(act, len(actions))
+        # The package minimises, and takes nothing less than a whole population; the
+        # last one may be cut short.
         if len(rewards) == len(population):
             strategy.tell(population, (-rewards).tolist())
 
 
 def tpe(recorder: Recorder) -> None:
-    """The tree-structured Parzen estimator (Bergstra et al. 2011) of Optuna over the
-    actions of a whole episode.
+    """The tree-structured Parzen estimator over the actions of a whole episode.
+
+    Bergstra et al. 2011, as Optuna has it; the first trial is uniform pruning.
 
     Raises:
         UserError: If the package optuna isn't installed.
@@ -105,6 +118,8 @@ def tpe(recorder: Recorder) -> None:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Multivariate, since groups share a budget; constant_liar, since ten trials are
+    # asked for before the first one is told.
     sampler = optuna.samplers.TPESampler(
         multivariate=True, constant_liar=True, seed=recorder.config.seed
     )
@@ -113,14 +128,14 @@ def tpe(recorder: Recorder) -> None:
     while recorder.remaining:
         trials = [study.ask() for _ in range(min(LANES, recorder.remaining))]
 
-        def act(batch: BatchedEpisodes, trials: list = trials) -> np.ndarray:
-            return np.array(
-                [trial.suggest_float(str(batch.state.index), -1, 1) for trial in trials]
-            )
+        def act(
+            batch: BatchedEpisodes, trials: list[optuna.Trial] = trials
+        ) -> np.ndarray:
+            name = str(batch.state.index)
+            return np.array([trial.suggest_float(name, -1, 1) for trial in trials])
 
-        for trial, reward in zip(
-            trials, recorder.run_episodes(act, len(trials)).tolist(), strict=True
-        ):
+        rewards = recorder.run_episodes(act, len(trials)).tolist()
+        for trial, reward in zip(trials, rewards, strict=True):
             study.tell(trial, reward)
 
 
@@ -130,87 +145,114 @@ BASELINES: dict[str, Callable[[Recorder], None]] = {
     "sensitivity": sensitivity,
     "evolution": evolution,
     "tpe": tpe,
-    **ONE_SHOT,
+    "global": global_ranking,
+    "cost_aware": cost_aware,
+    "eagleeye": eagleeye,
 }
+"""Name to what walks the episodes of a recorder."""
+DETERMINISTIC = ("uniform", "sensitivity", "global", "cost_aware")
+"""Baselines that decide by what they measure once: without chance and without search.
+"""
+FOR_RANGES = ("uniform", "random")
+"""Baselines that mean something where every episode has another budget."""
+DEFAULT_BASELINES = ("uniform", "random", "sensitivity")
+"""Baselines that a search is held against unless others are named."""
 
 
-AT_ONCE = ("uniform", "sensitivity", "global", "cost_aware")
-"""Those that decide by what they measure once: no chance is in them, and no search."""
-USUAL = ("uniform", "random", "sensitivity")
-
-
-def check_baselines(text: str | None, agent: str) -> list[str]:
-    """The baselines in "uniform,random" or "none"; where nothing is said, those that an
-    agent's search is held against.
+def parse_baselines(text: str | None, agent: str) -> list[str]:
+    """The names in a list such as "uniform,random".
 
     Args:
         text: Names with commas between them, "none", or None for the usual ones, which
             an allocator that decides at once doesn't need.
         agent: What they are for.
 
+    Returns:
+        The names of baselines, maybe none.
+
     Raises:
         UserError: If a name is unknown, with the nearest known ones, or what it needs
             isn't installed.
     """
     if text is None:
-        return [] if agent in AT_ONCE else list(USUAL)
-    names = [] if text == "none" else [name.strip() for name in text.split(",")]
+        return [] if agent in DETERMINISTIC else list(DEFAULT_BASELINES)
+    if text == "none":
+        return []
+    names = [name.strip() for name in text.split(",")]
     for name in names:
         check_known("baseline", name, BASELINES, "baselines", ", or none")
         check_installed(name, "baselines")
     return names
 
 
-def run_episode(env: gymnasium.Env, action: Callable[[int], float]) -> dict:
-    """One episode of actions chosen by position; returns the last info."""
-    env.reset()
-    done, position, info = False, 0, {}
-    while not done:
-        _, _, done, _, info = env.step(np.array([action(position)], dtype=np.float32))
-        position += 1
-    return info
+def _spread_levels(allowed: np.ndarray, n_levels: int) -> np.ndarray:
+    """Up to `n_levels` counts below dense, evenly spread, and dense.
 
-
-def _pick(levels: np.ndarray, n_levels: int) -> np.ndarray:
-    """Up to `n_levels` allowed counts below dense, evenly spread, and dense."""
-    pruned = levels[:-1]
-    chosen = np.unique(
-        np.linspace(0, len(pruned) - 1, min(n_levels, len(pruned))).round().astype(int)
-    )
-    return np.append(pruned[chosen], levels[-1]) if len(pruned) else levels
-
-
-def _damages(core: LayerPruningEnv, levels: list[np.ndarray]) -> list[list[float]]:
-    """Per group and level the loss above the dense network's when only that group is
-    pruned.
+    Args:
+        allowed: The counts that a group may keep, ascending, the last one dense.
+        n_levels: Of 4, 8, ..., 28 and 32 two levels give 4, 28 and 32.
     """
-    dense = core.space.costs.dense
-    alone = [
-        core.counts(_with(dense, index, count))
-        for index, row in enumerate(levels)
-        for count in row
-    ]
-    base, *losses = [
-        evaluation.loss
-        for evaluation in core.proxy.score_all([core.counts(dense), *alone])
-    ]
-    damages = iter(loss - base for loss in losses)
-    return [[next(damages) for _ in row] for row in levels]
+    pruned = allowed[:-1]
+    if not len(pruned):
+        return allowed
+    places = np.linspace(0, len(pruned) - 1, min(n_levels, len(pruned)))
+    chosen = np.unique(places.round().astype(int))
+    return np.append(pruned[chosen], allowed[-1])
+
+
+def _damages(env: LayerPruningEnv, levels: list[np.ndarray]) -> list[list[float]]:
+    """The loss above the dense network's when one group alone is pruned.
+
+    Args:
+        env: The environment, whose proxy scores.
+        levels: The counts to try, a group a row.
+
+    Returns:
+        A number for each of `levels`.
+    """
+    dense = env.space.costs.dense
+    # In one call, since the proxy scores candidates side by side.
+    candidates = [env.counts(dense)]
+    for index, row in enumerate(levels):
+        for count in row:
+            candidates.append(env.counts(_with_count(dense, index, count)))
+    # The first one is the dense network's.
+    base, *losses = [score.loss for score in env.proxy.score_all(candidates)]
+    damages = []
+    start = 0
+    for row in levels:
+        of_group = losses[start : start + len(row)]
+        damages.append([loss - base for loss in of_group])
+        start += len(row)
+    return damages
 
 
 def _allocate(
-    core: LayerPruningEnv, levels: list[np.ndarray], damages: list[list[float]]
+    env: LayerPruningEnv, levels: list[np.ndarray], damages: list[list[float]]
 ) -> np.ndarray:
-    """The counts with the smallest sum of damages whose real cost meets the target."""
-    cost, dense = core.space.cost, core.space.costs.dense
-    target = core.target_of(core.budget.at(0.5))
-    alone = [
-        np.array([cost(_with(dense, index, n)) for n in row])
-        for index, row in enumerate(levels)
-    ]
-    savings = [cost(dense) - row for row in alone]
+    """The counts with the least sum of damages whose real cost meets the target.
+
+    Args:
+        env: The environment: its budget and what allocations cost.
+        levels: The counts that a group may keep, a group a row, ascending.
+        damages: A number for each of them.
+
+    Returns:
+        Counts `(n_groups,)`; if none meets the target, those that come closest.
+    """
+    cost = env.space.cost
+    dense = env.space.costs.dense
+    target = env.target_of(env.budget.at_position(0.5))
+    savings = []
+    for index, row in enumerate(levels):
+        costs = [cost(_with_count(dense, index, count)) for count in row]
+        savings.append(cost(dense) - np.array(costs))
     best = np.array([row[0] for row in levels])
-    for needed in _needs(cost(dense) - target, sum(row.max() for row in savings)):
+    least = cost(dense) - target
+    most = sum(row.max() for row in savings)
+    # Added up, savings of neighbouring groups count twice what both remove, or miss
+    # nothing: how much to ask for so that the real cost fits is found by trying.
+    for needed in np.linspace(0.5 * least, most, 60):
         counts = _knapsack(levels, damages, savings, needed)
         if cost(counts) <= target:
             return counts
@@ -218,47 +260,76 @@ def _allocate(
     return best
 
 
-def _needs(least: int, most: int) -> Iterator[float]:
-    """Savings to ask of the additive program, growing until the real cost, with its
-    products, meets the budget.
-    """
-    yield from np.linspace(0.5 * least, most, 60)
-
-
-def _with(dense: np.ndarray, index: int, count: int) -> np.ndarray:
+def _with_count(dense: np.ndarray, index: int, count: int) -> np.ndarray:
+    """The dense counts `(n_groups,)` with another one for a single group."""
     kept = dense.copy()
     kept[index] = count
     return kept
 
 
-def _knapsack(levels, damages, savings, needed: float) -> np.ndarray:
-    """Smallest sum of damages with savings of at least `needed`, on a grid of `GRID`
-    units.
+def _knapsack(
+    levels: list[np.ndarray],
+    damages: list[list[float]],
+    savings: list[np.ndarray],
+    needed: float,
+) -> np.ndarray:
+    """The counts with the least sum of damages whose savings add up to enough.
+
+    A dynamic program over savings on a grid of `GRID` units. For example, two groups
+    may keep 4 or 8 channels; 4 save 60 and 50 and do damages of 0.3 and 0.2. If 50 are
+    needed, the second group alone is cut: (8, 4), damage 0.2. If 100 are needed, both
+    are: (4, 4), damage 0.5.
+
+    Args:
+        levels: The counts that a group may keep, a group a row.
+        damages: A number for each of them.
+        savings: What each of them saves, next to dense.
+        needed: The least sum of savings.
+
+    Returns:
+        Counts `(n_groups,)`; those with the most savings if none are enough.
     """
     unit = max(needed, 1) / GRID
+    # Entry u: the least damage of the groups so far with savings of u units; the last
+    # entry stands for that many or more.
     best = np.full(GRID + 1, np.inf)
     best[0] = 0.0
     choices = []
     for row, saved in zip(damages, savings, strict=True):
-        following, choice = (
-            np.full(GRID + 1, np.inf),
-            np.zeros((GRID + 1, 2), dtype=int),
-        )
-        for level, (damage, units) in enumerate(
-            zip(row, (saved / unit).astype(int), strict=True)
-        ):
-            for before in np.flatnonzero(np.isfinite(best)):
-                after = min(GRID, before + units)
-                if best[before] + damage < following[after]:
-                    following[after], choice[after] = (
-                        best[before] + damage,
-                        (level, before),
-                    )
-        best = following
+        # Rounded down, so that a sum on the grid is never more than what is saved.
+        units = (saved / unit).astype(int)
+        best, choice = _with_group(best, row, units)
         choices.append(choice)
-    at = int(np.flatnonzero(np.isfinite(best))[-1])
+    # From the last group back, along the choices that led here.
+    total = int(np.flatnonzero(np.isfinite(best))[-1])
     counts = []
     for row, choice in zip(reversed(levels), reversed(choices), strict=True):
-        level, at = choice[at]
+        level, total = choice[total]
         counts.append(row[level])
     return np.array(counts[::-1])
+
+
+def _with_group(
+    best: np.ndarray, damages: list[float], units: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """One step of the dynamic program: a further group.
+
+    Args:
+        best: Least damage `(GRID + 1,)` by units saved, without the group.
+        damages: The group's damage, a number a level.
+        units: What a level saves.
+
+    Returns:
+        Least damage `(GRID + 1,)` with the group, and for each entry the level that it
+        takes and the units saved before, `(GRID + 1, 2)`.
+    """
+    following = np.full(GRID + 1, np.inf)
+    choice = np.zeros((GRID + 1, 2), dtype=int)
+    for level, (damage, saved) in enumerate(zip(damages, units, strict=True)):
+        for before in np.flatnonzero(np.isfinite(best)):
+            after = min(GRID, before + saved)
+            # Strictly less: among equals the level with fewer channels stays.
+            if best[before] + damage < following[after]:
+                following[after] = best[before] + damage
+                choice[after] = level, before
+    return following, choice

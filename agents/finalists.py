@@ -1,15 +1,17 @@
-"""From many scored allocations to the ones that count: compared once more, on images
-that no search has seen.
+"""From many scored allocations to the few that count.
+
+A search scores hundreds of allocations on few images, so the best of them owes much to
+luck. Here the most promising are compared again: first on the whole proxy split, the
+best of those on the selection split, which no search has seen.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
 
 import numpy as np
 
-from autoprune.agents.recorder import Episode, Recorder, counts_of, near
-from autoprune.agents.replay import Policy, acting
+from autoprune.agents.recorder import Episode, Recorder, counts_of, is_near_budget
+from autoprune.agents.replay import Policy, make_actor
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget, BudgetRange
 from autoprune.envs.batch import BatchedEpisodes, fixed_policy, uniform_policy
@@ -18,20 +20,24 @@ from autoprune.evaluation.evaluate import Evaluation
 
 FRONT_BUDGETS = 6
 """Budgets of a range that are compared for the Pareto front."""
-
-SURVEYED = 4
-"""Candidates that are scored on the whole proxy split for each one that reaches the
-selection split.
+SURVEY_FACTOR = 4
+"""Candidates scored on the whole proxy split for each that reaches the selection split.
 """
-
-SURVEYED_WITHIN = 8
-"""The same for the one best episode within a budget of a range."""
+N_SURVEYED_PER_BUDGET = 8
+"""Candidates scored on the whole proxy split at each budget of a range."""
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """A candidate of the final choice: its proxy score, and the score on the selection
-    split that decides.
+    """A candidate of the final choice.
+
+    Attributes:
+        allocation: Kept channels, and who proposed them.
+        proxy: Scores on the proxy split.
+        selection: Scores on the selection split, which decide.
+        reward: The reward for `selection`; higher is better.
+        macs: Multiply-accumulates of the pruned network.
+        cost: Its cost in the metric of the budget.
     """
 
     allocation: Allocation
@@ -43,11 +49,10 @@ class Finalist:
 
     def to_json(self) -> dict:
         """Plain data for the results."""
-        scores = {
-            f"{split}_{name}": value
-            for split in ("proxy", "selection")
-            for name, value in asdict(getattr(self, split)).items()
-        }
+        scores = {}
+        for split, evaluation in (("proxy", self.proxy), ("selection", self.selection)):
+            for name, value in asdict(evaluation).items():
+                scores[f"{split}_{name}"] = value
         return {
             "source": self.allocation.source,
             **scores,
@@ -56,180 +61,264 @@ class Finalist:
         }
 
 
-def finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
-    """The best allocations by proxy reward and the policy's own, each once, best on the
-    selection split first.
+def choose_finalists(recorder: Recorder, policy: Policy | None) -> list[Finalist]:
+    """The best allocations by proxy reward and the policy's own, each once.
 
-    Four times as many are scored on the whole proxy split before, since the best of
-    hundreds of scores on few images owes much to luck. Where the agent has a model of
-    the reward, its estimates decide who gets that far; else as many come from each
-    block of images, and no fewer because the search was long enough for more blocks.
+    At least four times as many are scored on the whole proxy split before. Where the
+    agent has a model of the reward, its estimates decide who gets that far; else as
+    many come from each block of images. A search that was long enough for more blocks
+    surveys more, so that no block sends fewer.
+
+    Args:
+        recorder: The search's episodes.
+        policy: The trained policy; None for baselines.
+
+    Returns:
+        As many as `config.finalists`, and the policy's own; the best on the selection
+        split first.
     """
-    env, n, episodes = recorder.env, recorder.config.finalists, recorder.episodes
-    n_blocks = len(np.unique(recorder.blocks)) if recorder.expected is None else 0
-    candidates = _best(
-        episodes,
-        _promise(recorder, episodes, counts_of(episodes)),
-        n * max(SURVEYED, n_blocks),
-    )
-    chosen = _best(candidates, _surveyed(candidates, recorder)[1], n)
+    env = recorder.env
+    episodes = recorder.episodes
+    n_finalists = recorder.config.finalists
+    n_blocks = 0
+    if recorder.predict_rewards is None:
+        n_blocks = len(np.unique(recorder.blocks))
+    promise = _promise(recorder, episodes, counts_of(episodes))
+    n_surveyed = n_finalists * max(SURVEY_FACTOR, n_blocks)
+    candidates = _best(episodes, promise, n_surveyed)
+    _, rewards = _survey(candidates, recorder)
+    chosen = _best(candidates, rewards, n_finalists)
     if policy is not None:
-        its = own(policy, env, env.budget)
-        chosen = [its, *(episode for episode in chosen if episode.counts != its.counts)]
+        proposal = roll_out_policy(policy, env, env.budget)
+        # In front, since it keeps its name where an episode had the same counts.
+        others = [episode for episode in chosen if episode.counts != proposal.counts]
+        chosen = [proposal, *others]
     return rank_on_selection(chosen, env)
 
 
-def front(
+def find_front(
     recorder: Recorder, policy: Policy | None
 ) -> tuple[list[Finalist], list[Finalist]]:
-    """For a range of budgets the allocations that no other one beats at its cost or
-    below, cheapest first.
+    """The Pareto front of a range of budgets: what no other candidate beats.
 
     At each of a few budgets the policy's own allocation competes with the best episode,
-    resized to it, and with uniform pruning; the winners make the front, as far as they
-    aren't beaten by that of a smaller budget.
+    resized to it, and with uniform pruning. A winner is on the front if its loss is
+    below that of every cheaper winner.
+
+    Args:
+        recorder: The search's episodes.
+        policy: The trained policy; None for baselines.
 
     Returns:
-        The front, and uniform pruning at these budgets, to hold it against.
+        The front, cheapest first, and uniform pruning at these budgets, to hold it
+        against.
     """
     env = recorder.env
-    budgets = [env.budget.at(position) for position in np.linspace(0, 1, FRONT_BUDGETS)]
-    uniform = rolled_out(uniform_policy, env, budgets, "uniform")
-    rivals = [
-        [even, *within(recorder, policy, budget)]
-        for budget, even in zip(budgets, uniform, strict=True)
-    ]
-    points = iter(_judged(chain.from_iterable(rivals), env))
-    judged = [list(islice(points, len(group))) for group in rivals]
-    winners = [
-        min(group, key=lambda finalist: finalist.selection.loss) for group in judged
-    ]
-    return _undominated(winners), [group[0] for group in judged]
+    # Both ends of the range are among them.
+    positions = np.linspace(0, 1, FRONT_BUDGETS)
+    budgets = [env.budget.at_position(position) for position in positions]
+    uniform = roll_out(uniform_policy, env, budgets, "uniform")
+    rivals = []
+    for budget, even in zip(budgets, uniform, strict=True):
+        rivals.append([even, *candidates_for_budget(recorder, policy, budget)])
+    # All in one call, since the proxy scores candidates side by side.
+    judged = _judge([episode for group in rivals for episode in group], env)
+    winners = []
+    uniform_finalists = []
+    start = 0
+    for group in rivals:
+        finalists = judged[start : start + len(group)]
+        start += len(group)
+        winners.append(min(finalists, key=_selection_loss))
+        uniform_finalists.append(finalists[0])
+    return _undominated(winners), uniform_finalists
+
+
+def _selection_loss(finalist: Finalist) -> float:
+    return finalist.selection.loss
 
 
 def _undominated(points: list[Finalist]) -> list[Finalist]:
-    best, found = np.inf, []
-    for point in sorted(
-        points, key=lambda finalist: (finalist.cost, finalist.selection.loss)
-    ):
-        if point.selection.loss < best:
-            best = point.selection.loss
-            found.append(point)
-    return found
+    """Those whose loss is below that of every cheaper one, cheapest first.
+
+    Costs and losses (30, 1.2), (40, 1.3) and (50, 0.9) leave the first and the third.
+    """
+    lowest = np.inf
+    front = []
+    for point in sorted(points, key=lambda point: (point.cost, point.selection.loss)):
+        if point.selection.loss < lowest:
+            lowest = point.selection.loss
+            front.append(point)
+    return front
 
 
-def within(recorder: Recorder, policy: Policy | None, budget: Budget) -> list[Episode]:
-    """The best of the episodes within a budget, and the policy's own allocation for it.
+def candidates_for_budget(
+    recorder: Recorder, policy: Policy | None, budget: Budget
+) -> list[Episode]:
+    """The best of a search's episodes for a budget, and the policy's own allocation.
 
     An episode counts whichever budget near this one it was walked for, and is resized
     until this one is used up: a percent of the cost is worth more than what tells good
     allocations apart. The most promising are scored on the whole proxy split.
+
+    Args:
+        recorder: The search's episodes.
+        policy: The trained policy; None for baselines.
+        budget: One budget.
+
+    Returns:
+        Up to two episodes: the best resized one, if any is near, and the policy's.
     """
     env = recorder.env
-    is_near = near(
-        env, np.array([_cost(episode, env) for episode in recorder.episodes]), budget
-    )
-    close = [recorder.episodes[place] for place in np.flatnonzero(is_near)]
-    best = [_resized(close, recorder, budget)] if close else []
-    return best + ([own(policy, env, budget)] if policy is not None else [])
+    costs = np.array([_cost(episode, env) for episode in recorder.episodes])
+    places = np.flatnonzero(is_near_budget(env, costs, budget))
+    candidates = []
+    if len(places):
+        close = [recorder.episodes[place] for place in places]
+        candidates.append(_best_resized(close, recorder, budget))
+    if policy is not None:
+        candidates.append(roll_out_policy(policy, env, budget))
+    return candidates
 
 
-def _resized(episodes: list[Episode], recorder: Recorder, budget: Budget) -> Episode:
-    """The best of some episodes after all sparsities of each were shifted alike until
-    the budget is used up.
+def _best_resized(
+    episodes: list[Episode], recorder: Recorder, budget: Budget
+) -> Episode:
+    """The best of some episodes after each was resized to a budget.
+
+    All sparsities of an episode are shifted alike until the budget is used up; where
+    budgets are ceilings, episodes stay as they are.
     """
-    env, counts = recorder.env, counts_of(episodes)
+    env = recorder.env
+    counts = counts_of(episodes)
     batch = env.start_episodes([budget] * len(episodes))
     if batch.uses_up_budget:
-        sparsities = env.space.shifted(
-            1 - counts / env.space.costs.dense, batch.state.targets
-        )
+        # The environment rounds them again, so that counts stay allowed ones.
+        walked = 1 - counts / env.space.costs.dense
+        sparsities = env.space.shift_to_targets(walked, batch.state.targets)
         counts = batch.rollout(fixed_policy(sparsities)).state.kept
-    resized = [
-        episode if tuple(row) == episode.counts else _changed(episode, row, env, budget)
-        for episode, row in zip(episodes, counts, strict=True)
-    ]
-    candidates = _best(resized, _promise(recorder, episodes, counts), SURVEYED_WITHIN)
-    scores, rewards = _surveyed(candidates, recorder)
+    resized = []
+    for episode, row in zip(episodes, counts, strict=True):
+        # An episode of this very budget stays what it is, and keeps its source.
+        if tuple(row) != episode.counts:
+            episode = _with_counts(episode, row, env, budget)
+        resized.append(episode)
+    # Without a model an episode is as good as its reward before it was resized.
+    promise = _promise(recorder, episodes, counts)
+    candidates = _best(resized, promise, N_SURVEYED_PER_BUDGET)
+    scores, rewards = _survey(candidates, recorder)
     best = int(np.argmax(rewards))
+    # A resized episode still holds the score of its old counts.
     return replace(candidates[best], evaluation=scores[best])
 
 
-def _surveyed(
-    candidates: list[Episode], recorder: Recorder
-) -> tuple[list[Evaluation], list[float]]:
-    """Scores on all images that judged the search, and the rewards for them."""
-    env = recorder.env
-    scores = env.proxy.survey_all(
-        [episode.allocation.kept for episode in candidates], recorder.n_batches
-    )
-    return scores, [
-        env.reward_of(score, episode.macs)
-        for score, episode in zip(scores, candidates, strict=True)
-    ]
-
-
-def _changed(
+def _with_counts(
     episode: Episode, counts: np.ndarray, env: LayerPruningEnv, budget: Budget
 ) -> Episode:
-    source = f"episode {episode.number}, resized"
+    """An episode with other counts `(n_groups,)`, made for another budget."""
     allocation = Allocation(
-        env.counts(counts), env.groups.fingerprint, str(budget), source
+        env.counts(counts),
+        env.groups.fingerprint,
+        str(budget),
+        f"episode {episode.number}, resized",
     )
     return replace(episode, allocation=allocation, macs=env.space.costs.macs(counts))
+
+
+def _survey(
+    candidates: list[Episode], recorder: Recorder
+) -> tuple[list[Evaluation], np.ndarray]:
+    """Scores on all images that judged the search, and the rewards `(n,)` for them."""
+    env = recorder.env
+    kept = [episode.allocation.kept for episode in candidates]
+    scores = env.proxy.survey_all(kept, recorder.n_batches)
+    rewards = []
+    for score, episode in zip(scores, candidates, strict=True):
+        rewards.append(env.reward_of(score, episode.macs))
+    return scores, np.array(rewards)
 
 
 def rank_on_selection(
     candidates: Iterable[Episode], env: LayerPruningEnv
 ) -> list[Finalist]:
-    """The candidates with their scores on the selection split, best first."""
-    return sorted(_judged(candidates, env), key=lambda finalist: -finalist.reward)
+    """Scores candidates on the selection split.
+
+    Args:
+        candidates: Episodes.
+        env: Their environment.
+
+    Returns:
+        The candidates with their scores, highest reward first.
+    """
+    return sorted(_judge(candidates, env), key=lambda finalist: -finalist.reward)
 
 
-def own(policy: Policy, env: LayerPruningEnv, budget: Budget | BudgetRange) -> Episode:
-    """The trained policy's own allocation, as episode 0."""
-    return rolled_out(acting(policy, env), env, [budget.at(0.5)], "policy")[0]
+def roll_out_policy(
+    policy: Policy, env: LayerPruningEnv, budget: Budget | BudgetRange
+) -> Episode:
+    """The allocation that a trained policy chooses by itself, as episode 0.
+
+    Args:
+        policy: The policy; it acts without chance.
+        env: Where it acts.
+        budget: The budget; of a range the middle.
+    """
+    middle = budget.at_position(0.5)
+    (episode,) = roll_out(make_actor(policy, env), env, [middle], "policy")
+    return episode
 
 
-def rolled_out(
+def roll_out(
     act: Callable[[BatchedEpisodes], np.ndarray],
     env: LayerPruningEnv,
     budgets: list[Budget],
     source: str,
 ) -> list[Episode]:
-    """Where `act` goes under each budget: roll-outs that nobody learned from, as
-    episodes 0.
+    """Walks one episode a budget and scores it; no learner sees them.
+
+    Args:
+        act: From lanes to their actions, `(n_lanes,)`.
+        env: The environment.
+        budgets: One a lane.
+        source: Who acts, for the allocations.
+
+    Returns:
+        The episodes, all with the number 0.
     """
-    rewards, infos = env.score(env.start_episodes(budgets).rollout(act), budgets)
-    named = [
-        info | {"allocation": replace(info["allocation"], source=source)}
-        for info in infos
-    ]
-    return [
-        Episode.of(0, reward, info)
-        for reward, info in zip(rewards.tolist(), named, strict=True)
-    ]
+    batch = env.start_episodes(budgets).rollout(act)
+    rewards, infos = env.score(batch, budgets)
+    episodes = []
+    for reward, info in zip(rewards.tolist(), infos, strict=True):
+        # The environment doesn't know who acted.
+        allocation = replace(info["allocation"], source=source)
+        episodes.append(Episode.from_info(0, reward, info | {"allocation": allocation}))
+    return episodes
 
 
-def knee(points: list[Finalist]) -> Finalist:
-    """Where the front bends most: the point farthest from the line between its ends,
-    both axes scaled to [0, 1].
+def knee_point(points: list[Finalist]) -> Finalist:
+    """Where the front bends most: the point farthest from the line between its ends.
+
+    Both axes are scaled to [0, 1], so the ends are (0, 1) and (1, 0), and the distance
+    below the line between them grows as cost + loss falls. Scaled points (0, 1),
+    (0.3, 0.2) and (1, 0) have the sums 1, 0.5 and 1: the second one is the knee.
     """
-    costs, losses = (
-        np.array([of(p) for p in points], float)
-        for of in (lambda p: p.cost, lambda p: p.selection.loss)
-    )
-    scaled = [
-        (values - values.min()) / max(np.ptp(values), 1e-12)
-        for values in (costs, losses)
-    ]
-    return points[int((scaled[0] + scaled[1]).argmin())]
+    costs = np.array([point.cost for point in points], float)
+    losses = np.array([point.selection.loss for point in points], float)
+    sums = _scaled(costs) + _scaled(losses)
+    return points[int(sums.argmin())]
 
 
-def _best(episodes: list[Episode], rewards: Sequence[float], n: int) -> list[Episode]:
-    """The best different allocations by the given rewards."""
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Values `(n,)` moved and stretched to [0, 1]; all 0 if they are equal."""
+    # A front of one point has no extent.
+    return (values - values.min()) / max(np.ptp(values), 1e-12)
+
+
+def _best(episodes: list[Episode], rewards: np.ndarray, n: int) -> list[Episode]:
+    """The `n` best different allocations by the given rewards, best first."""
     best: dict[tuple[int, ...], Episode] = {}
-    for place in np.argsort(-np.array(rewards), kind="stable"):
+    for place in np.argsort(-rewards, kind="stable"):
+        # -inf marks an episode that repeats another one.
         if np.isfinite(rewards[place]):
             best.setdefault(episodes[place].counts, episodes[place])
     return list(best.values())[:n]
@@ -238,63 +327,69 @@ def _best(episodes: list[Episode], rewards: Sequence[float], n: int) -> list[Epi
 def _promise(
     recorder: Recorder, episodes: list[Episode], counts: np.ndarray
 ) -> np.ndarray:
-    """How good allocations `(n, n_groups)` that came from some episodes are: what the
-    agent expects if it has a model.
+    """How good allocations that came from some episodes are likely to be.
 
-    Else minus the place of the episode's reward among those of its block, -inf where it
-    repeats another one. Blocks differ by more than good allocations do, so by reward
-    alone one block would send nearly all of the best. Under a range of budgets that are
-    used up the dearest would win alike; there rewards are relative to the usual at a
-    cost.
+    If the agent has a model of the reward: what that expects. Else minus the rank of
+    the episode's reward within its block of images. Rewards 0.5, 0.9 on one block and
+    0.1, 0.3 on another give -1, 0, -1, 0. Blocks differ by more than good allocations
+    do, so by reward alone one block would send nearly all of the best.
+
+    Args:
+        recorder: The search.
+        episodes: `n` of its episodes.
+        counts: Kept channels `(n, n_groups)` that the episodes have, or were resized
+            to.
+
+    Returns:
+        `(n,)`, higher is better; -inf for an episode that repeats another one.
     """
-    if recorder.expected is not None:
-        return recorder.expected(counts)
-    rewards, promise = (
-        np.array([episode.reward for episode in episodes]),
-        np.full(len(episodes), -np.inf),
-    )
+    if recorder.predict_rewards is not None:
+        return recorder.predict_rewards(counts)
+    rewards = np.array([episode.reward for episode in episodes])
     cost_baseline = recorder.cost_baseline
     if cost_baseline is not None:
-        rewards = cost_baseline.relative(
-            rewards, recorder.env.space.cost(counts_of(episodes))
-        )
+        # Under a range of budgets that are used up the dearest would win alike.
+        costs = recorder.env.space.cost(counts_of(episodes))
+        rewards = cost_baseline.to_relative(rewards, costs)
+    # Episodes are numbered from 1 in the order in which the recorder keeps them.
     places = [episode.number - 1 for episode in episodes]
-    is_first, blocks = recorder.is_first[places], recorder.blocks[places]
+    is_first = recorder.is_first[places]
+    blocks = recorder.blocks[places]
+    promise = np.full(len(episodes), -np.inf)
     for block in np.unique(blocks):
-        here = np.flatnonzero(is_first & (blocks == block))
-        promise[here[np.argsort(-rewards[here], kind="stable")]] = -np.arange(len(here))
+        members = np.flatnonzero(is_first & (blocks == block))
+        order = np.argsort(-rewards[members], kind="stable")
+        promise[members[order]] = -np.arange(len(members))
     return promise
 
 
-def _judged(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]:
-    """The candidates with their scores on the selection split."""
+def _judge(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]:
+    """The candidates with their scores on the selection split, in order."""
     episodes = list(candidates)
-    selections = env.proxy.select_all([episode.allocation.kept for episode in episodes])
-    return [
-        _finalist(episode, selection, env)
-        for episode, selection in zip(episodes, selections, strict=True)
-    ]
+    kept = [episode.allocation.kept for episode in episodes]
+    selections = env.proxy.select_all(kept)
+    finalists = []
+    for episode, selection in zip(episodes, selections, strict=True):
+        finalists.append(_finalist(episode, selection, env))
+    return finalists
 
 
 def _finalist(
     episode: Episode, selection: Evaluation, env: LayerPruningEnv
 ) -> Finalist:
     source = episode.allocation.source or f"episode {episode.number}"
-    allocation, reward = (
-        replace(episode.allocation, source=source),
-        env.reward_of(selection, episode.macs),
-    )
     return Finalist(
-        allocation,
-        episode.evaluation,
-        selection,
-        reward,
-        episode.macs,
-        _cost(episode, env),
+        allocation=replace(episode.allocation, source=source),
+        proxy=episode.evaluation,
+        selection=selection,
+        reward=env.reward_of(selection, episode.macs),
+        macs=episode.macs,
+        cost=_cost(episode, env),
     )
 
 
 def _cost(episode: Episode, env: LayerPruningEnv) -> int:
-    return env.space.cost(
-        np.array([episode.allocation.kept[name] for name in env.space.costs.names])
-    )
+    """What an episode's network costs in the metric of the budget."""
+    kept = episode.allocation.kept
+    # By name, since an allocation from a file may list groups in another order.
+    return env.space.cost(np.array([kept[name] for name in env.space.costs.names]))

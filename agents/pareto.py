@@ -4,7 +4,7 @@ from autoprune.agents.finalists import Finalist
 from autoprune.envs.layer_pruning import LayerPruningEnv
 
 
-def pareto(
+def front_to_json(
     points: list[Finalist], uniform: list[Finalist], env: LayerPruningEnv
 ) -> dict:
     """The front of a range of budgets, for `pareto.json`.
@@ -20,23 +20,29 @@ def pareto(
         would hold it, with its costs and scores.
     """
     dense = env.space.cost(env.space.costs.dense)
-    lines = {"front": points, "uniform": uniform}
-    return {"metric": env.space.metric, "dense": int(dense)} | {
-        name: [_point(finalist, env) for finalist in line]
-        for name, line in lines.items()
+    return {
+        "metric": env.space.metric,
+        "dense": int(dense),
+        "front": [_point(finalist, env) for finalist in points],
+        "uniform": [_point(finalist, env) for finalist in uniform],
     }
 
 
 def _point(finalist: Finalist, env: LayerPruningEnv) -> dict:
-    costs, allocation = env.space.costs, finalist.allocation.to_json()
+    """One point: where it comes from, its costs, its scores, the allocation."""
+    costs = env.space.costs
+    allocation = finalist.allocation.to_json()
+    # Taken out here, since they come first and the rest of the allocation last.
+    budget = allocation.pop("budget")
+    source = allocation.pop("source")
     scores = {
         key: value
         for key, value in finalist.to_json().items()
         if key.startswith(("proxy_", "selection_"))
     }
     return {
-        "budget": allocation.pop("budget"),
-        "source": allocation.pop("source"),
+        "budget": budget,
+        "source": source,
         "cost": int(finalist.cost),
         "share": float(finalist.cost / env.space.cost(costs.dense)),
         "macs": int(finalist.macs),

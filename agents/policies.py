@@ -1,24 +1,25 @@
 """Policies by name: those that autoprune ships, those of runs, and those in folders."""
 
 from pathlib import Path
+from typing import TypeGuard
 
-from autoprune.agents.replay import ALGORITHMS, Policy, describe_policy
+from autoprune.agents.algorithms import ALGORITHMS
+from autoprune.agents.replay import Policy, describe_policy
 from autoprune.errors import UserError, nearest_names
 from autoprune.runs import RunFolder
 
 SHIPPED = Path(__file__).parent / "policies"
 """A folder a policy, as `Policy.save` writes it."""
-SHARED = {"dyna": "ppo"}
-"""Agents whose policies are those of another one."""
+POLICY_CLASS_OF = {"dyna": "ppo"}
+"""Agents whose policies are those of another one, which can go on from them."""
 STARTS_FROM_ANY = ("dyna",)
-"""Agents that let the policy act and learn from what it earns."""
+"""Agents that let any policy act and learn from what that earns."""
 
 
-def shipped() -> dict[str, Path]:
+def shipped_policies() -> dict[str, Path]:
     """The policies that come with autoprune: name to folder."""
-    return {
-        path.parent.name: path.parent for path in sorted(SHIPPED.glob("*/policy.json"))
-    }
+    descriptions = sorted(SHIPPED.glob("*/policy.json"))
+    return {path.parent.name: path.parent for path in descriptions}
 
 
 def find_policy(text: str, argument: str = "policy") -> Path:
@@ -32,9 +33,11 @@ def find_policy(text: str, argument: str = "policy") -> Path:
     Raises:
         UserError: If there is no such policy; the nearest names are offered.
     """
-    known, path = shipped(), Path(text)
+    known = shipped_policies()
+    # First, so that a folder in the working directory can't stand in for a name.
     if text in known:
         return known[text]
+    path = Path(text)
     if (path / "policy.json").is_file():
         return path
     if (path / "config.yaml").is_file():
@@ -46,26 +49,36 @@ def find_policy(text: str, argument: str = "policy") -> Path:
             f"{text!r} is neither a run nor a policy's folder ({missing}); "
             f"give one that `autoprune run` wrote",
         )
-    runs = [str(folder.parent) for folder in sorted(Path("runs").glob("*/policy"))]
-    near = " or ".join(map(repr, nearest_names(text, [*known, *runs], 3)))
-    hint = (
-        f"did you mean {near}?"
-        if near
-        else f"shipped are: {', '.join(known) or 'none'};"
-    )
     raise UserError(
         argument,
-        f"no shipped policy and no folder is called {text!r}; {hint} give a "
-        f"name that `autoprune policies` "
+        f"no shipped policy and no folder is called {text!r}; "
+        f"{_hint(text, list(known))} give a name that `autoprune policies` "
         f"lists, or a folder that `autoprune run` wrote",
     )
 
 
+def _hint(text: str, known: list[str]) -> str:
+    """The shipped policies and runs with names like `text`, else all shipped ones."""
+    # Runs lie in runs/ unless --out says otherwise.
+    runs = [str(folder.parent) for folder in sorted(Path("runs").glob("*/policy"))]
+    similar = nearest_names(text, [*known, *runs], 3)
+    if similar:
+        return f"did you mean {' or '.join(map(repr, similar))}?"
+    return f"shipped are: {', '.join(known) or 'none'};"
+
+
 def agent_of(text: str, copy: Path | None = None) -> str:
-    """The agent that trained a policy; arguments and errors as for `starting_policy`."""
-    return describe_policy(copy if _is_there(copy) else find_policy(text), "policy")[
-        "algorithm"
-    ]
+    """The agent that trained a policy.
+
+    Args:
+        text: As for `find_policy`.
+        copy: Folder of a copy, which counts once it is there.
+
+    Raises:
+        UserError: If the policy is missing or damaged.
+    """
+    folder = copy if _holds_policy(copy) else find_policy(text)
+    return describe_policy(folder, "policy")["algorithm"]
 
 
 def starting_policy(agent: str, text: str, copy: Path | None = None) -> Policy | None:
@@ -89,48 +102,61 @@ def starting_policy(agent: str, text: str, copy: Path | None = None) -> Policy |
             f"{agent} learns no policy to start from one; use agent "
             f"{', '.join(ALGORITHMS)}",
         )
-    if _is_there(copy):
+    if _holds_policy(copy):
+        # It was checked when the search began.
         return Policy.load(copy, "policy")
     policy = Policy.load(find_policy(text), "policy")
-    fitting = [
-        name
-        for name in ALGORITHMS
-        if name in STARTS_FROM_ANY or _shared(name) == _shared(policy.algorithm)
-    ]
-    if agent not in fitting:
+    agents = _agents_that_start_from(policy)
+    if agent not in agents:
         raise UserError(
             "policy",
             f"{text!r} was trained by {policy.algorithm} and can't start "
-            f"{agent}; "
-            f"use agent {' or '.join(fitting)}",
+            f"{agent}; use agent {' or '.join(agents)}",
         )
     if copy is not None:
         policy.save(copy)
     return policy
 
 
-def _is_there(copy: Path | None) -> bool:
+def _holds_policy(copy: Path | None) -> TypeGuard[Path]:
+    """Whether there is a folder, and a policy in it."""
     return copy is not None and (copy / "policy.json").is_file()
 
 
-def _shared(algorithm: str) -> str:
-    return SHARED.get(algorithm, algorithm)
+def _agents_that_start_from(policy: Policy) -> list[str]:
+    """The agents that can go on from a policy, in the order of `ALGORITHMS`."""
+    agents = []
+    for name in ALGORITHMS:
+        is_alike = _policy_class(name) == _policy_class(policy.algorithm)
+        if name in STARTS_FROM_ANY or is_alike:
+            agents.append(name)
+    return agents
+
+
+def _policy_class(algorithm: str) -> str:
+    return POLICY_CLASS_OF.get(algorithm, algorithm)
 
 
 def shipped_table() -> list[dict]:
-    """What each shipped policy is: name, algorithm, what it was trained on, budgets,
-    and whether it is usable here.
+    """What each shipped policy is, and whether it is usable here.
+
+    Returns:
+        A row a policy: `name`, `algorithm`, `trained_on`, `budget`, `features_ok`, and
+        `problem`, which is empty where nothing is wrong.
     """
     rows = []
-    for name, folder in shipped().items():
+    for name, folder in shipped_policies().items():
+        description = {}
+        problem = ""
+        # A damaged one doesn't hide the others.
         try:
-            about, problem = describe_policy(folder, name), ""
+            description = describe_policy(folder, name)
         except UserError as error:
-            about, problem = {}, str(error)
-        told = {
-            key: about.get(key, "") for key in ("algorithm", "trained_on", "budget")
-        }
-        rows.append(
-            {"name": name, **told, "features_ok": not problem, "problem": problem}
-        )
+            problem = str(error)
+        row: dict[str, object] = {"name": name}
+        for key in ("algorithm", "trained_on", "budget"):
+            row[key] = description.get(key, "")
+        row["features_ok"] = not problem
+        row["problem"] = problem
+        rows.append(row)
     return rows

@@ -1,19 +1,18 @@
-"""Allocations that need no search: one threshold for the importance of all channels,
-and EagleEye's random shares.
+"""Allocations that need no search.
 
-They walk through the same door as every agent: the environment rounds, bounds and fills
-up what they wish.
+One threshold for the importance of all channels, or EagleEye's random shares. They walk
+through the same environment as every agent, which rounds and bounds the sparsities that
+they propose and uses up the budget.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 
 from autoprune.agents.recorder import LANES, Recorder
-from autoprune.costs.allocation import SearchSpace
+from autoprune.costs.search_space import SearchSpace
 from autoprune.envs.batch import fixed_policy
+from autoprune.envs.layer_pruning import LayerPruningEnv
 
-SHARES = 10_000
+N_DRAWS = 10_000
 """Allocations that EagleEye's sampler draws at once."""
 TOLERANCE = 0.005
 """How far a sampled cost may be from the budget, as a share of the dense network's."""
@@ -26,117 +25,134 @@ def global_ranking(recorder: Recorder) -> None:
     others, global pruning as Torch-Pruning and Molchanov et al. 2019 do it. No group
     loses more than the search space allows, so none is cut off.
     """
-    _by_threshold(recorder, lambda scores, saved: scores)
+    _run_with_threshold(recorder, _importance(recorder.env))
 
 
 def cost_aware(recorder: Recorder) -> None:
-    """One threshold over all channels for importance per cost saved, so that expensive
-    layers go first.
+    """One threshold over all channels for importance per cost saved.
 
-    What a channel saves is counted in its own layer and in those that read it, next to
-    the dense network, in the metric of the budget.
+    So channels of expensive layers go first. What a channel saves is counted in its own
+    layer and in those that read it, next to the dense network, in the metric of the
+    budget.
     """
-    _by_threshold(recorder, lambda scores, saved: scores / saved)
+    env = recorder.env
+    space = env.space
+    dense = space.costs.dense
+    one_less = dense - np.eye(len(dense), dtype=np.int64)
+    savings = space.cost(dense) - space.cost(one_less)
+    scores = []
+    for importance, saved in zip(_importance(env), savings, strict=True):
+        scores.append(importance / saved)
+    _run_with_threshold(recorder, scores)
 
 
 def eagleeye(recorder: Recorder) -> None:
-    """EagleEye's sampling (Li et al. 2020, section 3.2): shares drawn uniformly, kept
-    where the cost is right.
+    """EagleEye's sampling (Li et al. 2020, section 3.2).
 
-    A share of each group's channels is drawn from [0, r]; an allocation counts if its
-    cost is within half a percent of the dense network's of the budget. The paper gives
-    an r for each of its budgets (0.7 for half of the MACs); here it is the one at which
-    the mean cost is the budget. Use `--proxy.statistics calibration` for the paper's
-    adaptive batch norm, which measures its statistics on other images than the score.
+    A share of each group's channels is drawn uniformly from [0, r]; an allocation
+    counts if its cost is within half a percent of the dense network's of the budget.
+    The paper gives an r for each of its budgets (0.7 for half of the MACs); here it is
+    the one at which the mean cost is the budget, since any budget can be asked for. Use
+    `--proxy.statistics calibration` for the paper's adaptive batch norm, which measures
+    its statistics on other images than the score.
     """
-    core, generator = recorder.env, np.random.default_rng(recorder.config.seed)
-    target = core.target_of(core.budget.at(0.5))
-    widest = _widest(core.space, target, generator)
+    env = recorder.env
+    generator = np.random.default_rng(recorder.config.seed)
+    target = env.target_of(env.budget.at_position(0.5))
+    max_share = _max_share(env.space, target, generator)
     while recorder.remaining:
-        sparsities = _sampled(core.space, target, widest, generator)
+        # A new draw for each batch, as it is cheap; most of it isn't used.
+        sparsities = _sample(env.space, target, max_share, generator)
         n_lanes = min(LANES, recorder.remaining)
         recorder.run_episodes(fixed_policy(sparsities[:n_lanes]), n_lanes)
 
 
-ONE_SHOT: dict[str, Callable[[Recorder], None]] = {
-    "global": global_ranking,
-    "cost_aware": cost_aware,
-    "eagleeye": eagleeye,
-}
+def _importance(env: LayerPruningEnv) -> list[np.ndarray]:
+    """Importance of each group's channels, `(channels,)` each; higher is kept."""
+    scores = env.proxy.importance
+    return [scores[group.name].double().numpy() for group in env.groups]
 
 
-def _by_threshold(
-    recorder: Recorder, weigh: Callable[[np.ndarray, float], np.ndarray]
-) -> None:
-    core, space = recorder.env, recorder.env.space
-    target = core.target_of(core.budget.at(0.5))
-    importance = [
-        core.proxy.importance[group.name].double().numpy() for group in core.groups
-    ]
-    dense = space.costs.dense
-    savings = space.cost(dense) - space.cost(dense - np.eye(len(dense), dtype=np.int64))
-    scores = [weigh(own, saved) for own, saved in zip(importance, savings, strict=True)]
-    kept = _above(space, scores, target)
-    recorder.run_episodes(fixed_policy(1 - kept[None] / dense), 1)
+def _run_with_threshold(recorder: Recorder, scores: list[np.ndarray]) -> None:
+    """One episode that keeps the channels with the highest scores over all groups."""
+    env = recorder.env
+    target = env.target_of(env.budget.at_position(0.5))
+    kept = _above_threshold(env.space, scores, target)
+    sparsities = 1 - kept[None] / env.space.costs.dense
+    recorder.run_episodes(fixed_policy(sparsities), 1)
 
 
-def _above(space: SearchSpace, scores: list[np.ndarray], target: int) -> np.ndarray:
-    """How many channels of each group score above the lowest threshold that meets the
-    budget, within its limits.
+def _above_threshold(
+    space: SearchSpace, scores: list[np.ndarray], target: int
+) -> np.ndarray:
+    """Counts `(n_groups,)` above the lowest threshold that meets the budget.
+
+    Two groups with scores (0.2, 0.5, 0.9) and (0.1, 0.3, 0.4): above the threshold 0.3
+    lie two and one of them. A group keeps no fewer than its limit, whatever its scores.
     """
+    # Between two neighbouring scores all thresholds are alike.
     thresholds = np.unique(np.concatenate(scores))
 
-    def kept(threshold: float) -> np.ndarray:
-        above = np.array([(own > threshold).sum() for own in scores])
-        return np.clip(above, space.low, space.high)
+    def counts_above(threshold: float) -> np.ndarray:
+        counts = np.array([(group > threshold).sum() for group in scores])
+        return np.clip(counts, space.low, space.high)
 
-    low, high = -1, len(thresholds) - 1  # below all thresholds nothing goes
-    if space.cost(kept(-np.inf)) <= target:
-        return kept(-np.inf)
+    # Where everything fits, no threshold cuts anything.
+    if space.cost(counts_above(-np.inf)) <= target:
+        return counts_above(-np.inf)
+    # Bisection: the cost is above the budget at `low`, which stands for no threshold
+    # where it is -1, and within it at `high`.
+    low = -1
+    high = len(thresholds) - 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (
-            (low, middle)
-            if space.cost(kept(thresholds[middle])) <= target
-            else (middle, high)
-        )
-    return kept(thresholds[high])
+        if space.cost(counts_above(thresholds[middle])) <= target:
+            high = middle
+        else:
+            low = middle
+    return counts_above(thresholds[high])
 
 
-def _widest(space: SearchSpace, target: int, generator: np.random.Generator) -> float:
-    """The largest share to draw at which allocations cost the target on average, as far
-    as that can be.
+def _max_share(
+    space: SearchSpace, target: int, generator: np.random.Generator
+) -> float:
+    """The r at which shares from [0, r] cost the target on average.
+
+    Where even r = 1 costs more, because groups keep their least, it is 1.
     """
-    units, low, high = generator.random((SHARES // 10, len(space.low))), 0.0, 1.0
+    # The same draws at every step, so that the mean cost falls as r grows.
+    units = generator.random((N_DRAWS // 10, len(space.low)))
+    low = 0.0
+    high = 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        too_dear = (
-            space.costs.continuous(space.metric, _kept(space, middle * units)).mean()
-            > target
-        )
-        low, high = (middle, high) if too_dear else (low, middle)
+        counts = _counts(space, middle * units)
+        if space.costs.continuous_cost(space.metric, counts).mean() > target:
+            low = middle
+        else:
+            high = middle
     return high
 
 
-def _sampled(
-    space: SearchSpace, target: int, widest: float, generator: np.random.Generator
+def _sample(
+    space: SearchSpace, target: int, max_share: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """Sparsities `(n, n_groups)`, at least as many as there are lanes, of allocations
-    that cost the target.
+    """Sparsities `(n, n_groups)`, n >= `LANES`, of allocations that cost the target.
 
-    Where hardly any does, as in networks whose channels are few, the nearest of each
+    Where hardly any does, as in networks whose channels are few, the nearest of the
     draw are taken.
     """
-    sparsities = widest * generator.random((SHARES, len(space.low)))
-    distances = np.abs(
-        space.costs.continuous(space.metric, _kept(space, sparsities)) - target
-    )
-    right = distances <= TOLERANCE * space.cost(space.costs.dense)
-    return sparsities[
-        right if right.sum() >= LANES else np.argsort(distances, kind="stable")[:LANES]
-    ]
+    sparsities = max_share * generator.random((N_DRAWS, len(space.low)))
+    costs = space.costs.continuous_cost(space.metric, _counts(space, sparsities))
+    distances = np.abs(costs - target)
+    is_close = distances <= TOLERANCE * space.cost(space.costs.dense)
+    if is_close.sum() >= LANES:
+        return sparsities[is_close]
+    nearest = np.argsort(distances, kind="stable")[:LANES]
+    return sparsities[nearest]
 
 
-def _kept(space: SearchSpace, sparsities: np.ndarray) -> np.ndarray:
-    wanted = np.rint(space.costs.dense * (1 - sparsities)).astype(np.int64)
-    return np.clip(wanted, space.low, space.high)
+def _counts(space: SearchSpace, sparsities: np.ndarray) -> np.ndarray:
+    """The counts `(n, n_groups)` nearest to sparsities, within the groups' limits."""
+    rounded = np.rint(space.costs.dense * (1 - sparsities)).astype(np.int64)
+    return np.clip(rounded, space.low, space.high)

@@ -1,66 +1,37 @@
-"""Policies as files, and policies at work: safetensors + JSON in, an allocation out; no
-code is executed by loading.
+"""Trained policies: saved, loaded, and put to work without learning.
+
+A policy is a safetensors file and a JSON file; loading one executes no code.
 """
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 from safetensors.torch import load_file, save_file
-from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
+from autoprune.agents.algorithms import ALGORITHMS, check_installed
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget
 from autoprune.envs.batch import BatchedEpisodes
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.envs.observation import FEATURES, OBSERVATION_SPACE, STATIC, Observer
-from autoprune.errors import UserError, missing_package
+from autoprune.errors import UserError
 from autoprune.runs import write_atomically, write_json
 
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
-    "dyna": PPO,
-    "ppo": PPO,
-    "sac": SAC,
-    "td3": TD3,
-    "ddpg": DDPG,
-}
-"""Learners of Stable-Baselines3 by agent; "tqc" among them where sb3-contrib is
-installed.
-"""
-OPTIONAL = {
-    "tqc": ("sb3_contrib", "sb3-contrib"),
-    "evolution": ("cma", "cma"),
-    "tpe": ("optuna", "optuna"),
-}
-"""Agents and baselines that need a package of their own: the module, and what to
-install.
-"""
-with suppress(ImportError):
-    from sb3_contrib import TQC
+SIMILARITY_SCALE = 0.3
+"""Distance between two groups' features at which their similarity is exp(-1/2)."""
+SAME_GROUP_DISTANCE = 0.05
+"""Distance up to which two groups count as the same.
 
-    ALGORITHMS["tqc"] = TQC
-
-FAMILIAR = 0.3
-"""Distance between two groups' kinds at which a policy's word for one still counts 0.6
-for the other.
+Features hold measurements, and two machines don't measure alike to the last bit.
 """
-THE_SAME = 0.05
-"""Distance up to which they count as one: two machines don't measure the same to the
-last bit.
-"""
-FAMILIAR_ENOUGH = 0.5
-"""Share of a network's groups that a policy should know for a learner to go on from it.
-On ResNet-56, of which the shipped ones know 73 %, three of five then ended ahead of a
-search from scratch and none far behind; on a VGG, 38 %, one, and four far behind; on a
-MobileNet, 4 %, SAC's at 0.729 for 0.574 where it only led the first batch.
-"""
+MIN_MEAN_SIMILARITY = 0.5
+"""Least mean similarity of a network at which a learner goes on from a policy."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +39,12 @@ class Policy:
     """A learned map from observation to action.
 
     Attributes:
-        algorithm: The algorithm whose policy class it is.
+        algorithm: The algorithm whose policy class it is, a key of `ALGORITHMS`.
         network: The policy itself.
-        policy_kwargs: How to build it again.
-        kinds: Of the groups that it was trained on (`Observer.kinds`), `(n_groups,
-            n_static)`; None if nobody knows.
+        policy_kwargs: Arguments that build the network again.
+        group_features: Features that never change of the groups that it was trained
+            on, as `Observer.group_features`, `(n_groups, n_static)`; None if they are
+            unknown.
     """
 
     algorithm: str
@@ -81,63 +53,89 @@ class Policy:
     group_features: np.ndarray | None = None
 
     @classmethod
-    def of(
+    def from_learner(
         cls,
         algorithm: str,
         learner: BaseAlgorithm,
         policy_kwargs: dict,
         group_features: np.ndarray | None = None,
     ) -> "Policy":
-        """The policy of a learner."""
+        """Takes the policy out of a learner; later updates of the learner change it.
+
+        Args:
+            algorithm: Name of the agent, a key of `ALGORITHMS`.
+            learner: The learner.
+            policy_kwargs: What the learner built its policy with.
+            group_features: As the attribute.
+        """
         return cls(algorithm, learner.policy, policy_kwargs, group_features)
 
     def act(self, observation: np.ndarray) -> np.ndarray:
-        """The deterministic action, `(1,)`."""
-        return self.network.predict(observation, deterministic=True)[0]
+        """The deterministic action for an observation.
+
+        Args:
+            observation: One, `(n_features,)`, or a batch, `(n_lanes, n_features)`.
+
+        Returns:
+            The action, `(1,)` or `(n_lanes, 1)`, within [-1, 1].
+        """
+        action, _ = self.network.predict(observation, deterministic=True)
+        return action
 
     def similarity(self, observer: Observer) -> np.ndarray:
-        """How far the policy's word counts for each group of a network, `(n_groups,)`
-        within [0, 1].
+        """How much each group of a network resembles one of the policy's training.
 
-        1 for a group like one that it was trained on, less the less it is like any.
-        Networks extrapolate wildly: the policies of a ResNet-20, whose blocks may be
-        cut to an eighth, leave a MobileNet at chance.
+        Networks extrapolate wildly, so `make_actor` takes this as the weight of the
+        policy's action. With d the distance of a group's features to the nearest known
+        ones it is exp(-(d / 0.3)^2 / 2), and 1 up to d = 0.05. Three groups at distance
+        0.01, 0.3 and 0.9 have 1, 0.61 and 0.01.
+
+        Args:
+            observer: The network's observer.
+
+        Returns:
+            Similarities `(n_groups,)` within [0, 1]; all 1 if the policy doesn't say
+            what it was trained on.
         """
         if self.group_features is None:
             return np.ones(len(observer.groups))
-        nearest = np.linalg.norm(
-            observer.group_features[:, None] - self.group_features, axis=-1
-        ).min(1)
-        return np.where(
-            nearest <= THE_SAME, 1.0, np.exp(-0.5 * (nearest / FAMILIAR) ** 2)
-        )
+        differences = observer.group_features[:, None] - self.group_features
+        # Of every group the nearest one of the training counts, however many there are.
+        nearest = np.linalg.norm(differences, axis=-1).min(1)
+        fading = np.exp(-0.5 * (nearest / SIMILARITY_SCALE) ** 2)
+        return np.where(nearest <= SAME_GROUP_DISTANCE, 1.0, fading)
 
     def mean_similarity(self, observer: Observer) -> float:
-        """How much of a network the policy knows: the mean of its `similarity`."""
+        """The mean of `similarity` over a network's groups, within [0, 1]."""
         return float(self.similarity(observer).mean())
 
     def is_out_of_distribution(self, observer: Observer) -> bool:
-        """Whether it knows too little of a network to be learned on from there."""
-        return self.mean_similarity(observer) < FAMILIAR_ENOUGH
+        """Whether a network is too unlike the training for a learner to go on from."""
+        return self.mean_similarity(observer) < MIN_MEAN_SIMILARITY
 
     def save(self, folder: Path, **about: object) -> None:
-        """Writes `policy.safetensors` and `policy.json`; `about` is stored beside."""
-        weights = {
-            name: tensor.contiguous().clone()
-            for name, tensor in self.network.state_dict().items()
-        }
+        """Writes `policy.safetensors` and `policy.json`.
+
+        Args:
+            folder: Where to; made if it isn't there.
+            **about: More entries of the JSON, such as what it was trained on.
+        """
+        weights = {}
+        for name, tensor in self.network.state_dict().items():
+            # safetensors refuses tensors that share memory, as shared layers do.
+            weights[name] = tensor.contiguous().clone()
         write_atomically(
             folder / "policy.safetensors", lambda path: save_file(weights, path)
         )
-        description = {
+        description: dict[str, object] = {
             "algorithm": self.algorithm,
             "policy_kwargs": self.policy_kwargs,
             "features": _feature_names(),
         }
         if self.group_features is not None:
-            description["kinds"] = dict(
-                zip(STATIC, self.group_features.T.tolist(), strict=True)
-            )
+            # A column a feature, by name, so that the file says what they are.
+            columns = self.group_features.T.tolist()
+            description["kinds"] = dict(zip(STATIC, columns, strict=True))
         write_json(folder / "policy.json", description | about)
 
     @classmethod
@@ -153,36 +151,61 @@ class Policy:
         """
         description = describe_policy(folder, argument)
         try:
-            algorithm, kwargs = description["algorithm"], description["policy_kwargs"]
-            action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
-            policy_class = ALGORITHMS[algorithm].policy_aliases["MlpPolicy"]
-            network = policy_class(
-                OBSERVATION_SPACE, action_space, lambda _: 0.0, **kwargs
-            )
-            network.load_state_dict(load_file(folder / "policy.safetensors"))
-            group_features = (
-                _group_features(description["kinds"])
-                if "kinds" in description
-                else None
-            )
+            return cls._from_description(description, folder)
         except Exception as error:  # a damaged file can fail in any of these steps
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(
                 argument,
                 f"the policy in {str(folder)!r} is damaged ({reason}); search anew",
             ) from error
-        return cls(algorithm, network, kwargs, group_features)
+
+    @classmethod
+    def _from_description(cls, description: dict, folder: Path) -> "Policy":
+        """Builds the network that a description tells of and fills in its weights."""
+        algorithm = description["algorithm"]
+        policy_kwargs = description["policy_kwargs"]
+        action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+        policy_class = ALGORITHMS[algorithm].policy_aliases["MlpPolicy"]
+        network = policy_class(
+            OBSERVATION_SPACE, action_space, _no_learning, **policy_kwargs
+        )
+        network.load_state_dict(load_file(folder / "policy.safetensors"))
+        group_features = None
+        if "kinds" in description:
+            group_features = _group_features(description["kinds"])
+        return cls(algorithm, network, policy_kwargs, group_features)
+
+
+def _no_learning(progress: float) -> float:
+    """The learning rate of a policy that only acts."""
+    return 0.0
 
 
 def _group_features(columns: dict[str, list[float]]) -> np.ndarray:
+    """Features `(n_groups, n_static)` from the columns of `policy.json`, by name."""
     if not isinstance(columns, dict) or columns.keys() != set(STATIC):
         raise ValueError(f"kinds that aren't told by {', '.join(STATIC)}")
     return np.column_stack([np.array(columns[name], float) for name in STATIC])
 
 
+def _feature_names() -> list[str]:
+    return [feature.name for feature in FEATURES]
+
+
 def describe_policy(folder: Path, argument: str = "run") -> dict:
-    """The JSON beside a saved policy; raises a `UserError` if there is none, or none
-    that can be used here.
+    """Reads the JSON of a saved policy and checks that it can be used here.
+
+    Args:
+        folder: Where `Policy.save` wrote it.
+        argument: The argument that it came by, for messages.
+
+    Returns:
+        `algorithm`, `policy_kwargs`, `features`, maybe `kinds`, and what `save` was
+        told besides.
+
+    Raises:
+        UserError: If there is none, it is damaged, was trained on other observations,
+            or its algorithm isn't installed.
     """
     path = folder / "policy.json"
     if not path.is_file():
@@ -194,17 +217,20 @@ def describe_policy(folder: Path, argument: str = "run") -> dict:
         )
     try:
         description = json.loads(path.read_text())
-        features, algorithm = description["features"], description["algorithm"]
+        features = description["features"]
+        algorithm = description["algorithm"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             argument, f"{str(path)!r} is damaged ({error!r}); search anew"
         ) from error
+    # A policy's inputs are told apart by their place alone.
     if features != _feature_names():
         raise UserError(
             argument,
             f"the policy in {str(folder)!r} was trained on other observations; "
             f"train it with this version",
         )
+    # First, since an algorithm whose package is missing isn't among ALGORITHMS either.
     check_installed(algorithm, argument)
     if algorithm not in ALGORITHMS:
         reason = f"no agent is called {algorithm!r}"
@@ -215,43 +241,40 @@ def describe_policy(folder: Path, argument: str = "run") -> dict:
     return description
 
 
-def check_installed(agent: str, argument: str) -> None:
-    """Raises a `UserError` if an agent or baseline needs a package that isn't there."""
-    module, package = OPTIONAL.get(agent, (None, None))
-    if module is not None and find_spec(module) is None:
-        raise missing_package(argument, agent, package)
-
-
-def _feature_names() -> list[str]:
-    return [feature.name for feature in FEATURES]
-
-
-def acting(
+def make_actor(
     policy: Policy, env: LayerPruningEnv
 ) -> Callable[[BatchedEpisodes], np.ndarray]:
-    """What a policy does in an environment without learning or chance, as something to
-    `follow`.
+    """Makes what `BatchedEpisodes.rollout` takes: a policy without learning or chance.
 
-    Where groups are unlike those that it was trained on, its actions are mixed with
-    those of a `Guide`, as far as it can't be trusted there. The guide's measurements
-    are evaluations of the environment's proxy.
+    Where groups are unlike those of its training, its actions are mixed with those of a
+    `GreedyAllocator`: at similarity 0.6 the action is 0.6 times the policy's plus 0.4
+    times the allocator's. The allocator's measurements are evaluations of the
+    environment's proxy; if the policy knows all groups, none are made.
+
+    Args:
+        policy: A trained policy.
+        env: Where it acts.
+
+    Returns:
+        A function from lanes to their actions for the current group, `(n_lanes,)`.
     """
     similarity = policy.similarity(env.observer)
-    greedy_allocator = (
-        env.greedy_allocator if (similarity < 1).any() else None
-    )  # measures already here, so that a resumed search does it too
+    greedy_allocator = None
+    if (similarity < 1).any():
+        # It measures here and not at the first step, so that a resumed search, which
+        # may not need it any more, pays for the same evaluations.
+        greedy_allocator = env.greedy_allocator
 
     def act(batch: BatchedEpisodes) -> np.ndarray:
-        learned, share = (
-            policy.act(batch.observe())[:, 0],
-            similarity[batch.state.index],
-        )
-        if share == 1:
+        learned = policy.act(batch.observe())[:, 0]
+        weight = similarity[batch.state.index]
+        if weight == 1:
             return learned
-        guided = batch.actions_of(
-            greedy_allocator.suggest(batch.state), otherwise=share * learned
-        )
-        return (share * learned + (1 - share) * guided).astype(np.float32)
+        assert greedy_allocator is not None, "made if any similarity is below 1"
+        sparsities = greedy_allocator.suggest(batch.state)
+        greedy = batch.actions_of(sparsities, fallback=weight * learned)
+        # The action space is float32.
+        return (weight * learned + (1 - weight) * greedy).astype(np.float32)
 
     return act
 
@@ -259,8 +282,9 @@ def acting(
 def replay(
     policy: Policy, env: gymnasium.Env, budget: str | Budget | None = None
 ) -> tuple[Allocation, dict]:
-    """Lets a policy act once, without learning or chance; on groups unlike those that
-    it knows, with a guide.
+    """Lets a policy act for one episode, without learning or chance.
+
+    On groups unlike those of its training a greedy allocator helps; see `make_actor`.
 
     Args:
         policy: A trained policy; the network and the budget may differ from those that
@@ -272,9 +296,13 @@ def replay(
     Returns:
         The allocation, and the last step's info with its costs and proxy score.
     """
-    bare: LayerPruningEnv = env.unwrapped
-    env.reset(options={"budget": budget or bare.budget.at(0.5)})
-    act, done = acting(policy, bare), False
-    while not done:
-        _, _, done, _, info = env.step(act(bare.episode))
+    bare = env.unwrapped
+    assert isinstance(bare, LayerPruningEnv), "a policy's observations are this one's"
+    env.reset(options={"budget": budget or bare.budget.at_position(0.5)})
+    act = make_actor(policy, bare)
+    info: dict = {}
+    is_done = False
+    while not is_done:
+        # Wrappers may count or record steps, so the episode is walked through them.
+        _, _, is_done, _, info = env.step(act(bare.episode))
     return info["allocation"], info

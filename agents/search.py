@@ -1,18 +1,45 @@
-"""One search: an agent or a baseline walks episodes, the best allocations are compared
-again, one is chosen.
+"""One search: an agent or a baseline walks episodes, and the best are compared again.
+
+How a baseline is added, a searcher that learns no policy:
+
+1. Write a function of a `Recorder` that calls `recorder.run_episodes(act, n_lanes)`
+   while `recorder.remaining` is above 0; `random` in `autoprune.agents.baselines` is an
+   example of ten lines. `act` gets the lanes (`BatchedEpisodes`) before each group's
+   decision and returns an action in [-1, 1] for each lane.
+2. Enter it into `BASELINES` there; and into `DETERMINISTIC` if it has no chance in it,
+   into `FOR_RANGES` if it works where every episode has another budget.
+
+How a learner of Stable-Baselines3 is added, an agent:
+
+1. Enter its class into `ALGORITHMS` in `autoprune.agents.algorithms`.
+2. Write its settings into `agents/hyperparameters/NAME.yaml`.
+3. If it isn't trained as `autoprune.agents.training.train` does it, write a function
+   like `train_dyna` and call it in `_run_agent` below.
+
+A package that only this searcher needs goes into `OPTIONAL_PACKAGES` in
+`autoprune.agents.algorithms`. The command line's checks and messages, and the tests
+that every searcher has to pass, take the names from these registries; only the help of
+`--agent`, the docstring of `SearchConfig.agent`, lists them by hand. An example of a
+baseline that runs is in `docs/how-to/add-an-agent.md`.
 """
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from autoprune.agents.baselines import BASELINES
+from autoprune.agents.algorithms import ALGORITHMS, check_installed
+from autoprune.agents.baselines import BASELINES, FOR_RANGES
 from autoprune.agents.dyna import train_dyna
-from autoprune.agents.finalists import Finalist, finalists, front, knee
+from autoprune.agents.finalists import (
+    Finalist,
+    choose_finalists,
+    find_front,
+    knee_point,
+)
 from autoprune.agents.policies import starting_policy
 from autoprune.agents.recorder import Episode, Recorder
-from autoprune.agents.replay import Policy, check_installed
-from autoprune.agents.training import ALGORITHMS, train
+from autoprune.agents.replay import Policy
+from autoprune.agents.training import train
 from autoprune.config import SearchConfig
 from autoprune.costs.budget import Budget, BudgetRange
 from autoprune.envs.layer_pruning import LayerPruningEnv
@@ -20,8 +47,7 @@ from autoprune.errors import UserError, check_known
 from autoprune.runs import RunFolder
 
 AGENTS = (*ALGORITHMS, *BASELINES)
-FOR_RANGES = ("uniform", "random")
-"""Baselines that mean something where every episode has a budget of its own."""
+"""Whoever can search: what `--agent` may name."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +86,21 @@ class SearchResult:
 def check_agent(
     agent: str, budget: Budget | BudgetRange, others: Iterable[str] = ()
 ) -> None:
-    """Raises a `UserError` unless there is such an agent, for such a budget, and what
-    it needs is installed.
+    """Checks that an agent or a baseline can search under a budget here.
 
     Args:
         agent: Its name; those of `others` are known too.
         budget: Most baselines search for a single one.
         others: Further names.
+
+    Raises:
+        UserError: If there is no such agent, it isn't for such a budget, or what it
+            needs isn't installed.
     """
     check_installed(agent, "agent")
     check_known("agent", agent, (*AGENTS, *others))
-    if (
-        isinstance(budget, BudgetRange)
-        and agent in BASELINES
-        and agent not in FOR_RANGES
-    ):
+    is_for_ranges = agent not in BASELINES or agent in FOR_RANGES
+    if isinstance(budget, BudgetRange) and not is_for_ranges:
         known = ", ".join((*ALGORITHMS, *FOR_RANGES))
         raise UserError(
             "agent",
@@ -90,8 +116,7 @@ def search(
     on_episode: Callable[[Episode], None] = lambda episode: None,
     on_pause: Callable[[str], None] = lambda what: None,
 ) -> SearchResult:
-    """Runs one agent or baseline and chooses among its finalists on the selection
-    split.
+    """Runs one agent or baseline and chooses among its finalists.
 
     With a folder every episode is logged and the learner is checkpointed; called again
     after a kill, the search goes on and ends with the same allocation.
@@ -108,36 +133,54 @@ def search(
             start from can't be used.
     """
     check_agent(config.agent, env.budget)
-    started, recorder = (
-        time.perf_counter(),
-        Recorder(env, config, folder, on_episode, on_pause),
-    )
-    evaluated = env.proxy.evaluations
+    started = time.perf_counter()
+    recorder = Recorder(env, config, folder, on_episode, on_pause)
+    # Scores that a resumed search gets back from its log are none of the proxy's, so
+    # they are counted in below.
+    evaluations_before = env.proxy.evaluations
     policy = _run_agent(recorder, config, folder)
     recorder.on_pause("comparing the best")
-    points, uniform = (
-        front(recorder, policy) if isinstance(env.budget, BudgetRange) else ([], [])
-    )
-    compared = points or finalists(recorder, policy)
-    best = knee(points) if points else compared[0]
-    evaluations = env.proxy.evaluations - evaluated + recorder.n_restored
-    seconds = time.perf_counter() - started
+    front: list[Finalist] = []
+    uniform: list[Finalist] = []
+    if isinstance(env.budget, BudgetRange):
+        front, uniform = find_front(recorder, policy)
+    # A range whose front is empty, as no loss is a number, is chosen from like one
+    # budget.
+    if front:
+        finalists = front
+        best = knee_point(front)
+    else:
+        finalists = choose_finalists(recorder, policy)
+        best = finalists[0]
+    evaluations = env.proxy.evaluations - evaluations_before + recorder.n_restored
     return SearchResult(
-        best, compared, points, uniform, recorder, policy, evaluations, seconds
+        best=best,
+        finalists=finalists,
+        front=front,
+        uniform=uniform,
+        recorder=recorder,
+        policy=policy,
+        evaluations=evaluations,
+        seconds=time.perf_counter() - started,
     )
 
 
 def _run_agent(
     recorder: Recorder, config: SearchConfig, folder: RunFolder | None
 ) -> Policy | None:
+    """Walks all episodes; returns the trained policy, None of a baseline."""
     if config.agent in BASELINES:
         BASELINES[config.agent](recorder)
         return None
-    start = starting_policy(config.agent, config.policy, folder and folder.start)
-    checkpoint = log = None
-    if folder is not None:
+    if folder is None:
+        start = starting_policy(config.agent, config.policy)
+        checkpoint = log = None
+    else:
+        start = starting_policy(config.agent, config.policy, folder.start)
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        checkpoint, log = folder.checkpoints / "learner.pt", folder.tensorboard
+        checkpoint = folder.checkpoints / "learner.pt"
+        log = folder.tensorboard
+    # Dyna needs no checkpoint: its practice is repeated in seconds, for free.
     if config.agent == "dyna":
         return train_dyna(recorder, log, start)
     return train(config.agent, recorder, checkpoint, log, start)

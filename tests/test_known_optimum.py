@@ -18,9 +18,8 @@ from functools import cache
 
 import numpy as np
 import pytest
-from toys import fake_env
+from toys import fake_env, run_episode
 
-from autoprune.agents.baselines import run_episode
 from autoprune.agents.dyna import train_dyna
 from autoprune.agents.recorder import Recorder
 from autoprune.agents.replay import Policy, replay

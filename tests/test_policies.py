@@ -16,15 +16,16 @@ from test_cli import TINY, failure
 from toys import fake_env, learner_of, some_policy
 
 from autoprune.agents import policies
+from autoprune.agents.algorithms import ALGORITHMS
 from autoprune.agents.policies import (
     agent_of,
     find_policy,
-    shipped,
+    shipped_policies,
     shipped_table,
     starting_policy,
 )
 from autoprune.agents.recorder import START_STD
-from autoprune.agents.replay import ALGORITHMS, Policy, replay
+from autoprune.agents.replay import Policy, replay
 from autoprune.agents.search import check_agent, search
 from autoprune.cli.main import main
 from autoprune.config import SearchConfig
@@ -82,7 +83,7 @@ def test_what_is_shipped_can_be_used():
 
 
 def test_a_policy_is_found_by_name_run_and_folder(home, tmp_path):
-    assert shipped() == {"resnets": home / "resnets", "vggs": home / "vggs"}
+    assert shipped_policies() == {"resnets": home / "resnets", "vggs": home / "vggs"}
     assert find_policy("resnets") == home / "resnets"
     assert find_policy(str(home / "vggs")) == home / "vggs"
     (tmp_path / "run").mkdir()
@@ -207,7 +208,7 @@ def test_a_learner_that_starts_from_a_policy_acts_as_it_does(name):
     learner = learner_of(name, start)
     assert np.ptp(acts(start)) > 0.05
     assert np.array_equal(
-        acts(Policy.of(name, learner, start.policy_kwargs)), acts(start)
+        acts(Policy.from_learner(name, learner, start.policy_kwargs)), acts(start)
     )
     given, taken = start.network.state_dict(), learner.policy.state_dict()
     differ = {key for key in taken if not torch.equal(taken[key], given[key])}
@@ -233,7 +234,7 @@ def test_ppo_judges_a_policy_that_it_starts_from_by_a_critic_of_its_own_and_lear
 def test_ppo_starts_from_dynas_policy_with_a_spread_of_its_own():
     start = some_policy("dyna")
     learner = learner_of("ppo", start)
-    assert np.array_equal(acts(Policy.of("ppo", learner, {})), acts(start))
+    assert np.array_equal(acts(Policy.from_learner("ppo", learner, {})), acts(start))
     assert learner.policy.log_std.item() == pytest.approx(math.log(START_STD / 2))
 
 
@@ -297,9 +298,8 @@ def test_half_of_dynas_first_episodes_are_those_of_the_policy_that_it_starts_fro
         )
 
     fresh, started = walked(""), walked(str(tmp_path))
-    assert np.array_equal(started[0], own) and np.array_equal(
-        started[1::2], fresh[1::2]
-    )
+    assert np.array_equal(started[0], own)
+    assert np.array_equal(started[1::2], fresh[1::2])
     assert np.abs(started[::2] - own).mean() < 0.5 * np.abs(fresh[::2] - own).mean()
 
 
@@ -322,12 +322,14 @@ def test_a_search_starts_from_the_policy_of_a_run_and_says_so(run, tmp_path):
         "--out",
         str(tmp_path / "second"),
     ]
-    assert main(second) == 0 and main([*second, "--resume"]) == 0
+    assert main(second) == 0
+    assert main([*second, "--resume"]) == 0
     about, first = (
         json.loads((folder / "policy" / "policy.json").read_text())
         for folder in (tmp_path / "second", run)
     )
-    assert about["start"] == str(run) and "start" not in first
+    assert about["start"] == str(run)
+    assert "start" not in first
     assert about["trained_on"] == first["trained_on"] == "tests.tiny:network on digits"
 
 
@@ -428,10 +430,10 @@ def test_a_named_policy_writes_into_runs_and_never_beside_itself(home, capsys):
     assert main(["replay", "resnets", *TINY, "--json"]) == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results["allocation"] == "runs/resnets-tests.tiny-network-macs-50.json"
-    assert results["agent"] == "policy of resnets" and results["macs_ratio"] <= 0.5
-    assert (home.parent / "here" / results["allocation"]).exists() and sorted(
-        home.rglob("*")
-    ) == before
+    assert results["agent"] == "policy of resnets"
+    assert results["macs_ratio"] <= 0.5
+    assert (home.parent / "here" / results["allocation"]).exists()
+    assert sorted(home.rglob("*")) == before
 
 
 def test_replay_takes_the_options_of_a_network(home, capsys):
@@ -460,7 +462,8 @@ def test_replay_takes_the_options_of_a_network(home, capsys):
     )
     (path,) = (home.parent / "here" / "runs").iterdir()
     kept = json.loads(path.read_text())["kept"]
-    assert all(count % 4 == 0 for count in kept.values()) and kept["2.0"] >= 8
+    assert all(count % 4 == 0 for count in kept.values())
+    assert kept["2.0"] >= 8
 
 
 def test_policies_lists_what_is_shipped_and_what_is_wrong_with_it(home, capsys):
@@ -479,22 +482,20 @@ def test_policies_lists_what_is_shipped_and_what_is_wrong_with_it(home, capsys):
         "features_ok": True,
         "problem": "",
     }
-    assert (
-        bad["name"] == "vggs"
-        and not bad["features_ok"]
-        and "other observations" in bad["problem"]
-    )
+    assert bad["name"] == "vggs"
+    assert not bad["features_ok"]
+    assert "other observations" in bad["problem"]
     text = "\n".join(table)
-    assert "resnet20 on sample" in text and "can't be used:\n  vggs: " in text
+    assert "resnet20 on sample" in text
+    assert "can't be used:\n  vggs: " in text
 
 
 def test_policies_says_that_none_is_shipped(home, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(policies, "SHIPPED", tmp_path / "nothing")
     assert main(["policies", "--json"]) == 0
     first, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("no policy is shipped") and json.loads(last) == {
-        "policies": []
-    }
+    assert first.startswith("no policy is shipped")
+    assert json.loads(last) == {"policies": []}
 
 
 def test_weights_with_other_names_are_refused(home):

@@ -35,7 +35,8 @@ def test_loaded_policy_acts_identically(name, tmp_path):
     actions = [policy.act(observation) for observation in observations]
     assert np.ptp(actions) > 0.05
     for observation, action in zip(observations, actions, strict=True):
-        assert action.shape == (1,) and -1 <= action[0] <= 1
+        assert action.shape == (1,)
+        assert -1 <= action[0] <= 1
         assert np.array_equal(loaded.act(observation), action)
 
 
@@ -46,7 +47,8 @@ def test_a_policy_acts_at_the_middle_of_a_range_unless_told_otherwise_and_always
         replay(policy, env),
         replay(policy, env, "macs=55%"),
     )
-    assert first == again == asked and first[0].budget == "macs=55%"
+    assert first == again == asked
+    assert first[0].budget == "macs=55%"
     with pytest.raises(UserError, match=r"budget: '30%..40%' is no number"):
         replay(policy, env, "macs=30%..40%")
 
@@ -56,10 +58,8 @@ def test_what_is_known_of_groups_is_kept_by_name(tmp_path):
     policy = replace(some_policy(), group_features=env.observer.group_features)
     policy.save(tmp_path)
     stored = json.loads((tmp_path / "policy.json").read_text())["kinds"]
-    assert (
-        stored == {name: env.observer.static[name].tolist() for name in stored}
-        and len(stored) == 12
-    )
+    assert stored == {name: env.observer.static[name].tolist() for name in stored}
+    assert len(stored) == 12
     assert np.array_equal(
         Policy.load(tmp_path).group_features, env.observer.group_features
     )
