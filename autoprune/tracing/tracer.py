@@ -357,7 +357,7 @@ class Tracer:
         It is the one axis on which its elements stayed apart. A layer scale
         `(1, 3, 1, 1)` that multiplies channels 4, 5, 6 has the plane 4, 5, 6 along axis
         1; a table of positions `(1, 2, 3)` that is added to the same channels has it in
-        both rows, which join.
+        each of its two rows.
 
         Args:
             name: Of the parameter.
