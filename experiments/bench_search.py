@@ -1,10 +1,11 @@
-"""How many candidates a second does the proxy score, beside other people's evaluations
-and the bare forward pass?
+r"""How many candidates a second does the proxy score?
 
-    python experiments/bench_search.py --model resnet56 --weights FILE --budget macs=50% --json
+    python -m experiments.bench_search --model resnet56 --weights FILE \
+        --budget macs=50% --json
 
-The contenders take turns on the same network, images and machine. Each repetition has
-allocations of its own, random walks close around uniform that meet the budget:
+Beside other people's evaluations and the bare forward pass. The contenders take turns
+on the same network, images and machine. Each repetition has allocations of its own,
+random walks close around uniform that meet the budget:
 
 - `autoprune`: `ProxyAccuracy` with its default configuration, handed batches of 10
   different allocations;
@@ -38,12 +39,12 @@ import torch
 from torch import nn
 
 from autoprune.config import DataConfig, NetworkConfig, Settings
-from autoprune.costs.allocation import SearchSpace
 from autoprune.costs.budget import Budget
 from autoprune.costs.cost import CostTable
+from autoprune.costs.search_space import SearchSpace
 from autoprune.evaluation.precision import autocast
 from autoprune.evaluation.proxy import ProxyAccuracy, available_cores, one_thread_each
-from autoprune.pipeline.context import Workspace
+from autoprune.pipeline.context import RunContext
 from autoprune.reporting.console import say
 from autoprune.structure.groups import Groups
 from autoprune.structure.slicing import Slicer, top_channels
@@ -52,65 +53,78 @@ from experiments.rival_proxies import Contender, Draws, Ground, KeptCounts, one_
 from experiments.script import run
 from experiments.tables import add_rows
 
-DESCRIBED = ("images", "batch", "precision", "threads", "share_run")
 FIELDS = (
-    *("run", "model", "budget", "contender", *DESCRIBED, "repeats"),
-    *("seconds_median", "seconds_min", "seconds_max", "candidates_per_second", "ratio"),
+    "run",
+    "model",
+    "budget",
+    "contender",
+    "images",
+    "batch",
+    "precision",
+    "threads",
+    "share_run",
+    "repeats",
+    "seconds_median",
+    "seconds_min",
+    "seconds_max",
+    "candidates_per_second",
+    "ratio",
 )
 BATCH = 10
 """Allocations that the proxy is handed at once."""
 SPREAD = 0.1
 """Deviation of the walks from uniform, in sparsity."""
-FEW = 3
+N_TORCH_PRUNING = 3
 """Candidates of Torch-Pruning in a repetition; AMC and EagleEye score one."""
-QUICK = 0.1
+QUICK_SHARE = 0.1
 """Share of their batches that AMC and EagleEye run with --quick."""
 
-NOTES = """\
-ratio: candidates a second of autoprune over the contender's; threads: candidates at once x threads of each
-slicing: {slicing_ms} ms a candidate, {slicing_share:.1%} of what a core spends on one
-amc_style, eagleeye_style: scored in batches of {amc_style_batch}, the fastest
-torch_pruning: its networks have {torch_pruning_macs_ratio:.1%} of the MACs, ours {macs_ratio:.1%}; it leaves whole
-  {torch_pruning_leaves_whole} (made by several layers; where padded shortcuts add to them, what it prunes can't run)"""
+NOTES = (
+    "ratio: candidates a second of autoprune over the contender's; "
+    "threads: candidates at once x threads of each\n"
+    "slicing: {slicing_ms} ms a candidate, {slicing_share:.1%} of what a core spends "
+    "on one\n"
+    "amc_style, eagleeye_style: scored in batches of {amc_style_batch}, the fastest\n"
+    "torch_pruning: its networks have {torch_pruning_macs_ratio:.1%} of the MACs, "
+    "ours {macs_ratio:.1%}; it leaves whole\n"
+    "  {torch_pruning_leaves_whole} (made by several layers; where padded shortcuts "
+    "add to them, what it prunes can't run)"
+)
 QUICK_NOTE = (
-    f"amc_style, eagleeye_style: extrapolated from {QUICK:.0%} of their batches"
+    f"amc_style, eagleeye_style: extrapolated from {QUICK_SHARE:.0%} of their batches"
 )
 
 
 def main() -> None:
-    args, images = (
-        arguments(),
-        DataConfig("cifar10", proxy_images=rival_proxies.EAGLEEYE_IMAGES),
-    )
-    workspace = Workspace(Settings(NetworkConfig(args.model, args.weights), images))
-    ground, proxy = (
-        Ground.of(workspace, QUICK if args.quick else 1.0),
-        workspace.proxy(),
-    )
+    """Times all contenders, adds their rows, and prints what came out."""
+    args = arguments()
+    images = DataConfig("cifar10", proxy_images=rival_proxies.EAGLEEYE_IMAGES)
+    context = RunContext(Settings(NetworkConfig(args.model, args.weights), images))
+    ground = Ground.from_context(context, QUICK_SHARE if args.quick else 1.0)
+    proxy = context.proxy()
+    assert isinstance(proxy, ProxyAccuracy), "channels are pruned, nothing is scaled"
     restricted = rival_proxies.cut_by_layer(ground.groups)
+    n_torch_pruning = min(N_TORCH_PRUNING, args.candidates)
     *drawn, spare = draw(ground.groups, args, args.candidates)
-    *by_layer, spare_by_layer = draw(restricted, args, min(FEW, args.candidates))
+    *by_layer, spare_by_layer = draw(restricted, args, n_torch_pruning)
 
-    networks = (
-        ground.sliced(spare[0]),
-        rival_proxies.pruned_by_torch_pruning(ground, spare_by_layer[0]),
-    )
+    sliced = ground.sliced(spare[0])
+    rival = rival_proxies.prune_with_torch_pruning(ground, spare_by_layer[0])
     proxy(spare[0])  # so that what is done once for all candidates is done
     contenders = ours(ground, proxy, drawn) | rival_proxies.rivals(
         ground, proxy.config.images, drawn, by_layer
     )
     seconds = measure(contenders, args.repeats)
-    rows = [
-        row(args, name, contender, seconds) for name, contender in contenders.items()
-    ]
+    rows = []
+    for name, contender in contenders.items():
+        rows.append(make_row(args, name, contender, seconds))
     add_rows(args.out, rows, FIELDS)
+    left_whole = ground.groups.channels.keys() - restricted.channels.keys()
     results = summary(args, seconds) | {
         "amc_style_batch": contenders["amc_style"].batch,
-        "macs_ratio": ground.macs_ratio(networks[0]),
-        "torch_pruning_macs_ratio": ground.macs_ratio(networks[1]),
-        "torch_pruning_leaves_whole": sorted(
-            ground.groups.channels.keys() - restricted.channels.keys()
-        ),
+        "macs_ratio": ground.macs_ratio(sliced),
+        "torch_pruning_macs_ratio": ground.macs_ratio(rival),
+        "torch_pruning_leaves_whole": sorted(left_whole),
     }
     describe(rows, results)
     if args.json:
@@ -118,6 +132,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
+    """The script's arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -149,11 +164,19 @@ def arguments() -> argparse.Namespace:
 def draw(
     groups: Groups, args: argparse.Namespace, candidates: int
 ) -> list[Sequence[KeptCounts]]:
-    """Different allocations at the budget, close around uniform: for each repetition,
-    and once more to warm up.
+    """Different allocations at the budget, close around uniform.
+
+    Args:
+        groups: The groups that may be pruned.
+        args: The script's arguments.
+        candidates: Allocations of a repetition.
+
+    Returns:
+        Those of each repetition, and once more as many to warm up.
     """
     space = SearchSpace(CostTable(groups), args.budget.metric)
-    target, rng = args.budget.target(space.costs), np.random.default_rng(args.seed)
+    target = args.budget.target(space.costs)
+    rng = np.random.default_rng(args.seed)
     space.check(target, args.budget)
     different: dict[tuple[int, ...], KeptCounts] = {}
     while len(different) < candidates * (args.repeats + 1):
@@ -165,27 +188,52 @@ def draw(
 
 
 def in_parts(items: Sequence, size: int) -> list[Sequence]:
-    return [items[at : at + size] for at in range(0, len(items), size)]
+    """Parts of a sequence, the last one maybe shorter.
+
+    Args:
+        items: The sequence.
+        size: Items a part.
+    """
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def ours(ground: Ground, proxy: ProxyAccuracy, drawn: Draws) -> dict[str, Contender]:
-    """The proxy, first in every repetition so that none has warmed up its networks, and
-    what it can't do without.
+    """The proxy, and what it can't do without.
+
+    It is first in every repetition, so that none has warmed up its networks.
+
+    Args:
+        ground: Network and images.
+        proxy: The proxy.
+        drawn: The allocations of each repetition.
     """
-    images, slicer = (
-        proxy.config.images,
-        Slicer(ground.model, ground.groups, borrow=True),
-    )
-    common = images, images, precision(proxy), f"{proxy.n_workers}x1", drawn
+    images = proxy.config.images
+    slicer = Slicer(ground.model, ground.groups, borrow=True)
+    threads = f"{proxy.n_workers}x1"
     return {
         "autoprune": Contender(
-            *common, lambda allocations: 1 / candidates_per_second(proxy, allocations)
+            images=images,
+            batch=images,
+            precision=precision(proxy),
+            threads=threads,
+            drawn=drawn,
+            seconds=lambda allocations: 1 / candidates_per_second(proxy, allocations),
         ),
         "floor": Contender(
-            *common, lambda allocations: floor(ground, proxy, allocations)
+            images=images,
+            batch=images,
+            precision=precision(proxy),
+            threads=threads,
+            drawn=drawn,
+            seconds=lambda allocations: floor(ground, proxy, allocations),
         ),
         "slicing": Contender(
-            0, 0, "float32", "1x1", drawn, one_by_one(slicing, slicer, ground)
+            images=0,
+            batch=0,
+            precision="float32",
+            threads="1x1",
+            drawn=drawn,
+            seconds=one_by_one(slicing, slicer, ground),
         ),
     }
 
@@ -193,10 +241,16 @@ def ours(ground: Ground, proxy: ProxyAccuracy, drawn: Draws) -> dict[str, Conten
 def candidates_per_second(
     proxy: ProxyAccuracy, allocations: Sequence[KeptCounts]
 ) -> float:
-    """How fast the proxy scores allocations, handed to it in batches; what it finds in
-    its cache doesn't count.
+    """How fast the proxy scores allocations, handed to it in batches.
+
+    What it finds in its cache doesn't count.
+
+    Args:
+        proxy: The proxy.
+        allocations: What it scores.
     """
-    before, started = proxy.evaluations, time.perf_counter()
+    before = proxy.evaluations
+    started = time.perf_counter()
     for batch in in_parts(allocations, BATCH):
         proxy.score_all(batch)
     return (proxy.evaluations - before) / (time.perf_counter() - started)
@@ -205,13 +259,15 @@ def candidates_per_second(
 def floor(
     ground: Ground, proxy: ProxyAccuracy, allocations: Sequence[KeptCounts]
 ) -> float:
-    """Seconds per candidate of the bare forward passes of networks that are pruned
-    already.
+    """Seconds per candidate of the bare forward passes, pruned beforehand.
+
+    Args:
+        ground: Network and images.
+        proxy: Says how many images, in what precision, how many networks at once.
+        allocations: What is pruned.
     """
-    networks, inputs = (
-        [ground.sliced(kept) for kept in allocations],
-        ground.inputs[: proxy.config.images],
-    )
+    networks = [ground.sliced(kept) for kept in allocations]
+    inputs = ground.inputs[: proxy.config.images]
 
     @torch.inference_mode()
     def forward(network: nn.Module) -> None:
@@ -228,13 +284,20 @@ def floor(
 
 
 def slicing(slicer: Slicer, ground: Ground, kept: KeptCounts) -> float:
-    """Seconds of choosing a candidate's channels and laying them into the reused copy."""
+    """Seconds of laying a candidate's channels into the reused copy.
+
+    Args:
+        slicer: Holds the copy.
+        ground: Has the channels' importance.
+        kept: The allocation.
+    """
     started = time.perf_counter()
     slicer.apply(top_channels(ground.importance, kept))
     return time.perf_counter() - started
 
 
 def precision(proxy: ProxyAccuracy) -> str:
+    """In what precision the proxy's networks compute here."""
     with autocast(proxy.config.bf16):
         return "bf16" if torch.is_autocast_enabled("cpu") else "float32"
 
@@ -242,7 +305,12 @@ def precision(proxy: ProxyAccuracy) -> str:
 def measure(
     contenders: Mapping[str, Contender], repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds per candidate of each contender at each repetition, all in turns."""
+    """Seconds per candidate of each contender at each repetition, all in turns.
+
+    Args:
+        contenders: By name.
+        repeats: Repetitions.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repetition in range(repeats):
         for name, contender in contenders.items():
@@ -255,43 +323,57 @@ def measure(
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str) -> float:
-    """The proxy's candidates a second over those of a contender: the median of the
-    repetitions.
+    """The proxy's candidates a second over a contender's, median over repetitions.
+
+    Args:
+        seconds: As `measure` returns them.
+        name: The contender's.
     """
-    return round(
-        median(
-            theirs / ours
-            for ours, theirs in zip(seconds["autoprune"], seconds[name], strict=True)
-        ),
-        4,
-    )
+    pairs = zip(seconds["autoprune"], seconds[name], strict=True)
+    return round(median(theirs / ours for ours, theirs in pairs), 4)
 
 
-def row(
+def make_row(
     args: argparse.Namespace,
     name: str,
     contender: Contender,
     seconds: Mapping[str, list[float]],
 ) -> dict:
-    """A contender's line in the table."""
-    times, run = seconds[name], datetime.now().isoformat(timespec="minutes")
+    """A contender's line in the table.
+
+    Args:
+        args: The script's arguments.
+        name: The contender's.
+        contender: What it does.
+        seconds: As `measure` returns them.
+    """
+    times = seconds[name]
     return {
-        **{
-            "run": run,
-            "model": args.model,
-            "budget": args.budget,
-            "contender": name,
-            "repeats": args.repeats,
-        },
-        **{field: getattr(contender, field) for field in DESCRIBED},
-        **{f"seconds_{of.__name__}": round(of(times), 6) for of in (median, min, max)},
+        "run": datetime.now().isoformat(timespec="minutes"),
+        "model": args.model,
+        "budget": args.budget,
+        "contender": name,
+        "repeats": args.repeats,
+        "images": contender.images,
+        "batch": contender.batch,
+        "precision": contender.precision,
+        "threads": contender.threads,
+        "share_run": contender.share_run,
+        "seconds_median": round(median(times), 6),
+        "seconds_min": round(min(times), 6),
+        "seconds_max": round(max(times), 6),
         "candidates_per_second": round(1 / median(times), 3),
         "ratio": ratio(seconds, name),
     }
 
 
 def summary(args: argparse.Namespace, seconds: Mapping[str, list[float]]) -> dict:
-    """What was measured, for --json."""
+    """What was measured, for --json.
+
+    Args:
+        args: The script's arguments.
+        seconds: As `measure` returns them.
+    """
     rivals = "amc_style", "eagleeye_style", "torch_pruning", "floor"
     return {
         "model": args.model,
@@ -310,20 +392,33 @@ def summary(args: argparse.Namespace, seconds: Mapping[str, list[float]]) -> dic
 
 
 def describe(rows: Sequence[Mapping], results: Mapping) -> None:
-    """The rows as a table on stdout, and what to know about them."""
+    """The rows as a table on stdout, and what to know about them.
+
+    Args:
+        rows: As in the table of results.
+        results: As for --json.
+    """
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
     print(
         f"{results['model']} at {results['budget']}; {machine}; seconds per candidate: "
         f"median (min to max)"
     )
     for row in rows:
-        kind = f"{row['contender']:15}{row['images']:6} images  {row['precision']:8}{row['threads']:>4}"
-        times = f"{row['seconds_median']:9.4f} ({row['seconds_min']:.4f} to {row['seconds_max']:.4f})"
+        kind = (
+            f"{row['contender']:15}{row['images']:6} images  {row['precision']:8}"
+            f"{row['threads']:>4}"
+        )
+        times = (
+            f"{row['seconds_median']:9.4f} ({row['seconds_min']:.4f} to "
+            f"{row['seconds_max']:.4f})"
+        )
         print(
             f"{kind}{times:30}{row['candidates_per_second']:9.2f} a second, ratio "
             f"{row['ratio']:.3f}"
         )
-    print(NOTES.format(**results), *[QUICK_NOTE] * results["extrapolated"], sep="\n")
+    print(NOTES.format(**results))
+    if results["extrapolated"]:
+        print(QUICK_NOTE)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Methods beside each other, through the command line that everybody has: one question
-a table.
+"""Methods beside each other, one question a table.
 
-    python experiments/compare_methods.py criteria --weights FILE
-    python experiments/compare_methods.py criteria --summary
+    python -m experiments.compare_methods criteria --weights FILE
+    python -m experiments.compare_methods criteria --summary
 
-Every row is `autoprune search`, `prune`, `finetune` and `evaluate` of the public
-ResNet-20 with the options of its name, beside those that all rows of the table share:
-the same budget, training images, epochs in all, distillation. The last epoch counts;
-the test split is read once, after it. A seed stands for the order of training and for
-the search.
+Through the command line that everybody has. Every row is `autoprune search`, `prune`,
+`finetune` and `evaluate` of the public ResNet-20 with the options of its name, beside
+those that all rows of the table share: the same budget, training images, epochs in all,
+distillation. The last epoch counts; the test split is read once, after it. A seed
+stands for the order of training and for the search.
 
 A row a network in `experiments/results/methods_TABLE.csv`. Rows that are there aren't
 measured again, and a killed script goes on after the last epoch.
@@ -20,13 +19,14 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from autoprune.cli.main import main as autoprune
 from autoprune.cli.presets import METHODS
 from autoprune.runs import RunFolder, file_stem
-from experiments.tables import fill, mean_and_spread, measured
+from experiments.tables import fill_table, mean_and_spread, rows_for_summary
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("row", "seed")
@@ -51,7 +51,7 @@ epochs of all images.
 """
 SLICED = {"proxy.reconstruct": "off"}
 """Weights as published methods leave them, in all rows but AMC's."""
-Options = Mapping[str, object]
+Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Table:
     rows: Mapping[str, Options]
 
 
-def _trained(epochs: int, **options: object) -> Options:
+def _trained(epochs: int, **options: Any) -> Options:
     """Channels leave in a training of that length; there is no other."""
     return {"removal.epochs": epochs, "epochs": 0} | options
 
@@ -95,23 +95,23 @@ MASKS = ("weight", "row", "column", "kernel", "filter")
 
 
 def _method(name: str) -> Options:
-    """A method with two epochs in all, whatever it trains; its own budget where it
-    can't meet half of the MACs.
+    """A method with two epochs in all, whatever it trains.
+
+    A method that can't meet half of the MACs brings another budget.
     """
     sets = SLICED | METHODS[name].defaults
-    epochs = {"epochs": 2}
+    epochs: Options = {"epochs": 2}
     if "sparse.method" in sets:
         epochs = {"sparse.epochs": 1, "epochs": 1}
     if "removal.method" in sets:
         epochs = {"removal.epochs": 2}
-    budget = {} if "budget" in sets else {"budget": "macs=50%"}
-    search = {"episodes": 100, "proxy.reconstruct": sets["proxy.reconstruct"]}
-    return (
-        {"method": name}
-        | budget
-        | epochs
-        | (search if METHODS[name].kind == "search" else {})
-    )
+    options: Options = {"method": name}
+    if "budget" not in sets:
+        options |= {"budget": "macs=50%"}
+    options |= epochs
+    if METHODS[name].kind == "search":
+        options |= {"episodes": 100, "proxy.reconstruct": sets["proxy.reconstruct"]}
+    return options
 
 
 TABLES = {
@@ -194,6 +194,7 @@ TABLES = {
 
 
 def main() -> None:
+    """Measures what a table lacks, or sums it up."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -204,9 +205,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/compare_methods"))
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
-    table, path = TABLES[args.table], RESULTS / f"methods_{args.table}.csv"
+    table = TABLES[args.table]
+    path = RESULTS / f"methods_{args.table}.csv"
     if args.summary:
-        return summarise(table, measured(path, parser))
+        return summarise(table, rows_for_summary(path, parser))
     if args.weights is None:
         parser.error("--weights: give the trained weights of ResNet-20")
     rows = args.rows or list(table.rows)
@@ -215,10 +217,11 @@ def main() -> None:
             parser.error(f"--rows: no row {name!r}; known: {', '.join(table.rows)}")
     dense: dict[str, float] = {}
     cells = [{"row": name, "seed": seed} for seed in args.seeds for name in rows]
-    fill(
+    runs = args.runs / args.table
+    fill_table(
         path,
         cells,
-        lambda cell: measure(table, cell, args.weights, args.runs / args.table, dense),
+        lambda cell: measure(table, cell, args.weights, runs, dense),
         FIELDS,
     )
 
@@ -226,13 +229,22 @@ def main() -> None:
 def measure(
     table: Table, cell: dict, weights: str, runs: Path, dense: dict[str, float]
 ) -> dict:
-    """One network from the dense one to its test accuracy; `dense` is told what the
-    first row has measured of that.
+    """One network from the dense one to its test accuracy.
+
+    Args:
+        table: The question.
+        cell: Row and seed.
+        weights: File of the dense network's weights.
+        runs: Folder of the table's runs.
+        dense: Results of the dense network. The first row measures them and enters them
+            here, so that the others don't again.
+
+    Returns:
+        The row without its cell.
     """
-    run = runs / file_stem(
-        cell["row"].replace(", ", "-").replace(" ", "-"), str(cell["seed"])
-    )
-    own = flags(table.shared | table.rows[cell["row"]])
+    name = cell["row"].replace(", ", "-").replace(" ", "-")
+    run = runs / file_stem(name, str(cell["seed"]))
+    options = flags(table.shared | table.rows[cell["row"]])
     resume = ["--resume"] if (run / "config.yaml").exists() else []
     base = [
         "--model",
@@ -244,57 +256,66 @@ def measure(
         "--baselines",
         "none",
     ]
-    _do("search", *base, *own, "--seed", str(cell["seed"]), "--out", str(run), *resume)
-    if not (run / "pruned" / "plan.json").exists():
+    place = ["--seed", str(cell["seed"]), "--out", str(run)]
+    _do("search", *base, *options, *place, *resume)
+    plan = run / "pruned" / "plan.json"
+    if not plan.exists():
         _do("prune", str(run))
-    if json.loads((run / "pruned" / "plan.json").read_text())["stage"] != "finetuned":
+    if json.loads(plan.read_text())["stage"] != "finetuned":
         _do("finetune", str(run), "--resume")
     folder = RunFolder(run)
     folder.add_results(**dense)
     _do("evaluate", str(run))
-    results = folder.known_results
-    dense["accuracy_dense"] = results["accuracy_dense"]
+    results = folder.read_results()
+    assert results.accuracy_dense is not None, "evaluate writes it"
+    assert results.macs_ratio is not None, "prune writes it"
+    dense["accuracy_dense"] = results.accuracy_dense
+    sparsity: float | str = ""
+    if results.sparsity is not None:
+        sparsity = round(results.sparsity, 5)
     return {
-        "options": " ".join(own),
-        "macs_ratio": round(results["macs_ratio"], 5),
-        "sparsity": round(results["sparsity"], 5) if "sparsity" in results else "",
-        "test_dense": results["accuracy_dense"],
-        "test_pruned": results["accuracy_pruned"],
-        "test": results["accuracy"],
-        "seconds": results["seconds_total"],
+        "options": " ".join(options),
+        "macs_ratio": round(results.macs_ratio, 5),
+        "sparsity": sparsity,
+        "test_dense": results.accuracy_dense,
+        "test_pruned": results.accuracy_pruned,
+        "test": results.accuracy,
+        "seconds": results.seconds_total,
     }
 
 
 def flags(options: Options) -> list[str]:
-    """As they are typed."""
-    return [
-        part for name, value in options.items() for part in (f"--{name}", str(value))
-    ]
+    """Options as they are typed."""
+    parts = []
+    for name, value in options.items():
+        parts += [f"--{name}", str(value)]
+    return parts
 
 
 def _do(*arguments: str) -> None:
+    """Runs a command of autoprune; the script ends with it if it fails."""
     code = autoprune(list(arguments))
     if code:
         raise SystemExit(code)
 
 
 def summarise(table: Table, rows: list[dict]) -> None:
-    """Test accuracy before and after fine-tuning, mean ± standard deviation over the
-    seeds, best first.
+    """Test accuracy before and after fine-tuning over the seeds, best first.
+
+    Args:
+        table: The question.
+        rows: What was measured.
     """
-    by_row: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    before: dict[str, list[float]] = defaultdict(list)
+    after: dict[str, list[float]] = defaultdict(list)
     for row in rows:
-        by_row[row["row"]].append(
-            (100 * float(row["test_pruned"]), 100 * float(row["test"]))
-        )
+        before[row["row"]].append(100 * float(row["test_pruned"]))
+        after[row["row"]].append(100 * float(row["test"]))
     print(table.question)
-    for name, scores in sorted(
-        by_row.items(), key=lambda item: -np.mean([after for _, after in item[1]])
-    ):
-        before, after = np.array(scores).T
+    for name in sorted(after, key=lambda name: -np.mean(after[name])):
         print(
-            f"{name:18s} {before.mean():6.2f} -> {mean_and_spread(after)}  seeds "
-            f"{len(after)}"
+            f"{name:18s} {np.mean(before[name]):6.2f} -> "
+            f"{mean_and_spread(after[name])}  seeds {len(after[name])}"
         )
 
 

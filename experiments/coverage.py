@@ -1,13 +1,12 @@
-"""Which vision networks can be traced, pruned and exported, and is what comes out
-right? One row a network.
+"""Which vision networks can be traced, pruned and exported, and is that right?
 
-    python experiments/coverage.py                              every network without a row, then docs/coverage.md
-    python experiments/coverage.py --family timm --only swin    some of them
-    python experiments/coverage.py --only resnet18 --again      measure rows anew
-    python experiments/coverage.py --report                     only write docs/coverage.md from the table
+    python -m experiments.coverage           every network without a row, then the page
+    python -m experiments.coverage --family timm --only swin    some of them
+    python -m experiments.coverage --only resnet18 --again      measure rows anew
+    python -m experiments.coverage --report                     only write the page
 
-Every network is measured in a process of its own (memory, crashes), and again in
-another with Torch-Pruning. No weights are downloaded. Rows go to
+The page is docs/coverage.md. Every network is measured in a process of its own (memory,
+crashes), and again in another with Torch-Pruning. No weights are downloaded. Rows go to
 `experiments/results/coverage.csv` one by one, so that a killed sweep goes on where it
 was. All networks: about a night on one core.
 """
@@ -20,6 +19,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from autoprune.runs import write_text
@@ -30,43 +30,70 @@ from experiments.tables import read_table, write_table
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "experiments" / "results" / "coverage.csv"
 DOCUMENT = ROOT / "docs" / "coverage.md"
-# What measures: seconds and GiB that its process may take, the column for what went
-# wrong, one that is always filled.
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the two that measure a network.
+
+    Attributes:
+        limit_s: Seconds that its process may take.
+        limit_gib: Memory that it may take.
+        failures: The column for what went wrong.
+        filled: A column that is always filled.
+    """
+
+    limit_s: int
+    limit_gib: int
+    failures: str
+    filled: str
+
+
 PARTS = {
-    "autoprune": (4 * 3600, 18, "failures", "seconds"),
-    "torch-pruning": (1800, 18, "tp_failure", "tp_runs"),
+    "autoprune": Part(4 * 3600, 18, "failures", "seconds"),
+    "torch-pruning": Part(1800, 18, "tp_failure", "tp_runs"),
 }
 RIVAL_LIMIT_S = 120
+"""CPU seconds that Torch-Pruning may take for a network."""
 FIELDS = (
-    *(
-        "family",
-        "builder",
-        "size",
-        "params",
-        "macs",
-        "dtype",
-        "groups",
-        "pinned",
-        "reasons",
-    ),
-    *("prunable_macs_share", "both_axes_macs_share", "removable_macs_share"),
-    *("trace_seconds", "proof_seconds", "trace_mib", "proof_mib"),
-    *(
-        "error",
-        "zeroed_error",
-        "change",
-        "costs",
-        "counted_on",
-        "reload",
-        "step",
-        "onnx_error",
-    ),
-    *("failures", "seconds", "commit"),
-    *("tp_runs", "tp_right", "tp_error", "tp_seconds", "tp_params_ratio", "tp_failure"),
+    "family",
+    "builder",
+    "size",
+    "params",
+    "macs",
+    "dtype",
+    "groups",
+    "pinned",
+    "reasons",
+    "prunable_macs_share",
+    "both_axes_macs_share",
+    "removable_macs_share",
+    "trace_seconds",
+    "proof_seconds",
+    "trace_mib",
+    "proof_mib",
+    "error",
+    "zeroed_error",
+    "change",
+    "costs",
+    "counted_on",
+    "reload",
+    "step",
+    "onnx_error",
+    "failures",
+    "seconds",
+    "commit",
+    "tp_runs",
+    "tp_right",
+    "tp_error",
+    "tp_seconds",
+    "tp_params_ratio",
+    "tp_failure",
 )
 
 
 def main() -> None:
+    """Measures what the table lacks, and writes the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,20 +118,31 @@ def main() -> None:
     for network in [] if args.report else networks(args.family, args.only):
         for part in args.parts:
             if args.again or not is_known(network, part):
-                store(network, measured_apart(part, network))
+                store(network, measure_apart(part, network))
     write_text(DOCUMENT, report(read_table(TABLE)))
 
 
 def measure_here(part: str, network: Network) -> None:
-    """In a process of its own: a line of JSON for every check that ends."""
-    n_bytes = PARTS[part][1] * 2**30
+    """Prints a line of JSON for every check that ends; for a process of its own.
+
+    Args:
+        part: A key of `PARTS`.
+        network: What is measured.
+    """
+    n_bytes = PARTS[part].limit_gib * 2**30
     resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
     for columns in measurements(part, network):
         print(json.dumps(columns), flush=True)
 
 
 def measurements(part: str, network: Network) -> Iterator[dict]:
-    """What one process finds out about one network."""
+    """What one process finds out about one network: columns, check by check.
+
+    Args:
+        part: A key of `PARTS`.
+        network: What is measured.
+    """
+    # Only what this process needs, since its memory is measured.
     if part == "autoprune":
         from experiments.coverage_checks import make_case, measure
 
@@ -114,95 +152,121 @@ def measurements(part: str, network: Network) -> Iterator[dict]:
     return compare(network, RIVAL_LIMIT_S)
 
 
-def measured_apart(part: str, network: Network) -> dict:
-    """The columns that a process of its own prints; how it ended goes to the column of
-    failures.
+def measure_apart(part: str, network: Network) -> dict:
+    """The columns that a process of its own prints.
+
+    How it ended goes to the column of failures.
+
+    Args:
+        part: A key of `PARTS`.
+        network: What is measured.
     """
-    limit_s, _, failures, filled = PARTS[part]
+    limits = PARTS[part]
     command = [
         sys.executable,
-        __file__,
+        "-m",
+        "experiments.coverage",
         "--one",
         f"{network.family}/{network.name}",
         "--parts",
         part,
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    ends = []
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, env=environment, text=True, timeout=limit_s
+            command,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+            timeout=limits.limit_s,
         )
         if done.returncode == -signal.SIGTERM:
             sys.exit("stopped")  # with the sweep: says nothing about the network
-        printed, end = (
-            done.stdout,
-            f"process ended with {done.returncode}" if done.returncode else "",
-        )
+        printed = done.stdout
+        if done.returncode:
+            ends.append(f"process ended with {done.returncode}")
     except subprocess.TimeoutExpired as stopped:
-        printed, end = (
-            (stopped.stdout or b"").decode(),
-            f"process stopped after {limit_s} s",
-        )
-    columns = [
-        json.loads(line) for line in printed.splitlines() if line.startswith("{")
-    ]
-    found = [line.pop(failures) for line in columns if failures in line] + [end] * bool(
-        end
-    )
-    merged = {name: value for line in columns for name, value in line.items()} | {
-        failures: "; ".join(found)
-    }
-    return (
-        {filled: "no"} | merged | ({"commit": commit()} if part == "autoprune" else {})
-    )
+        printed = (stopped.stdout or b"").decode()
+        ends.append(f"process stopped after {limits.limit_s} s")
+    columns = {limits.filled: "no"}
+    failures = []
+    for line in printed.splitlines():
+        if line.startswith("{"):
+            entries = json.loads(line)
+            # Several checks may fail, each with a line.
+            if limits.failures in entries:
+                failures.append(entries.pop(limits.failures))
+            columns |= entries
+    columns[limits.failures] = "; ".join(failures + ends)
+    if part == "autoprune":
+        columns["commit"] = commit()
+    return columns
 
 
 def commit() -> str:
     """The version of the tracer that a row was measured with."""
     command = ["git", "log", "-1", "--format=%h", "--", "autoprune"]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def is_known(network: Network, part: str) -> bool:
-    """Whether the table holds that part of that network's row."""
-    return any(row[PARTS[part][3]] for row in read_table(TABLE) if is_of(row, network))
+    """Whether the table holds one part of a network's row.
+
+    Args:
+        network: The network.
+        part: A key of `PARTS`.
+    """
+    filled = PARTS[part].filled
+    return any(row[filled] for row in read_table(TABLE) if is_of(row, network))
 
 
 def is_of(row: dict, network: Network) -> bool:
+    """Whether a row is a network's.
+
+    Args:
+        row: The row.
+        network: The network.
+    """
     return (row["family"], row["builder"]) == (network.family, network.name)
 
 
 def store(network: Network, columns: dict) -> None:
-    """Puts columns into a network's row, atomically, and says what it holds."""
-    others = [row for row in read_table(TABLE) if not is_of(row, network)]
-    entry = next((row for row in read_table(TABLE) if is_of(row, network)), {})
-    entry = (
-        {"family": network.family, "builder": network.name}
-        | _without(entry, columns)
-        | columns
-    )
-    rows = [*others, entry]
+    """Puts columns into a network's row, atomically, and says what it holds.
+
+    Args:
+        network: The network.
+        columns: What one part has measured.
+    """
+    rows = []
+    known: dict[str, str] = {}
+    for row in read_table(TABLE):
+        if not is_of(row, network):
+            rows.append(row)
+        elif not known:
+            known = row
+    entry = {"family": network.family, "builder": network.name}
+    entry |= _of_other_part(known, columns) | columns
+    rows.append(entry)
     order = {(n.family, n.name): place for place, n in enumerate(networks())}
     rows.sort(key=lambda r: order.get((r["family"], r["builder"]), len(order)))
     write_table(TABLE, rows, FIELDS)
-    print(
-        " ".join(
-            f"{name}={entry[name]}"
-            for name in FIELDS
-            if entry.get(name) not in (None, "")
-        ),
-        flush=True,
-    )
+    shown = []
+    for name in FIELDS:
+        if entry.get(name) not in (None, ""):
+            shown.append(f"{name}={entry[name]}")
+    print(" ".join(shown), flush=True)
 
 
-def _without(row: dict, columns: dict) -> dict:
-    """What another part left in the row."""
+def _of_other_part(row: dict, columns: dict) -> dict:
+    """What the other part has left in a row."""
     is_rival = "tp_runs" in columns
-    return {
-        name: value for name, value in row.items() if name.startswith("tp_") != is_rival
-    }
+    kept = {}
+    for name, value in row.items():
+        if name.startswith("tp_") != is_rival:
+            kept[name] = value
+    return kept
 
 
 if __name__ == "__main__":

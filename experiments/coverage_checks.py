@@ -1,37 +1,43 @@
-"""What has to hold for every network: a table of checks, each a small function from a
-case to columns of the table.
+"""What has to hold for every network, as a table of checks.
 
-A check raises where something is wrong; `measure` catches that, so that one failure
-doesn't hide the others.
+Each is a small function from a case to columns of the table. A check raises where
+something is wrong; `measure` catches that, so that one failure doesn't hide the others.
 """
 
 import copy
 import re
-import resource
-import signal
 import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.costs.cost import CostTable
 from autoprune.deploy.export import MAX_ONNX_BYTES, WEIGHTS, export_onnx, save_pruned
-from autoprune.structure.groups import Groups, positions, removed, tensors_in
+from autoprune.structure.groups import Groups
 from autoprune.structure.slicing import fit_shapes, prune
 from autoprune.tracing.masking import mask
 from autoprune.tracing.trace import describe, trace
 from experiments.coverage_networks import FirstTensor, Network, example, randomise
+from experiments.coverage_tools import (
+    Usage,
+    counted_macs,
+    describe_error,
+    difference,
+    n_params,
+    operations,
+    outputs,
+    require,
+    time_limit,
+    without_gradient,
+    zero_removed,
+)
 
 SEEDS = (0, 1)
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -43,51 +49,55 @@ LIMIT_S = 1800
 # Operations that read channels without weights of their own: zeros in the weights
 # before them don't hide a channel.
 NOT_ZEROED = {
-    *(
-        "native_layer_norm",
-        "native_group_norm",
-        "_softmax",
-        "linalg_vector_norm",
-        "bmm",
-        "baddbmm",
-        "var",
-        "std",
-    ),
-    *(
-        "var_mean",
-        "_native_multi_head_attention",
-        "_transformer_encoder_layer_fwd",
-        "_fused_rms_norm",
-    ),
-    *(
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_attention_math",
-    ),
+    "native_layer_norm",
+    "native_group_norm",
+    "_softmax",
+    "linalg_vector_norm",
+    "bmm",
+    "baddbmm",
+    "var",
+    "std",
+    "var_mean",
+    "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+    "_fused_rms_norm",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_attention_math",
 }
-STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-class CheckError(Exception):
-    """Something that has to hold doesn't."""
 
 
 @dataclass
 class Case:
-    """One network with random values, ready to be checked. `groups` is set by the first
-    check.
+    """One network with random values, ready to be checked.
+
+    Attributes:
+        network: Its builder.
+        model: The network.
+        size: Height and width of its input.
+        dtype: Of values and inputs.
+        traced: Its trace; None before the first check.
+        kept: Seed to group to kept channels.
     """
 
     network: Network
     model: nn.Module
     size: int
     dtype: torch.dtype
-    groups: Groups | None = None
+    traced: Groups | None = None
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
+    @property
+    def groups(self) -> Groups:
+        """The network's trace."""
+        assert self.traced is not None, "the first check sets it"
+        return self.traced
+
     def images(self, batch: int) -> Tensor:
+        """As many inputs, the same at every call."""
         return example((batch, 3, self.size, self.size), self.dtype, seed=1)
 
     def pruned(self, seed: int) -> nn.Module:
+        """A new network with the channels that are kept for a seed."""
         return prune(self.model, self.groups, self.kept[seed])
 
 
@@ -107,8 +117,14 @@ def make_case(network: Network) -> Case:
 
 
 def measure(case: Case, limit_s: int = LIMIT_S) -> Iterator[dict]:
-    """Runs all checks one by one. Yields the columns that each fills; `failures` where
-    it fails.
+    """Runs all checks one by one.
+
+    Args:
+        case: The network.
+        limit_s: CPU seconds that a check may take.
+
+    Yields:
+        The columns that each check fills; `failures` where it fails.
     """
     dtype = str(case.dtype).removeprefix("torch.")
     yield {"size": case.size, "params": n_params(case.model), "dtype": dtype}
@@ -117,11 +133,10 @@ def measure(case: Case, limit_s: int = LIMIT_S) -> Iterator[dict]:
             with time_limit(limit_s), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield check(case)
-        except (
-            Exception
-        ) as error:  # whatever the network, the tracer or the exporter raises
+        # Whatever the network, the tracer or the exporter raises.
+        except Exception as error:
             yield {"failures": f"{name}: {describe_error(error)}"}
-            if case.groups is None:
+            if case.traced is None:
                 break
     yield {"seconds": round(time.process_time(), 1)}
 
@@ -129,7 +144,7 @@ def measure(case: Case, limit_s: int = LIMIT_S) -> Iterator[dict]:
 def check_trace(case: Case) -> dict:
     """Groups found from labels alone."""
     with Usage() as usage:
-        case.groups = trace(case.model, case.images(1), verify=False)
+        case.traced = trace(case.model, case.images(1), verify=False)
     draw_allocations(case)
     return {
         "trace_seconds": usage.seconds,
@@ -139,11 +154,12 @@ def check_trace(case: Case) -> dict:
 
 
 def check_proof(case: Case) -> dict:
-    """Groups after their numerical proof: those that users get, and that the other
-    checks are about.
+    """Groups after their numerical proof.
+
+    Those are what users get, and what the other checks are about.
     """
     with Usage() as usage:
-        case.groups = trace(case.model, case.images(1))
+        case.traced = trace(case.model, case.images(1))
     draw_allocations(case)
     return {
         "proof_seconds": usage.seconds,
@@ -154,7 +170,9 @@ def check_proof(case: Case) -> dict:
 
 def check_equivalence(case: Case) -> dict:
     """Pruned equals masked, and masking changes the output."""
-    x, errors, changes = case.images(2), [], []
+    x = case.images(2)
+    errors = []
+    changes = []
     dense = outputs(case.model, x)
     for seed in SEEDS:
         masked = outputs(mask(case.model, case.groups, case.kept[seed]), x)
@@ -172,32 +190,26 @@ def check_equivalence(case: Case) -> dict:
 
 
 def check_zeroed(case: Case) -> dict:
-    """Pruned equals a dense copy with zeros in the weights that read removed channels,
-    which owes nothing to labels.
+    """Pruned equals a dense copy with zeros in the weights that read removed channels.
 
-    Only where every reader has such weights; keeping all channels has to be the
-    identity everywhere.
+    That copy owes nothing to labels. Only where every reader has such weights; keeping
+    all channels has to be the identity everywhere.
     """
-    x, everything = (
-        case.images(2),
-        {group.name: torch.arange(group.channels) for group in case.groups},
-    )
-    same = difference(
-        outputs(prune(case.model, case.groups, everything), x), outputs(case.model, x)
-    )
+    x = case.images(2)
+    everything = {group.name: torch.arange(group.channels) for group in case.groups}
+    whole = prune(case.model, case.groups, everything)
+    same = difference(outputs(whole, x), outputs(case.model, x))
     require(
         same < TOLERANCE[case.dtype],
         f"keeping every channel changes the output by {same:.1e}",
     )
     if operations(case.model, x) & NOT_ZEROED:
         return {"zeroed_error": "not comparable"}
-    errors = [
-        difference(
-            outputs(case.pruned(s), x),
-            outputs(zeroed(case.model, case.groups, case.kept[s]), x),
-        )
-        for s in SEEDS
-    ]
+    errors = []
+    for seed in SEEDS:
+        pruned = outputs(case.pruned(seed), x)
+        twin = zero_removed(case.model, case.groups, case.kept[seed])
+        errors.append(difference(pruned, outputs(twin, x)))
     require(
         max(errors) < TOLERANCE[case.dtype],
         f"pruned and zeroed weights differ by {max(errors):.1e}",
@@ -206,17 +218,16 @@ def check_zeroed(case: Case) -> dict:
 
 
 def check_costs(case: Case) -> dict:
-    """Predicted MACs and parameters are those of the pruned network, dense network
-    included.
-    """
-    costs, device = CostTable(case.groups), ""
+    """Predicted MACs and parameters are those of the network, dense and pruned."""
+    costs = CostTable(case.groups)
+    device = ""
     for seed in (None, *SEEDS):
-        model = case.model if seed is None else case.pruned(seed)
-        counts = (
-            {}
-            if seed is None
-            else {name: len(channels) for name, channels in case.kept[seed].items()}
-        )
+        model = case.model
+        counts: dict[str, int] = {}
+        if seed is not None:
+            model = case.pruned(seed)
+            for name, channels in case.kept[seed].items():
+                counts[name] = len(channels)
         device, macs = counted_macs(model, case.images(1).shape)
         require(
             costs.params(counts) == n_params(model),
@@ -231,7 +242,8 @@ def check_costs(case: Case) -> dict:
 
 def check_reload(case: Case) -> dict:
     """Weights in a file and a fresh network give the pruned one back, bit by bit."""
-    pruned, x = case.pruned(0).eval(), case.images(2)
+    pruned = case.pruned(0).eval()
+    x = case.images(2)
     torch.manual_seed(1)
     fresh = case.network.build().to(case.dtype)
     with tempfile.TemporaryDirectory() as folder:
@@ -245,8 +257,9 @@ def check_reload(case: Case) -> dict:
 
 
 def check_step(case: Case) -> dict:
-    """The pruned network trains: finite gradients of the right shape wherever the dense
-    network has any.
+    """The pruned network trains.
+
+    It has finite gradients of the right shape wherever the dense network has any.
     """
     pruned = case.pruned(0)
     lacking = without_gradient(pruned, case.images(2))
@@ -259,10 +272,9 @@ def check_step(case: Case) -> dict:
     )
     before = [parameter.detach().clone() for parameter in pruned.parameters()]
     torch.optim.SGD(pruned.parameters(), lr=1e-3).step()
-    changed = any(
-        not torch.equal(a, b) for a, b in zip(before, pruned.parameters(), strict=True)
-    )
-    require(changed, "a step of SGD changes nothing")
+    pairs = zip(before, pruned.parameters(), strict=True)
+    is_changed = any(not torch.equal(old, new) for old, new in pairs)
+    require(is_changed, "a step of SGD changes nothing")
     outputs(pruned.eval(), case.images(2))
     return {"step": "ok"}
 
@@ -273,14 +285,14 @@ def check_onnx(case: Case) -> dict:
     if n_params(pruned) * 4 > MAX_ONNX_BYTES:
         pruned = prune(case.model, case.groups, random_kept(case.groups, 0, 0.1, 0.3))
     x = case.images(1).float()
-    with torch.no_grad():  # some networks keep what they compute here, and can't be copied if it has gradients
+    # Some networks keep what they compute, and can't be copied if it has gradients.
+    with torch.no_grad():
         output = pruned.float().eval()(x)
     if not isinstance(output, Tensor):
         pruned = FirstTensor(pruned).eval()
     with tempfile.TemporaryDirectory() as folder:
-        return {
-            "onnx_error": f"{export_onnx(pruned, x, Path(folder) / 'model.onnx'):.1e}"
-        }
+        error = export_onnx(pruned, x, Path(folder) / "model.onnx")
+    return {"onnx_error": f"{error:.1e}"}
 
 
 CHECKS: dict[str, Callable[[Case], dict]] = {
@@ -296,26 +308,23 @@ CHECKS: dict[str, Callable[[Case], dict]] = {
 
 
 def summary(groups: Groups) -> dict:
-    """Number of groups, why some are pinned, and the shares of MACs that pruning
-    reaches.
-    """
-    # Reasons may end with a module; those that differ only there are counted together.
-    reasons = Counter(
-        re.sub(r" in [\w.]+$", "", group.pinned) for group in groups.pinned
-    )
-    found = describe(groups)
-    shares = {
-        name: value for name, value in found.items() if name.endswith("_macs_share")
-    }
-    return {
-        "macs": found["macs"],
+    """Number of groups, why some are pinned, and shares of MACs that can go."""
+    reasons: Counter[str] = Counter()
+    for group in groups.pinned:
+        # Reasons may end with a module; those that differ only there count together.
+        reasons[re.sub(r" in [\w.]+$", "", group.pinned or "")] += 1
+    counted = [f"{count} x {reason}" for reason, count in reasons.most_common()]
+    description = describe(groups)
+    columns = {
+        "macs": description["macs"],
         "groups": len(groups),
         "pinned": len(groups.pinned),
-        "reasons": "; ".join(
-            f"{count} x {reason}" for reason, count in reasons.most_common()
-        ),
-        **{name: round(value, 4) for name, value in shares.items()},
+        "reasons": "; ".join(counted),
     }
+    for name, value in description.items():
+        if name.endswith("_macs_share"):
+            columns[name] = round(value, 4)
+    return columns
 
 
 def draw_allocations(case: Case) -> None:
@@ -326,181 +335,19 @@ def draw_allocations(case: Case) -> None:
 def random_kept(
     groups: Groups, seed: int, low: float = 0.3, high: float = 1.0
 ) -> dict[str, Tensor]:
-    """Of every group a random share between `low` and `high`, at least one channel."""
-    generator, kept = torch.Generator().manual_seed(seed), {}
+    """Random channels of every group, at least one of each.
+
+    Args:
+        groups: The network's groups.
+        seed: Of the draw.
+        low: Least share that is kept.
+        high: Largest share that is kept.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
     for group in groups:
         share = low + (high - low) * torch.rand((), generator=generator).item()
         count = max(1, round(share * group.channels))
-        kept[group.name] = (
-            torch.randperm(group.channels, generator=generator)[:count].sort().values
-        )
+        order = torch.randperm(group.channels, generator=generator)
+        kept[group.name] = order[:count].sort().values
     return kept
-
-
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    """Everything that the network returns, as one vector."""
-    with torch.no_grad():
-        return torch.cat([tensor.flatten() for tensor in tensors_in(model(x))])
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value of `b`; infinite where values
-    aren't finite.
-    """
-    require(
-        a.shape == b.shape,
-        f"the output's shape {tuple(a.shape)} isn't {tuple(b.shape)}",
-    )
-    error = ((a - b).abs().max() / b.abs().max()).item()
-    return error if error == error else float("inf")
-
-
-def zeroed(model: nn.Module, groups: Groups, kept: dict[str, Tensor]) -> nn.Module:
-    """A dense copy with zeros in all weights that read a removed channel."""
-    twin = copy.deepcopy(model)
-    tensors = twin.state_dict()
-    for group in groups:
-        for member in group.consumers:
-            tensors[member.tensor].index_fill_(
-                member.axis, positions(member, removed(group, kept)), 0
-            )
-    return twin
-
-
-def operations(model: nn.Module, x: Tensor) -> set[str]:
-    """Names of the ATen operations in a forward pass."""
-    with _Names() as names, torch.no_grad():
-        model(x)
-    return names.seen
-
-
-class _Names(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.add(func._schema.name.removeprefix("aten::"))
-        return func(*args, **(kwargs or {}))
-
-
-def n_params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def counted_macs(model: nn.Module, shape: torch.Size) -> tuple[str, int]:
-    """What PyTorch counts for one sample: without computing it if the forward pass
-    reads no values. And where.
-    """
-    for device in ("meta", "cpu"):
-        plain = (
-            copy.deepcopy(model).float().requires_grad_(False)
-        )  # else the counter hooks into backward passes
-        try:
-            x = torch.zeros(shape, device=device)
-            with (
-                FlopCounterMode(display=False) as counter,
-                torch.no_grad(),
-                plain_attention(),
-            ):
-                plain.to(device)(x)
-            return device, counter.get_total_flops() // 2
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ):  # index tensors and plain attributes can't be read on meta
-            continue
-    raise CheckError("the network can't be counted")
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention as the matrix products that it consists of: the fused kernels aren't
-    counted.
-    """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-def without_gradient(model: nn.Module, x: Tensor) -> set[str]:
-    """Names of the parameters that a backward pass in training mode leaves without a
-    finite gradient.
-    """
-    model.train().requires_grad_(True)
-    torch.manual_seed(0)
-    torch.stack(
-        [tensor.square().mean() for tensor in tensors_in(model(x))]
-    ).sum().backward()
-    return {
-        name
-        for name, parameter in model.named_parameters()
-        if not _has_gradient(parameter)
-    }
-
-
-def _has_gradient(parameter: nn.Parameter) -> bool:
-    grad = parameter.grad
-    return (
-        grad is not None
-        and grad.shape == parameter.shape
-        and bool(torch.isfinite(grad).all())
-    )
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise CheckError(message)
-
-
-def describe_error(error: Exception) -> str:
-    """Type and first line, for a cell of a table."""
-    text = (str(error).strip().splitlines() or [""])[0][:200]
-    return text if isinstance(error, CheckError) else f"{type(error).__name__}: {text}"
-
-
-class Usage:
-    """CPU seconds of what runs inside (other programs on the machine don't count), and
-    its peak of memory in MiB.
-    """
-
-    def __enter__(self) -> "Usage":
-        if STATUS.exists():
-            RESET_PEAK.write_text("5")
-        self._before, self._started = self._resident("VmRSS"), time.process_time()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.seconds = round(time.process_time() - self._started, 2)
-        self.mib = round(self._resident("VmHWM") - self._before)
-
-    @staticmethod
-    def _resident(field_name: str) -> float:
-        if not STATUS.exists():  # no Linux: the peak of the whole process so far
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        line = next(
-            line
-            for line in STATUS.read_text().splitlines()
-            if line.startswith(field_name)
-        )
-        return int(line.split()[1]) / 2**10
-
-
-@contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    """Raises a TimeoutError inside after so many CPU seconds."""
-
-    def stop(*_) -> None:
-        raise TimeoutError(f"not done after {seconds} s")
-
-    previous = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, previous)

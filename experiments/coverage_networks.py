@@ -1,10 +1,12 @@
-"""The networks that coverage is measured on: builders without weights, and values under
-which nothing hides.
+"""The networks that coverage is measured on.
+
+Builders without weights, and values under which nothing hides.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,70 +157,86 @@ class Network:
         """Height and width of the smallest input that the network takes."""
         if self.family == "timm":
             return _timm_size(model)
-        return next(
-            (
-                size
-                for prefix, size in TORCHVISION_SIZES.items()
-                if self.name.startswith(prefix)
-            ),
-            64,
-        )
+        for prefix, size in TORCHVISION_SIZES.items():
+            if self.name.startswith(prefix):
+                return size
+        return 64
 
 
 class FirstTensor(nn.Module):
-    """The network with its first output only, for exporters that want a single tensor."""
+    """The network with its first output only, for exporters that want one tensor."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
+        """The first tensor among the network's outputs, however nested."""
         output = self.model(x)
         while not isinstance(output, Tensor):
-            output = next(iter(output.values() if isinstance(output, dict) else output))
+            if isinstance(output, dict):
+                output = output.values()
+            output = next(iter(output))
         return output
 
 
 def networks(family: str | None = None, pattern: str = "") -> list[Network]:
-    """The networks of one family, or of all, whose name contains the regular
-    expression; small ones first.
+    """The networks to measure, small ones of a family first.
+
+    Args:
+        family: One of `FAMILIES`; None for all.
+        pattern: Regular expression that the name contains.
     """
-    chosen = [
-        Network(f, name) for f in FAMILIES if family in (None, f) for name in NAMES[f]()
-    ]
-    return [network for network in chosen if re.search(pattern, network.name)]
+    chosen = []
+    for its_family in FAMILIES:
+        if family in (None, its_family):
+            for name in NAMES[its_family]():
+                if re.search(pattern, name):
+                    chosen.append(Network(its_family, name))
+    return chosen
 
 
 def example(
     shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Tensor:
-    """Random images."""
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=dtype
-    )
+    """Random images.
+
+    Args:
+        shape: `(n, channels, height, width)`.
+        dtype: Of the values.
+        seed: Of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=dtype)
 
 
 @torch.no_grad()
 def randomise(model: nn.Module, size: int, seed: int = 0) -> nn.Module:
-    """Draws every parameter and all statistics of batch norm in place, and scales
-    layers to outputs of unit size.
+    """Draws every parameter and all statistics of batch norm in place.
 
-    Fresh networks hold zeros and ones (biases, shifts, layer scales, means) under which
-    wrong surgery looks right; and purely random ones explode or fade with depth, which
-    drowns or magnifies rounding.
+    Then layers are scaled to outputs of unit size. Fresh networks hold zeros and ones
+    (biases, shifts, layer scales, means) under which wrong surgery looks right; and
+    purely random ones explode or fade with depth, which drowns or magnifies rounding.
+
+    Args:
+        model: The network.
+        size: Height and width of its input.
+        seed: Of the draw.
+
+    Returns:
+        The network.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        for name, tensor in (
-            *module.named_parameters(recurse=False),
-            *module.named_buffers(recurse=False),
-        ):
-            _draw(name, tensor, isinstance(tensor, nn.Parameter), generator)
-    hooks = [
-        module.register_forward_hook(_settler(module, generator))
-        for module in model.modules()
-    ]
-    model(example((32 if size < 100 else 4, 3, size, size), seed=seed))
+        for name, parameter in module.named_parameters(recurse=False):
+            _draw(name, parameter, True, generator)
+        for name, buffer in module.named_buffers(recurse=False):
+            _draw(name, buffer, False, generator)
+    hooks = []
+    for module in model.modules():
+        hooks.append(module.register_forward_hook(_settler(module, generator)))
+    n_images = 32 if size < 100 else 4
+    model(example((n_images, 3, size, size), seed=seed))
     for hook in hooks:
         hook.remove()
     return model
@@ -227,12 +245,9 @@ def randomise(model: nn.Module, size: int, seed: int = 0) -> nn.Module:
 def _draw(
     name: str, tensor: Tensor, is_parameter: bool, generator: torch.Generator
 ) -> None:
-    is_norm = name in (
-        "weight",
-        "bias",
-        "running_mean",
-        "running_var",
-    )  # of frozen batch norms these are buffers
+    """Draws one tensor in place, by its name, if it is a value that matters."""
+    # Of frozen batch norms weight and bias are buffers too.
+    is_norm = name in ("weight", "bias", "running_mean", "running_var")
     if not tensor.is_floating_point() or not (is_parameter or is_norm):
         return
     if name.endswith("weight") and tensor.ndim > 1:
@@ -245,10 +260,11 @@ def _draw(
 
 def _settler(module: nn.Module, generator: torch.Generator) -> Callable:
     """A forward hook that settles one layer when it first runs, and runs it again."""
-    settle = next(
-        (f for kinds, f in SETTLERS.items() if isinstance(module, kinds)), None
-    )
-    pending = [settle] if settle else []
+    pending = []
+    for kinds, settle in SETTLERS.items():
+        if isinstance(module, kinds):
+            pending.append(settle)
+            break
 
     def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
         if not pending:
@@ -262,21 +278,26 @@ def _settler(module: nn.Module, generator: torch.Generator) -> Callable:
 def _to_unit_size(
     module: nn.Module, _: Tensor, output: Tensor, generator: torch.Generator
 ) -> None:
-    module.weight /= output.std().clamp_min(1e-3)
+    """Scales a layer's weights so that its outputs deviate by 1."""
+    weight = module.weight
+    assert isinstance(weight, Tensor), "convolutions and linear layers have one"
+    weight /= output.std().clamp_min(1e-3)
 
 
 def _near_the_statistics(
     module: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator
 ) -> None:
-    if module.running_var is None:
+    """Draws a batch norm's statistics near those of its input."""
+    running_mean = module.running_mean
+    running_var = module.running_var
+    if not (isinstance(running_mean, Tensor) and isinstance(running_var, Tensor)):
         return
     axes = [axis for axis in range(x.ndim) if axis != 1]
     var, mean = torch.var_mean(x, axes, correction=0)
-    var = var.clamp_min(
-        var.mean().item() + 1e-3
-    )  # a few images say little: other images mustn't explode
-    module.running_mean.normal_(0, 0.2, generator=generator).mul_(var.sqrt()).add_(mean)
-    module.running_var.uniform_(0.5, 1.5, generator=generator).mul_(var)
+    # A few images say little: others mustn't explode.
+    var = var.clamp_min(var.mean().item() + 1e-3)
+    running_mean.normal_(0, 0.2, generator=generator).mul_(var.sqrt()).add_(mean)
+    running_var.uniform_(0.5, 1.5, generator=generator).mul_(var)
 
 
 SETTLERS = {
@@ -286,20 +307,21 @@ SETTLERS = {
 
 
 def _torchvision_names() -> list[str]:
-    def n_params(name: str) -> int:
-        return torchvision_models.get_model_weights(name).DEFAULT.meta["num_params"]
+    """Torchvision's classifiers by number of parameters."""
 
-    return sorted(
-        torchvision_models.list_models(module=torchvision_models), key=n_params
-    )
+    def n_params(name: str) -> int:
+        weights: Any = torchvision_models.get_model_weights(name)
+        return weights.DEFAULT.meta["num_params"]
+
+    names = torchvision_models.list_models(module=torchvision_models)
+    return sorted(names, key=n_params)
 
 
 def _timm_size(model: nn.Module) -> int:
-    config = model.default_cfg
-    usual, smallest = (
-        config["input_size"][-1],
-        config.get("min_input_size", (0, 0, 0))[-1],
-    )
+    """Height and width of the smallest input that a network of timm takes."""
+    config = cast(dict[str, Any], model.default_cfg)  # an attribute that timm sets
+    usual = config["input_size"][-1]
+    smallest = config.get("min_input_size", (0, 0, 0))[-1]
     if config.get("fixed_input_size"):
         return usual
     for size in (64, smallest, usual):
@@ -307,11 +329,8 @@ def _timm_size(model: nn.Module) -> int:
             with torch.no_grad():
                 model(torch.zeros(1, 3, size, size))
             return size
-        except (
-            RuntimeError,
-            AssertionError,
-            ValueError,
-        ):  # too small, or no multiple of what the network needs
+        # Too small, or no multiple of what the network needs.
+        except (RuntimeError, AssertionError, ValueError):
             continue
     return usual
 

@@ -1,7 +1,8 @@
-"""docs/coverage.md from the rows of experiments/results/coverage.csv."""
+"""Writes the text of docs/coverage.md from experiments/results/coverage.csv."""
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from experiments.coverage_networks import FAMILIES
 
@@ -16,42 +17,7 @@ TARGETS = (
     ("vit|swin|convnext|deit", 0.95),
     ("", 0.90),
 )
-INTRODUCTION = """\
-# Coverage
-
-Which networks can be traced, pruned and exported, and is what comes out right? Written by `experiments/coverage.py`
-from `experiments/results/coverage.csv`; every builder is taken as it is, without weights, and measured in a process of
-its own on one core.
-
-What was checked, for every network:
-
-- Every parameter, bias, layer scale and batch-norm statistic is random, so that no zero hides anything, and layers are
-  scaled to outputs of unit size. Inputs are the smallest legal ones (64 pixels; 75 for Inception, 224 for ViT and
-  MaxViT; timm's own where the size is fixed).
-- **Error**: two allocations that keep a random 30 to 100 % of every group. The largest difference between the pruned
-  network's output and the masked one's, relative to the masked one's largest value, at batch 2; below 1e-8 in float64,
-  1e-4 in float32 (networks above 320 million parameters). Masking has to change the output by 1e-3 at least. Masks zero
-  what layers read; norms over channels, softmax over channels and attention run on the kept channels only, and keep the
-  dense network's scales. The mask follows the tracer's labels, so there is a second judge that doesn't.
-- **Zeroed**: the same against a dense copy with zeros in the weights that read removed channels. Networks where
-  channels are also read without weights (layer norm, attention) can't be compared so: "-". In all networks, keeping
-  every channel gives the dense network's output.
-- **Costs**: predicted MACs and parameters of the dense network and of both pruned ones equal what
-  `torch.utils.flop_counter` and `numel` count, exactly.
-- **Reload**: weights saved, laid into a fresh network: outputs are bit-identical.
-- **Step**: in training mode every parameter gets a finite gradient of its shape, and SGD makes a step.
-- **ONNX**: ONNX Runtime agrees with PyTorch to 1e-4 at batches of 1 and 4.
-
-Shares of MACs: *touched*, layers of which a prunable group touches an axis; *both axes*, layers that can shrink on
-both (**<** marks those short of what was wanted); *removable*, what is gone if every group keeps as little as it can.
-*Trace* is the search for groups, *proof* the whole call with its numerical proof, in CPU seconds of one core; memory is
-the peak of that call beyond what the network itself takes.
-
-**Torch-Pruning** 1.6.1 has the same builders and values: pruning ratio 0.3, group magnitude, the classifier ignored, no
-attribute set by hand, 120 CPU seconds and 18 GiB. *Right*: its output equals that of the dense network in which every
-convolution and linear layer reads zeros for the input channels that Torch-Pruning itself says it removed, and layer
-norms run over the kept channels. *Seconds* are those of its graph and its pruning.
-"""
+INTRODUCTION = Path(__file__).parent / "pages" / "coverage.md"
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "network": lambda row: row["builder"],
     "groups": lambda row: row["groups"],
@@ -91,17 +57,16 @@ PASSES: dict[str, Callable[[dict], bool]] = {
 
 
 def report(rows: list[dict]) -> str:
-    """The page: what was checked, how many networks pass, and a table for each family."""
-    families = {
-        family: [row for row in rows if row["family"] == family] for family in FAMILIES
-    }
-    families = {family: chosen for family, chosen in families.items() if chosen}
-    totals = [
-        [family, str(len(chosen)), *counts(chosen)]
-        for family, chosen in families.items()
-    ]
+    """The page: what was checked, how many networks pass, and a table a family."""
+    families = {}
+    totals = []
+    for family in FAMILIES:
+        chosen = [row for row in rows if row["family"] == family]
+        if chosen:
+            families[family] = chosen
+            totals.append([family, str(len(chosen)), *counts(chosen)])
     parts = [
-        INTRODUCTION,
+        INTRODUCTION.read_text(encoding="utf-8"),
         "## Networks that pass\n",
         table(["family", "networks", *PASSES], totals),
     ]
@@ -117,29 +82,53 @@ def counts(rows: list[dict]) -> list[str]:
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    """In Markdown."""
+    """A table in Markdown.
+
+    Args:
+        header: Names of the columns.
+        lines: Cells of each row.
+    """
     rule = ["---"] * len(header)
-    return (
-        "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines)) + "\n"
-    )
+    rows = [f"| {' | '.join(cells)} |" for cells in (header, rule, *lines)]
+    return "\n".join(rows) + "\n"
 
 
 def remarks(rows: list[dict]) -> list[str]:
-    """What failed, and why groups are pinned where the share is short of what was
-    wanted.
-    """
+    """What failed, and why groups are pinned where the share is below its target."""
     lines = []
     for row in rows:
         if row["failures"]:
-            lines.append(f"- {row['builder']} fails: {row['failures']}")
+            lines.append([row["builder"], "fails", row["failures"]])
         if is_short(row):
-            lines.append(
-                f"- {row['builder']} is short of {percent(target(row))}; pinned: "
-                f"{row['reasons']}"
-            )
+            what = f"short of {percent(target(row))}; pinned"
+            lines.append([row["builder"], what, summarised(row["reasons"])])
         if row["tp_failure"]:
-            lines.append(f"- {row['builder']} with Torch-Pruning: {row['tp_failure']}")
-    return ["\n".join(lines) + "\n"] if lines else []
+            lines.append([row["builder"], "with Torch-Pruning", row["tp_failure"]])
+    return [table(["network", "what", "why"], lines)] if lines else []
+
+
+def summarised(reasons: str) -> str:
+    """Reasons with those joined that differ in the message of an error alone.
+
+    "3 x the pruned network doesn't run: A; 2 x the pruned network doesn't run: B"
+    becomes "5 x the pruned network doesn't run: A, and the like".
+
+    Args:
+        reasons: As the table of results holds them.
+    """
+    counts: dict[str, int] = {}
+    examples: dict[str, list[str]] = {}
+    for reason in re.split(r"; (?=\d+ x )", reasons):
+        count, _, text = reason.partition(" x ")
+        kind, _, message = text.partition(": ")
+        counts[kind] = counts.get(kind, 0) + int(count)
+        examples.setdefault(kind, []).append(message)
+    parts = []
+    for kind, count in counts.items():
+        first, *others = examples[kind]
+        message = f": {first}" if first else ""
+        parts.append(f"{count} x {kind}{message}{', and the like' if others else ''}")
+    return "; ".join(parts)
 
 
 def missed(row: dict) -> str:
@@ -151,16 +140,19 @@ def missed(row: dict) -> str:
 
 
 def target(row: dict) -> float:
-    return next(
-        share for pattern, share in TARGETS if re.search(pattern, row["builder"])
-    )
+    """The share of MACs that should be prunable on both axes."""
+    for pattern, share in TARGETS:
+        if re.search(pattern, row["builder"]):
+            return share
+    raise AssertionError("the last pattern fits every name")
 
 
 def is_short(row: dict) -> bool:
-    return row["both_axes_macs_share"] == "" or float(
-        row["both_axes_macs_share"]
-    ) < target(row)
+    """Whether the share of MACs prunable on both axes is below its target."""
+    share = row["both_axes_macs_share"]
+    return share == "" or float(share) < target(row)
 
 
 def percent(share: str | float) -> str:
+    """A share as percents with at most one digit; empty as it is."""
     return "" if share == "" else f"{100 * float(share):.1f} %".replace(".0 %", " %")

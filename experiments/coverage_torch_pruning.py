@@ -1,21 +1,22 @@
-"""The same builders with Torch-Pruning, as its README uses it: nothing is set by hand,
-no layer but the last ignored.
+"""The same builders with Torch-Pruning, as its README uses it.
 
-Whether what it prunes is right is decided by masks that are built from the indices that
-it removed: in a copy of the dense network every convolution and linear layer reads
-zeros for the input channels that it lost, and every layer norm runs over the channels
-that it kept.
+Nothing is set by hand, no layer but the last ignored. Whether what it prunes is right
+is decided by masks that are built from the indices that it removed: in a copy of the
+dense network every convolution and linear layer reads zeros for the input channels that
+it lost, and every layer norm runs over the channels that it kept.
 """
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
-from experiments.coverage_checks import (
+from experiments.coverage_networks import Network, example, randomise
+from experiments.coverage_tools import (
     Usage,
     describe_error,
     difference,
@@ -23,7 +24,6 @@ from experiments.coverage_checks import (
     outputs,
     time_limit,
 )
-from experiments.coverage_networks import Network, example, randomise
 
 PRUNING_RATIO = 0.3
 TOLERANCE = 1e-4
@@ -32,37 +32,50 @@ INCOMPARABLE = (nn.MultiheadAttention, nn.GroupNorm, nn.LSTM)
 
 
 def compare(network: Network, limit_s: int) -> Iterator[dict]:
-    """Yields columns as they become known, so that a crash leaves those before it."""
+    """Prunes a network with Torch-Pruning and tells whether that is right.
+
+    Args:
+        network: The network.
+        limit_s: CPU seconds that pruning may take.
+
+    Yields:
+        Columns as they become known, so that a crash leaves those before it.
+    """
     torch.manual_seed(0)
     model = network.build()
     size = network.size(model)
     dense = randomise(model, size)
-    model, x = copy.deepcopy(dense), example((1, 3, size, size))
+    model = copy.deepcopy(dense)
+    x = example((1, 3, size, size))
     yield {"tp_runs": "no", "tp_right": "no"}
     survivors = Survivors(model)
     try:
         with time_limit(limit_s), Usage() as usage:
-            _prune(model, x, survivors, ignored(network, model))
+            _prune(model, x, survivors, ignored_layers(network, model))
         yield {
             "tp_seconds": usage.seconds,
             "tp_params_ratio": round(n_params(model) / n_params(dense), 4),
         }
-        pruned = outputs(model.eval(), example((2, 3, size, size), seed=1))
-        yield {
-            "tp_runs": "yes" if n_params(model) < n_params(dense) else "prunes nothing"
-        }
-        yield _verdict(dense, survivors, pruned, example((2, 3, size, size), seed=1))
+        images = example((2, 3, size, size), seed=1)
+        pruned = outputs(model.eval(), images)
+        is_smaller = n_params(model) < n_params(dense)
+        yield {"tp_runs": "yes" if is_smaller else "prunes nothing"}
+        yield _verdict(dense, survivors, pruned, images)
     except Exception as error:  # whatever Torch-Pruning raises
         yield {"tp_failure": describe_error(error)}
 
 
 def _prune(
-    model: nn.Module, x: Tensor, survivors: "Survivors", ignored_layers: list[nn.Module]
+    model: nn.Module, x: Tensor, survivors: "Survivors", ignored: list[nn.Module]
 ) -> None:
+    """Prunes the network in place, and notes what survives."""
     importance = tp.importance.GroupMagnitudeImportance(p=2)
-    options = {"pruning_ratio": PRUNING_RATIO, "ignored_layers": ignored_layers}
-    pruner = tp.pruner.BasePruner(model, x, importance, **options)
-    for group in pruner.step(interactive=True):
+    pruner = tp.pruner.BasePruner(
+        model, x, importance, pruning_ratio=PRUNING_RATIO, ignored_layers=ignored
+    )
+    groups = pruner.step(interactive=True)
+    assert groups is not None, "an interactive step yields groups"
+    for group in groups:
         survivors.note(pruner.DG, group)
         group.prune()
 
@@ -70,6 +83,7 @@ def _prune(
 def _verdict(
     dense: nn.Module, survivors: "Survivors", pruned: Tensor, x: Tensor
 ) -> dict:
+    """Whether the pruned network's outputs are those of the masked dense one."""
     error = difference(pruned, outputs(survivors.masked(dense), x))
     if error >= TOLERANCE and survivors.incomparable:
         return {
@@ -82,27 +96,39 @@ def _verdict(
     }
 
 
-def ignored(network: Network, model: nn.Module) -> list[nn.Module]:
-    """The layers that make the output: by their width, or the whole pyramid of a
-    detector's backbone.
+def ignored_layers(network: Network, model: nn.Module) -> list[nn.Module]:
+    """The layers that make the output.
+
+    By their width, or the whole pyramid of a detector's backbone.
+
+    Args:
+        network: Says which family it is.
+        model: The network.
     """
     if network.family == "detection":
-        return [model.fpn]
+        return [model.get_submodule("fpn")]
     width = 21 if network.family == "segmentation" else 1000
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    ]
-    return [layer for layer in layers if layer.weight.shape[0] == width]
+    layers: list[nn.Module] = []
+    for module in model.modules():
+        is_layer = isinstance(module, nn.Conv2d | nn.Linear)
+        if is_layer and module.weight.shape[0] == width:
+            layers.append(module)
+    return layers
 
 
 class Survivors:
-    """Which of its original input channels every layer still has, from the indices that
-    Torch-Pruning removes.
+    """Which of its original input channels every layer still has.
+
+    From the indices that Torch-Pruning removes.
 
     Args:
         model: The network before pruning.
+
+    Attributes:
+        inputs: Convolution or linear layer to the input channels that it kept.
+        normed: Layer norm to the channels that it kept.
+        incomparable: A pruned layer that masks of inputs can't stand for; empty if
+            there is none.
     """
 
     def __init__(self, model: nn.Module):
@@ -112,13 +138,17 @@ class Survivors:
         self.incomparable = ""
 
     def note(self, graph: tp.DependencyGraph, group: tp.dependency.Group) -> None:
-        """To be called with every group before it prunes: its indices count what is
-        left at that time.
+        """Takes in a group, before it prunes: its indices count what is left then.
+
+        Args:
+            graph: Torch-Pruning's.
+            group: The group that is about to prune.
         """
         for dependency, indices in group.items:
             module = dependency.target.module
             gone = {getattr(index, "idx", index) for index in indices}
-            name = self._names.get(module)
+            # Operations without weights are in the graph too; they have no name.
+            name = self._names.get(module, "")
             if isinstance(module, INCOMPARABLE):
                 self.incomparable = type(module).__name__
             elif isinstance(module, nn.LayerNorm):
@@ -127,19 +157,19 @@ class Survivors:
                 _drop(self.inputs, name, _n_inputs(module), gone)
 
     def masked(self, dense: nn.Module) -> nn.Module:
-        """The dense network in which every layer sees only what its pruned twin does."""
+        """The dense network in which each layer sees only what its pruned twin does."""
         twin = copy.deepcopy(dense)
         for name, kept in self.inputs.items():
             module = twin.get_submodule(name)
-            module.register_forward_pre_hook(
-                _hide(kept, _n_inputs(module), _channel_axis(module))
-            )
+            hide = _hide(kept, _n_inputs(module), _channel_axis(module))
+            module.register_forward_pre_hook(hide)
         for name, kept in self.normed.items():
             twin.get_submodule(name).register_forward_hook(_norm_over(kept))
         return twin
 
 
-def _reads(graph: tp.DependencyGraph, dependency, module: nn.Module) -> bool:
+def _reads(graph: tp.DependencyGraph, dependency: Any, module: nn.Module) -> bool:
+    """Whether a dependency removes inputs of a layer that has its own."""
     if not isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
         return False
     is_depthwise = (
@@ -151,14 +181,21 @@ def _reads(graph: tp.DependencyGraph, dependency, module: nn.Module) -> bool:
 def _drop(
     survivors: dict[str, list[int]], name: str, width: int, gone: set[int]
 ) -> None:
+    """Takes the channels at some positions out of a layer's survivors."""
     left = survivors.get(name, list(range(width)))
-    survivors[name] = [
-        channel for position, channel in enumerate(left) if position not in gone
-    ]
+    kept = []
+    for position, channel in enumerate(left):
+        if position not in gone:
+            kept.append(channel)
+    survivors[name] = kept
 
 
 def _n_inputs(module: nn.Module) -> int:
-    return module.in_features if isinstance(module, nn.Linear) else module.in_channels
+    """The input channels of a convolution or linear layer."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    assert isinstance(module, nn.modules.conv._ConvNd), "nothing else reads channels"
+    return module.in_channels
 
 
 def _channel_axis(module: nn.Module) -> int:
@@ -166,6 +203,7 @@ def _channel_axis(module: nn.Module) -> int:
 
 
 def _hide(kept: list[int], width: int, axis: int) -> Callable:
+    """A hook that sets a layer's other inputs to zero."""
     visible = torch.zeros(width)
     visible[kept] = 1
 
@@ -179,14 +217,16 @@ def _hide(kept: list[int], width: int, axis: int) -> Callable:
 
 
 def _norm_over(kept: list[int]) -> Callable:
-    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """A hook that lets a layer norm run over some channels only."""
+
+    def hook(module: nn.LayerNorm, inputs: tuple, output: Tensor) -> Tensor:
+        # timm's and torchvision's LayerNorm2d has the channels in front.
         axis = 1 if type(module).__name__ == "LayerNorm2d" else -1
-        x, y = inputs[0].movedim(axis, -1)[..., kept], output.movedim(axis, -1).clone()
-        affine = [
-            tensor if tensor is None else tensor[kept]
-            for tensor in (module.weight, module.bias)
-        ]
-        y[..., kept] = F.layer_norm(x, (len(kept),), *affine, module.eps)
+        x = inputs[0].movedim(axis, -1)[..., kept]
+        y = output.movedim(axis, -1).clone()
+        weight = None if module.weight is None else module.weight[kept]
+        bias = None if module.bias is None else module.bias[kept]
+        y[..., kept] = functional.layer_norm(x, (len(kept),), weight, bias, module.eps)
         return y.movedim(-1, axis)
 
     return hook

@@ -1,13 +1,12 @@
-"""Do the contracts hold for networks that nobody wrote? Composed at random, traced,
-pruned, counted.
+"""Do the contracts hold for networks that nobody wrote?
 
-    python experiments/fuzz.py --networks 500 --seed 0
+    python -m experiments.fuzz --networks 500 --seed 0
 
-One row a network in `experiments/results/fuzz.csv`: its recipe, its groups, the largest
-difference between pruned and masked in float64, and what failed. Rows that are there
-aren't checked again. A failure prints the recipe and the smallest one that still fails,
-for the list in `tests/test_fuzz.py`; the exit code is 1 then. About a second a network
-on one core.
+Networks are composed at random, traced, pruned and counted. One row a network in
+`experiments/results/fuzz.csv`: its recipe, its groups, the largest difference between
+pruned and masked in float64, and what failed. Rows that are there aren't checked again.
+A failure prints the recipe and the smallest one that still fails, for the list in
+`tests/test_fuzz.py`; the exit code is 1 then. About a second a network on one core.
 """
 
 import argparse
@@ -21,15 +20,17 @@ import torch
 from autoprune.reporting.console import progress, say
 from experiments.tables import read_table, write_table
 
+# The tests compose and check the same networks.
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from contracts import check
-from recipes import recipe, shrunk
+from contracts import check  # pyright: ignore[reportMissingImports], see above
+from recipes import recipe, shrunk  # pyright: ignore[reportMissingImports]
 
 FIELDS = ("seed", "prunable", "pinned", "error", "failures", "recipe")
 BETWEEN = " | "
 
 
 def main() -> int:
+    """Checks the networks without a row; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,30 +49,29 @@ def main() -> int:
     with progress("fuzz", args.networks) as advance:
         for seed in seeds:
             if seed not in rows:
-                rows[seed] = measured(seed)
+                rows[seed] = check_network(seed)
                 write_table(args.out, [rows[seed] for seed in sorted(rows)], FIELDS)
-            advance(f"{sum(1 for row in rows.values() if row['failures'])} failures")
+            n_failed = sum(1 for row in rows.values() if row["failures"])
+            advance(f"{n_failed} failures")
     summarise([rows[seed] for seed in seeds])
     return 1 if any(rows[seed]["failures"] for seed in seeds) else 0
 
 
-def measured(seed: int) -> dict[str, str]:
+def check_network(seed: int) -> dict[str, str]:
     """The row of one network; failures are printed."""
-    made = recipe(seed)
-    found = check(made)
-    if found.failures:
-        smallest = shrunk(made, lambda smaller: bool(check(smaller).failures))
-        say(
-            f"recipe({seed}) = {made}\n  smallest: {smallest}\n  "
-            + "\n  ".join(found.failures)
-        )
+    network = recipe(seed)
+    outcome = check(network)
+    if outcome.failures:
+        smallest = shrunk(network, lambda smaller: bool(check(smaller).failures))
+        failures = "\n  ".join(outcome.failures)
+        say(f"recipe({seed}) = {network}\n  smallest: {smallest}\n  {failures}")
     values = (
         seed,
-        found.prunable,
-        BETWEEN.join(found.pinned),
-        found.error,
-        BETWEEN.join(found.failures),
-        made,
+        outcome.prunable,
+        BETWEEN.join(outcome.pinned),
+        outcome.error,
+        BETWEEN.join(outcome.failures),
+        network,
     )
     return {field: str(value) for field, value in zip(FIELDS, values, strict=True)}
 
@@ -79,13 +79,11 @@ def measured(seed: int) -> dict[str, str]:
 def summarise(rows: list[dict[str, str]]) -> None:
     """Networks, groups, failures, and what is pinned why, on stdout."""
     prunable = [int(row["prunable"]) for row in rows]
-    worst, failed = (
-        max(float(row["error"]) for row in rows),
-        [row["seed"] for row in rows if row["failures"]],
-    )
+    share = sum(n > 0 for n in prunable) / len(rows)
+    worst = max(float(row["error"]) for row in rows)
+    failed = [row["seed"] for row in rows if row["failures"]]
     print(
-        f"{len(rows)} networks, {sum(prunable)} prunable groups, "
-        f"{sum(n > 0 for n in prunable) / len(rows):.1%} of "
+        f"{len(rows)} networks, {sum(prunable)} prunable groups, {share:.1%} of "
         f"networks with at least one; worst error {worst:.1e}; {len(failed)} failures "
         f"{' '.join(failed)}"
     )
@@ -95,13 +93,13 @@ def summarise(rows: list[dict[str, str]]) -> None:
 
 def reasons(rows: list[dict[str, str]]) -> Counter[str]:
     """How often each reason was given, names and numbers aside."""
-    given = [
-        reason for row in rows for reason in row["pinned"].split(BETWEEN) if reason
-    ]
-    return Counter(
-        re.sub(r"\[.*?\]|\d[\d.e+-]*", "#", re.sub(r" in \S+|: Given groups.*", "", r))
-        for r in given
-    )
+    counts: Counter[str] = Counter()
+    for row in rows:
+        for reason in row["pinned"].split(BETWEEN):
+            if reason:
+                nameless = re.sub(r" in \S+|: Given groups.*", "", reason)
+                counts[re.sub(r"\[.*?\]|\d[\d.e+-]*", "#", nameless)] += 1
+    return counts
 
 
 if __name__ == "__main__":

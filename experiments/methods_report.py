@@ -1,7 +1,8 @@
-"""docs/methods.md from `METHODS`, the table below and the rows of
-experiments/results/methods_all.csv.
+"""Writes docs/methods.md.
 
-python experiments/methods_report.py
+    python -m experiments.methods_report
+
+From `METHODS`, the table below and the rows of experiments/results/methods_all.csv.
 """
 
 from collections.abc import Mapping
@@ -13,13 +14,14 @@ from experiments.tables import read_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 TABLE = Path(__file__).parent / "results" / "methods_all.csv"
+TEMPLATE = Path(__file__).parent / "pages" / "methods.md"
+"""The page with placeholders for the dense accuracy and the rows."""
 
-RANKING, DATA = "one look at the weights", "a pass over 500 images"
+RANKING = "one look at the weights"
+DATA = "a pass over 500 images"
 SEARCH = "as many evaluations as `--episodes`"
-SPARSE, MERGED = (
-    "a training of the whole network before",
-    "a training of the whole network, and none after",
-)
+SPARSE = "a training of the whole network before"
+MERGED = "a training of the whole network, and none after"
 ABOUT: dict[str, tuple[str, str]] = {
     "l1": (RANKING, "R56 93.78 → 93.51 at 49.7 %, 120 epochs (run by TPP's authors)"),
     "l2": (
@@ -96,49 +98,38 @@ ABOUT: dict[str, tuple[str, str]] = {
 if one is comparable.
 """
 
-INTRODUCTION = """\
-# Methods
-
-Every method is a set of options of `autoprune run`, so each is one command, and each composes with the others:
-`autoprune run --method NAME --agent dyna` lets an agent decide how much goes where. `autoprune methods` lists the same.
-
-**Ours** is the public ResNet-20 (dense {dense} % on the test split) with the method as it is listed, but from sliced
-weights in all but AMC (`--proxy.reconstruct off`): half of the MACs (2:4 leaves more; masks count what isn't zero), two
-epochs in all on 10,000 training images, last epoch, test split read once, one seed: a check that each works and meets
-its budget, not a ranking; gaps below a point are noise. Tables with three seeds, each for one question, are in
-[experiments/results](../experiments/results/README.md). **Published** are dense → pruned accuracies with the MACs
-removed, on CIFAR-10 unless said otherwise (R56: ResNet-56), from far longer trainings. Dense kernels run masks no
-faster.
-
-| method | paper | prunes | costs, beside fine-tuning | ours: MACs left, before → after | published |
-| --- | --- | --- | --- | --- | --- |
-"""
-
 
 def main() -> None:
+    """Writes the page."""
     write_text(PAGE, page(read_table(TABLE)))
     print(PAGE)
 
 
 def page(rows: list[dict]) -> str:
     """The page, with the first seed's row of each method that was measured."""
-    found: dict[str, dict] = {}
+    first_rows: dict[str, dict] = {}
     for row in rows:
-        found.setdefault(row["row"], row)
+        first_rows.setdefault(row["row"], row)
     dense = f"{100 * float(rows[0]['test_dense']):.2f}" if rows else "-"
-    lines = [line(name, found.get(name, {})) for name in METHODS]
-    return INTRODUCTION.format(dense=dense) + "\n".join(lines) + "\n"
+    lines = [table_line(name, first_rows.get(name, {})) for name in METHODS]
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return template.format(dense=dense, rows="\n".join(lines))
 
 
-def line(name: str, row: Mapping[str, str]) -> str:
-    """One method's row."""
-    method, (costs, published) = METHODS[name], ABOUT[name]
-    ours = (
-        f"{percent(row['macs_ratio'])}: {percent(row['test_pruned'])} → "
-        f"{percent(row['test'])}"
-        if row
-        else "-"
-    )
+def table_line(name: str, row: Mapping[str, str]) -> str:
+    """One method's row in Markdown.
+
+    Args:
+        name: The method's.
+        row: What was measured of it; empty if nothing was.
+    """
+    method = METHODS[name]
+    costs, published = ABOUT[name]
+    ours = "-"
+    if row:
+        before = percent(row["test_pruned"])
+        after = percent(row["test"])
+        ours = f"{percent(row['macs_ratio'])}: {before} → {after}"
     cells = (
         f"`autoprune run --method {name}`",
         method.paper,
@@ -151,6 +142,7 @@ def line(name: str, row: Mapping[str, str]) -> str:
 
 
 def percent(share: str) -> str:
+    """A share as percents with one digit."""
     return f"{100 * float(share):.1f} %"
 
 

@@ -1,8 +1,8 @@
-"""Proxies on offer: ways to score a pruned network before fine-tuning, for
-`proxy_fidelity.py` to judge.
+"""Proxies on offer: ways to score a pruned network before fine-tuning.
 
-Each slices the network of an allocation, solves its weights anew if it says so, takes
-batch-norm statistics from somewhere, and reads `MEASURES` off its answers.
+`proxy_fidelity.py` judges them. Each slices the network of an allocation, solves its
+weights anew if it says so, takes batch-norm statistics from somewhere, and reads
+`MEASURES` off its answers.
 """
 
 import time
@@ -14,19 +14,23 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
-from autoprune.costs.allocation import SearchSpace
+from autoprune.costs.search_space import SearchSpace
 from autoprune.data.datasets import Images, batches
 from autoprune.evaluation.evaluate import in_eval_mode, on_batch_statistics, recalibrate
 from autoprune.evaluation.precision import autocast
-from autoprune.pipeline.context import Workspace
+from autoprune.pipeline.context import RunContext
 from autoprune.structure.slicing import Slicer, top_channels
 
 MEASURES = {"accuracy": 1, "cross_entropy": -1, "kl": -1}
 """What is read off a network's answers, and the sign that makes higher better."""
-N_SETS, SET_SIZE = 4, 256
+N_SETS = 4
+"""Disjoint sets of images that a proxy on few images scores."""
+SET_SIZE = 256
+"""Images of the largest of such sets."""
 BATCH = 512
+"""Images that pass through a network at once."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +48,33 @@ class Exam:
     dense: Tensor
 
     def __getitem__(self, part: slice) -> "Exam":
+        """A part of the images."""
         return Exam(self.inputs[part], self.labels[part], self.dense[part])
 
     def measure(self, answers: Tensor) -> dict[str, float]:
-        """`MEASURES` of logits; `kl` is KL(dense || answers), as both losses the mean
-        over images, in nats.
+        """`MEASURES` of logits `(n_images, n_classes)`.
+
+        `kl` is KL(dense || answers); both losses are means over images, in nats.
         """
+        is_right = answers.argmax(1) == self.labels
+        kl = functional.kl_div(
+            answers.log_softmax(1), self.dense, log_target=True, reduction="batchmean"
+        )
         return {
-            "accuracy": (answers.argmax(1) == self.labels).float().mean().item(),
-            "cross_entropy": F.cross_entropy(answers, self.labels).item(),
-            "kl": F.kl_div(
-                answers.log_softmax(1),
-                self.dense,
-                log_target=True,
-                reduction="batchmean",
-            ).item(),
+            "accuracy": is_right.float().mean().item(),
+            "cross_entropy": functional.cross_entropy(answers, self.labels).item(),
+            "kl": kl.item(),
         }
 
 
 def answer(model: nn.Module, inputs: Tensor, bf16: str = "off") -> Tensor:
-    """Logits of `model`, in the mode that it is in."""
+    """Logits of a network, in the mode that it is in.
+
+    Args:
+        model: The network.
+        inputs: Normalised images.
+        bf16: As in `ProxyConfig`.
+    """
     with torch.no_grad(), autocast(bf16):
         return torch.cat([model(batch).float() for batch in inputs.split(BATCH)])
 
@@ -73,72 +84,72 @@ class Network:
     """A dense network with what its sub-models are made of and scored on; made lazily.
 
     Attributes:
-        workspace: Network, images and trace.
+        context: Network, images and trace.
     """
 
-    workspace: Workspace
+    context: RunContext
 
     @property
     def budget(self) -> str:
         """What sub-models must not exceed."""
-        return self.workspace.settings.search.budget
+        return self.context.settings.search.budget
 
     @property
     def cell(self) -> dict[str, str]:
         """What the tables call it."""
-        return {"model": self.workspace.settings.network.model, "budget": self.budget}
+        return {"model": self.context.settings.network.model, "budget": self.budget}
 
     @cached_property
     def space(self) -> SearchSpace:
         """The allocations."""
-        return SearchSpace(self.workspace.costs)
+        return SearchSpace(self.context.costs)
 
     @cached_property
     def slicer(self) -> Slicer:
         """The copy in which sub-models are scored."""
-        return Slicer(self.workspace.model, self.workspace.groups)
+        return Slicer(self.context.model, self.context.groups)
 
     @cached_property
     def proxy(self) -> Exam:
         """The proxy split; its four sets don't overlap."""
-        return self.exam(self.workspace.splits.proxy)
+        return self.exam(self.context.splits.proxy)
 
     @cached_property
     def train(self) -> Exam:
         """Training images, for proxies that were published with as many."""
-        return self.exam(self.workspace.splits.train[:10_000])
+        return self.exam(self.context.splits.train[:10_000])
 
     @cached_property
     def train_batches(self) -> list[Tensor]:
         """EagleEye's calibration: 100 augmented batches of training images."""
-        return [
-            inputs
-            for inputs, _ in islice(
-                batches(self.workspace.splits.train, 128, seed=0, epoch=0), 100
-            )
-        ]
+        drawn = batches(self.context.splits.train, 128, seed=0, epoch=0)
+        return [inputs for inputs, _ in islice(drawn, 100)]
 
     @cached_property
     def calibration(self) -> Tensor:
         """The calibration split, normalised."""
-        return self.workspace.splits.calibration.inputs
+        return self.context.splits.calibration.inputs
 
     def exam(self, images: Images) -> Exam:
         """Images to be scored."""
-        return Exam(
-            images.inputs,
-            images.labels,
-            answer(self.workspace.model, images.inputs).log_softmax(1),
-        )
+        dense = answer(self.context.model, images.inputs).log_softmax(1)
+        return Exam(images.inputs, images.labels, dense)
 
-    def lay(self, counts: dict[str, int], reconstructed: bool = False) -> nn.Module:
-        """The sub-model of an allocation with the dense network's statistics, valid
-        until the next; in eval mode.
+    def sub_model(self, counts: dict[str, int], reconstructed: bool) -> nn.Module:
+        """The sub-model of an allocation, valid until the next one; in eval mode.
+
+        It has the dense network's statistics.
+
+        Args:
+            counts: Group to kept channels.
+            reconstructed: Whether weights are solved anew.
         """
-        kept = top_channels(self.workspace.importance, counts)
+        kept = top_channels(self.context.importance, counts)
         model = self.slicer.apply(kept).eval()
         if reconstructed:
-            self.workspace.reconstruction.apply(model, kept)
+            reconstruction = self.context.reconstruction
+            assert reconstruction is not None, "the settings don't switch it off"
+            reconstruction.apply(model, kept)
         return model
 
 
@@ -170,24 +181,34 @@ class Proxy:
     def sets(self) -> list[slice]:
         """The disjoint sets of images that are scored apart."""
         n_sets = N_SETS if self.images <= SET_SIZE else 1
-        return [
-            slice(at, at + self.images)
-            for at in range(0, n_sets * self.images, self.images)
-        ]
+        starts = range(0, n_sets * self.images, self.images)
+        return [slice(start, start + self.images) for start in starts]
 
 
 def as_pruned(
     network: Network, model: nn.Module, part: slice
 ) -> AbstractContextManager:
-    """The dense network's statistics."""
+    """The dense network's statistics.
+
+    Args:
+        network: The dense network and its images.
+        model: The sub-model.
+        part: The set at hand.
+    """
     return in_eval_mode(model)
 
 
 def moving_average(
     network: Network, model: nn.Module, part: slice
 ) -> AbstractContextManager:
-    """The dense network's statistics, moved by PyTorch's usual momentum over training
-    batches.
+    """The dense network's statistics, moved over training batches.
+
+    By PyTorch's usual momentum.
+
+    Args:
+        network: The dense network and its images.
+        model: The sub-model.
+        part: The set at hand.
     """
     model.train()
     for inputs in network.train_batches:
@@ -198,7 +219,13 @@ def moving_average(
 def recalibrated(
     network: Network, model: nn.Module, part: slice
 ) -> AbstractContextManager:
-    """Statistics measured anew, on as many other images as are scored."""
+    """Statistics measured anew, on as many other images as are scored.
+
+    Args:
+        network: The dense network and its images.
+        model: The sub-model.
+        part: The set at hand.
+    """
     recalibrate(model, network.calibration[part], bf16="auto")
     return in_eval_mode(model)
 
@@ -206,14 +233,23 @@ def recalibrated(
 def batch_statistics(
     network: Network, model: nn.Module, part: slice
 ) -> AbstractContextManager:
-    """The statistics of the very images that are scored."""
+    """The statistics of the very images that are scored.
+
+    Args:
+        network: The dense network and its images.
+        model: The sub-model.
+        part: The set at hand.
+    """
     return on_batch_statistics(model)
 
 
-PUBLISHED = {"split": "train", "bf16": "off", "measures": ("accuracy",)}
 PROXIES = {
-    "amc": Proxy(as_pruned, 5_000, 1, **PUBLISHED),
-    "eagleeye": Proxy(moving_average, 10_000, 2, **PUBLISHED),
+    "amc": Proxy(
+        as_pruned, 5_000, 1, split="train", bf16="off", measures=("accuracy",)
+    ),
+    "eagleeye": Proxy(
+        moving_average, 10_000, 2, split="train", bf16="off", measures=("accuracy",)
+    ),
     "recalibrated, 250": Proxy(recalibrated, 250, 2),
     "recalibrated, 1000": Proxy(recalibrated, 1_000, 2),
     "one pass, 128": Proxy(batch_statistics, 128, 1),
@@ -229,9 +265,20 @@ PROXIES = {
 def score(
     network: Network, kept: dict[str, int], proxy: Proxy, part: slice, exam: Exam
 ) -> tuple[dict, float]:
-    """`MEASURES` of a sub-model, and the processor seconds from allocation to score."""
+    """Scores one sub-model on one set.
+
+    Args:
+        network: The dense network and its images.
+        kept: Group to kept channels.
+        proxy: How it is scored.
+        part: The set at hand.
+        exam: The set's images.
+
+    Returns:
+        Its `MEASURES`, and the processor seconds from allocation to score.
+    """
     started = time.process_time()
-    model = network.lay(kept, proxy.reconstructed)
+    model = network.sub_model(kept, proxy.reconstructed)
     with proxy.prepare(network, model, part):
         measured = exam.measure(answer(model, exam.inputs, proxy.bf16))
     return measured, time.process_time() - started

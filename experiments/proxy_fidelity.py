@@ -1,8 +1,10 @@
-"""How well does each proxy rank networks before fine-tuning?
+r"""How well does each proxy rank networks before fine-tuning?
 
-    python experiments/proxy_fidelity.py --model resnet20 --weights FILE
-    python experiments/proxy_fidelity.py --model resnet20 --weights FILE --budget macs=30% --training distilled
-    python experiments/proxy_fidelity.py --model resnet20 --weights FILE --stages score    new proxies only
+    python -m experiments.proxy_fidelity --model resnet20 --weights FILE
+    python -m experiments.proxy_fidelity --model resnet20 --weights FILE \
+        --budget macs=30% --training distilled
+    python -m experiments.proxy_fidelity --model resnet20 --weights FILE \
+        --stages score                                          new proxies only
 
 Stage `finetune`: 24 allocations that meet the budget are pruned (L1) and trained alike,
 in one of the ways of `TRAININGS`. They are uniform, 18 random walks around uniform with
@@ -42,24 +44,33 @@ from autoprune.config import (
     SearchConfig,
     Settings,
 )
-from autoprune.costs.allocation import SearchSpace
 from autoprune.costs.budget import Budget
+from autoprune.costs.search_space import SearchSpace
 from autoprune.evaluation.evaluate import accuracy, recalibrate
-from autoprune.pipeline.context import Workspace
-from autoprune.pipeline.methods.base import recalibrated, sliced
+from autoprune.pipeline.context import RunContext
+from autoprune.pipeline.methods.channels import recalibrated, sliced
 from autoprune.training.loop import finetune
 from experiments.agreement import agreement
 from experiments.proxies import N_SETS, PROXIES, SET_SIZE, Network, answer, score
 from experiments.script import run
-from experiments.tables import add_rows, holds, read_table, write_table
+from experiments.tables import add_rows, has_row, read_table, write_table
 
 RESULTS = Path(__file__).parent / "results"
-RUNS, SCORES, AGREEMENT = (
-    RESULTS / f"proxy_fidelity{part}.csv" for part in ("_runs", "_scores", "")
-)
+RUNS = RESULTS / "proxy_fidelity_runs.csv"
+SCORES = RESULTS / "proxy_fidelity_scores.csv"
+AGREEMENT = RESULTS / "proxy_fidelity.csv"
 RUN_FIELDS = (
-    *("model", "budget", "training", "number", "kind", "spread", "seed"),
-    *("kept", "macs_ratio", "accuracy", "seconds"),
+    "model",
+    "budget",
+    "training",
+    "number",
+    "kind",
+    "spread",
+    "seed",
+    "kept",
+    "macs_ratio",
+    "accuracy",
+    "seconds",
 )
 SCORE_FIELDS = (
     "model",
@@ -73,20 +84,24 @@ SCORE_FIELDS = (
     "seconds",
 )
 AGREEMENT_FIELDS = (
-    *(
-        "model",
-        "budget",
-        "training",
-        "proxy",
-        "measure",
-        "images",
-        "passes",
-        "sets",
-        "tau",
-        "tau_deviation",
-    ),
-    *("tau_better_half", "pearson", "seconds", "noise", "noise_apart"),
+    "model",
+    "budget",
+    "training",
+    "proxy",
+    "measure",
+    "images",
+    "passes",
+    "sets",
+    "tau",
+    "tau_deviation",
+    "tau_better_half",
+    "pearson",
+    "seconds",
+    "noise",
+    "noise_apart",
 )
+N_CANDIDATES = 24
+"""Allocations whose networks are trained."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +110,13 @@ class Training:
 
     Attributes:
         n_images: Training images.
-        how: Epochs, learning rate, distillation.
+        config: Epochs, learning rate, distillation.
         begin: The network of an allocation as the training finds it.
     """
 
     n_images: int
-    how: FinetuneConfig
-    begin: Callable[[Workspace, dict[str, int]], nn.Module]
+    config: FinetuneConfig
+    begin: Callable[[RunContext, dict[str, int]], nn.Module]
 
 
 TRAININGS = {
@@ -110,12 +125,14 @@ TRAININGS = {
     ),
     "distilled": Training(15_000, FinetuneConfig(epochs=2, lr=0.02), sliced),
 }
-"""A single harsh epoch without a teacher; and, as `autoprune run` trains, from solved
-weights where they are better.
+"""A single harsh epoch without a teacher; and as `autoprune run` trains.
+
+That begins with solved weights where they are better.
 """
 
 
 def main() -> None:
+    """Measures what the tables lack, and writes the agreement."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -138,26 +155,24 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    data, search = (
+    settings = Settings(
+        NetworkConfig(args.model, args.weights),
         DataConfig("cifar10", proxy_images=N_SETS * SET_SIZE),
         SearchConfig(budget=args.budget),
     )
-    network = Network(
-        Workspace(Settings(NetworkConfig(args.model, args.weights), data, search))
-    )
+    network = Network(RunContext(settings))
     if "finetune" in args.stages:
         for seed in args.seeds:
             train_all(network, args.training, seed)
     if "score" in args.stages:
-        if not holds(RUNS, network.cell):
+        if not has_row(RUNS, network.cell):
             parser.error(
                 f"--stages: no {args.model} is trained at {args.budget} yet; give "
                 f"finetune too"
             )
         score_all(network)
-        write_table(
-            AGREEMENT, agreement(read_table(RUNS), read_table(SCORES)), AGREEMENT_FIELDS
-        )
+        rows = agreement(read_table(RUNS), read_table(SCORES))
+        write_table(AGREEMENT, rows, AGREEMENT_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -176,45 +191,52 @@ class Candidate:
 
 
 def train_all(network: Network, training: str, seed: int) -> None:
-    """Adds the networks that the table lacks, one by one."""
-    cells = (
-        network.cell | {"training": training, "number": number, "seed": seed}
-        for number in range(24)
-    )
-    missing = [cell for cell in cells if not holds(RUNS, cell)]
+    """Adds the networks that the table lacks, one by one.
+
+    Args:
+        network: The dense network and its images.
+        training: A key of `TRAININGS`.
+        seed: Of the training.
+    """
+    missing = {}
+    for number in range(N_CANDIDATES):
+        cell = network.cell | {"training": training, "number": number, "seed": seed}
+        if not has_row(RUNS, cell):
+            missing[number] = cell
     chosen = candidates(network) if missing else []
-    for cell in missing:
-        row = cell | trained(network, chosen[cell["number"]], TRAININGS[training], seed)
+    for number, cell in missing.items():
+        row = cell | train(network, chosen[number], TRAININGS[training], seed)
         add_rows(RUNS, [row], RUN_FIELDS)
         print(row, flush=True)
 
 
 def candidates(network: Network) -> list[Candidate]:
     """The 24 allocations, all different, the same for the same network."""
-    space, generator = network.space, np.random.default_rng(0)
+    space = network.space
+    generator = np.random.default_rng(0)
     target = Budget.parse(network.budget).target(space.costs)
     uniform = tuple(map(int, space.uniform(target)))
     seen = {uniform}
 
     def walks(kind: str, spreads: np.ndarray) -> Iterator[Candidate]:
         for spread in map(float, spreads):
-            while (counts := around_uniform(space, target, spread, generator)) in seen:
-                pass
+            counts = around_uniform(space, target, spread, generator)
+            while counts in seen:
+                counts = around_uniform(space, target, spread, generator)
             seen.add(counts)
             yield Candidate(kind, round(spread, 3), counts)
 
     drawn = list(walks("random", np.geomspace(0.03, 0.5, 18)))
     tried = list(walks("best of 30", np.linspace(0.05, 0.2, 30)))
-    exam = network.exam(network.workspace.splits.selection[:500])
-    calibration = network.workspace.splits.selection[500:1000].inputs
+    exam = network.exam(network.context.splits.selection[:500])
+    calibration = network.context.splits.selection[500:1000].inputs
 
     evenly = Candidate("uniform", 0.0, uniform)
-    reconstructed = (
-        network.workspace.proxy().suited_to(kept_of(network, evenly)).reconstructs
-    )
+    suited = network.context.proxy().suited_to(kept_of(network, evenly))
+    reconstructed = suited.reconstructs
 
     def loss(candidate: Candidate) -> float:
-        model = network.lay(kept_of(network, candidate), reconstructed)
+        model = network.sub_model(kept_of(network, candidate), reconstructed)
         recalibrate(model, calibration, bf16="auto")
         return exam.measure(answer(model, exam.inputs, "auto"))["cross_entropy"]
 
@@ -224,7 +246,14 @@ def candidates(network: Network) -> list[Candidate]:
 def around_uniform(
     space: SearchSpace, target: int, spread: float, generator: np.random.Generator
 ) -> tuple[int, ...]:
-    """Counts of a walk whose wishes are uniform-to-go and a random offset."""
+    """Counts of a walk that asks for uniform-to-go and a random offset.
+
+    Args:
+        space: The allocations.
+        target: The cost to meet.
+        spread: Standard deviation of the offsets, in sparsity.
+        generator: Draws them.
+    """
     counts = space.allocate(
         target, lambda index, uniform: uniform + generator.normal(0, spread)
     )
@@ -232,60 +261,72 @@ def around_uniform(
 
 
 def kept_of(network: Network, candidate: Candidate) -> dict[str, int]:
+    """Group to kept channels.
+
+    Args:
+        network: The dense network.
+        candidate: The allocation.
+    """
     return dict(zip(network.space.costs.names, candidate.counts, strict=True))
 
 
-def trained(
+def train(
     network: Network, candidate: Candidate, training: Training, seed: int
 ) -> dict:
-    """Prunes, trains and reads the test split; what a row has beside its cell."""
-    workspace, kept, started = (
-        network.workspace,
-        kept_of(network, candidate),
-        time.process_time(),
-    )
-    model = training.begin(workspace, kept)
-    finetune(
-        model,
-        workspace.splits.train[: training.n_images],
-        training.how,
-        seed,
-        workspace.dense,
-    )
+    """Prunes, trains and reads the test split.
+
+    Args:
+        network: The dense network and its images.
+        candidate: The allocation.
+        training: How its network is trained.
+        seed: Of the training.
+
+    Returns:
+        The row without its cell.
+    """
+    context = network.context
+    kept = kept_of(network, candidate)
+    started = time.process_time()
+    model = training.begin(context, kept)
+    images = context.splits.train[: training.n_images]
+    finetune(model, images, training.config, seed, context.dense)
     seconds = time.process_time() - started
+    macs_ratio = context.costs.macs(kept) / context.costs.macs(context.costs.dense)
     return {
         "kind": candidate.kind,
         "spread": candidate.spread,
         "kept": json.dumps(kept),
-        "macs_ratio": round(
-            workspace.costs.macs(kept) / workspace.costs.macs(workspace.costs.dense), 5
-        ),
-        "accuracy": accuracy(model, workspace.splits.test),
+        "macs_ratio": round(macs_ratio, 5),
+        "accuracy": accuracy(model, context.splits.test),
         "seconds": round(seconds, 1),
     }
 
 
 def score_all(network: Network) -> None:
     """Adds the scores that the table lacks, network by network."""
-    rows = [
-        row
-        for row in read_table(RUNS)
-        if all(row[key] == value for key, value in network.cell.items())
-    ]
-    for number, kept in {
-        row["number"]: json.loads(row["kept"]) for row in rows
-    }.items():
+    kept_by_number: dict[str, dict[str, int]] = {}
+    for row in read_table(RUNS):
+        if all(row[key] == value for key, value in network.cell.items()):
+            kept_by_number[row["number"]] = json.loads(row["kept"])
+    for number, kept in kept_by_number.items():
         cell = network.cell | {"number": number}
-        missing = [
-            name for name in PROXIES if not holds(SCORES, cell | {"proxy": name})
-        ]
-        scored = [cell | row for row in scores(network, kept, missing)]
-        add_rows(SCORES, scored, SCORE_FIELDS)
-        print(*cell.values(), len(scored), flush=True)
+        missing = []
+        for name in PROXIES:
+            if not has_row(SCORES, cell | {"proxy": name}):
+                missing.append(name)
+        rows = [cell | row for row in scores(network, kept, missing)]
+        add_rows(SCORES, rows, SCORE_FIELDS)
+        print(*cell.values(), len(rows), flush=True)
 
 
 def scores(network: Network, kept: dict[str, int], names: list[str]) -> Iterator[dict]:
-    """A row a proxy and set; what it has beside its cell."""
+    """A row a proxy and set, without its cell.
+
+    Args:
+        network: The dense network and its images.
+        kept: Group to kept channels.
+        names: The proxies.
+    """
     for name in names:
         proxy = PROXIES[name]
         for number, part in enumerate(proxy.sets):

@@ -1,11 +1,11 @@
-"""Is it the weights or the widths? Pruned networks fine-tuned, and trained from scratch
-(Liu et al. 2019, ICLR).
+"""Is it the weights or the widths?
 
-    python experiments/rethinking.py --seeds 0 1 2
-    python experiments/rethinking.py --summary
+    python -m experiments.rethinking --seeds 0 1 2
+    python -m experiments.rethinking --summary
 
-A ResNet-8 is trained on 5,000 CIFAR-10 images, pruned to half of its MACs (the same
-share of every group, by L1), and the small network then is
+Pruned networks fine-tuned, and trained from scratch (Liu et al. 2019, ICLR). A ResNet-8
+is trained on 5,000 CIFAR-10 images, pruned to half of its MACs (the same share of every
+group, by L1), and the small network then is
 
 - `fine_tuned`: trained on from its weights, for a quarter of the dense network's
   epochs, as the paper did;
@@ -32,9 +32,9 @@ import torch
 from torch import nn
 
 from autoprune.config import DataConfig, FinetuneConfig
-from autoprune.costs.allocation import SearchSpace
 from autoprune.costs.budget import Budget
 from autoprune.costs.cost import CostTable
+from autoprune.costs.search_space import SearchSpace
 from autoprune.data.datasets import Splits, load
 from autoprune.data.networks import CifarResNet, kaiming
 from autoprune.evaluation.evaluate import accuracy, recalibrate
@@ -43,16 +43,19 @@ from autoprune.structure.slicing import prune, top_channels
 from autoprune.tracing.trace import trace
 from autoprune.training.loop import finetune
 from experiments.script import run
-from experiments.tables import fill, mean_and_spread, measured
+from experiments.tables import fill_table, mean_and_spread, rows_for_summary
 
 TABLE = Path(__file__).parent / "results" / "rethinking.csv"
 KEY = ("arm", "lr", "seed")
 FIELDS = (*KEY, "epochs", "macs_ratio", "test_dense", "test")
 ARMS = ("fine_tuned", "fine_tuned_long", "scratch_e", "scratch_b")
-BUDGET, DENSE_LR = "macs=50%", 0.1
+BUDGET = "macs=50%"
+DENSE_LR = 0.1
+"""Learning rate of the dense network's training."""
 
 
 def main() -> None:
+    """Measures what the table lacks, or sums it up."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,17 +66,16 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
     if args.summary:
-        return summarise(measured(TABLE, parser))
+        return summarise(rows_for_summary(TABLE, parser))
     splits = load(DataConfig("cifar10", max_train_images=5000))
     args.runs.mkdir(parents=True, exist_ok=True)
     dense = cache(lambda seed: dense_network(splits, args.epochs, seed, args.runs))
-    cells = [
-        dict(zip(KEY, (arm, lr, seed), strict=True))
-        for seed in args.seeds
-        for arm in ARMS
-        for lr in args.lrs
-    ]
-    fill(
+    cells = []
+    for seed in args.seeds:
+        for arm in ARMS:
+            for lr in args.lrs:
+                cells.append(dict(zip(KEY, (arm, lr, seed), strict=True)))
+    fill_table(
         TABLE,
         cells,
         lambda cell: measure(dense(cell["seed"]), splits, cell, args),
@@ -82,7 +84,14 @@ def main() -> None:
 
 
 def dense_network(splits: Splits, epochs: int, seed: int, runs: Path) -> nn.Module:
-    """The network that is to be pruned, trained."""
+    """The network that is to be pruned, trained.
+
+    Args:
+        splits: The images.
+        epochs: Length of the training.
+        seed: Of weights and training.
+        runs: Where its checkpoint is kept.
+    """
     torch.manual_seed(seed)
     return finetune(
         CifarResNet(8),
@@ -94,18 +103,33 @@ def dense_network(splits: Splits, epochs: int, seed: int, runs: Path) -> nn.Modu
 
 
 def training(epochs: int, lr: float) -> FinetuneConfig:
-    """The recipe of all trainings."""
+    """The recipe of all trainings.
+
+    Args:
+        epochs: Its length.
+        lr: Its learning rate.
+    """
     return FinetuneConfig(epochs, 64, lr, distillation=0.0)
 
 
 def measure(
     dense: nn.Module, splits: Splits, cell: dict, args: argparse.Namespace
 ) -> dict:
-    """One small network to its test accuracy."""
-    pruned, share = halved(dense, splits)
+    """One small network to its test accuracy.
+
+    Args:
+        dense: The dense network, trained.
+        splits: The images.
+        cell: Arm, learning rate and seed.
+        args: The script's arguments.
+
+    Returns:
+        The row without its cell.
+    """
+    pruned, share = prune_to_half(dense, splits)
     epochs = epochs_of(cell["arm"], args.epochs, share)
     if cell["arm"].startswith("scratch"):
-        pruned = renewed(pruned, cell["seed"])
+        pruned = reinitialise(pruned, cell["seed"])
     checkpoint = args.runs / f"{cell['arm']}-{cell['lr']}-{cell['seed']}.pt"
     finetune(
         pruned,
@@ -121,25 +145,33 @@ def measure(
     return {"epochs": epochs, "macs_ratio": round(share, 5)} | scores
 
 
-def halved(dense: nn.Module, splits: Splits) -> tuple[nn.Module, float]:
-    """The network with half of its MACs, and the exact share."""
+def prune_to_half(dense: nn.Module, splits: Splits) -> tuple[nn.Module, float]:
+    """The network with half of its MACs, and the exact share.
+
+    Args:
+        dense: The dense network.
+        splits: The images.
+    """
     groups = trace(dense, splits.example)
     costs = CostTable(groups)
     counts = SearchSpace(costs).uniform(Budget.parse(BUDGET).target(costs))
     kept = dict(zip(costs.names, counts.tolist(), strict=True))
-    pruned = prune(
-        dense, groups, top_channels(importance("l1", dense, groups, splits.train), kept)
-    )
+    scores = importance("l1", dense, groups, splits.train)
+    pruned = prune(dense, groups, top_channels(scores, kept))
     recalibrate(pruned, splits.calibration.inputs)
     return pruned, costs.macs(counts) / costs.macs(costs.dense)
 
 
 def epochs_of(arm: str, dense: int, share: float) -> int:
-    """Epochs of an arm when the dense network had `dense` and the small one has that
-    share of its MACs.
+    """Epochs of an arm.
 
     Scratch-B: as many multiply-accumulates as the dense training took, so the epochs
     grow by 1 / share; the paper stops at twice as many.
+
+    Args:
+        arm: One of `ARMS`.
+        dense: Epochs of the dense network.
+        share: The small network's share of its MACs.
     """
     return {
         "fine_tuned": max(1, round(dense / 4)),
@@ -149,16 +181,22 @@ def epochs_of(arm: str, dense: int, share: float) -> int:
     }[arm]
 
 
-def renewed(model: nn.Module, seed: int) -> nn.Module:
-    """A copy with new values, drawn for its own widths as the dense network's were for
-    its, and fresh statistics.
+def reinitialise(model: nn.Module, seed: int) -> nn.Module:
+    """A copy with new values and fresh statistics.
+
+    They are drawn for its widths as the dense network's were for the dense widths.
+
+    Args:
+        model: The network.
+        seed: Of the values.
     """
     anew = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1000)
         for module in anew.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
         return anew.apply(kaiming)
 
 
@@ -174,22 +212,19 @@ def summarise(rows: list[dict]) -> None:
             f"{arm:16s} lr {lr:5s} {mean_and_spread(list(scores.values()))}  seeds "
             f"{len(scores)}"
         )
-    best = {
-        arm: max(
-            (tests[key] for key in tests if key[0] == arm),
-            key=lambda s: np.mean(list(s.values())),
-        )
-        for arm in ARMS
-    }
+    best = {}
+    for arm in ARMS:
+        by_lr = [scores for (its_arm, _), scores in tests.items() if its_arm == arm]
+        best[arm] = max(by_lr, key=_mean)
     for arm, rival in (
         ("fine_tuned", "scratch_e"),
         ("fine_tuned", "scratch_b"),
         ("fine_tuned_long", "scratch_b"),
     ):
-        gains = np.array([best[arm][seed] - best[rival][seed] for seed in best[arm]])
+        gains = [best[arm][seed] - best[rival][seed] for seed in best[arm]]
         print(
             f"{arm} - {rival}, each at its better learning rate: "
-            f"{mean_and_spread(list(gains))} points"
+            f"{mean_and_spread(gains)} points"
         )
 
 

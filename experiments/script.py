@@ -8,14 +8,15 @@ from autoprune.errors import UserError, in_one_line
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; what a user can mend is one line and exit code 2, like
-    the usage errors of argparse.
+    """Runs a script's `main`.
+
+    What a user can mend is one line on stderr and exit code 2, like the usage errors of
+    argparse.
     """
     try:
         main()
     except (UserError, OSError) as error:
-        print(
-            f"{Path(sys.argv[0]).name}: error: {in_one_line(error, '--{}'.format)}",
-            file=sys.stderr,
-        )
+        script = Path(sys.argv[0]).name
+        message = in_one_line(error, "--{}".format)
+        print(f"{script}: error: {message}", file=sys.stderr)
         sys.exit(2)

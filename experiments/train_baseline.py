@@ -1,11 +1,11 @@
-"""Which network does the project start from? Trains one on CIFAR-10; the test split is
-read once, after the last epoch.
+"""Which network does the project start from?
 
-    python experiments/train_baseline.py --model resnet20 --epochs 70
+    python -m experiments.train_baseline --model resnet20 --epochs 70
 
-45,000 training images; the 5,000 that later serve as calibration, proxy and selection
-splits are never trained on. Resumable: a second call goes on after the last finished
-epoch. ResNet-20, 70 epochs: about 95 minutes on 1 core.
+Trains one on CIFAR-10; the test split is read once, after the last epoch. 45,000
+training images; the 5,000 that later serve as calibration, proxy and selection splits
+are never trained on. Resumable: a second call goes on after the last finished epoch.
+ResNet-20, 70 epochs: about 95 minutes on 1 core.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from experiments.script import run
 
 
 def main() -> None:
+    """Trains the network, and prints its scores as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,7 +43,8 @@ def main() -> None:
     )
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    model, started = build(args.model), time.time()
+    model = build(args.model)
+    started = time.time()
 
     def report(epoch: int, loss: float) -> None:
         print(
@@ -60,15 +62,13 @@ def main() -> None:
         on_epoch=report,
     )
     scores = {
-        part: accuracy(model, getattr(splits, part)) for part in ("selection", "test")
+        "selection": accuracy(model, splits.selection),
+        "test": accuracy(model, splits.test),
     }
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
     save_file(weights, args.out / f"{args.model}.safetensors")
-    print(
-        json.dumps(
-            {"model": args.model, "epochs": args.epochs, "seed": args.seed, **scores}
-        )
-    )
+    about = {"model": args.model, "epochs": args.epochs, "seed": args.seed}
+    print(json.dumps(about | scores))
 
 
 if __name__ == "__main__":

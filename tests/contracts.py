@@ -12,11 +12,11 @@ from recipes import Recipe, build
 from torch import Tensor, nn
 
 from autoprune.costs.cost import CostTable
-from autoprune.structure.groups import Groups, positions, removed
+from autoprune.structure.groups import Groups, positions, removal_mask
 from autoprune.structure.slicing import prune
 from autoprune.tracing.masking import mask
 from autoprune.tracing.trace import trace
-from experiments.coverage_checks import zeroed
+from experiments.coverage_tools import zero_removed
 
 TOLERANCE = 1e-9
 CHANGED = 1e-9
@@ -137,7 +137,8 @@ def check_zeroed(
     """
     x = images(2, SIZE, torch.float64)
     error = difference(
-        outputs(prune(model, groups, kept), x), outputs(zeroed(model, groups, kept), x)
+        outputs(prune(model, groups, kept), x),
+        outputs(zero_removed(model, groups, kept), x),
     )
     if not error < TOLERANCE:
         findings.failures.append(
@@ -154,7 +155,7 @@ def is_ignored(model: nn.Module, groups: Groups, kept: KeptIndices, x: Tensor) -
     for group in groups:
         for member in group.members:
             if member.role == "produce":
-                gone = positions(member, removed(group, kept))
+                gone = positions(member, removal_mask(group, kept))
                 rows = tensors[member.tensor].index_select(member.axis, gone)
                 rows += NUDGE * torch.randn(
                     rows.shape, generator=noise, dtype=rows.dtype

@@ -16,17 +16,17 @@ from autoprune.tracing.trace import trace
 from autoprune.training.loop import finetune
 from autoprune.training.masks import Masks
 from experiments import lottery_tickets
-from experiments.after_finetuning import Remembering
+from experiments.after_finetuning import CachedTeacher
 from experiments.lottery_tickets import (
     KEPT,
     Training,
-    copied,
+    copy_state,
     lenet,
-    smallest_masked,
+    mask_smallest,
     tickets,
-    trained,
+    train,
 )
-from experiments.rethinking import epochs_of, renewed
+from experiments.rethinking import epochs_of, reinitialise
 
 CONFIG = FinetuneConfig(4, 60, 0.1, weight_decay=1e-4, distillation=0.0, flip=False)
 
@@ -43,8 +43,8 @@ def n_values(model) -> int:
 def test_every_round_keeps_a_fifth_less_of_nested_connections_and_what_is_masked_stays_zero(
     splits,
 ):
-    first = copied(lenet(0))
-    model, before = trained(first, Masks({}), splits, CONFIG, 0)[0], None
+    first = copy_state(lenet(0))
+    model, before = train(first, Masks({}), splits, CONFIG, 0)[0], None
     n_all = sum(p.numel() for p in model.parameters())
     for number in (1, 2, 3):
         ranked = torch.cat(
@@ -54,7 +54,7 @@ def test_every_round_keeps_a_fifth_less_of_nested_connections_and_what_is_masked
                 if n.endswith("weight")
             ]
         )
-        masks = smallest_masked(model, splits.example, KEPT**number)
+        masks = mask_smallest(model, splits.example, KEPT**number)
         n_gone = sum(int((~kept).sum()) for kept in masks.kept.values())
         assert n_all - n_gone == int(KEPT**number * n_all)
         values = {name: model.get_parameter(name).detach().abs() for name in masks.kept}
@@ -66,7 +66,7 @@ def test_every_round_keeps_a_fifth_less_of_nested_connections_and_what_is_masked
         assert before is None or all(
             (kept <= before.kept[name]).all() for name, kept in masks.kept.items()
         )
-        model, before = trained(first, masks, splits, CONFIG, 0)[0], masks
+        model, before = train(first, masks, splits, CONFIG, 0)[0], masks
         assert all(
             (model.get_parameter(name)[~kept] == 0).all()
             for name, kept in masks.kept.items()
@@ -80,7 +80,7 @@ def test_rewinding_is_bit_exact(splits, monkeypatch):
 
     def seen(model, images, config, seed, callback):
         callback.begin(model, 1, config)
-        starts.append((copied(model), callback.masks))
+        starts.append((copy_state(model), callback.masks))
         return original(model, images, config, seed, callback=callback)
 
     monkeypatch.setattr(lottery_tickets, "finetune", seen)
@@ -92,26 +92,23 @@ def test_rewinding_is_bit_exact(splits, monkeypatch):
         "rewound",
     ]
     monkeypatch.undo()
-    first = copied(lenet(3))
-    early = trained(first, Masks({}), splits, CONFIG, 3)[1].early
+    first = copy_state(lenet(3))
+    early = train(first, Masks({}), splits, CONFIG, 3)[1].early
     (dense, _), (ticket, masks), (anew, same), (rewound, own) = starts
     assert all(torch.equal(dense[name], first[name]) for name in first)
     for start, source, kept in ((ticket, first, masks), (rewound, early, own)):
         for name, values in start.items():
             left = kept.kept.get(name, torch.ones_like(values, dtype=torch.bool))
-            assert (
-                torch.equal(values[left], source[name][left])
-                and (values[~left] == 0).all()
-            )
-    assert same.kept.keys() == masks.kept.keys() and all(
-        torch.equal(same.kept[n], masks.kept[n]) for n in masks.kept
-    )
+            assert torch.equal(values[left], source[name][left])
+            assert (values[~left] == 0).all()
+    assert same.kept.keys() == masks.kept.keys()
+    assert all(torch.equal(same.kept[n], masks.kept[n]) for n in masks.kept)
     assert not torch.equal(anew["1.weight"], ticket["1.weight"])
 
 
 def test_the_early_values_are_those_after_the_first_epoch(splits):
-    first = copied(lenet(0))
-    _, watched = trained(first, Masks({}), splits, CONFIG, 0)
+    first = copy_state(lenet(0))
+    _, watched = train(first, Masks({}), splits, CONFIG, 0)
     callback = Training(Masks({}), splits, CONFIG)
     seen = {}
 
@@ -119,7 +116,7 @@ def test_the_early_values_are_those_after_the_first_epoch(splits):
         pass
 
     def after(epoch: int, loss: float) -> None:
-        seen.update(copied(model))
+        seen.update(copy_state(model))
         raise Stop
 
     model = lenet(0)
@@ -143,10 +140,8 @@ def test_scratch_b_trains_for_the_dense_networks_macs_at_most_twice_as_long(
         == epochs_of("fine_tuned_long", 12, share)
         == 12
     )
-    assert (
-        epochs_of("fine_tuned", 12, share) == 3
-        and epochs_of("fine_tuned", 1, share) == 1
-    )
+    assert epochs_of("fine_tuned", 12, share) == 3
+    assert epochs_of("fine_tuned", 1, share) == 1
 
 
 def test_a_network_from_scratch_has_the_shapes_of_the_pruned_one_and_values_for_its_own_widths():
@@ -158,8 +153,8 @@ def test_a_network_from_scratch_has_the_shapes_of_the_pruned_one_and_values_for_
         groups,
         {group.name: torch.arange(group.channels // 4) for group in groups},
     )
-    before = copied(pruned)
-    anew = renewed(pruned, 0)
+    before = copy_state(pruned)
+    anew = reinitialise(pruned, 0)
     assert [p.shape for p in anew.parameters()] == [
         p.shape for p in pruned.parameters()
     ]
@@ -178,14 +173,16 @@ def test_a_network_from_scratch_has_the_shapes_of_the_pruned_one_and_values_for_
     assert weight.var().item() == pytest.approx(2 / (weight.shape[1] * 9), rel=0.25)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(anew.parameters(), renewed(pruned, 0).parameters(), strict=True)
+        for a, b in zip(
+            anew.parameters(), reinitialise(pruned, 0).parameters(), strict=True
+        )
     )
 
 
 def test_a_teacher_is_asked_once_by_all_that_one_seed_trains_and_teaches_the_same(
     splits,
 ):
-    def trained(start: int, seed: int, teacher: torch.nn.Module) -> dict:
+    def train(start: int, seed: int, teacher: torch.nn.Module) -> dict:
         torch.manual_seed(start)
         return finetune(
             CifarResNet(8), splits.train, config, seed, teacher
@@ -197,7 +194,7 @@ def test_a_teacher_is_asked_once_by_all_that_one_seed_trains_and_teaches_the_sam
         [],
     )
     teacher, n_batches = (
-        Remembering(dense),
+        CachedTeacher(dense),
         config.epochs * config.steps_per_epoch(len(splits.train)),
     )
     for start, seed, n_asked in (
@@ -206,10 +203,10 @@ def test_a_teacher_is_asked_once_by_all_that_one_seed_trains_and_teaches_the_sam
         (0, 1, 2 * n_batches),
     ):
         handle = dense.register_forward_hook(lambda *_: asked.append(1))
-        remembered = trained(start, seed, teacher)
+        remembered = train(start, seed, teacher)
         handle.remove()
         assert len(asked) == n_asked
-        plain = trained(start, seed, dense)
+        plain = train(start, seed, dense)
         assert all(
             torch.equal(plain[name], tensor) for name, tensor in remembered.items()
         )
