@@ -105,6 +105,7 @@ class Budget:
             A share in (0, 1]; 1 where the budget is an amount that the network doesn't
             reach.
         """
+        # More than the dense network costs is no tighter than all of it.
         return min(1.0, self.target(costs) / costs.metrics[self.metric](costs.dense))
 
     def __str__(self) -> str:

@@ -87,6 +87,7 @@ def search_limits(
     Raises:
         UserError: If a pattern means no group.
     """
+    # A group's own default goes before the one for all, and a pattern before both.
     multiples = dict.fromkeys(groups.channels, config.round_to) | dict(steps)
     widths = dict.fromkeys(groups.channels, 1) | dict(least)
     return {

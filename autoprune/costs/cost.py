@@ -95,14 +95,16 @@ class CostTable:
         self.dense = np.array([group.channels for group in groups], dtype=np.int64)
         self._cell_pairs = _cell_pairs(groups)
         self._tabulate_axes(groups)
-        # All uses of a weight together; biases and buffers multiply nothing.
-        uses = dict.fromkeys(groups.shapes, 0) | groups.positions_per_weight
-        is_parameter = [name in groups.parameters for name in groups.shapes]
+        positions = groups.positions_per_weight
+        n_uses = []
+        is_parameter = []
+        for name in groups.shapes:
+            # Biases and buffers multiply nothing, so they have no positions.
+            n_uses.append(positions.get(name, 0))
+            is_parameter.append(name in groups.parameters)
         fixed, per_term = self._tabulate_extents(groups.products)
         self._forms = {
-            "macs": self._weighted_sizes(
-                [uses[name] for name in groups.shapes], fixed.sum(0), per_term.sum(0)
-            ),
+            "macs": self._weighted_sizes(n_uses, fixed.sum(0), per_term.sum(0)),
             "params": self._weighted_sizes(is_parameter),
         }
         # How much is alive in each operation; memory is about the largest of them.
@@ -197,6 +199,7 @@ class CostTable:
         """
         factors = np.array(weights, np.float64) * self._rest_size
         first, second = self._axis_fixed
+        # Integers up to 2^53 are exact as floats, which multiply far faster.
         by_first, by_second = self._axis_per_term.astype(np.float64)
         constant = float(factors @ (first * second) + fixed)
         linear = (
@@ -327,4 +330,5 @@ def _cell_pairs(groups: Groups) -> np.ndarray:
         # Where one of the two is pinned, the other prunes whole rows or columns.
         if row in numbers and column in numbers:
             pairs.append([numbers[row], numbers[column]])
+    # Two columns also where there are no pairs.
     return np.array(sorted(pairs), np.int64).reshape(-1, 2)

@@ -26,6 +26,7 @@ def levels_of_group(
     by_sparsity = math.ceil(channels * (1 - max_sparsity) - 1e-9)
     fewest = max(1, min_width, by_sparsity)
     first = math.ceil(fewest / round_to) * round_to
+    # Where no multiple is large enough, all channels are the only level.
     return np.unique([*range(first, channels, round_to), channels]).astype(np.int64)
 
 

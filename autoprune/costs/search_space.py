@@ -263,6 +263,7 @@ class SearchSpace:
         Returns:
             The shifted sparsities, `(n, n_groups)`.
         """
+        # The largest level is all channels, so the least sparsity is 0.
         least = 1 - self.high / self.costs.dense
         most = 1 - self.low / self.costs.dense
         # Enough to move any sparsity in [-1, 1] from one end to the other.
@@ -333,6 +334,7 @@ class SearchSpace:
             larger, prices = self._next_steps(rows[growing])
             # Where a group keeps all channels already, its step has no price.
             is_affordable = (prices > 0) & (prices <= left[growing][:, None])
+            # Of equally expensive steps, that of the earliest group.
             choices = np.where(is_affordable, prices, 0).argmax(1)
             has_room = is_affordable.any(1)
             growing = growing[has_room]

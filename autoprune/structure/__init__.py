@@ -1,3 +1,1 @@
-"""What a network is made of: groups of coupled channels, their labels, opened attention
-modules, and slicing.
-"""
+"""What a network is made of: groups of coupled channels, their labels, and slicing."""

@@ -1,43 +1,69 @@
-"""Attention modules whose code insists that heads x width equals the embedding, with
-that insistence taken out.
+"""Attention modules in which the number of heads and their width are free.
 
-`open_attention` exchanges their class for one of this module: same parameters, same
-function, but the number of heads and their width are read off the parameters. So heads,
-widths and the residual stream can be pruned independently. `OPEN` maps a module class
-to its open one; the entry of an own class is a subclass with another `forward`. timm's
-modules leave that freedom already; `FREED` makes them take heads and scale from
-tensors. Classes of other libraries go by their full names, so that nothing is imported
-for networks that don't use them.
+The code of the original ones insists that heads x width equals the embedding.
+`open_attention` exchanges their class for one without that insistence: same parameters,
+same function, but the number of heads and their width are read off the parameters. So
+heads, widths and the residual stream can be pruned independently.
+
+`OPEN_CLASSES` maps a module class to its open one; the entry of a class of your own is
+a subclass of it and of `OpenAttention` with another `forward`. timm's modules leave
+that freedom already; `ADAPTERS` make them take heads and scale from tensors. Classes of
+other libraries go by their full names, so that nothing is imported for networks that
+don't use them.
 """
 
 import functools
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 
 def open_attention(model: nn.Module) -> nn.Module:
-    """Opens every attention module of `OPEN` inside `model`, in place; returns it. Open
-    ones are left alone.
+    """Opens every attention module inside a network, in place.
+
+    Modules that are open already are left alone.
+
+    Args:
+        model: The network.
+
+    Returns:
+        The same network.
     """
     for module in model.modules():
-        home, _, name = OPEN.get(_full_name(type(module)), "").rpartition(".")
-        opened = getattr(importlib.import_module(home), name) if home else None
-        if opened is not None and opened.fits(module):
-            module.__class__ = opened
+        open_class = _open_class_of(module)
+        if open_class is not None and open_class.supports(module):
+            # The module stays the same object with the same parameters; only which
+            # code runs is exchanged.
+            module.__class__ = open_class
+            assert isinstance(module, OpenAttention), "it is of that class now"
             module.prepare()
-        for known, free in FREED.items():
-            if is_a(module, known):
-                free(module)
+        for known, adapt in ADAPTERS.items():
+            if is_instance_of(module, known):
+                adapt(module)
     return model
 
 
-def is_a(module: nn.Module, known: type[nn.Module] | str) -> bool:
-    """Whether a module is of a class, given as such or, for libraries that needn't be
-    installed, by its full name.
+def _open_class_of(module: nn.Module) -> "type[OpenAttention] | None":
+    """The open class of a module, imported only if a network has such a module."""
+    # Of exactly that class: a subclass may compute something else.
+    open_name = OPEN_CLASSES.get(_full_name(type(module)))
+    if open_name is None:
+        return None
+    # Imported here, so that other networks do without torchvision.
+    home, _, name = open_name.rpartition(".")
+    return getattr(importlib.import_module(home), name)
+
+
+def is_instance_of(module: nn.Module, known: type[nn.Module] | str) -> bool:
+    """Whether a module is of a class or of one that inherits from it.
+
+    Args:
+        module: The module.
+        known: The class; or, for libraries that needn't be installed, its full name.
     """
     if isinstance(known, type):
         return isinstance(module, known)
@@ -46,38 +72,54 @@ def is_a(module: nn.Module, known: type[nn.Module] | str) -> bool:
 
 @functools.cache
 def _full_names(kind: type) -> frozenset[str]:
-    """Of a class and of those that it inherits from."""
+    """The full names of a class and of those that it inherits from."""
     return frozenset(map(_full_name, kind.__mro__))
 
 
 def _full_name(kind: type) -> str:
+    """Module and name of a class, such as "torch.nn.modules.linear.Linear"."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-class Open:
-    """What an open class has to have beside its `forward`; this one takes every
-    configuration and has nothing to do.
+class OpenAttention(nn.Module):
+    """What an open class has to have beside its `forward`.
+
+    This one takes every configuration and has nothing to prepare.
     """
 
     @staticmethod
-    def fits(module: nn.Module) -> bool:
-        """Whether a module's configuration is one that the open class computes."""
+    def supports(module: nn.Module) -> bool:
+        """Whether the open class computes what a module does, as that is configured.
+
+        Args:
+            module: A module of the original class.
+        """
         return True
 
     def prepare(self) -> None:
-        """Called once, on the dense module."""
+        """Called once, on the dense module, when it is opened."""
 
 
-class OpenMultiheadAttention(Open, nn.MultiheadAttention):
-    """`nn.MultiheadAttention` with packed projections. A buffer `scale`, one value a
-    head, says how many there are.
+class OpenMultiheadAttention(OpenAttention, nn.MultiheadAttention):
+    """`nn.MultiheadAttention` with packed projections.
+
+    Attributes:
+        scale: A buffer with one value for each head, `(n_heads, 1, 1)`; so it says how
+            many heads there are.
     """
 
+    scale: Tensor
+
     @staticmethod
-    def fits(module: nn.MultiheadAttention) -> bool:
-        """Whether this is the common configuration: one embedding, no extra key or
-        value.
+    def supports(module: nn.Module) -> bool:
+        """Whether this is the common configuration.
+
+        That is one width for queries, keys and values, and no extra key or value.
+
+        Args:
+            module: An `nn.MultiheadAttention`.
         """
+        assert isinstance(module, nn.MultiheadAttention), "see OPEN_CLASSES"
         return (
             module._qkv_same_embed_dim
             and module.bias_k is None
@@ -85,13 +127,13 @@ class OpenMultiheadAttention(Open, nn.MultiheadAttention):
         )
 
     def prepare(self) -> None:
-        """Registers the dense network's scale; PyTorch's fused encoder layer steps
-        aside.
-        """
+        """Registers the dense network's scale."""
+        # That of the dense width, which the weights were trained with.
         scale = self.in_proj_weight.detach().new_full(
             (self.num_heads, 1, 1), self.head_dim**-0.5
         )
         self.register_buffer("scale", scale)
+        # PyTorch's fused encoder layer, which knows nothing of free heads, steps aside.
         self._qkv_same_embed_dim = False
 
     def forward(
@@ -105,70 +147,117 @@ class OpenMultiheadAttention(Open, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`."""
+        """As `nn.MultiheadAttention.forward`, of batches only.
+
+        Args:
+            query: `(batch, n_queries, width)` if `batch_first`, else with the first two
+                axes swapped; so are the others.
+            key: `(batch, n_keys, width)`.
+            value: `(batch, n_keys, width)`.
+            key_padding_mask: Keys to ignore, `(batch, n_keys)`; bool, or added to the
+                logits.
+            need_weights: Whether to return the weights.
+            attn_mask: Pairs to ignore, `(n_queries, n_keys)` or one for each batch
+                entry and head, `(batch * n_heads, n_queries, n_keys)`; bool or added.
+            average_attn_weights: Whether to average the weights over heads.
+            is_causal: Only a hint, as in PyTorch; `attn_mask` says what is ignored.
+
+        Returns:
+            The output, shaped as the query, and the weights or None.
+        """
         if query.dim() != 3:
             raise ValueError(
                 f"pruned attention takes batches of three axes, got "
                 f"{tuple(query.shape)}"
             )
-        if not self.batch_first:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        if query is key is value:
-            q, k, v = (
-                F.linear(query, weight, bias)
-                .unflatten(-1, (3, len(self.scale), -1))
-                .permute(2, 0, 3, 1, 4)
-            )
-        else:
-            biases = bias.chunk(3) if bias is not None else [None] * 3
-            parts = zip((query, key, value), weight.chunk(3), biases, strict=True)
-            q, k, v = (
-                F.linear(x, w, b).unflatten(-1, (len(self.scale), -1)).transpose(1, 2)
-                for x, w, b in parts
-            )
+        q, k, v = self._project(query, key, value)
+        # One scale for each head; PyTorch's own products would take one for all.
         q = q * self.scale.to(q.dtype)
-        mask = _mask(attn_mask, key_padding_mask, q)
-        if need_weights:
-            logits = q @ k.transpose(-2, -1)
-            weights = (logits if mask is None else logits + mask).softmax(-1)
-            x = F.dropout(weights, self.dropout, self.training) @ v
-        else:
-            dropout = self.dropout if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=1.0)
-        x = self.out_proj(x.transpose(1, 2).flatten(2))
-        x = x if self.batch_first else x.transpose(0, 1)
+        mask = _combine_masks(attn_mask, key_padding_mask, q)
         if not need_weights:
-            return x, None
-        return x, weights.mean(1) if average_attn_weights else weights
+            dropout = self.dropout if self.training else 0.0
+            # The queries are scaled already.
+            x = functional.scaled_dot_product_attention(
+                q, k, v, mask, dropout, scale=1.0
+            )
+            return self._join_heads(x), None
+        logits = q @ k.transpose(-2, -1)
+        if mask is not None:
+            logits = logits + mask
+        weights = logits.softmax(-1)
+        x = functional.dropout(weights, self.dropout, self.training) @ v
+        return self._join_heads(x), weights.mean(1) if average_attn_weights else weights
+
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of each head, `(batch, n_heads, n, width)` each."""
+        n_heads = len(self.scale)
+        if not self.batch_first:
+            query = query.transpose(0, 1)
+            key = key.transpose(0, 1)
+            value = value.transpose(0, 1)
+        # One product for all three. Three transposed views of one tensor don't count as
+        # the same here; they are told apart by identity, not by what they hold.
+        if query is key is value:
+            packed = functional.linear(query, self.in_proj_weight, self.in_proj_bias)
+            q, k, v = packed.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
+            return q, k, v
+        weights = self.in_proj_weight.chunk(3)
+        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        heads = []
+        for x, weight, bias in zip((query, key, value), weights, biases, strict=True):
+            projected = functional.linear(x, weight, bias)
+            heads.append(projected.unflatten(-1, (n_heads, -1)).transpose(1, 2))
+        q, k, v = heads
+        return q, k, v
+
+    def _join_heads(self, x: Tensor) -> Tensor:
+        """The output of all heads, `(batch, n_heads, n, width)`, put together."""
+        x = self.out_proj(x.transpose(1, 2).flatten(2))
+        return x if self.batch_first else x.transpose(0, 1)
 
 
-def _mask(
+def _combine_masks(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, like: Tensor
 ) -> Tensor | None:
-    """What is added to the logits: a mask for all, or one a batch entry and head; and
-    keys hidden from every query.
+    """What is added to the logits, from masks of both kinds, or None.
+
+    Args:
+        attn_mask: One for all, `(n_queries, n_keys)`, or one for each batch entry and
+            head, `(batch * n_heads, n_queries, n_keys)`.
+        key_padding_mask: Keys hidden from every query, `(batch, n_keys)`.
+        like: A tensor with the batch in front and the dtype of the logits.
+
+    Returns:
+        A tensor that broadcasts to `(batch, n_heads, n_queries, n_keys)`.
     """
-    masks = []
+    pairs = None
     if attn_mask is not None:
-        mask = _additive(attn_mask, like)
-        masks.append(mask if mask.dim() == 2 else mask.unflatten(0, (len(like), -1)))
-    if key_padding_mask is not None:
-        masks.append(_additive(key_padding_mask, like)[:, None, None, :])
-    return sum(masks) if masks else None
+        pairs = _additive(attn_mask, like)
+        # PyTorch packs batch and heads into one axis; here they are two.
+        if pairs.dim() != 2:
+            pairs = pairs.unflatten(0, (len(like), -1))
+    if key_padding_mask is None:
+        return pairs
+    keys = _additive(key_padding_mask, like)[:, None, None, :]
+    return keys if pairs is None else pairs + keys
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """Minus infinity where a boolean mask hides a key; other masks are additive
-    already.
+    """A mask to add: minus infinity where a boolean one hides a key.
+
+    Other masks are additive already.
     """
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
 
 
-OPEN: dict[str, str] = {
-    "torch.nn.modules.activation.MultiheadAttention": "autoprune.structure.attention.OpenMultiheadAttention",
+OPEN_CLASSES: dict[str, str] = {
+    "torch.nn.modules.activation.MultiheadAttention": (
+        "autoprune.structure.attention.OpenMultiheadAttention"
+    ),
     "torchvision.models.swin_transformer.ShiftedWindowAttention": (
         "autoprune.structure.windows.OpenShiftedWindowAttention"
     ),
@@ -182,25 +271,31 @@ OPEN: dict[str, str] = {
 """Full name of a class, which has to be a module's own, to that of its open one."""
 
 
-def _scale_by_head(module: nn.Module) -> None:
-    """The scale becomes a buffer with one value a head; the fused path, which knows one
-    scale only, is left.
-    """
+def _scale_by_head(module: Any) -> None:
+    """Turns timm's one scale into a buffer with one value for each head."""
     if "scale" not in module._buffers:
         scale = module.qkv.weight.detach().new_full(
             (module.num_heads, 1, 1), module.scale
         )
+        # A number so far; the name has to be free before a buffer can have it.
         del module.scale
         module.register_buffer("scale", scale)
+    # The fused path takes one scale only.
     module.fused_attn = False
 
 
-def _scale_as_trained(module: nn.Module) -> None:
-    """Outside the fused path the scale is a constant, whatever width is left."""
+def _keep_trained_scale(module: Any) -> None:
+    """Keeps the scale that the weights were trained with, whatever width is left."""
+    # Outside the fused path it is a constant.
     module.fused_attn = False
 
 
-FREED: dict[type[nn.Module] | str, Callable[[nn.Module], None]] = {
+ADAPTERS: dict[type[nn.Module] | str, Callable[[Any], None]] = {
     "timm.layers.attention.Attention": _scale_by_head,
-    "timm.models.swin_transformer.WindowAttention": _scale_as_trained,
+    "timm.models.swin_transformer.WindowAttention": _keep_trained_scale,
 }
+"""Module class, or its full name, to what frees its heads, in place.
+
+Applied to the class and what inherits from it; more than once, so the second time has
+to change nothing. The module is Any, since each adapter knows its own class only.
+"""

@@ -1,5 +1,7 @@
-"""What tracing finds: groups of channels, where each channel sits in the network's
-tensors, and what costs what.
+"""Groups of coupled channels: what tracing finds and everything else works with.
+
+A group says where each of its channels sits in the network's tensors. `Groups` holds
+all of them, together with the tables from which costs follow.
 """
 
 import hashlib
@@ -31,22 +33,41 @@ class Member:
     index: Tensor
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Each channel's values in the member's tensor, or in one of its shape,
-        `(n_channels, k, ...)`, a copy.
+        """Each channel's values in the member's tensor, or in one of its shape.
+
+        Args:
+            tensor: A tensor of that shape.
+
+        Returns:
+            A copy, `(n_channels, k, ...)`.
         """
         return tensor.movedim(self.axis, 0)[self.index]
 
     def spread(self, values: Tensor, tensor: Tensor, rest: float) -> Tensor:
-        """A value a channel `(n_channels,)` along the axis, to multiply the tensor
-        with; `rest` where no channel is.
+        """Lays one value for each channel along the axis, to multiply a tensor with.
+
+        Three channels that hold two positions each, `[[0, 1], [2, 3], [4, 5]]`, of an
+        axis of length 7, with the values 0.5, 2 and 3 and a rest of 1 give 0.5, 0.5, 2,
+        2, 3, 3, 1.
+
+        Args:
+            values: One for each channel, `(n_channels,)`.
+            tensor: The member's tensor, or one of its shape.
+            rest: The value at positions that belong to no channel.
+
+        Returns:
+            A tensor of the same number of axes, with length 1 along all but the
+            member's.
         """
-        laid = tensor.new_full((tensor.shape[self.axis],), rest)
-        laid[self.index.flatten()] = values.repeat_interleave(self.index.shape[1]).to(
-            tensor.dtype
-        )
-        return laid.view(
-            [-1 if axis == self.axis else 1 for axis in range(tensor.ndim)]
-        )
+        # A channel may hold several positions, after a flattening for example.
+        n_positions = self.index.shape[1]
+        line = tensor.new_full((tensor.shape[self.axis],), rest)
+        repeated = values.repeat_interleave(n_positions)
+        line[self.index.flatten()] = repeated.to(tensor.dtype)
+        # Length 1 broadcasts; the tensor's size would cost as much as the tensor.
+        shape = [1] * tensor.ndim
+        shape[self.axis] = -1
+        return line.view(shape)
 
 
 @dataclass(frozen=True)
@@ -75,8 +96,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Layer:
-    """One use of a weight in a contraction: `positions` multiply-accumulates for each
-    of its elements.
+    """One use of a weight in a contraction.
+
+    Each element of the weight is multiplied once at each position.
 
     Attributes:
         tensor: Name of the weight.
@@ -115,8 +137,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of one network in the order of its forward pass, and the tables from
-    which costs follow.
+    """The groups of one network in the order of its forward pass.
 
     Iterating, indexing by position or name and `len` reach the prunable groups;
     `pinned` holds the others.
@@ -145,6 +166,7 @@ class Groups:
     operations: tuple[Extent, ...] = ()
     products: tuple[Extent, ...] = ()
     cells: tuple[tuple[str, str], ...] = ()
+    # Tensors compare elementwise, so what holds them takes no part in comparisons.
     book: LabelBook | None = field(default=None, repr=False, compare=False)
     units: Tensor | None = field(default=None, repr=False, compare=False)
     unsupported: tuple[str, ...] = ()
@@ -158,10 +180,14 @@ class Groups:
     def __getitem__(self, key: int | str) -> Group:
         if isinstance(key, int):
             return self._prunable[key]
-        return next(group for group in self._prunable if group.name == key)
+        for group in self._prunable:
+            if group.name == key:
+                return group
+        raise KeyError(key)
 
     @property
     def _prunable(self) -> list[Group]:
+        """The groups that aren't pinned."""
         return [group for group in self.all if group.pinned is None]
 
     @property
@@ -172,7 +198,11 @@ class Groups:
     @property
     def reasons(self) -> dict[str, str]:
         """Pinned group to its reason."""
-        return {group.name: group.pinned for group in self.pinned}
+        reasons = {}
+        for group in self.all:
+            if group.pinned is not None:
+                reasons[group.name] = group.pinned
+        return reasons
 
     @property
     def channels(self) -> dict[str, int]:
@@ -180,112 +210,170 @@ class Groups:
         return {group.name: group.channels for group in self}
 
     def filters(self, group: Group) -> list[Member]:
-        """The weights that produce a group's channels, whatever they are called; biases
-        are left out.
+        """The weights that produce a group's channels, whatever they are called.
+
+        Args:
+            group: A prunable or pinned group.
+
+        Returns:
+            Its producing members but for biases, which have one axis only.
         """
-        return [
-            m
-            for m in group.members
-            if m.role == "produce" and len(self.shapes[m.tensor]) > 1
-        ]
+        filters = []
+        for member in group.members:
+            # A bias of a layer is produced by it too, but filters nothing.
+            has_inputs = len(self.shapes[member.tensor]) > 1
+            if member.role == "produce" and has_inputs:
+                filters.append(member)
+        return filters
 
     @property
     def positions_per_weight(self) -> dict[str, int]:
-        """Weight to the places of the output at which it is applied, all of its uses
-        together, for one sample.
+        """Weight to the places of the output at which it is applied, for one sample.
+
+        A weight that is used several times counts the places of all its uses.
         """
-        applied: dict[str, int] = {}
+        positions: dict[str, int] = {}
         for layer in self.layers:
-            applied[layer.tensor] = applied.get(layer.tensor, 0) + layer.positions
-        return applied
+            so_far = positions.get(layer.tensor, 0)
+            positions[layer.tensor] = so_far + layer.positions
+        return positions
 
     def with_pins(self, reasons: Mapping[str, str]) -> "Groups":
-        """The same groups, of which those named can't be pruned; what is pinned already
-        keeps its reason.
+        """The same groups, of which those named can't be pruned.
+
+        Args:
+            reasons: Group to why it stays whole. What is pinned already keeps its
+                reason.
         """
-        pinned = (
-            replace(group, pinned=group.pinned or reasons.get(group.name))
-            for group in self.all
-        )
+        pinned = []
+        for group in self.all:
+            # The first reason is the network's own and says more than a later wish.
+            reason = group.pinned or reasons.get(group.name)
+            pinned.append(replace(group, pinned=reason))
         return replace(self, all=tuple(pinned))
 
     def removed_labels(self, kept: Mapping[str, Tensor]) -> Tensor:
-        """Per label of the trace whether it goes when the prunable groups keep these
-        channels, bool `(n_labels,)`.
+        """Per label of the trace whether its channel goes.
+
+        Args:
+            kept: Prunable group to the channels that it keeps; those left out keep all.
+
+        Returns:
+            bool `(n_labels,)`.
         """
-        channels = [
-            removal_mask(group, kept if group.pinned is None else {}) for group in self.all
-        ]
-        return torch.cat([*channels, torch.zeros(1, dtype=torch.bool)])[self.units].any(
-            1
-        )
+        assert self.units is not None, "groups of a trace know what their labels mean"
+        masks = []
+        for group in self.all:
+            # A pinned group keeps all, whatever somebody says of it.
+            masks.append(removal_mask(group, kept if group.pinned is None else {}))
+        # One more at the end, which never goes: there the -1 of `units` points to.
+        masks.append(torch.zeros(1, dtype=torch.bool))
+        # A cell goes with its row or with its column, hence `any`.
+        return torch.cat(masks)[self.units].any(1)
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the architecture: names, widths and members' shapes of all
-        prunable groups.
+        """Identifies the architecture, as 16 hexadecimal digits.
+
+        It follows from names, widths and members' shapes of all prunable groups.
         """
-        layout = [
-            [
-                g.name,
-                g.channels,
-                [[m.tensor, m.axis, list(m.index.shape)] for m in g.members],
-            ]
-            for g in self
-        ]
+        # Files carry this digest, so its layout must never change.
+        layout = []
+        for group in self:
+            members = []
+            for member in group.members:
+                members.append([member.tensor, member.axis, list(member.index.shape)])
+            layout.append([group.name, group.channels, members])
         return hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:16]
 
 
 def loses_whole_conv_groups(n_in: int, n_out: int, n_groups: int) -> bool:
-    """Whether a grouped convolution or norm is pruned by whole groups rather than by
-    the same positions in each.
+    """Whether a grouped convolution or norm is pruned by whole groups.
 
-    The finer choice: more groups than channels in each. Depthwise convolutions always
-    lose whole groups.
+    If not, it loses the same positions of each group. Whole groups go where that is the
+    finer choice: where there are more groups than channels in each. A convolution of 8
+    channels in 4 groups loses pairs of channels; in 2 groups it loses the same one or
+    more of the four places in both. Depthwise convolutions always lose whole groups.
+
+    Args:
+        n_in: Input channels.
+        n_out: Output channels.
+        n_groups: Groups of the convolution or norm; 1 is none.
     """
-    return n_groups > 1 and (
-        n_groups == n_in or n_groups >= max(n_in, n_out) // n_groups
-    )
+    if n_groups == 1:
+        return False
+    # One input a group: there are no positions within it to choose from.
+    is_depthwise = n_groups == n_in
+    return is_depthwise or n_groups >= max(n_in, n_out) // n_groups
 
 
 def removal_mask(group: Group, kept: Mapping[str, Tensor]) -> Tensor:
-    """Per channel of a group whether it goes, bool `(n_channels,)`; a group that `kept`
-    doesn't name keeps all.
+    """Per channel of a group whether it goes.
+
+    Args:
+        group: The group.
+        kept: Group to the channels that it keeps; those left out keep all.
+
+    Returns:
+        bool `(n_channels,)`.
     """
-    gone = torch.ones(group.channels, dtype=torch.bool)
-    gone[kept.get(group.name, slice(None))] = False
-    return gone
+    if group.name not in kept:
+        return torch.zeros(group.channels, dtype=torch.bool)
+    mask = torch.ones(group.channels, dtype=torch.bool)
+    mask[kept[group.name]] = False
+    return mask
 
 
 def positions(member: Member, channels: Tensor) -> Tensor:
-    """The positions along the member's axis that the given channels occupy, `(n * k,)`."""
+    """The positions along a member's axis that some channels occupy.
+
+    Args:
+        member: Where the channels sit.
+        channels: Their numbers, `(n,)`, or a mask, `(n_channels,)`.
+
+    Returns:
+        int64 `(n * k,)`, channel by channel.
+    """
     return member.index[channels].flatten().to(torch.int64)
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """The tensors in what a network or an operation returned, which may be nested in
-    dicts, lists and tuples.
+    """The tensors in what a network or an operation returned, in order.
+
+    Args:
+        value: A tensor, or dicts, lists and tuples of them, nested; anything else holds
+            none.
     """
     if isinstance(value, Tensor):
         return [value]
-    children = (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, list | tuple)
-        else ()
-    )
-    return [tensor for child in children for tensor in tensors_in(child)]
+    if isinstance(value, dict):
+        # A detector returns its losses or its heads by name, for example.
+        children = list(value.values())
+    elif isinstance(value, list | tuple):
+        children = list(value)
+    else:
+        return []
+    tensors = []
+    for child in children:
+        tensors += tensors_in(child)
+    return tensors
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; one that goes by several names (tied weights)
-    appears under the first.
+    """Parameters and buffers by name, as in the state dict.
+
+    Args:
+        model: The network.
+
+    Returns:
+        The tensors themselves. One that goes by several names (tied weights) appears
+        under the first of them only.
     """
-    first: dict[int, str] = {}
-    tensors = model.state_dict(keep_vars=True)
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if first.setdefault(id(tensor), name) == name
-    }
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    # With variables, since detached tensors would be new objects for each name.
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors

@@ -18,11 +18,18 @@ import torch
 from torch import Tensor
 
 CONSTANT = 0
+"""The label of what no channel holds."""
 
 
 @dataclass(frozen=True)
 class Lattice:
-    """Cells `(n_rows, n_columns)` with a label for each row and for each column."""
+    """Channels that are cells, with labels for whole rows and whole columns of them.
+
+    Attributes:
+        cells: Labels `(n_rows, n_columns)`.
+        rows: A label for each row, `(n_rows,)`.
+        columns: A label for each column, `(n_columns,)`.
+    """
 
     cells: Tensor
     rows: Tensor
@@ -42,100 +49,127 @@ class Constraint(Enum):
 
 @dataclass
 class LabelBook:
-    """Hands out labels and remembers which were joined, pinned and laid out; settled
-    once, after the forward pass.
+    """Hands out labels and remembers what the network's code demands of them.
+
+    That is which were joined, pinned and laid out. Nothing is solved before the forward
+    pass is over; see `autoprune.tracing.constraint_solver`.
 
     Attributes:
-        records: Whether joins are remembered; a run that only follows labels needs
+        n_labels: How many labels there are, the constant among them.
+        is_recording: Whether joins are remembered; a run that only follows labels needs
             none.
-        known: Labels by what they were handed out for, so that a second run of the
-            network gets the same.
+        labels_by_purpose: Labels by what they were handed out for, so that a second run
+            of the network gets the same.
         constraints: In the order of the forward pass, what the code's reshaping demands
             of labels: kind and labels.
         lattices: Cells with their rows and columns.
     """
 
     n_labels: int = 1
-    records: bool = True
-    known: dict[Hashable, Tensor] = field(default_factory=dict)
-    constraints: list[tuple["Constraint", Tensor]] = field(default_factory=list)
+    is_recording: bool = True
+    labels_by_purpose: dict[Hashable, Tensor] = field(default_factory=dict)
+    constraints: list[tuple[Constraint, Tensor]] = field(default_factory=list)
     lattices: list[Lattice] = field(default_factory=list)
     _edges: list[np.ndarray] = field(default_factory=list)
     _pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
 
     def new_labels(self, n: int, purpose: Hashable = None) -> Tensor:
-        """`n` labels, `(n,)`: those that were handed out for the same purpose before,
-        else fresh ones.
+        """Hands out labels.
+
+        Args:
+            n: How many.
+            purpose: What they are for, such as a weight and how often it was used
+                before. Who asks for the same purpose again gets the same labels; None
+                gets fresh ones each time.
+
+        Returns:
+            int64 `(n,)`.
         """
-        if purpose in self.known:
-            return self.known[purpose]
+        if purpose in self.labels_by_purpose:
+            return self.labels_by_purpose[purpose]
+        # Counted up, so that a label's number tells how early it was handed out.
         self.n_labels += n
         labels = torch.arange(self.n_labels - n, self.n_labels)
         if purpose is not None:
-            self.known[purpose] = labels
+            self.labels_by_purpose[purpose] = labels
         return labels
 
     def copy_for_rerun(self) -> "LabelBook":
-        """A book for another run of the same network, with the same labels and
-        lattices.
+        """A book for another run of the same network, with the same labels.
+
+        It has the lattices too, but remembers no joins.
         """
         return LabelBook(
             self.n_labels,
-            records=False,
-            known=dict(self.known),
+            is_recording=False,
+            labels_by_purpose=dict(self.labels_by_purpose),
             lattices=list(self.lattices),
         )
 
     def join(self, a: Tensor, b: Tensor) -> None:
-        """Makes the channels behind two label tensors of equal shape the same, position
-        by position.
+        """Makes the channels behind two label tensors the same, position by position.
 
         A channel that meets a constant can't go, since the code would still write the
         constant.
+
+        Args:
+            a: Labels of any shape.
+            b: Labels of the same shape.
         """
-        if not self.records:
+        # Comparing labels costs more than following them; who won't solve needn't.
+        if not self.is_recording:
             return
         pairs = distinct_pairs(a, b)
-        constant = (pairs == CONSTANT).any(0)
-        if constant.any():
-            self._pins.append(
-                (
-                    pairs[:, constant].max(0),
-                    "meets a constant that the code writes, such as zero padding",
-                )
-            )
-        if (
-            not constant.all()
-        ):  # nor empty: settling stops when nothing is joined any more
-            self._edges.append(pairs[:, ~constant])
+        is_constant = (pairs == CONSTANT).any(0)
+        if is_constant.any():
+            # The constant is label 0, so the larger one of a pair is the channel.
+            channels = pairs[:, is_constant].max(0)
+            reason = "meets a constant that the code writes, such as zero padding"
+            self._pins.append((channels, reason))
+        # No empty joins: the solver stops when nothing is joined any more.
+        if not is_constant.all():
+            self._edges.append(pairs[:, ~is_constant])
 
     def join_lines(self, lines: Tensor) -> None:
         """Joins all lines of `(n_lines, n)` with the first, position by position."""
         self.join(lines[:1].expand_as(lines), lines)
 
     def pin(self, labels: Tensor, reason: str) -> None:
-        """Forbids pruning the channels behind `labels`; the first reason given is the
-        one reported.
+        """Forbids pruning the channels behind some labels.
+
+        Args:
+            labels: Of any shape.
+            reason: Why. Of several reasons for a channel, the first is reported.
         """
+        # Unique, since a label is repeated at every pixel of an activation.
         self._pins.append((np.unique(labels.numpy()), reason))
 
     def factor(self, cells: Tensor) -> Tensor:
-        """One label per row of `(n_rows, n_columns)`: what goes when the whole row
-        goes. Equal rows share theirs.
+        """Gives every row of cells a label, which goes when the whole row goes.
+
+        Equal rows share a label, and cells that are known already keep theirs, also
+        where they come back transposed.
+
+        Args:
+            cells: Labels `(n_rows, n_columns)`.
+
+        Returns:
+            Labels `(n_rows,)`; the cells themselves where there is one column.
         """
+        # A row of one cell goes when the cell does.
         if cells.shape[1] == 1:
             return cells[:, 0]
         distinct, row_of = torch.unique(cells, dim=0, return_inverse=True)
+        # `unique` has sorted the rows, so equal sets of rows are equal tensors.
         for known in self.lattices:
             if torch.equal(known.cells, distinct):
                 return known.rows[row_of]
             if torch.equal(known.cells.T, distinct):
                 return known.columns[row_of]
-        lattice = Lattice(
-            distinct, self.new_labels(len(distinct)), self.new_labels(distinct.shape[1])
-        )
-        self.lattices.append(lattice)
-        return lattice.rows[row_of]
+        rows = self.new_labels(len(distinct))
+        columns = self.new_labels(distinct.shape[1])
+        self.lattices.append(Lattice(distinct, rows, columns))
+        return rows[row_of]
 
     @property
     def n_joins(self) -> int:
@@ -145,106 +179,179 @@ class LabelBook:
     def representatives(
         self, known: np.ndarray | None = None, since: int = 0
     ) -> np.ndarray:
-        """Per label the smallest label of its joined set, `(n_labels,)`.
+        """Finds for each label its root, the smallest label of its joined set.
+
+        With five labels, and the joins 4-3 and 3-1, the roots start as 0, 1, 2, 3, 4.
+        The first round lowers them to 0, 1, 2, 1, 3, as each join takes the smaller
+        root to the larger one; then each label takes its root's root: 0, 1, 2, 1, 1.
+        The next round changes nothing.
 
         Args:
             known: The roots after the first `since` joins, to start from.
-            since: See `known`.
+            since: How many joins `known` has seen.
+
+        Returns:
+            int64 `(n_labels,)`.
         """
-        root = np.arange(self.n_labels)
+        roots = np.arange(self.n_labels)
         if known is not None:
-            root[: len(known)] = known
+            # Labels that were handed out since are their own roots.
+            roots[: len(known)] = known
         edges = self._edges[since:]
-        a, b = (
-            np.concatenate(edges, axis=1) if edges else np.zeros((2, 0), dtype=np.int64)
-        )
+        if not edges:
+            edges = [np.zeros((2, 0), dtype=np.int64)]
+        a, b = np.concatenate(edges, axis=1)
         while True:
-            low = np.minimum(root[a], root[b])
-            before = root.copy()
-            np.minimum.at(root, root[a], low)
-            np.minimum.at(root, root[b], low)
-            root = root[root]
-            if np.array_equal(root, before):
-                return root
+            lower = np.minimum(roots[a], roots[b])
+            before = roots.copy()
+            # `at`, since many joins may lower the same root.
+            np.minimum.at(roots, roots[a], lower)
+            np.minimum.at(roots, roots[b], lower)
+            roots = roots[roots]
+            if np.array_equal(roots, before):
+                return roots
 
     def reasons(self, representatives: np.ndarray) -> dict[int, str]:
-        """Pinned root to the first reason that was given for one of its labels."""
+        """Why roots are pinned.
+
+        Args:
+            representatives: The root of every label, `(n_labels,)`.
+
+        Returns:
+            Pinned root to the first reason that was given for one of its labels.
+        """
         reasons: dict[int, str] = {}
         for labels, reason in self._pins:
+            # Pins come in the order of the forward pass; the first is the cause.
             for root in np.unique(representatives[labels]):
                 reasons.setdefault(int(root), reason)
         return reasons
 
     def roots_pinned_for(self, reason: str, representatives: np.ndarray) -> set[int]:
-        """The roots that were pinned for one reason, whatever was said of them before."""
-        return {
-            int(root)
-            for labels, why in self._pins
-            if why == reason
-            for root in np.unique(representatives[labels])
-        }
+        """The roots that were pinned for a reason, even if not for that one first.
+
+        Args:
+            reason: Why, word by word.
+            representatives: The root of every label, `(n_labels,)`.
+        """
+        roots: set[int] = set()
+        for labels, given in self._pins:
+            if given == reason:
+                roots.update(np.unique(representatives[labels]).tolist())
+        return roots
 
 
 def distinct_pairs(a: Tensor, b: Tensor) -> np.ndarray:
-    """The distinct pairs of unequal labels that meet at some position, `(2, n)`."""
-    a, b = a.flatten().numpy(), b.flatten().numpy()
-    differ = a != b
-    return np.unique(np.stack([a[differ], b[differ]]), axis=1)
+    """The distinct pairs of unequal labels that meet at some position.
+
+    Args:
+        a: Labels of any shape.
+        b: Labels of the same shape.
+
+    Returns:
+        int64 `(2, n_pairs)`.
+    """
+    # Pairs of equal labels say nothing and are most of them.
+    first = a.flatten().numpy()
+    second = b.flatten().numpy()
+    is_different = first != second
+    pairs = np.stack([first[is_different], second[is_different]])
+    return np.unique(pairs, axis=1)
 
 
 def varying_axes(labels: Tensor) -> list[int]:
-    """The axes along which a label tensor isn't constant; decided by values, since
-    copies lose their zero strides.
+    """The axes along which a label tensor isn't constant.
+
+    Args:
+        labels: Of any shape.
     """
+    # Decided by values, since copies have lost their zero strides.
     labels = thin(labels)
-    return [
-        axis
-        for axis in range(labels.ndim)
-        if labels.shape[axis] > 1 and bool((labels != labels.narrow(axis, 0, 1)).any())
-    ]
+    axes = []
+    for axis in range(labels.ndim):
+        first = labels.narrow(axis, 0, 1)
+        if labels.shape[axis] > 1 and bool((labels != first).any()):
+            axes.append(axis)
+    return axes
 
 
 def thin(labels: Tensor) -> Tensor:
-    """With length 1 along the axes of stride 0, which are constant; it broadcasts to
-    the same.
+    """Cuts axes of stride 0, which are constant, to length 1.
+
+    Args:
+        labels: Of any shape.
+
+    Returns:
+        A view with as many axes, which broadcasts to the same.
     """
-    return labels[
-        tuple(slice(None) if stride else slice(0, 1) for stride in labels.stride())
-    ]
+    whole = slice(None)
+    first = slice(0, 1)
+    return labels[tuple(whole if stride else first for stride in labels.stride())]
 
 
 def compress(labels: Tensor) -> Tensor:
-    """The labels on their varying axes alone."""
+    """Drops the axes along which labels are constant."""
     return take_at_origin(labels, varying_axes(labels))
 
 
 def take_at_origin(labels: Tensor, axes: Collection[int]) -> Tensor:
-    """The labels along some axes, at the first position of all others."""
-    return labels[
-        tuple(slice(None) if axis in axes else 0 for axis in range(labels.ndim))
-    ]
+    """Takes the labels along some axes, at the first position of all others.
+
+    Args:
+        labels: Of any shape.
+        axes: The axes that stay, in the order that they have.
+    """
+    whole = slice(None)
+    return labels[tuple(whole if axis in axes else 0 for axis in range(labels.ndim))]
 
 
 def labels_on_axis(labels: Tensor, axis: int) -> Tensor | None:
-    """The labels along one axis, `(n,)`, or None where they also vary along another."""
+    """The labels along one axis, or None where they also vary along another.
+
+    Args:
+        labels: Of any shape.
+        axis: Which axis.
+
+    Returns:
+        `(n,)`.
+    """
     if any(other != axis for other in varying_axes(labels)):
         return None
     return take_at_origin(labels, [axis])
 
 
 def lines(labels: Tensor, axis: int) -> Tensor:
-    """The lines along one axis, `(n_lines, n)`, each distinct position of the other
-    varying axes once.
+    """The lines along one axis, one for each position of the other varying axes.
+
+    Labels `(1, 3, 2)` that vary along the last two axes have along axis 1 two lines of
+    three labels, and along axis 2 three lines of two.
+
+    Args:
+        labels: Of any shape.
+        axis: Which axis.
+
+    Returns:
+        `(n_lines, n)`.
     """
-    axes = [other for other in varying_axes(labels) if other != axis]
-    kept = take_at_origin(labels, [*axes, axis])
-    return kept.movedim(sum(other < axis for other in axes), -1).reshape(
-        -1, labels.shape[axis]
-    )
+    others = [other for other in varying_axes(labels) if other != axis]
+    kept = take_at_origin(labels, [*others, axis])
+    # Where the axis is now, after the constant ones before it have gone.
+    place = sum(other < axis for other in others)
+    return kept.movedim(place, -1).reshape(-1, labels.shape[axis])
 
 
 def broadcast_labels(labels: Tensor, axis: int, shape: torch.Size) -> Tensor:
-    """Labels `(n,)` laid along `axis` of a tensor of `shape`, without copies."""
+    """Lays labels along one axis of a tensor, the same at all positions of the others.
+
+    Args:
+        labels: `(n,)`.
+        axis: Along which axis.
+        shape: The tensor's shape; `n` on that axis.
+
+    Returns:
+        A view of the shape, with stride 0 along the other axes.
+    """
+    # `expand` gives stride 0, which `thin` recognizes.
     view = [1] * len(shape)
     view[axis] = -1
     return labels.view(view).expand(shape)

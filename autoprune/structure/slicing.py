@@ -1,81 +1,122 @@
-"""Real structured pruning.
+"""Real structured pruning: smaller tensors in a network of the same class.
 
 A `Slicer` holds one copy of the network and lays the kept channels of the dense tensors
-into it, as often as asked: `prune` does so once, the proxy thousands of times.
+into it, as often as asked: `prune` does so once, the proxy thousands of times. What a
+module's code reads back besides its tensors, such as `out_channels`, is set by the
+entries of `ATTRIBUTE_SETTERS`; see `autoprune.structure.attribute_setters` for how to
+add one.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from autoprune.structure.attention import OpenMultiheadAttention, is_a, open_attention
+from autoprune.structure.attention import is_instance_of, open_attention
+from autoprune.structure.attribute_setters import ATTRIBUTE_SETTERS, Update
 from autoprune.structure.groups import (
     Groups,
-    loses_whole_conv_groups,
     named_tensors,
     removal_mask,
 )
 
-KeptIndices = Mapping[str, Tensor]
+KeptIndices: TypeAlias = Mapping[str, Tensor]
 """Prunable group to the channels that survive, int64, ascending."""
 
 
 def top_channels(
     importance: Mapping[str, Tensor], kept: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """The `kept` most important channels of each group, ascending.
+    """Selects the most important channels of each group.
 
     Args:
         importance: Group to scores `(n_channels,)`, higher is kept.
         kept: Group to the number of channels to keep; groups left out keep all.
+
+    Returns:
+        Group to the channels to keep, int64, ascending.
     """
-    return {
-        name: importance[name].topk(count).indices.sort().values
-        for name, count in kept.items()
-    }
+    channels = {}
+    for name, count in kept.items():
+        best = importance[name].topk(count).indices
+        channels[name] = best.sort().values
+    return channels
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are new objects over the same memory: cheap,
-    as long as nobody writes.
+    """Copies a network without copying its weights.
+
+    Cheap and safe, as long as nobody writes into the weights of either.
+
+    Args:
+        model: The network.
+
+    Returns:
+        A network whose parameters and buffers are new objects over the same memory.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): _alias(tensor) for tensor in tensors})
+    # What deepcopy finds in its memo it takes from there, instead of copying it.
+    memo = {id(tensor): _alias(tensor) for tensor in tensors}
+    return copy.deepcopy(model, memo)
 
 
 def _alias(tensor: Tensor) -> Tensor:
+    """A new parameter or buffer over the memory of another one."""
+    # Detached tensors share memory with what they come from.
     alias = tensor.detach()
-    return (
-        nn.Parameter(alias, requires_grad=tensor.requires_grad)
-        if isinstance(tensor, nn.Parameter)
-        else alias
-    )
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(alias, requires_grad=tensor.requires_grad)
+    return alias
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """The positions of one axis on which groups sit: shared by all axes that are cut
-    alike.
+    """The positions of one axis on which groups sit.
+
+    All axes that are cut alike share one, so that it's worked out once.
+
+    Attributes:
+        length: Of the axis in the dense network.
+        members: Groups, each with its channels' positions `(n_channels, k)`.
     """
 
     length: int
     members: list[tuple[str, Tensor]]
-    """Group, and its channels' positions `(n_channels, k)`."""
 
-    def survivors(self, gone: Mapping[str, Tensor]) -> Tensor | None:
-        """Positions left when the marked channels go, ascending; None if all are."""
-        members = [
-            (gone[group], index) for group, index in self.members if group in gone
-        ]
-        if not members:
+    def survivors(self, masks: Mapping[str, Tensor]) -> Tensor | None:
+        """The positions that are left, ascending, or None if all of them are.
+
+        `masks` leads from groups that lose channels to which go, bool `(n_channels,)`.
+        """
+        pruned = [group for group, _ in self.members if group in masks]
+        # Most axes of a network with few pruned groups stay as they are.
+        if not pruned:
             return None
-        alive = torch.ones(self.length, dtype=torch.bool)
-        for channels, index in members:
-            alive[index[channels].flatten()] = False
-        return alive.nonzero()[:, 0]
+        is_alive = torch.ones(self.length, dtype=torch.bool)
+        for group, index in self.members:
+            if group in masks:
+                is_alive[index[masks[group]].flatten()] = False
+        return is_alive.nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor of the network, and how it is cut.
+
+    Attributes:
+        module: The module of the reused copy that holds the tensor.
+        attribute: The attribute of the module that does.
+        dense: The tensor of the dense network.
+        cuts: Axes on which groups sit, each with the number of its cut.
+    """
+
+    module: nn.Module
+    attribute: str
+    dense: Tensor
+    cuts: list[tuple[int, int]]
 
 
 class Slicer:
@@ -89,92 +130,125 @@ class Slicer:
         groups: Its trace.
         borrow: Share the weights of `model`, which must stay as they are, rather than
             copy them.
+
+    Attributes:
+        groups: The trace.
+        model: The reused copy.
     """
 
     def __init__(self, model: nn.Module, groups: Groups, borrow: bool = False):
         self.groups = groups
+        # Two copies: the sub-models' tensors are cut from one and laid into the other.
         dense = open_attention(shared_copy(model) if borrow else copy.deepcopy(model))
         self.model = shared_copy(dense)
-        self._attributes = _attribute_setters(self.model)
-        self._cuts, by_axis = _cuts(groups)
-        owners, axes = _owners(self.model), {name: [] for name in groups.shapes}
-        for (name, axis), cut in by_axis.items():
-            axes[name].append((axis, cut))
-        tensors = {name: tensor.detach() for name, tensor in named_tensors(dense).items()}
-        self._pieces = [
-            (*owners[name], tensor, axes[name]) for name, tensor in tensors.items()
-        ]
+        self._updates = _attribute_updates(self.model)
+        self._cuts, cut_of_axis = _find_cuts(groups)
+        cuts: dict[str, list[tuple[int, int]]] = {name: [] for name in groups.shapes}
+        for (name, axis), cut in cut_of_axis.items():
+            cuts[name].append((axis, cut))
+        owners = _owners(self.model)
+        self._pieces = []
+        for name, tensor in named_tensors(dense).items():
+            module, attribute = owners[name]
+            piece = _Piece(module, attribute, tensor.detach(), cuts[name])
+            self._pieces.append(piece)
 
     def apply(self, kept: KeptIndices) -> nn.Module:
-        """The sub-model with exactly the kept channels; the same object at every call,
-        valid until the next.
+        """Makes the sub-model with exactly the kept channels.
+
+        Args:
+            kept: Prunable group to the surviving channels; groups left out keep all.
+
+        Returns:
+            The same object at every call, valid until the next.
         """
-        marks = {
-            group.name: removal_mask(group, kept)
-            for group in self.groups
-            if group.name in kept
-        }
-        gone = {name: mark for name, mark in marks.items() if mark.any()}
-        survivors = [cut.survivors(gone) for cut in self._cuts]
-        for module, attribute, dense, axes in self._pieces:
-            tensor = dense
-            for axis, cut in axes:
-                if survivors[cut] is not None:
-                    tensor = tensor.index_select(axis, survivors[cut])
-            _assign(module, attribute, dense.clone() if tensor is dense else tensor)
-        for update in self._attributes:
+        # Few groups, many positions: what goes is looked up once for each group.
+        masks = {}
+        for group in self.groups:
+            if group.name in kept:
+                mask = removal_mask(group, kept)
+                # Axes that lose nothing needn't be selected from.
+                if mask.any():
+                    masks[group.name] = mask
+        # Few kinds of cuts, many tensors: the indices are made once for all of them.
+        survivors = [cut.survivors(masks) for cut in self._cuts]
+        for piece in self._pieces:
+            tensor = piece.dense
+            for axis, cut in piece.cuts:
+                index = survivors[cut]
+                if index is not None:
+                    tensor = tensor.index_select(axis, index)
+            # A tensor that lost nothing is the dense one itself, which the sub-model,
+            # free to train or to recalibrate, must not write into.
+            if tensor is piece.dense:
+                tensor = piece.dense.clone()
+            _assign(piece.module, piece.attribute, tensor)
+        for update in self._updates:
             update()
         return self.model
 
 
-def _cuts(groups: Groups) -> tuple[list[_Cut], dict[tuple[str, int], int]]:
-    """The different cuts, and for each tensor and axis with a prunable group the number
-    of its cut.
+def _find_cuts(groups: Groups) -> tuple[list[_Cut], dict[tuple[str, int], int]]:
+    """Finds the different cuts of a network's axes.
+
+    Returns:
+        The cuts; and tensor and axis to the number of its cut, wherever a prunable
+        group sits.
     """
     members: dict[tuple[str, int], list[tuple[str, Tensor]]] = {}
     for group in groups:
         for member in group.members:
-            members.setdefault((member.tensor, member.axis), []).append(
-                (group.name, member.index.to(torch.int64))
-            )
-    cuts, numbers, by_axis = [], {}, {}
-    for (name, axis), cut in members.items():
+            on_axis = members.setdefault((member.tensor, member.axis), [])
+            on_axis.append((group.name, member.index.to(torch.int64)))
+    cuts: list[_Cut] = []
+    numbers: dict[tuple, int] = {}
+    cut_of_axis: dict[tuple[str, int], int] = {}
+    for (name, axis), on_axis in members.items():
         length = groups.shapes[name][axis]
-        key = length, tuple((group, index.numpy().tobytes()) for group, index in cut)
+        # Tensors compare elementwise and don't hash; their bytes do.
+        layout = tuple((group, index.numpy().tobytes()) for group, index in on_axis)
+        key = (length, layout)
         if key not in numbers:
             numbers[key] = len(cuts)
-            cuts.append(_Cut(length, cut))
-        by_axis[name, axis] = numbers[key]
-    return cuts, by_axis
+            cuts.append(_Cut(length, on_axis))
+        cut_of_axis[name, axis] = numbers[key]
+    return cuts, cut_of_axis
 
 
 def prune(model: nn.Module, groups: Groups, kept: KeptIndices) -> nn.Module:
-    """A new, smaller network of the same class with exactly the kept channels; the
-    original is untouched.
+    """Makes a new, smaller network of the same class with exactly the kept channels.
 
     Attention modules come out as those of `autoprune.structure.attention`, where the
     number of heads and their width are free.
 
     Args:
-        model: The dense network that `groups` was traced from.
+        model: The dense network that `groups` was traced from; it stays untouched.
         groups: Its trace.
         kept: Prunable group to the surviving channels (`top_channels`); groups left out
             keep all.
+
+    Returns:
+        The smaller network.
     """
     return Slicer(model, groups, borrow=True).apply(kept)
 
 
 def fit_shapes(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Gives every parameter and buffer of `model`, in place, the shape that it has in
-    `state_dict`, and its values.
+    """Lays tensors of other shapes into a network, in place.
 
     Module attributes that the code reads back (`out_channels`, `num_features`, ...)
     follow the shapes; attention modules are opened as `prune` does.
+
+    Args:
+        model: The dense network, or one of another width.
+        state_dict: Name to value of each of its parameters and buffers.
     """
-    setters = _attribute_setters(open_attention(model))
+    # Made first: they note what only the shapes before can tell.
+    updates = _attribute_updates(open_attention(model))
     for name, (module, attribute) in _owners(model).items():
+        # A copy, so that training the network leaves the caller's tensors alone.
         _assign(module, attribute, state_dict[name].clone())
-    for update in setters:
+    for update in updates:
         update()
 
 
@@ -188,131 +262,25 @@ def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _assign(module: nn.Module, attribute: str, value: Tensor) -> None:
+    """Gives a parameter or buffer another value, of whatever shape."""
     current = getattr(module, attribute)
     if isinstance(current, nn.Parameter):
+        # The parameter stays the same object, as optimizers and tied weights know it.
         current.data = value
         current.grad = None
     else:
+        # A buffer has no state beside its value, so it may be another object.
         module._buffers[attribute] = value
 
 
-def _conv_setter(module: nn.modules.conv._ConvNd):
-    whole = loses_whole_conv_groups(
-        module.in_channels, module.out_channels, module.groups
-    )
-    first_axis = module.in_channels if module.transposed else module.out_channels
-    per_group = first_axis // module.groups
+def _attribute_updates(model: nn.Module) -> list[Update]:
+    """The updates of all modules.
 
-    def update() -> None:
-        if whole:
-            module.groups = module.weight.shape[0] // per_group
-        ends = module.weight.shape[0], module.weight.shape[1] * module.groups
-        module.out_channels, module.in_channels = (
-            reversed(ends) if module.transposed else ends
-        )
-
-    return update
-
-
-def _norm_setter(module: nn.Module):
-    def update() -> None:
-        tensor = module.weight if module.weight is not None else module.running_mean
-        if tensor is not None:
-            module.num_features = len(tensor)
-
-    return update
-
-
-def _layer_norm_setter(module: nn.LayerNorm):
-    def update() -> None:
-        if module.weight is not None:
-            module.normalized_shape = tuple(module.weight.shape)
-
-    return update
-
-
-def _group_norm_setter(module: nn.GroupNorm):
-    whole = loses_whole_conv_groups(
-        module.num_channels, module.num_channels, module.num_groups
-    )
-    per_group = module.num_channels // module.num_groups
-
-    def update() -> None:
-        if module.weight is not None:
-            module.num_channels = len(module.weight)
-            module.num_groups = (
-                module.num_channels // per_group if whole else module.num_groups
-            )
-
-    return update
-
-
-def _linear_setter(module: nn.Linear):
-    def update() -> None:
-        module.out_features, module.in_features = module.weight.shape
-
-    return update
-
-
-def _attention_setter(module: OpenMultiheadAttention):
-    def update() -> None:
-        module.embed_dim = module.kdim = module.vdim = module.in_proj_weight.shape[1]
-        module.num_heads = len(module.scale)
-        module.head_dim = len(module.in_proj_weight) // 3 // module.num_heads
-
-    return update
-
-
-def _vision_transformer_setter(module: nn.Module):
-    def update() -> None:
-        module.hidden_dim = module.class_token.shape[-1]
-
-    return update
-
-
-def _timm_attention_setter(module: nn.Module):
-    def update() -> None:
-        module.num_heads, module.attn_dim = (
-            len(module.scale),
-            module.qkv.weight.shape[0] // 3,
-        )
-        module.head_dim = module.attn_dim // module.num_heads
-
-    return update
-
-
-def _timm_windows_setter(module: nn.Module):
-    def update() -> None:
-        module.num_heads = module.relative_position_bias_table.shape[1]
-
-    return update
-
-
-# What a module's code reads back besides its tensors: module class -> function that
-# takes the dense module and returns an update, called whenever its tensors have
-# changed. An own module class, or its full name, needs one entry.
-ATTRIBUTE_SETTERS: dict[
-    type[nn.Module] | str, Callable[[nn.Module], Callable[[], None]]
-] = {
-    nn.modules.conv._ConvNd: _conv_setter,
-    nn.modules.batchnorm._NormBase: _norm_setter,
-    nn.LayerNorm: _layer_norm_setter,
-    nn.GroupNorm: _group_norm_setter,
-    nn.Linear: _linear_setter,
-    OpenMultiheadAttention: _attention_setter,
-    "torchvision.models.vision_transformer.VisionTransformer": _vision_transformer_setter,
-    "timm.layers.attention.Attention": _timm_attention_setter,
-    "timm.models.swin_transformer.WindowAttention": _timm_windows_setter,
-}
-
-
-def _attribute_setters(model: nn.Module) -> list[Callable[[], None]]:
-    """The updates of all modules, inner ones first, so that an outer one may read what
-    they have set.
+    Inner ones come first, so that an outer one may read what they have set.
     """
-    return [
-        make(module)
-        for module in reversed(list(model.modules()))
-        for known, make in ATTRIBUTE_SETTERS.items()
-        if is_a(module, known)
-    ]
+    updates = []
+    for module in reversed(list(model.modules())):
+        for known, make_update in ATTRIBUTE_SETTERS.items():
+            if is_instance_of(module, known):
+                updates.append(make_update(module))
+    return updates
