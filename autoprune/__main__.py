@@ -2,31 +2,7 @@
 
 import sys
 
-PACKAGES_OF_RUN = (
-    "gymnasium",
-    "jinja2",
-    "jsonargparse",
-    "matplotlib",
-    "onnx",
-    "onnxruntime",
-    "onnxscript",
-    "rich",
-    "stable_baselines3",
-    "tensorboard",
-)
-"""What the extra `run` installs: the command needs it, tracing and pruning don't."""
-
-
-def needs_run_extra(package: str) -> str:
-    """What to say where a package of the extra `run` is missing.
-
-    Args:
-        package: Name of the module that can't be imported.
-    """
-    return (
-        f"the command line needs {package}; install it with: "
-        f"pip install 'autoprune[run]'"
-    )
+from autoprune.errors import PACKAGES_OF_RUN, needs_run_extra
 
 
 def main() -> int:

@@ -7,6 +7,20 @@ these names into its flags, see `autoprune.cli.main`.
 import difflib
 from collections.abc import Callable, Iterable
 
+PACKAGES_OF_RUN = (
+    "gymnasium",
+    "jinja2",
+    "jsonargparse",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "rich",
+    "stable_baselines3",
+    "tensorboard",
+)
+"""What the extra `run` installs: the command needs it, tracing and pruning don't."""
+
 
 class UserError(ValueError):
     """An argument can't be used; the message names it, the reason and the next step.
@@ -127,3 +141,15 @@ def in_one_line(error: UserError | OSError, name_of: Callable[[str], str] = str)
         return f"{name_of(error.argument)}: {error.reason}"
     where = f" {error.filename!r}" if error.filename else ""
     return f"can't read or write{where} ({error.strerror or error})"
+
+
+def needs_run_extra(package: str) -> str:
+    """What to say where a package of the extra `run` is missing.
+
+    Args:
+        package: Name of the module that can't be imported.
+    """
+    return (
+        f"the command line needs {package}; install it with: "
+        f"pip install 'autoprune[run]'"
+    )

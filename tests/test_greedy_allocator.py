@@ -9,7 +9,7 @@ import torch
 from toys import digits_env, fake_env, some_policy, target_env, traced
 
 from autoprune.agents.recorder import Episode, counts_of
-from autoprune.agents.replay import FAMILIAR, Policy, acting, replay
+from autoprune.agents.replay import SIMILARITY_SCALE, Policy, make_actor, replay
 from autoprune.agents.search import SearchResult, search
 from autoprune.config import SearchConfig
 from autoprune.costs.budget import Budget
@@ -53,7 +53,8 @@ def test_a_group_is_worth_what_it_loses_at_half_where_damage_adds_up():
 def test_a_group_whose_return_does_harm_is_worth_nothing():
     env = fake_env("wide", lambda kept: float(kept[0] - kept[1:].sum()))
     marginal_gain = env.greedy_allocator.marginal_gain
-    assert marginal_gain[0] == 0 and (marginal_gain[1:] > 0).all()
+    assert marginal_gain[0] == 0
+    assert (marginal_gain[1:] > 0).all()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_the_path_goes_from_dense_to_the_least_and_never_back(harms):
     np.testing.assert_allclose(path[0], 1 - space.high / space.costs.dense, atol=1e-9)
     np.testing.assert_allclose(path[-1], 1 - space.low / space.costs.dense, atol=1e-9)
     assert (np.diff(path, axis=0) >= -1e-9).all()
-    costs = space.costs.continuous("macs", space.costs.dense * (1 - path))
+    costs = space.costs.continuous_cost("macs", space.costs.dense * (1 - path))
     assert (np.diff(costs) < 0).all()
 
 
@@ -86,7 +87,8 @@ def test_where_its_assumption_holds_the_guide_is_in_the_best_hundredth_of_random
     )
     losses = [env.proxy.loss_of(kept) for kept in (found, even, *others)]
     assert env.space.cost(found) <= env.target
-    assert losses[0] < 0.5 * losses[1] and losses[0] < np.quantile(losses[2:], 0.01)
+    assert losses[0] < 0.5 * losses[1]
+    assert losses[0] < np.quantile(losses[2:], 0.01)
 
 
 def test_suggestions_for_several_budgets_are_those_for_each():
@@ -138,13 +140,16 @@ def test_on_its_own_network_a_policy_acts_alone_and_nothing_is_measured():
     env = target_env("wide")
     policy = trained(env)
     assert (policy.similarity(env.observer) == 1).all()
-    (kept,) = env.start_episodes([env.budget]).rollout(acting(policy, env)).state.kept
+    (kept,) = (
+        env.start_episodes([env.budget]).rollout(make_actor(policy, env)).state.kept
+    )
     (alone,) = (
         env.start_episodes([env.budget])
         .rollout(lambda batch: policy.act(batch.observe())[:, 0])
         .state.kept
     )
-    assert kept.tolist() == alone.tolist() and env.proxy.evaluations == 0
+    assert kept.tolist() == alone.tolist()
+    assert env.proxy.evaluations == 0
 
 
 def test_a_policy_that_says_nothing_of_what_it_knows_is_trusted():
@@ -161,9 +166,10 @@ def test_trust_falls_with_the_distance_to_the_nearest_group_that_is_known():
         env.observer
     )
     np.testing.assert_allclose(
-        similarity[1:], np.exp(-0.5 * (away[1:] / FAMILIAR) ** 2)
+        similarity[1:], np.exp(-0.5 * (away[1:] / SIMILARITY_SCALE) ** 2)
     )
-    assert similarity[0] == 1 and (similarity[1:] < 1).all()
+    assert similarity[0] == 1
+    assert (similarity[1:] < 1).all()
 
 
 def test_far_from_what_it_knows_a_policy_does_what_the_guide_suggests():
@@ -182,10 +188,8 @@ def test_a_wrapped_environment_is_replayed_like_the_bare_one(shift):
     )
     options = {"model": traced("wide")[0], "groups": env.groups, "proxy": env.proxy}
     wrapped = gymnasium.make("autoprune/LayerPruning-v0", **options)
-    assert (
-        wrapped is not wrapped.unwrapped
-        and replay(policy, wrapped)[0] == replay(policy, env)[0]
-    )
+    assert wrapped is not wrapped.unwrapped
+    assert replay(policy, wrapped)[0] == replay(policy, env)[0]
 
 
 def test_what_a_policy_knows_is_saved_with_it(tmp_path):
@@ -263,7 +267,8 @@ def test_a_search_led_by_a_stranger_and_interrupted_ends_as_one_left_alone(tmp_p
             searched("interrupted", episode)
     resumed = searched("interrupted")
     assert np.array_equal(counts_of(resumed.episodes), counts_of(alone.episodes))
-    assert resumed.best == alone.best and resumed.evaluations == alone.evaluations
+    assert resumed.best == alone.best
+    assert resumed.evaluations == alone.evaluations
     # Episodes and the policy's own allocation, each network once; before them the
     # guide's measurements.
     networks = {episode.counts for episode in alone.episodes} | {

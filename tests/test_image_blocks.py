@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from test_proxy import FLOAT32, SPLITS, assert_close
 from toys import digits, fake_env
 
-from autoprune.agents.finalists import finalists
+from autoprune.agents.finalists import choose_finalists
 from autoprune.agents.recorder import LANES, Recorder
 from autoprune.config import ProxyConfig, SearchConfig
 from autoprune.evaluation.evaluate import EvalBatches, evaluate, on_batch_statistics
-from autoprune.evaluation.image_blocks import MOVES_ON, ImageBlocks
+from autoprune.evaluation.image_blocks import BATCHES_PER_TURN, ImageBlocks
 from autoprune.evaluation.importance import importance
 from autoprune.evaluation.proxy import ProxyAccuracy
 from autoprune.structure.slicing import prune, top_channels
@@ -44,8 +44,9 @@ def is_among(images, split) -> bool:
 @given(batch=st.integers(0, 500))
 def test_every_other_forty_batches_are_judged_by_calibration_images_in_turns(batch):
     blocks = blocks_of()
-    block = blocks.judging(batch)
-    assert block % 2 == batch % 2 and (block >= 2) == (batch // MOVES_ON % 2 == 1)
+    block = blocks.block_of(batch)
+    assert block % 2 == batch % 2
+    assert (block >= 2) == (batch // BATCHES_PER_TURN % 2 == 1)
     assert is_among(
         blocks[block].images, SPLITS.proxy if block < 2 else SPLITS.calibration
     )
@@ -54,14 +55,15 @@ def test_every_other_forty_batches_are_judged_by_calibration_images_in_turns(bat
 @given(images=st.integers(1, 70), n=st.integers(1, 6), is_free=st.booleans())
 def test_blocks_are_disjoint_equally_large_and_as_many_as_fit(images, n, is_free):
     blocks = blocks_of(replace(CONFIG, images=images, blocks=n), is_free)
-    assert blocks.n_blocks == max(
-        1, min(n, 60 // images)
-    ) and blocks.n_further == is_free * min(n, 40 // images)
+    assert blocks.n_blocks == max(1, min(n, 60 // images))
+    assert blocks.n_calibration_blocks == is_free * min(n, 40 // images)
     all_of_them = [
         blocks[block].images
-        for block in sorted({blocks.judging(batch) for batch in range(2 * MOVES_ON)})
+        for block in sorted(
+            {blocks.block_of(batch) for batch in range(2 * BATCHES_PER_TURN)}
+        )
     ]
-    assert len(all_of_them) == blocks.n_blocks + blocks.n_further
+    assert len(all_of_them) == blocks.n_blocks + blocks.n_calibration_blocks
     assert {len(block) for block in all_of_them} == {min(images, 60)}
     assert len(torch.cat([rows(block) for block in all_of_them]).unique(dim=0)) == sum(
         map(len, all_of_them)
@@ -84,7 +86,10 @@ def test_of_images_that_are_next_to_each_other_in_difficulty_every_block_has_one
 
 def test_a_survey_asks_all_images_that_judged_the_search():
     blocks = blocks_of()
-    short, long = blocks.all(MOVES_ON).images, blocks.all(MOVES_ON + 1).images
+    short, long = (
+        blocks.all_images(BATCHES_PER_TURN).images,
+        blocks.all_images(BATCHES_PER_TURN + 1).images,
+    )
     assert torch.equal(short.pixels, SPLITS.proxy.pixels)
     assert torch.equal(
         long.pixels, torch.cat([SPLITS.proxy.pixels, SPLITS.calibration.pixels])
@@ -92,7 +97,10 @@ def test_a_survey_asks_all_images_that_judged_the_search():
     assert torch.equal(
         long.labels, torch.cat([SPLITS.proxy.labels, SPLITS.calibration.labels])
     )
-    assert blocks_of(is_free=False).all(10 * MOVES_ON).images is SPLITS.proxy
+    assert (
+        blocks_of(is_free=False).all_images(10 * BATCHES_PER_TURN).images
+        is SPLITS.proxy
+    )
 
 
 def test_a_late_batch_scores_on_calibration_images_alone():
@@ -101,7 +109,7 @@ def test_a_late_batch_scores_on_calibration_images_alone():
     proxy = ProxyAccuracy(model, groups, l1, splits, CONFIG)
     half = {group.name: group.channels // 2 for group in groups}
     pruned = prune(model, groups, top_channels(l1, half))
-    block = proxy.block_of(MOVES_ON)
+    block = proxy.block_of(BATCHES_PER_TURN)
     images = proxy.blocks[block].images
     assert is_among(images, splits.calibration)
     with on_batch_statistics(pruned):
@@ -118,9 +126,14 @@ def test_images_that_candidates_are_measured_or_solved_on_judge_nobody(change):
     model, groups, splits = digits()
     l1 = importance("l1", model, groups, splits.train)
     proxy = ProxyAccuracy(model, groups, l1, splits, replace(CONFIG, **change))
-    assert {proxy.block_of(batch) for batch in range(3 * MOVES_ON)} == {0, 1}
+    assert {proxy.block_of(batch) for batch in range(3 * BATCHES_PER_TURN)} == {0, 1}
     free = ProxyAccuracy(model, groups, l1, splits, CONFIG)
-    assert {free.block_of(batch) for batch in range(3 * MOVES_ON)} == {0, 1, 2, 3}
+    assert {free.block_of(batch) for batch in range(3 * BATCHES_PER_TURN)} == {
+        0,
+        1,
+        2,
+        3,
+    }
 
 
 class Judged:
@@ -135,7 +148,7 @@ class Judged:
         return getattr(self.proxy, name)
 
     def block_of(self, batch):
-        return blocks_of(EIGHT).judging(batch)
+        return blocks_of(EIGHT).block_of(batch)
 
     def score_all(self, allocations, block=0):
         self.asked.append(block)
@@ -163,11 +176,11 @@ def test_every_batch_asks_its_block_and_each_block_sends_as_many_however_many_th
         )
     n_batches = -(-episodes // LANES)
     assert env.proxy.asked == [
-        blocks_of(EIGHT).judging(batch) for batch in range(n_batches)
+        blocks_of(EIGHT).block_of(batch) for batch in range(n_batches)
     ]
     assert (
         recorder.blocks.tolist()
         == [block for block in env.proxy.asked for _ in range(LANES)][:episodes]
     )
-    finalists(recorder, None)
+    choose_finalists(recorder, None)
     assert env.proxy.surveyed == [(n_surveyed, n_batches)]

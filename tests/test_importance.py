@@ -209,7 +209,8 @@ def test_apoz_of_a_dead_channel_is_one_and_of_one_that_always_fires_zero():
     with torch.no_grad():
         model.bn1.weight[:2], model.bn1.bias[0], model.bn1.bias[1] = 0, -1, 1
     scores = importance("apoz", model, groups, DATA)["conv1"]
-    assert scores[0] == 0 and scores[1] == scores.max() > scores[2:].max()
+    assert scores[0] == 0
+    assert scores[1] == scores.max() > scores[2:].max()
     kept = {"conv1": torch.arange(1, 6)}
     x = DATA.inputs
     torch.testing.assert_close(
@@ -398,9 +399,8 @@ def test_model_is_left_as_found(name, training):
     assert all(
         torch.equal(before[key], value) for key, value in model.state_dict().items()
     )
-    assert model.training is training and all(
-        p.grad is None for p in model.parameters()
-    )
+    assert model.training is training
+    assert all(p.grad is None for p in model.parameters())
     assert [key for key, p in model.named_parameters() if not p.requires_grad] == [
         "stem.weight"
     ]

@@ -33,7 +33,7 @@ def test_every_cifar_network_classifies_32x32_images(name):
 
 
 @pytest.mark.parametrize(
-    "name, millions",
+    ("name", "millions"),
     [
         ("resnet20", 40.55),
         ("resnet32", 68.86),
@@ -77,7 +77,7 @@ def test_model_names_are_classifiers_only():
 
 
 @pytest.mark.parametrize(
-    "given, nearest",
+    ("given", "nearest"),
     [("resnet65", "resnet56"), ("mobilenetv2_cifar", "mobilenet_v2_cifar")],
 )
 def test_unknown_model_offers_the_nearest(given, nearest):
@@ -106,7 +106,7 @@ def own_module(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "argument, width", [("n_classes", 7), ("num_classes=3", 7), ("", 5)]
+    ("argument", "width"), [("n_classes", 7), ("num_classes=3", 7), ("", 5)]
 )
 def test_factory_gets_the_number_of_classes_if_it_takes_it(own_module, argument, width):
     name = argument.partition("=")[0]
@@ -114,6 +114,20 @@ def test_factory_gets_the_number_of_classes_if_it_takes_it(own_module, argument,
         f"own_{name}", f"def net({argument}):\n    return nn.Linear(4, {name or 5})"
     )
     assert build(f"own_{name}:net", n_classes=7).out_features == width
+
+
+def test_a_folder_of_the_users_comes_before_an_installed_package_of_its_name(
+    tmp_path, monkeypatch
+):
+    for home, width in (("installed", 3), ("here", 5)):
+        package = tmp_path / home / "agents_of_somebody"
+        package.mkdir(parents=True)
+        (package / "net.py").write_text(
+            f"from torch import nn\ndef make(): return nn.Linear(4, {width})\n"
+        )
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "installed"), *sys.path[1:]])
+    assert build("agents_of_somebody.net:make").out_features == 5
 
 
 @pytest.mark.parametrize(

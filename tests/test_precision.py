@@ -46,7 +46,8 @@ def test_depthwise_convolutions_with_a_slow_gradient_take_float32(layer):
         ),
         *(layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups),
     )
-    assert output.dtype == torch.bfloat16 and torch.equal(output, exact.bfloat16())
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, exact.bfloat16())
     rounded, coarse = through(layer, autocast("on"))
     assert not torch.equal(gradient, coarse), "it is computed as everything else"
     torch.testing.assert_close(output, rounded, rtol=0.05, atol=0.05)
@@ -77,7 +78,8 @@ def test_without_bfloat16_everything_is_float32():
     inputs = torch.randn(1, 6, 8, 8)
     with training_autocast("off"):
         inside = layer(inputs)
-    assert inside.dtype == torch.float32 and torch.equal(inside, layer(inputs))
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, layer(inputs))
 
 
 def test_nothing_is_left_behind_when_a_pass_fails():

@@ -155,7 +155,8 @@ def test_uniform_allocation_meets_every_reachable_budget(case):
         target = int(floor + share * (dense - floor))
         kept = space.uniform(target)
         assert space.cost(kept) <= target
-        assert (space.low <= kept).all() and (kept <= space.high).all()
+        assert (space.low <= kept).all()
+        assert (kept <= space.high).all()
 
 
 def test_model_is_bit_identical_after_pruning_and_masking(case):
@@ -177,9 +178,8 @@ def test_model_is_bit_identical_after_pruning_and_masking(case):
     assert [vars(m).keys() for m in case.model.modules()] == [
         before.keys() for before in classes
     ]
-    assert not case.model.training and all(
-        p.requires_grad and p.grad is None for p in case.model.parameters()
-    )
+    assert not case.model.training
+    assert all(p.requires_grad and p.grad is None for p in case.model.parameters())
 
 
 def test_pruned_network_trains_a_step_and_reloads_bit_identically(case, tmp_path):

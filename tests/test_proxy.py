@@ -262,9 +262,8 @@ def test_blocks_are_disjoint_of_equal_difficulty_and_asked_in_turn():
     )
     blocks = [scorer.blocks[block].images for block in range(3)]
     seen = torch.cat([block.pixels for block in blocks]).flatten(1)
-    assert [len(block) for block in blocks] == [30] * 3 and len(
-        seen.unique(dim=0)
-    ) == 90
+    assert [len(block) for block in blocks] == [30] * 3
+    assert len(seen.unique(dim=0)) == 90
     half = {group.name: group.channels // 2 for group in groups}
     pruned = prune(model, groups, top_channels(l1, half))
     with on_batch_statistics(pruned):
@@ -279,7 +278,8 @@ def test_blocks_are_disjoint_of_equal_difficulty_and_asked_in_turn():
     for found, evaluation in zip(first, [*expected, expected[0]], strict=True):
         assert_close(found, evaluation)
     losses = [evaluation.loss for evaluation in expected]
-    assert np.ptp(losses) < 0.2 * np.mean(losses) and len(set(losses)) == 3
+    assert np.ptp(losses) < 0.2 * np.mean(losses)
+    assert len(set(losses)) == 3
 
 
 def test_an_allocation_that_was_scored_keeps_its_score_in_every_block():
@@ -305,7 +305,8 @@ def test_survey_scores_the_whole_proxy_split_in_one_pass_and_counts_as_no_evalua
         on_their_own_statistics(pruned, SPLITS.proxy.inputs), SPLITS.proxy.labels
     )
     assert_close(scorer.survey_all([KEPT])[0], expected)
-    assert scorer.evaluations == 1 and scorer(KEPT) != expected
+    assert scorer.evaluations == 1
+    assert scorer(KEPT) != expected
 
 
 @pytest.mark.parametrize("batch_size", [10, 20, 60])
@@ -343,11 +344,13 @@ def test_batch_statistics_are_those_of_float64(shape, dtype, tolerance, layout, 
         expected = expected * layer.weight[:, None, None] + layer.bias[:, None, None]
     with torch.no_grad(), on_batch_statistics(layer):
         found = layer(x.to(memory_format=layout))
-    assert found.dtype == dtype and found.is_contiguous(memory_format=layout)
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=layout)
     torch.testing.assert_close(
         found.double(), expected.double(), rtol=tolerance, atol=tolerance
     )
-    assert "forward" not in vars(layer) and layer.running_mean.eq(0).all()
+    assert "forward" not in vars(layer)
+    assert layer.running_mean.eq(0).all()
 
 
 def test_gradients_flow_through_batch_statistics():
@@ -420,7 +423,8 @@ def test_kl_loss_is_the_divergence_from_the_dense_networks_answers(residual, con
     divergence = (
         (theirs * (theirs.log() - ours.double().log_softmax(1))).sum(1).mean().item()
     )
-    assert found.loss == pytest.approx(divergence, rel=1e-4) and divergence > 0
+    assert found.loss == pytest.approx(divergence, rel=1e-4)
+    assert divergence > 0
     assert found.accuracy == pytest.approx(by_hand(ours, x.labels).accuracy)
 
 
@@ -454,7 +458,8 @@ def test_sensitivity_is_the_divergence_when_each_group_alone_loses_half(residual
             (theirs * (theirs.log() - ours.log_softmax(1))).sum(1).mean().item()
         )
         assert damage == pytest.approx(divergence, rel=1e-4)
-    assert scorer.sensitivity.shape == (2,) and (scorer.sensitivity > 0).all()
+    assert scorer.sensitivity.shape == (2,)
+    assert (scorer.sensitivity > 0).all()
     assert scorer.evaluations == 0
 
 
@@ -504,9 +509,11 @@ def test_the_same_allocation_twice_in_a_batch_is_scored_once(residual, monkeypat
     )
     other = {"stem": 2, "inner": 6}
     first, second, third = scorer.score_all([KEPT, other, dict(reversed(KEPT.items()))])
-    assert first is third and first != second
+    assert first is third
+    assert first != second
     assert len(scored) == scorer.evaluations == 2
-    assert scorer.score_all([other, KEPT]) == [second, first] and len(scored) == 2
+    assert scorer.score_all([other, KEPT]) == [second, first]
+    assert len(scored) == 2
     assert scorer.score_all([]) == []
 
 
@@ -639,7 +646,8 @@ def test_larger_samples_hold_distinct_channels_and_favour_the_important(residual
     hits = torch.zeros(6)
     for draw in range(500):
         channels = scorer.draw({"stem": 4, "inner": 3}, draw)["inner"]
-        assert len(channels) == 3 and (channels.diff() > 0).all()
+        assert len(channels) == 3
+        assert (channels.diff() > 0).all()
         hits[channels] += 1
     assert hits[3:].min() > 1.3 * hits[:3].max()
 
@@ -725,5 +733,6 @@ def test_every_small_network_can_be_scored():
             FLOAT32,
         )
         result = scorer({group.name: max(1, group.channels // 2) for group in groups})
-        assert 0 <= result.accuracy <= 1 and np.isfinite(result.loss)
+        assert 0 <= result.accuracy <= 1
+        assert np.isfinite(result.loss)
         assert (scorer.sensitivity >= 0).all()

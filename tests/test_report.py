@@ -260,10 +260,8 @@ def test_a_run_that_was_killed_before_its_search_says_what_was_asked_for(tmp_pat
     )
     write_text(folder.config, yaml.safe_dump(Settings().to_dict()))
     text = text_of(folder)
-    assert (
-        "resnet20 on sample: macs=50% asked for, nothing decided yet" in text
-        and "dyna (this run)" in text
-    )
+    assert "resnet20 on sample: macs=50% asked for, nothing decided yet" in text
+    assert "dyna (this run)" in text
     assert f"Go on with autoprune run --resume --out {tmp_path} and" in text
 
 
@@ -274,7 +272,8 @@ def test_a_run_without_fine_tuning_reports_the_recalibrated_accuracy(tmp_path):
 
 def test_latency_without_rows_is_still_shown(tmp_path):
     text = text_of(run_folder(tmp_path, {**FINISHED, "latency": None}))
-    assert "61.23 ms" in text and "40.41 ms" in text
+    assert "61.23 ms" in text
+    assert "40.41 ms" in text
 
 
 def test_episodes_logged_again_count_once(finished):
@@ -321,9 +320,8 @@ def test_dashed_lines_are_explained_where_there_are_some(baselines, tmp_path):
     text = text_of(
         run_folder(tmp_path, FINISHED | {"baselines": baselines}, n_episodes=3)
     )
-    assert "Reward of every episode" in text and ("Dashed lines" in text) == (
-        "sensitivity" in baselines
-    )
+    assert "Reward of every episode" in text
+    assert ("Dashed lines" in text) == ("sensitivity" in baselines)
 
 
 @pytest.mark.parametrize("n_epochs", [1, 2, 3, 30])
@@ -331,7 +329,8 @@ def test_epochs_are_counted_in_whole_numbers(n_epochs):
     axes = loss_curve({"fine-tuning": [1.0] * n_epochs}).axes[0]
     low, high = axes.get_xlim()
     shown = [tick for tick in axes.get_xticks() if low <= tick <= high]
-    assert shown and all(tick == round(tick) for tick in shown)
+    assert shown
+    assert all(tick == round(tick) for tick in shown)
 
 
 def test_a_shorter_fine_tuning_replaces_a_longer_one(tmp_path):
@@ -395,8 +394,11 @@ def test_allocation_bars_render_to_pixels():
         render_rgb(allocation_bars(names, [16] * len(names), [4] * len(names)))
         for names in ("ab", "abcdef")
     )
-    assert few.dtype == np.uint8 and few.ndim == 3 and few.shape[2] == 3
-    assert more.shape[0] > few.shape[0] and more.shape[1] == few.shape[1]
+    assert few.dtype == np.uint8
+    assert few.ndim == 3
+    assert few.shape[2] == 3
+    assert more.shape[0] > few.shape[0]
+    assert more.shape[1] == few.shape[1]
 
 
 def test_kept_channels_fill_their_share_of_the_bar():
@@ -424,4 +426,5 @@ def test_labels_of_close_baselines_do_not_overlap():
         {1: -2.0, 2: -1.0}, {"uniform": -1.5, "random": -1.5, "sensitivity": -1.49}
     )
     heights = sorted(text.get_position()[1] for text in figure.axes[0].texts)
-    assert len(heights) == 4 and np.diff(heights).min() >= 0.06
+    assert len(heights) == 4
+    assert np.diff(heights).min() >= 0.06

@@ -29,7 +29,8 @@ def test_more_accurate_of_two_equally_cheap_networks_is_preferred(name):
         REWARDS[name].function(outcome(accuracy))
         for accuracy in (0.1, 0.5, 0.79, 0.8, 0.99)
     ]
-    assert rewards == sorted(rewards) and len(set(rewards)) == 5
+    assert rewards == sorted(rewards)
+    assert len(set(rewards)) == 5
 
 
 @pytest.mark.parametrize("name", list(REWARDS))
@@ -38,7 +39,8 @@ def test_cheaper_of_two_equally_accurate_networks_is_preferred(name):
         REWARDS[name].function(outcome(0.9, macs))
         for macs in (DENSE, 700_000, 300_000, 299_999)
     ]
-    assert rewards == sorted(rewards) and len(set(rewards)) == 4
+    assert rewards == sorted(rewards)
+    assert len(set(rewards)) == 4
 
 
 def test_weighted_sum_is_minus_loss_and_a_tie_break_for_macs():
@@ -67,7 +69,8 @@ def test_accuracy_guaranteed_puts_everything_above_the_floor_before_everything_b
         for accuracy in (0.0, 0.5, 0.7999)
         for macs in (1, DENSE)
     ]
-    assert min(above) >= 1 and max(below) <= 0
+    assert min(above) >= 1
+    assert max(below) <= 0
 
 
 def test_accuracy_guaranteed_ignores_accuracy_above_and_cost_below_the_floor():
@@ -89,7 +92,7 @@ def test_only_accuracy_guaranteed_searches_the_cost_itself():
 
 
 @pytest.mark.parametrize(
-    "name, near",
+    ("name", "near"),
     [("ammc", "amc"), ("accuracy_guarantied", "accuracy_guaranteed"), ("zz", "wei")],
 )
 def test_unknown_reward_is_refused_with_the_nearest_known(name, near):

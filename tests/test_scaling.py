@@ -123,7 +123,8 @@ def results_of(folder: Path) -> dict:
 def test_depth_and_resolution_stand_in_front_with_blocks_and_pixels_as_channels():
     found = scaling()
     names = list(found.groups.channels)
-    assert names[:2] == [DEPTH, RESOLUTION] and names[2:] == list(found.traced.channels)
+    assert names[:2] == [DEPTH, RESOLUTION]
+    assert names[2:] == list(found.traced.channels)
     assert (found.groups.channels[DEPTH], found.groups.channels[RESOLUTION]) == (
         5,
         SIDE,
@@ -228,10 +229,8 @@ def test_groups_that_only_a_shallower_network_has_are_refused():
 
 def test_what_is_excluded_stays_whole_at_every_depth():
     found = scaling(None, DEPTH, "1.1.body.0.0")
-    assert (
-        DEPTH not in found.groups.channels
-        and "user asked" in found.groups.reasons[DEPTH]
-    )
+    assert DEPTH not in found.groups.channels
+    assert "user asked" in found.groups.reasons[DEPTH]
     assert "1.1.body.0.0" not in found.trace({}).channels
     assert ScaledCosts(found).macs(ScaledCosts(found).dense) == counted_macs(
         found.model, SIDE
@@ -256,13 +255,16 @@ def test_an_allocation_is_scored_as_its_network_is_and_only_once():
     alone = ProxyAccuracy(
         model, groups, importance, space.splits, space.settings.proxy, blocks=blocks
     )
-    assert proxy(kept) == alone(widths) and proxy.evaluations == 1
+    assert proxy(kept) == alone(widths)
+    assert proxy.evaluations == 1
     gone = {
         name: kept[name] - 1
         for name in space.groups.channels
         if name not in {DEPTH, RESOLUTION, *groups.channels}
     }
-    assert gone and proxy(kept | gone) == proxy(kept) and proxy.evaluations == 1
+    assert gone
+    assert proxy(kept | gone) == proxy(kept)
+    assert proxy.evaluations == 1
     whole = dict(space.groups.channels)
     assert proxy.survey_all([whole, kept])[1] == alone.survey_all([widths])[0]
     assert proxy.select_all([kept, whole])[0] == alone.select_all([widths])[0]
@@ -284,13 +286,13 @@ def test_scores_come_in_the_order_of_the_allocations_and_restored_ones_cost_noth
     ]
     asked = [dict(space.groups.channels) | kept for kept in asked]
     together = proxy.score_all(asked)
-    assert (
-        together == [space.proxy()(kept) for kept in asked] and proxy.evaluations == 4
-    )
+    assert together == [space.proxy()(kept) for kept in asked]
+    assert proxy.evaluations == 4
     again = space.proxy()
     for kept, evaluation in zip(asked, together, strict=True):
         again.restore(kept, dataclasses.replace(evaluation, loss=7.0))
-    assert {e.loss for e in again.score_all(asked)} == {7.0} and again.evaluations == 0
+    assert {e.loss for e in again.score_all(asked)} == {7.0}
+    assert again.evaluations == 0
 
 
 def test_a_continued_search_counts_a_network_once_whatever_its_removed_blocks_would_have_been(
@@ -326,7 +328,8 @@ def test_a_continued_search_counts_a_network_once_whatever_its_removed_blocks_wo
         )
     recorder = Recorder(env, SearchConfig(episodes=3), folder)
     recorder.resume_at(3)
-    assert recorder.n_restored == 2 and recorder.is_first.tolist() == [
+    assert recorder.n_restored == 2
+    assert recorder.is_first.tolist() == [
         True,
         False,
         True,
@@ -339,7 +342,8 @@ def test_networks_of_every_depth_and_size_are_asked_the_same():
         proxy._proxy_at(depth, size).blocks
         for depth, size in ((5, 16), (3, 16), (5, 12), (2, 8))
     ]
-    assert own[0].n_blocks > 1 and all(blocks is own[0] for blocks in own)
+    assert own[0].n_blocks > 1
+    assert all(blocks is own[0] for blocks in own)
 
 
 def test_answers_are_held_against_the_whole_network():
@@ -354,10 +358,8 @@ def test_answers_are_held_against_the_whole_network():
         eval_batches.set_soft_targets(at.model, "off")
         own = evaluate(at.model, eval_batches, "off")
     (scored,) = space.proxy().survey_all([kept])
-    assert (
-        scored.loss == pytest.approx(expected.loss, rel=1e-4)
-        and abs(own.loss - expected.loss) > 1e-3
-    )
+    assert scored.loss == pytest.approx(expected.loss, rel=1e-4)
+    assert abs(own.loss - expected.loss) > 1e-3
 
 
 def test_sensitivity_of_depth_and_size_is_what_half_of_them_loses():
@@ -365,7 +367,8 @@ def test_sensitivity_of_depth_and_size_is_what_half_of_them_loses():
     sensitivity = dict(
         zip(space.groups.channels, space.proxy().sensitivity.tolist(), strict=True)
     )
-    assert sensitivity[DEPTH] > 0 and sensitivity[RESOLUTION] > 0
+    assert sensitivity[DEPTH] > 0
+    assert sensitivity[RESOLUTION] > 0
     own = space.scaled({}).proxy().sensitivity
     assert [
         sensitivity[name] for name in space.scaled({}).groups.channels
@@ -393,7 +396,8 @@ def test_every_episode_meets_its_budget_and_none_of_its_steps_still_fits(budget)
                 generator.uniform(-1, 1, 1).astype(np.float32)
             )
         kept = info["allocation"].kept
-        assert info["cost"] <= env.target and kept[DEPTH] <= 5
+        assert info["cost"] <= env.target
+        assert kept[DEPTH] <= 5
         # Smaller images save no parameters.
         assert (
             (RESOLUTION not in kept)
@@ -427,11 +431,9 @@ def test_every_kind_of_agent_decides_depth_and_size_too(agent, tmp_path):
         )
         == 0
     )
-    assert (
-        main(["prune", str(run)]) == 0
-        and main(["finetune", str(run)]) == 0
-        and main(["evaluate", str(run)]) == 0
-    )
+    assert main(["prune", str(run)]) == 0
+    assert main(["finetune", str(run)]) == 0
+    assert main(["evaluate", str(run)]) == 0
     results, network = results_of(run), load_pruned(run / "pruned")
     kept = json.loads((run / "allocation.json").read_text())["kept"]
     assert {DEPTH, RESOLUTION} <= kept.keys()
@@ -465,7 +467,8 @@ def test_the_fit_measures_every_network_of_its_plan_and_takes_one_within_the_bud
     found = results["dimensions"]
     assert 0.5 * results["macs_dense"] >= results["macs"]
     sizes = [tuple(point[name] for name in EXPONENTS) for point in found["points"]]
-    assert sizes[0] == (1, 1, 1) and 10 <= len(sizes) == len(set(sizes)) <= 14
+    assert sizes[0] == (1, 1, 1)
+    assert 10 <= len(sizes) == len(set(sizes)) <= 14
     assert all(0 <= point["accuracy"] <= 1 for point in found["points"])
     for name in ("depth", "width", "resolution"):
         cut = [
@@ -492,11 +495,11 @@ def test_shares_are_those_of_the_blocks_that_are_left():
     kept = dict(space.groups.channels) | scaled_to | {"0.0": 4}
     there = {DEPTH, RESOLUTION, *space.scaling.widths(kept)}
     narrow = {name: count if name in there else 1 for name, count in kept.items()}
-    assert narrow != kept and choice.shares(narrow) == choice.shares(kept)
+    assert narrow != kept
+    assert choice.shares(narrow) == choice.shares(kept)
     macs, shares = space.costs.macs, choice.shares(kept)
-    assert shares.depth == macs({DEPTH: 2}) / macs(
-        {}
-    ) and shares.resolution**2 == pytest.approx(12**2 / SIDE**2, 1e-2)
+    assert shares.depth == macs({DEPTH: 2}) / macs({})
+    assert shares.resolution**2 == pytest.approx(12**2 / SIDE**2, 1e-2)
     assert shares.width**2 == pytest.approx(macs(kept) / macs(scaled_to))
 
 
@@ -509,16 +512,11 @@ def test_the_most_promising_network_within_what_was_measured_is_taken_and_uses_t
     by_size = AccuracyModel(np.array([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]))
     measured = [Point(0.1, 0.1, 0.1, 0.0), Point(1.0, 1.0, widest, 0.0)]
     kept, promised = _most_promising(choice, by_size, measured)
-    assert kept[
-        RESOLUTION
-    ] == size and promised.accuracy == promised.resolution == pytest.approx(
-        size / SIDE, 1e-3
-    )
+    assert kept[RESOLUTION] == size
+    assert promised.accuracy == promised.resolution == pytest.approx(size / SIDE, 1e-3)
     row, target = np.array(list(kept.values())), int(0.2 * space.costs.macs({}))
-    assert (
-        space.costs.macs(kept) <= target
-        and (choice.space.fill(row, target) == row).all()
-    )
+    assert space.costs.macs(kept) <= target
+    assert (choice.space.fill(row, target) == row).all()
 
 
 def test_of_groups_in_removed_blocks_nothing_is_kept():
@@ -576,9 +574,8 @@ def test_a_decision_that_was_not_written_down_is_made_again(tmp_path, monkeypatc
         patched.setattr(DimensionDecision, "save", die)
         assert main(fitted) == 130
     assert main([*fitted, "--resume"]) == 0
-    assert (
-        results_of(run)["dimensions"]["points"] and (run / "allocation.json").exists()
-    )
+    assert results_of(run)["dimensions"]["points"]
+    assert (run / "allocation.json").exists()
 
 
 def test_blocks_go_in_the_order_that_the_run_wrote_down(tmp_path):
@@ -603,7 +600,8 @@ def test_blocks_go_in_the_order_that_the_run_wrote_down(tmp_path):
     (run / "blocks.json").write_text(json.dumps({"order": order[::-1]}))
     assert main(["prune", str(run)]) == 0
     gone = json.loads((run / "pruned" / "plan.json").read_text())["removed_blocks"]
-    assert n_gone and gone == order[::-1][:n_gone] != order[:n_gone]
+    assert n_gone
+    assert gone == order[::-1][:n_gone] != order[:n_gone]
 
 
 def test_a_policys_allocation_for_another_budget_can_be_pruned_to(
@@ -677,7 +675,7 @@ def test_a_sparsely_trained_network_can_be_cut_in_depth_and_size(method, tmp_pat
         ),
         (
             ["--agent", "polynomial", "--exclude", "depth"],
-            "and depth is fixed (user asked (--exclude depth))",
+            "and depth is fixed (user asked (exclude depth))",
         ),
         (
             ["--agent", "polynomial", "--exclude", "[!dr]*"],
@@ -706,7 +704,8 @@ def test_what_can_not_be_is_refused_before_anything_is_written(
     arguments, message, tmp_path, capsys
 ):
     assert main(["run", *FAST, *arguments, "--out", str(tmp_path / "run")]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_networks_are_told_what_they_lack(tmp_path, capsys):
@@ -729,7 +728,8 @@ def test_a_search_decides_one_dimension_alone_if_the_others_are_excluded():
     space = context(exclude="depth,[!r]*", budget="macs=50%")
     assert list(space.groups.channels) == [RESOLUTION]
     method = Dimensions()
-    assert method.is_searched(space.settings) and method.check(space) is None
+    assert method.is_searched(space.settings)
+    assert method.check(space) is None
     with pytest.raises(UserError, match="below the reachable floor"):
         method.check(context(exclude="depth,[!r]*", budget="macs=5%"))
 

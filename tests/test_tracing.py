@@ -255,9 +255,8 @@ def test_model_and_example_are_left_as_found():
         assert [
             name for name, p in model.named_parameters() if not p.requires_grad
         ] == ["stem.weight"]
-        assert torch.equal(torch.get_rng_state(), rng) and torch.equal(
-            example, untouched
-        )
+        assert torch.equal(torch.get_rng_state(), rng)
+        assert torch.equal(example, untouched)
 
 
 class Failing(nn.Module):
@@ -272,10 +271,8 @@ def test_forward_that_raises_names_the_module_and_the_reason():
         match=r"^model: tracing failed in 1\.1: KeyError: 'no such feature\\nand more'$",
     ):
         trace(model, images(1, 8))
-    assert (
-        not nn.modules.module._global_forward_hooks
-        and torch.backends.mha.get_fastpath_enabled()
-    )
+    assert not nn.modules.module._global_forward_hooks
+    assert torch.backends.mha.get_fastpath_enabled()
     assert trace(build("chain"), images(1, 8)).channels == NETS["chain"].groups
 
 

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
-from toys import fake_env, target_env
+from toys import fake_env, run_episode, target_env
 
-from autoprune.agents.baselines import run_episode
 from autoprune.agents.dyna import train_dyna
 from autoprune.agents.recorder import Recorder
 from autoprune.agents.replay import Policy, replay
@@ -107,7 +106,8 @@ def test_replay_buffer_holds_the_executed_actions_of_every_step(name):
     lanes = lanes_of(target_env(), n_lanes=3)
     buffer = learner_on(name, lanes).learn(2 * 3 * 4, ExecutedAction()).replay_buffer
     executed = np.array(lanes.executed, dtype=np.float32)
-    assert executed.shape == (8, 3) and buffer.pos == 8
+    assert executed.shape == (8, 3)
+    assert buffer.pos == 8
     assert np.array_equal(buffer.actions[:8, :, 0], executed)
     assert not np.array_equal(np.array(lanes.wished), executed)  # rounding
     assert buffer.dones[:8].tolist() == [[is_last] * 3 for is_last in (0, 0, 0, 1) * 2]
@@ -138,10 +138,10 @@ def walked_anew(lanes: Noted) -> Iterator[tuple[tuple[float, ...], float]]:
     end.
     """
     rewards, n_steps = [episode.reward for episode in lanes.recorder.episodes], 4
-    for batch in range(len(lanes.executed) // n_steps):
+    for number in range(len(lanes.executed) // n_steps):
         batch = lanes.env.start_episodes([lanes.env.budget] * lanes.num_envs)
-        ends = rewards[batch * lanes.num_envs :][: lanes.num_envs]
-        for executed in np.array(lanes.executed[n_steps * batch :][:n_steps]):
+        ends = rewards[number * lanes.num_envs :][: lanes.num_envs]
+        for executed in np.array(lanes.executed[n_steps * number :][:n_steps]):
             steps = np.column_stack([batch.observe(), executed.astype(np.float32)])
             yield from zip(map(tuple, steps), ends, strict=True)
             batch.step(executed)
@@ -182,7 +182,9 @@ def test_wishes_far_beyond_the_bounds_break_no_policy(seed):
 def test_first_deterministic_policy_is_nearly_uniform(name):
     for seed in range(3):
         env = target_env("wide")
-        policy = Policy.of(name, learner_on(name, lanes_of(env, n_lanes=20), seed), {})
+        policy = Policy.from_learner(
+            name, learner_on(name, lanes_of(env, n_lanes=20), seed), {}
+        )
         observation, _ = env.reset()
         for _ in range(5):
             action = policy.act(observation)
@@ -275,7 +277,8 @@ def test_finished_training_is_not_repeated_and_gives_the_same_policy(tmp_path):
     config, env = SearchConfig(episodes=20, checkpoint_every=4), target_env()
     first, episodes = trained("ddpg", target_env(), config, tmp_path)
     again, same = trained("ddpg", env, config, tmp_path)
-    assert same == episodes and env.proxy.evaluations == 0
+    assert same == episodes
+    assert env.proxy.evaluations == 0
     assert_same_policy(first, again)
 
 
@@ -318,7 +321,7 @@ def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    "name, near",
+    ("name", "near"),
     [("pp0", "ppo"), ("tdd3", "td3"), ("unifrom", "uniform"), ("dina", "dyna")],
 )
 def test_unknown_agent_is_refused_with_the_nearest_known(name, near):

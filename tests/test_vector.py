@@ -28,7 +28,8 @@ def test_lanes_end_together_where_single_environments_end():
     lanes.reset(seed=0)
     for step, row in enumerate(actions):
         _, rewards, terminated, truncated, infos = lanes.step(row)
-        assert terminated.all() == (step == 4) and not truncated.any()
+        assert terminated.all() == (step == 4)
+        assert not truncated.any()
     for lane in range(n):
         single.reset()
         for row in actions:

@@ -14,7 +14,6 @@ from types import MappingProxyType
 from jsonargparse import Namespace
 
 from autoprune import __version__
-from autoprune.__main__ import PACKAGES_OF_RUN, needs_run_extra
 from autoprune.cli import commands
 from autoprune.cli.memory import keep_freed_memory
 from autoprune.cli.options import (
@@ -31,7 +30,13 @@ from autoprune.cli.options import (
 )
 from autoprune.cli.presets import method_named
 from autoprune.config import SearchConfig
-from autoprune.errors import ExportError, UserError, in_one_line
+from autoprune.errors import (
+    PACKAGES_OF_RUN,
+    ExportError,
+    UserError,
+    in_one_line,
+    needs_run_extra,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

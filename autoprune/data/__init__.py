@@ -1,0 +1,1 @@
+"""Images and their splits; networks by name and their weights."""
