@@ -1,4 +1,4 @@
-"""The run folder: every artefact's name, atomic writes, provenance.
+"""The run folder: every artefact's name, and atomic writes.
 
 Nothing half-written stays behind.
 """
@@ -6,12 +6,9 @@ Nothing half-written stays behind.
 import io
 import json
 import os
-import platform
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,18 +16,8 @@ import yaml
 
 from autoprune.config import Settings
 from autoprune.errors import UserError
+from autoprune.provenance import provenance
 from autoprune.results import Results
-
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "gymnasium",
-    "stable-baselines3",
-    "onnx",
-    "onnxruntime",
-)
-"""Packages whose versions a run's config holds."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -381,22 +368,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
             if before != value:
                 changed.append(f"{name}: {before} -> {value}")
     return ", ".join(changed)
-
-
-def provenance() -> dict[str, Any]:
-    """Command, versions and hardware, for the config of a run."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "command": " ".join(sys.argv),
-        "versions": versions,
-        "hardware": {
-            "machine": platform.machine(),
-            "cpus": os.cpu_count(),
-            "system": platform.platform(),
-        },
-    }

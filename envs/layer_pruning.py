@@ -21,7 +21,7 @@ from autoprune.envs.observation import OBSERVATION_SPACE, Observer
 from autoprune.envs.rewards import Outcome, reward_named
 from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import Evaluation
-from autoprune.evaluation.proxy import Proxy
+from autoprune.evaluation.proxy_protocol import Proxy
 from autoprune.structure.groups import Groups
 from autoprune.tracing.trace import trace
 

@@ -16,7 +16,8 @@ from autoprune.data.datasets import load
 from autoprune.data.models import build, check_answers, embedded_resnet20
 from autoprune.errors import UserError
 from autoprune.evaluation.importance import importance
-from autoprune.evaluation.proxy import Proxy, ProxyAccuracy
+from autoprune.evaluation.proxy import ProxyAccuracy
+from autoprune.evaluation.proxy_protocol import Proxy
 from autoprune.structure.groups import Groups, named_tensors
 from autoprune.tracing.trace import trace
 

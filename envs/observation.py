@@ -14,7 +14,8 @@ from gymnasium import spaces
 from torch import Tensor
 
 from autoprune.costs.search_space import SearchSpace
-from autoprune.evaluation.proxy import Proxy, half
+from autoprune.evaluation.proxy import half
+from autoprune.evaluation.proxy_protocol import Proxy
 from autoprune.structure.groups import Group, Groups
 
 

@@ -43,7 +43,8 @@ from autoprune.costs.budget import Budget
 from autoprune.costs.cost import CostTable
 from autoprune.costs.search_space import SearchSpace
 from autoprune.evaluation.precision import autocast
-from autoprune.evaluation.proxy import ProxyAccuracy, available_cores, one_thread_each
+from autoprune.evaluation.proxy import ProxyAccuracy
+from autoprune.evaluation.workers import available_cores, one_thread_each
 from autoprune.pipeline.context import RunContext
 from autoprune.reporting.console import say
 from autoprune.structure.groups import Groups

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from autoprune.evaluation.precision import has_fast_bf16
-from autoprune.evaluation.proxy import available_cores
+from autoprune.evaluation.workers import available_cores
 from autoprune.runs import write_text
 
 

@@ -11,7 +11,7 @@ from processes import run_python
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
-    {"config", "results", "structure"},
+    {"config", "provenance", "results", "structure"},
     {"costs", "runs"},
     {"tracing", "data", "reporting"},
     {"evaluation"},

@@ -9,14 +9,11 @@ scored before is looked up.
 
 import copy
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from queue import SimpleQueue
-from typing import Protocol, TypeVar, overload
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -36,123 +33,13 @@ from autoprune.evaluation.evaluate import (
 from autoprune.evaluation.image_blocks import ImageBlocks
 from autoprune.evaluation.importance import Importance
 from autoprune.evaluation.reconstruction import Reconstruction
+from autoprune.evaluation.workers import available_cores, one_thread_each
 from autoprune.structure.groups import Groups
 from autoprune.structure.slicing import KeptIndices, Slicer, top_channels
 
 SENSITIVITY_IMAGES = 64
 """Images on which the damage of half a group is measured."""
 Candidate = TypeVar("Candidate")
-
-
-class Proxy(Protocol):
-    """What a search asks of a proxy: the score of an allocation before fine-tuning.
-
-    An allocation is a mapping from group to kept channels.
-
-    Attributes:
-        evaluations: Networks scored so far; what came from the cache isn't counted.
-    """
-
-    evaluations: int
-
-    @property
-    def groups(self) -> Groups:
-        """The trace of the network that is scored."""
-        ...
-
-    @property
-    def importance(self) -> Importance:
-        """Scores per channel that decide which survive; higher is kept."""
-        ...
-
-    @property
-    def config(self) -> ProxyConfig:
-        """How sub-models are scored."""
-        ...
-
-    @property
-    def example(self) -> Tensor:
-        """One normalised input of the network."""
-        ...
-
-    @property
-    def n_workers(self) -> int:
-        """Candidates that are scored at once."""
-        ...
-
-    @property
-    def reconstructs(self) -> bool:
-        """Whether candidates get weights solved anew."""
-        ...
-
-    @property
-    def sensitivity(self) -> np.ndarray:
-        """Damage when each prunable group alone loses half, `(n_groups,)`, in nats."""
-        ...
-
-    def __call__(self, kept: Mapping[str, int]) -> Evaluation:
-        """The score of one allocation."""
-        ...
-
-    def score_all(
-        self, allocations: Sequence[Mapping[str, int]], block: int = 0
-    ) -> list[Evaluation]:
-        """The scores of several allocations on one block of images."""
-        ...
-
-    def survey_all(
-        self, allocations: Sequence[Mapping[str, int]], batches: int = 0
-    ) -> list[Evaluation]:
-        """Scores on all images that score a search of so many batches."""
-        ...
-
-    def select_all(self, allocations: Sequence[Mapping[str, int]]) -> list[Evaluation]:
-        """Scores on the selection split, for the finalists."""
-        ...
-
-    def restore(self, kept: Mapping[str, int], evaluation: Evaluation) -> None:
-        """Takes over a score of an earlier, interrupted search."""
-        ...
-
-    def key(self, kept: Mapping[str, int]) -> tuple:
-        """What tells networks apart: allocations of one key are one network."""
-        ...
-
-    def block_of(self, batch: int) -> int:
-        """Which block of images scores a batch of a search."""
-        ...
-
-    def suited_to(self, kept: Mapping[str, int]) -> "Proxy":
-        """The proxy for a search whose tightest uniform allocation is `kept`."""
-        ...
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-@contextmanager
-def one_thread_each(n_workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Workers in which PyTorch's operations run on a single thread each.
-
-    Args:
-        n_workers: How many.
-
-    Yields:
-        The pool; outside of it nothing changes.
-    """
-    n_threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(
-            n_workers, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            yield pool
-    finally:
-        # A thread's own setting is the default of those to come.
-        torch.set_num_threads(n_threads)
 
 
 @overload

@@ -20,7 +20,8 @@ from autoprune.deploy.export import load_pruned
 from autoprune.errors import UserError
 from autoprune.evaluation.image_blocks import ImageBlocks
 from autoprune.evaluation.importance import Importance, importance
-from autoprune.evaluation.proxy import Proxy, ProxyAccuracy
+from autoprune.evaluation.proxy import ProxyAccuracy
+from autoprune.evaluation.proxy_protocol import Proxy
 from autoprune.evaluation.reconstruction import Reconstruction
 from autoprune.runs import RunFolder
 from autoprune.scaling.scaled_proxy import ScaledProxy

@@ -1,0 +1,53 @@
+"""Numbers as the report writes them."""
+
+NOTHING = "–"
+"""Stands in a table where nothing was measured."""
+
+
+def percent_text(value: float, digits: int = 2) -> str:
+    """A share as a percentage.
+
+    Args:
+        value: The share, 1 for all.
+        digits: How many behind the point.
+    """
+    return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def count_text(value: int) -> str:
+    """A count with commas between thousands."""
+    return f"{value:,}"
+
+
+def count_if_known(value: int | None) -> str:
+    """A count, or a dash where nothing was counted."""
+    return NOTHING if value is None else count_text(value)
+
+
+def score_text(value: float) -> str:
+    """A reward or loss, with a real minus sign."""
+    return f"{value:.4f}".replace("-", "\N{MINUS SIGN}")
+
+
+def milliseconds_text(value: float) -> str:
+    """Milliseconds with their unit."""
+    return f"{value:.2f}\N{NO-BREAK SPACE}ms"
+
+
+def plural(n: int, noun: str) -> str:
+    """A count with its noun.
+
+    Args:
+        n: The count.
+        noun: In the singular; gets an s unless `n` is 1.
+    """
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in hours, minutes and seconds, the two largest of them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
