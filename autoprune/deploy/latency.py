@@ -1,5 +1,6 @@
-"""Milliseconds of a forward pass, dense and pruned measured alternately, so that
-whatever else runs slows both.
+"""Milliseconds of a forward pass, of the dense and of the pruned network.
+
+Both are measured alternately, so that whatever else runs slows both.
 """
 
 import copy
@@ -13,9 +14,15 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from autoprune.deploy.export import export_onnx, onnx_session
+from autoprune.deploy.export import ONNX_INPUT, export_onnx, onnx_session
 
 Forward = Callable[[], object]
+"""One forward pass on images that are fixed."""
+Engine = Callable[[Tensor], Forward]
+"""From images `(n, 3, height, width)` to the forward pass of one network on them."""
+
+WARM_UP = 0.2
+"""Share of the time that goes to passes whose milliseconds don't count."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,9 @@ def measure_latency(
     batch_sizes: Sequence[int] = (1, 64),
     seconds: float = 6.0,
 ) -> list[Latency]:
-    """Both networks' latency on random images: float32, evaluation mode, channels last
-    in PyTorch.
+    """Both networks' latency on random images, in float32 and evaluation mode.
+
+    In PyTorch, network and images are channels last.
 
     Args:
         dense: The network before pruning; it is left as found.
@@ -66,65 +74,87 @@ def measure_latency(
     Returns:
         One row for each engine and batch size.
     """
-    engines = {"torch": [_torch_engine(dense), _torch_engine(pruned)]}
+    engines = {"torch": (_torch_engine(dense), _torch_engine(pruned))}
     if onnx is not None:
-        engines["onnxruntime"] = [
-            _dense_onnx_engine(dense, example),
-            _onnx_engine(onnx),
-        ]
+        dense_engine = _dense_onnx_engine(dense, example)
+        engines["onnxruntime"] = (dense_engine, _onnx_engine(onnx))
+    # Every row gets the same time, so slow networks get fewer passes.
     share = seconds / (len(engines) * len(batch_sizes))
     rows = []
-    for engine, (dense_on, pruned_on) in engines.items():
+    for name, (dense_engine, pruned_engine) in engines.items():
         for batch in batch_sizes:
-            images = torch.randn(
-                batch, *example.shape[1:], generator=torch.Generator().manual_seed(0)
+            # Random, because zeros might be faster; seeded, so that all get the same.
+            generator = torch.Generator().manual_seed(0)
+            images = torch.randn(batch, *example.shape[1:], generator=generator)
+            dense_ms, pruned_ms = _alternate(
+                dense_engine(images), pruned_engine(images), share
             )
-            times = _alternate(dense_on(images), pruned_on(images), share)
-            rows.append(Latency(engine, batch, torch.get_num_threads(), *times))
+            n_threads = torch.get_num_threads()
+            rows.append(Latency(name, batch, n_threads, dense_ms, pruned_ms))
     return rows
 
 
-def _torch_engine(model: nn.Module) -> Callable[[Tensor], Forward]:
-    model = copy.deepcopy(model).eval().float().to(memory_format=torch.channels_last)
+def _torch_engine(model: nn.Module) -> Engine:
+    """A network in PyTorch, channels last."""
+    # The layout in which PyTorch convolves fastest on the CPU.
+    layout = torch.channels_last
+    network = copy.deepcopy(model).eval().float().to(memory_format=layout)
 
     def bind(images: Tensor) -> Forward:
-        images = images.contiguous(memory_format=torch.channels_last)
-        return torch.inference_mode()(lambda: model(images))
+        images = images.contiguous(memory_format=layout)
+
+        # As in use: nothing is kept for a backward pass.
+        @torch.inference_mode()
+        def forward() -> object:
+            return network(images)
+
+        return forward
 
     return bind
 
 
-def _onnx_engine(path: Path) -> Callable[[Tensor], Forward]:
+def _onnx_engine(path: Path) -> Engine:
+    """A network in ONNX Runtime."""
     session = onnx_session(path)
-    return lambda images: lambda: session.run(None, {"images": images.numpy()})
+
+    def bind(images: Tensor) -> Forward:
+        return lambda: session.run(None, {ONNX_INPUT: images.numpy()})
+
+    return bind
 
 
-def _dense_onnx_engine(
-    dense: nn.Module, example: Tensor
-) -> Callable[[Tensor], Forward]:
+def _dense_onnx_engine(dense: nn.Module, example: Tensor) -> Engine:
+    """A network in ONNX Runtime that has no file yet."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "dense.onnx"
         export_onnx(dense, example, path)
+        # The session reads all of the file, so it may go.
         return _onnx_engine(path)
 
 
 def _alternate(dense: Forward, pruned: Forward, seconds: float) -> tuple[float, float]:
-    """Median milliseconds of both within `seconds`, a fifth of which is warm-up."""
-    _pairs(dense, pruned, seconds / 5)
-    dense_ms, pruned_ms = zip(*_pairs(dense, pruned, seconds * 4 / 5), strict=True)
-    return median(dense_ms), median(pruned_ms)
+    """Median milliseconds of both, warm-up included in the seconds."""
+    _time_pairs(dense, pruned, seconds * WARM_UP)
+    pairs = _time_pairs(dense, pruned, seconds * (1 - WARM_UP))
+    # Medians, because now and then a pass is held up by something else.
+    dense_ms = median(pair[0] for pair in pairs)
+    pruned_ms = median(pair[1] for pair in pairs)
+    return dense_ms, pruned_ms
 
 
-def _pairs(
+def _time_pairs(
     dense: Forward, pruned: Forward, seconds: float
 ) -> list[tuple[float, float]]:
-    pairs, deadline = [], time.perf_counter() + seconds
+    """Milliseconds of both in turns, until the time is over; of one pair at least."""
+    pairs = []
+    deadline = time.perf_counter() + seconds
     while not pairs or time.perf_counter() < deadline:
         pairs.append((_milliseconds(dense), _milliseconds(pruned)))
     return pairs
 
 
 def _milliseconds(forward: Forward) -> float:
+    """How long one forward pass takes."""
     started = time.perf_counter()
     forward()
     return (time.perf_counter() - started) * 1000

@@ -1,5 +1,7 @@
-"""Blocks of images that take turns in judging the batches of a search, so that it can't
-adapt to the images of one.
+"""Blocks of images that take turns in scoring the batches of a search.
+
+A search that is scored by the same images all the time adapts to them; taking turns, it
+can't adapt to the images of one block.
 """
 
 from collections.abc import Callable
@@ -12,100 +14,108 @@ from autoprune.config import ProxyConfig
 from autoprune.data.datasets import Images, Splits
 from autoprune.evaluation.evaluate import EvalBatches
 
-MOVES_ON = 40
-"""Batches after which other images have their turn."""
+BATCHES_PER_TURN = 40
+"""Batches of a search after which the other split's images have their turn."""
 
 
 class ImageBlocks:
     """Disjoint blocks of proxy images, and for long searches of calibration images.
 
-    After 400 evaluations a search has adapted to all 1,000 proxy images: Dyna's 800 on
-    ResNet-20 at half of the MACs ended where its 300 did, with a loss of 1.173 +- 0.017
-    on the selection split. With calibration images in every other forty batches they
-    end at 1.133 +- 0.016 (five seeds each).
+    Blocks are numbered: first those of proxy images, then those of calibration images.
+    Indexing with a block's number gives its images. With two blocks of each, the first
+    forty batches of a search are scored by the blocks 0, 1, 0, 1, ..., the next forty
+    by 2, 3, 2, 3, ..., the next by 0, 1, ... again.
 
     Args:
         splits: The images.
         config: How many make a block, and of how many blocks they may be.
-        is_free: Whether calibration images judge too; not where candidates are measured
-            or solved on those.
-        prepare: From images to what candidates are asked.
-        difficulty: From images to how hard each is, `(n_images,)`.
+        is_calibration_free: Whether calibration images may score too. They may not
+            where candidates are measured or solved on them: such a candidate would look
+            better than it is.
+        prepare: From images to what candidates are evaluated on.
+        difficulty: From images to how hard each is, `(n_images,)`, higher is harder.
+
+    Attributes:
+        n_blocks: Blocks of proxy images: as many as asked for, fewer where the split is
+            too small.
+        n_calibration_blocks: Blocks of calibration images.
     """
 
     def __init__(
         self,
         splits: Splits,
         config: ProxyConfig,
-        is_free: bool,
+        is_calibration_free: bool,
         prepare: Callable[[Images], EvalBatches],
         difficulty: Callable[[Images], Tensor],
     ):
-        self._splits, self._size, self._prepare, self._difficulty = (
-            splits,
-            config.images,
-            prepare,
-            difficulty,
-        )
-        self.n_blocks = max(1, min(config.blocks, len(splits.proxy) // self._size))
-        """Blocks of proxy images: as many as asked for, fewer where the split is too
-        small.
-        """
-        self.n_further = (
-            min(config.blocks, len(splits.calibration) // self._size) if is_free else 0
-        )
-        """Blocks of calibration images, whose numbers follow."""
+        self._splits = splits
+        self._size = config.images
+        self._prepare = prepare
+        self._difficulty = difficulty
+        n_fitting = len(splits.proxy) // self._size
+        # A split smaller than a block still makes one: something has to score.
+        self.n_blocks = max(1, min(config.blocks, n_fitting))
+        self.n_calibration_blocks = 0
+        if is_calibration_free:
+            n_fitting = len(splits.calibration) // self._size
+            self.n_calibration_blocks = min(config.blocks, n_fitting)
 
     def __getitem__(self, block: int) -> EvalBatches:
-        return (
-            self._first[block]
-            if block < self.n_blocks
-            else self._further[block - self.n_blocks]
-        )
+        if block < self.n_blocks:
+            return self._proxy_blocks[block]
+        return self._calibration_blocks[block - self.n_blocks]
 
-    def judging(self, batch: int) -> int:
-        """Which block judges a batch: those of proxy images in turns, after forty
-        batches those of the others.
-        """
-        if self.n_further and batch // MOVES_ON % 2:
-            return self.n_blocks + batch % self.n_further
+    def block_of(self, batch: int) -> int:
+        """The number of the block that scores a batch of a search, counted from 0."""
+        is_second_turn = batch // BATCHES_PER_TURN % 2 == 1
+        if self.n_calibration_blocks and is_second_turn:
+            return self.n_blocks + batch % self.n_calibration_blocks
         return batch % self.n_blocks
 
-    def all(self, batches: int) -> EvalBatches:
-        """The images that judge a search of so many batches: the whole proxy split, and
-        maybe the calibration split.
-        """
-        return self._both if self.n_further and batches > MOVES_ON else self._whole
+    def all_images(self, n_batches: int) -> EvalBatches:
+        """All images of the splits whose blocks score a search of so many batches.
 
+        The whole proxy split, and the whole calibration split where it had a turn.
+        """
+        if self.n_calibration_blocks and n_batches > BATCHES_PER_TURN:
+            return self._both_splits
+        return self._proxy_split
+
+    # Prepared when first used, since that may cost a pass of the dense network; and
+    # kept, since the normalised images are kept with them.
     @cached_property
-    def _first(self) -> list[EvalBatches]:
+    def _proxy_blocks(self) -> list[EvalBatches]:
         return self._divided(self._splits.proxy, self.n_blocks)
 
     @cached_property
-    def _further(self) -> list[EvalBatches]:
-        return self._divided(self._splits.calibration, self.n_further)
+    def _calibration_blocks(self) -> list[EvalBatches]:
+        return self._divided(self._splits.calibration, self.n_calibration_blocks)
 
     @cached_property
-    def _whole(self) -> EvalBatches:
+    def _proxy_split(self) -> EvalBatches:
         return self._prepare(self._splits.proxy)
 
     @cached_property
-    def _both(self) -> EvalBatches:
-        parts = self._splits.proxy, self._splits.calibration
-        pixels, labels = (
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("pixels", "labels")
-        )
+    def _both_splits(self) -> EvalBatches:
+        proxy = self._splits.proxy
+        calibration = self._splits.calibration
+        pixels = torch.cat([proxy.pixels, calibration.pixels])
+        labels = torch.cat([proxy.labels, calibration.labels])
         return self._prepare(Images(pixels, labels))
 
     def _divided(self, images: Images, n_blocks: int) -> list[EvalBatches]:
-        """Blocks in which one network scores about the same: sorted by difficulty,
-        images are dealt out in turns.
+        """Blocks in which one network scores about the same.
+
+        Sorted by difficulty, images are dealt out in turns. Six of them, from the
+        easiest to the hardest a b c d e f, make the two blocks a c e and b d f.
         """
         images = images[: self._size * n_blocks]
+        # Nothing to be dealt out; the order of the images stays.
         if n_blocks == 1:
             return [self._prepare(images)]
         order = self._difficulty(images).argsort()
-        return [
-            self._prepare(images[order[block::n_blocks]]) for block in range(n_blocks)
-        ]
+        blocks = []
+        for block in range(n_blocks):
+            blocks.append(self._prepare(images[order[block::n_blocks]]))
+        return blocks

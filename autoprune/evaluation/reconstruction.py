@@ -1,11 +1,17 @@
-"""Weights of pruned layers that best reproduce what the layers computed in the dense
-network, by least squares.
+"""Weights of pruned layers that best reproduce the dense network's layer outputs.
 
 He et al. 2017 ("Channel Pruning for Accelerating Very Deep Neural Networks"), section
 3.1, eq. 4, as AMC uses it: a layer that lost input channels gets those weights for the
-others that come nearest to its old outputs on sampled patches. Old outputs are linear
-in the patches, so second moments are all that a candidate needs of the data: they are
-measured once, and a candidate costs one small system of equations a layer.
+others that come nearest, by least squares, to its old outputs on sampled patches. Old
+outputs are linear in the patches, so second moments are all that a candidate needs of
+the data: they are measured once, and a candidate costs one small system of equations a
+layer.
+
+With G the second moments of a layer's inputs and W its dense weights, the weights V of
+the kept inputs K solve G[K, K] V = (G W)[K]. Say that a linear layer computes
+1 a + 2 b + 3 c from three channels, of which a and b are independent, with mean 0 and
+variance 1, and c always equals a. Then G is [[1, 0, 1], [0, 1, 0], [1, 0, 1]], and
+without c, V is (4, 2): a takes over what c did. Slicing would leave (1, 2).
 
 Where we differ:
 - Patches are those of the dense network, as by default in AMC's code, not of the layers
@@ -28,18 +34,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.errors import UserError
+from autoprune.evaluation.direct_norms import watch_direct_norms
+from autoprune.evaluation.evaluate import BatchNorm
 from autoprune.structure.attention import open_attention
-from autoprune.structure.groups import Groups, positions, removed
+from autoprune.structure.groups import Groups, positions, removal_mask
 from autoprune.structure.slicing import KeptIndices, shared_copy
 
 BATCH = 100
 """Images of one forward pass."""
-PLAIN = nn.Conv2d.forward, nn.Linear.forward
+PLAIN = (nn.Conv2d.forward, nn.Linear.forward)
+"""What a layer's `forward` must be, so that it is known what the layer computes."""
+LinearLayer = nn.Conv2d | nn.Linear
 
 
 class Reconstruction:
-    """Weights of pruned layers that best reproduce the dense network's layer outputs
-    from the kept inputs.
+    """Weights of pruned layers that best reproduce the dense network's layer outputs.
 
     Nothing changes after construction, so threads may share it.
 
@@ -76,39 +85,42 @@ class Reconstruction:
             raise UserError(
                 "samples_per_image", f"must be at least 1, got {samples_per_image!r}"
             )
+        # Written so that NaN fails as well.
         if not 0 <= ridge < math.inf:
             raise UserError("ridge", f"must be a finite number from 0, got {ridge!r}")
         self.skipped: dict[str, str] = {}
-        self._groups, self._systems = groups, {}
-        dense, batches = open_attention(shared_copy(model)).eval(), inputs.split(BATCH)
+        self._groups = groups
+        self._systems: dict[str, _System] = {}
+        # With attention opened, as pruned networks have it: its projections are plain
+        # layers then.
+        dense = open_attention(shared_copy(model)).eval()
+        batches = inputs.split(BATCH)
         moments = self._empty_moments(dense, max_size)
-        _measure(
-            dense,
-            moments.values(),
-            batches,
-            samples_per_image,
-            torch.Generator().manual_seed(seed),
-        )
+        generator = torch.Generator().manual_seed(seed)
+        _measure(dense, moments.values(), batches, samples_per_image, generator)
         for name, measured in moments.items():
-            if measured.calls == len(batches) * sum(
-                layer.tensor == name for layer in groups.layers
-            ):
+            # The trace saw so many uses of the weight; where the module ran less often,
+            # the weight is also used without it, by something that isn't measured.
+            n_uses = sum(layer.tensor == name for layer in groups.layers)
+            if measured.n_calls == len(batches) * n_uses:
                 self._systems[name] = measured.system(ridge)
             else:
                 self.skipped[name] = "is used elsewhere too, or not by its module"
 
     def _empty_moments(self, dense: nn.Module, max_size: int) -> dict[str, "_Moments"]:
         """By name of the weight, for the layers that can be reconstructed."""
+        # A dict, because a weight that reads several groups is to come once.
+        names: dict[str, None] = {}
+        for group in self._groups:
+            for member in group.consumers:
+                names[member.tensor] = None
         moments = {}
-        for name in dict.fromkeys(
-            member.tensor for group in self._groups for member in group.consumers
-        ):
-            module, size = (
-                dense.get_submodule(name.rpartition(".")[0]),
-                math.prod(self._groups.shapes[name][1:]),
-            )
+        for name in names:
+            module = dense.get_submodule(_module_name(name))
+            size = math.prod(self._groups.shapes[name][1:])
             if not name.endswith(".weight") or type(module).forward not in PLAIN:
                 self.skipped[name] = "isn't the weight of a plain Conv2d or Linear"
+            # Every conv group reads other inputs, and would need a system of its own.
             elif getattr(module, "groups", 1) > 1:
                 self.skipped[name] = "belongs to a grouped convolution"
             elif size > max_size:
@@ -116,45 +128,58 @@ class Reconstruction:
                     f"has {size} inputs per output, more than max_size={max_size}"
                 )
             else:
-                moments[name] = _Moments(
-                    module, torch.zeros(size + 1, size + 1, dtype=torch.float64)
-                )
+                assert isinstance(module, LinearLayer), "its forward is theirs"
+                products = torch.zeros(size + 1, size + 1, dtype=torch.float64)
+                moments[name] = _Moments(module, products)
         return moments
 
     def apply(self, model: nn.Module, kept: KeptIndices) -> None:
-        """Exchanges weights and biases of the layers of a sub-model that lost inputs;
-        recalibrate batch norm then.
+        """Exchanges weights and biases of the layers of a sub-model that lost inputs.
 
-        The layers get tensors of their own: what the sub-model shares with the dense
-        network isn't written to.
+        Recalibrate batch norm then. The layers get tensors of their own: what the
+        sub-model shares with the dense network isn't written to.
 
         Args:
             model: The sub-model that `prune` or `Slicer.apply` made.
             kept: What it was made with.
         """
+        for name, removed_on in self._removed_positions(kept).items():
+            if 1 in removed_on:
+                module = model.get_submodule(_module_name(name))
+                assert isinstance(module, LinearLayer), "as in the dense network"
+                self._systems[name].solve(module, removed_on.get(0), removed_on[1])
+
+    def _removed_positions(self, kept: KeptIndices) -> dict[str, dict[int, Tensor]]:
+        """Weight to axis to which of its positions go, bool; axes that lose none lack.
+
+        Axis 0 holds the outputs of a layer, axis 1 its input channels.
+        """
         gone: dict[str, dict[int, Tensor]] = {name: {} for name in self._systems}
         for group in self._groups:
-            channels = removed(group, kept)
-            for member in group.members if channels.any() else ():
-                if member.tensor in gone:
-                    none = torch.zeros(
-                        self._groups.shapes[member.tensor][member.axis],
-                        dtype=torch.bool,
-                    )
-                    gone[member.tensor].setdefault(member.axis, none)[
-                        positions(member, channels)
-                    ] = True
-        for name, axes in gone.items():
-            if 1 in axes:
-                self._systems[name].solve(
-                    model.get_submodule(name.rpartition(".")[0]), axes.get(0), axes[1]
-                )
+            channels = removal_mask(group, kept)
+            if not channels.any():
+                continue
+            for member in group.members:
+                if member.tensor not in gone:
+                    continue
+                removed_on = gone[member.tensor]
+                if member.axis not in removed_on:
+                    length = self._groups.shapes[member.tensor][member.axis]
+                    removed_on[member.axis] = torch.zeros(length, dtype=torch.bool)
+                removed_on[member.axis][positions(member, channels)] = True
+        return gone
+
+
+def _module_name(tensor: str) -> str:
+    """The module that a parameter belongs to: "layer1.conv" of "layer1.conv.weight"."""
+    return tensor.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class _System:
-    """The normal equations of one layer; a candidate's are the rows and columns of what
-    is left.
+    """The normal equations of one layer.
+
+    A candidate's are the rows and columns of the inputs that are left.
 
     Attributes:
         gram: Covariance of the inputs, or second moments where means matter, and the
@@ -170,24 +195,33 @@ class _System:
     mean_outputs: Tensor
 
     def solve(
-        self, module: nn.Module, outputs: Tensor | None, channels: Tensor
+        self, module: LinearLayer, outputs: Tensor | None, channels: Tensor
     ) -> None:
-        """Gives a sliced layer its best weights; removed outputs, if any, and removed
-        input channels are marked.
+        """Gives a sliced layer its best weights.
+
+        Args:
+            module: The layer, changed in place.
+            outputs: Which of the dense layer's outputs were removed, bool `(n_out,)`;
+                None for none.
+            channels: Which of its input channels were removed, bool `(n_in,)`.
         """
+        # An input channel is as many inputs as the kernel has places.
         kernel_size = len(self.means) // len(channels)
         left = (~channels).repeat_interleave(kernel_size).nonzero()[:, 0]
         rows = slice(None) if outputs is None else ~outputs
-        factor = torch.linalg.cholesky(
-            self.gram.index_select(0, left).index_select(1, left)
-        )
+        gram = self.gram.index_select(0, left).index_select(1, left)
+        # Positive definite, thanks to the ridge, so this can't fail.
+        factor = torch.linalg.cholesky(gram)
         weight = torch.cholesky_solve(self.targets[left][:, rows], factor).T
         _replace(module.weight, weight)
+        # What the mean inputs give now, the bias completes to the old mean outputs.
         if module.bias is not None:
             _replace(module.bias, self.mean_outputs[rows] - weight @ self.means[left])
 
 
-def _replace(parameter: nn.Parameter, value: Tensor) -> None:
+def _replace(parameter: Tensor, value: Tensor) -> None:
+    """Gives a parameter new memory, in its old layout, with other values."""
+    # Not in place: the dense network may share the old memory.
     parameter.data = torch.empty_like(parameter).copy_(value.reshape(parameter.shape))
 
 
@@ -198,29 +232,28 @@ class _Moments:
     Attributes:
         module: The layer.
         products: Outer products of the patches, a 1 appended to each, summed;
-            `(n_inputs + 1, n_inputs + 1)`.
-        calls: How often the layer ran; `normed` times its output went straight into a
-            batch norm.
+            `(n_inputs + 1, n_inputs + 1)`. So the last row holds the sums of the
+            inputs, and the last number how many patches there were.
+        n_calls: How often the layer ran.
+        n_normed: How many times its output went straight into a batch norm.
     """
 
-    module: nn.Module
+    module: LinearLayer
     products: Tensor
-    calls: int = 0
-    normed: int = 0
+    n_calls: int = 0
+    n_normed: int = 0
 
     @torch.no_grad()
     def system(self, ridge: float) -> _System:
         """What is needed to solve for weights, in their precision."""
-        n_patches, weight, bias = (
-            self.products[-1, -1],
-            self.module.weight,
-            self.module.bias,
-        )
-        gram, means = (
-            self.products[:-1, :-1] / n_patches,
-            self.products[-1, :-1] / n_patches,
-        )
-        if bias is not None or self.normed == self.calls:
+        n_patches = self.products[-1, -1]
+        weight = self.module.weight
+        bias = self.module.bias
+        gram = self.products[:-1, :-1] / n_patches
+        means = self.products[-1, :-1] / n_patches
+        # Where a bias or a batch norm takes care of the means, deviations from them
+        # are all that the weights have to reproduce.
+        if bias is not None or self.n_normed == self.n_calls:
             gram -= means.outer(means)
         # No eigenvalue exceeds the trace: with at least this share of it on the
         # diagonal every part has a solution.
@@ -229,7 +262,10 @@ class _Moments:
         matrix = weight.double().flatten(1)
         mean_outputs = matrix @ means + (0 if bias is None else bias)
         return _System(
-            *(x.to(weight.dtype) for x in (gram, gram @ matrix.T, means, mean_outputs))
+            gram=gram.to(weight.dtype),
+            targets=(gram @ matrix.T).to(weight.dtype),
+            means=means.to(weight.dtype),
+            mean_outputs=mean_outputs.to(weight.dtype),
         )
 
 
@@ -238,70 +274,79 @@ def _measure(
     dense: nn.Module,
     moments: Iterable[_Moments],
     batches: tuple[Tensor, ...],
-    samples: int,
+    samples_per_image: int,
     generator: torch.Generator,
 ) -> None:
-    """One forward pass, in which the layers collect their moments; `dense` keeps the
-    hooks.
-    """
-    of_module, latest = {one.module: one for one in moments}, (None, None, 0)
+    """Fills the moments of layers in one pass over the images."""
+    by_module = {entry.module: entry for entry in moments}
+    n_images = 0
 
-    def read(module: nn.Module, args: tuple, output: Tensor) -> None:
-        nonlocal latest
-        one = of_module[module]
-        patches = F.pad(
-            _patches(module, args[0], samples * n_images, generator).double(),
-            (0, 1),
-            value=1,
-        )
-        one.products.addmm_(patches.T, patches)
-        one.calls += 1
-        latest = one, output, output._version
+    def add_patches(module: LinearLayer, args: tuple, output: Tensor) -> None:
+        patches = _patches(module, args[0], samples_per_image * n_images, generator)
+        # In float64, because sums of products over many patches lose digits.
+        patches = F.pad(patches.double(), (0, 1), value=1)
+        entry = by_module[module]
+        entry.products.addmm_(patches.T, patches)
+        entry.n_calls += 1
 
-    def norm(module: nn.Module, args: tuple) -> None:
-        one, output, version = latest
-        if (
-            args[0] is output and output._version == version
-        ):  # and not rectified in place
-            one.normed += 1
+    def count_normed(module: nn.Module, norm: nn.Module) -> None:
+        assert isinstance(module, LinearLayer), "only such layers are watched"
+        by_module[module].n_normed += 1
 
-    for module in dense.modules():
-        if module in of_module:
-            module.register_forward_hook(read)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(norm)
-    for batch in batches:
-        n_images = len(batch)
-        dense(batch)
+    norms = [module for module in dense.modules() if isinstance(module, BatchNorm)]
+    # `dense` is a copy that is thrown away, so these hooks may stay.
+    for module in by_module:
+        module.register_forward_hook(add_patches)
+    with watch_direct_norms(by_module, norms, count_normed, is_latest_only=True):
+        for batch in batches:
+            n_images = len(batch)
+            dense(batch)
 
 
 def _patches(
-    module: nn.Module, x: Tensor, n: int, generator: torch.Generator
+    module: LinearLayer, x: Tensor, n_patches: int, generator: torch.Generator
 ) -> Tensor:
-    """Up to `n` of what a layer multiplies with its weight, one from each of equal
-    stretches, `(n, n_inputs)`.
+    """Samples what a layer multiplies with its weight.
+
+    All places are divided into equal stretches, and one place is drawn from each.
+
+    Args:
+        module: The layer.
+        x: What it reads, `(n_images, n_channels, height, width)` or
+            `(..., n_channels)`.
+        n_patches: How many patches to sample; fewer where there are fewer places.
+        generator: Draws the places.
+
+    Returns:
+        The patches, `(n_patches, n_inputs)`.
     """
-    windows = _windows(module, x) if isinstance(module, nn.Conv2d) else x.flatten(0, -2)
-    places = windows.shape[: 3 if isinstance(module, nn.Conv2d) else 1]
-    n = min(n, places.numel())
-    chosen = (
-        torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)
-    ) * (places.numel() / n)
-    return windows[
-        torch.unravel_index(chosen.long().clamp_max(places.numel() - 1), places)
-    ].flatten(1)
+    if isinstance(module, nn.Conv2d):
+        windows = _windows(module, x)
+        places = windows.shape[:3]
+    else:
+        windows = x.flatten(0, -2)
+        places = windows.shape[:1]
+    n_places = places.numel()
+    n_patches = min(n_patches, n_places)
+    offsets = torch.rand(n_patches, generator=generator, dtype=torch.float64)
+    chosen = (torch.arange(n_patches) + offsets) * (n_places / n_patches)
+    # Rounding may carry the last one beyond the end.
+    chosen = chosen.long().clamp_max(n_places - 1)
+    return windows[torch.unravel_index(chosen, places)].flatten(1)
 
 
 def _windows(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """The inputs under the kernel, a view `(n, rows, columns, n_channels, kernel
-    height, kernel width)`.
+    """The inputs under the kernel at each place of the output, a view.
+
+    Its shape is `(n_images, rows, columns, n_channels, kernel height, kernel width)`.
     """
-    x = F.pad(
-        x,
-        conv._reversed_padding_repeated_twice,
-        conv.padding_mode.replace("zeros", "constant"),
-    )
+    # Two modules of PyTorch call the same mode differently.
+    mode = conv.padding_mode.replace("zeros", "constant")
+    x = F.pad(x, conv._reversed_padding_repeated_twice, mode)
     for axis in (0, 1):
-        reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
-        x = x.unfold(2 + axis, reach, conv.stride[axis])[..., :: conv.dilation[axis]]
+        dilation = conv.dilation[axis]
+        reach = dilation * (conv.kernel_size[axis] - 1) + 1
+        x = x.unfold(2 + axis, reach, conv.stride[axis])
+        # Of a dilated kernel's reach only every second or third input is multiplied.
+        x = x[..., ::dilation]
     return x.movedim(1, 3)
