@@ -371,6 +371,6 @@ before a run starts:
 - Random numbers come from torch's global generator on the CPU, which `importance`
   seeds.
 
-`autoprune run --criterion NAME` and `tests/test_importance.py` go through this table, so
-a new entry is offered and tested under its name.
+`autoprune run --criterion NAME` and `tests/test_importance.py` go through this table,
+so a new entry is offered and tested under its name.
 """
