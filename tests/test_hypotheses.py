@@ -112,15 +112,15 @@ def test_the_early_values_are_those_after_the_first_epoch(splits):
     callback = Training(Masks({}), splits, CONFIG)
     seen = {}
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def after(epoch: int, loss: float) -> None:
         seen.update(copy_state(model))
-        raise Stop
+        raise StopError
 
     model = lenet(0)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         lottery_tickets.finetune(
             model, splits.train, CONFIG, 0, callback=callback, on_epoch=after
         )

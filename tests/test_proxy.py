@@ -547,11 +547,12 @@ def test_scoring_leaves_the_number_of_threads_as_found(residual, fails, monkeypa
 
 def test_a_failed_score_takes_no_worker_away(residual, monkeypatch):
     scorer = build_proxy(residual, replace(FLOAT32, workers=2))
-    with monkeypatch.context() as context, pytest.raises(AttributeError):
+    with monkeypatch.context() as context:
         context.setattr(
             scorer, "_proxy_score", lambda images, slicer, kept: kept.anything
         )
-        scorer.score_all(allocations(residual[1], 4))
+        with pytest.raises(AttributeError):
+            scorer.score_all(allocations(residual[1], 4))
     assert scorer(KEPT) == build_proxy(residual, replace(FLOAT32, workers=2))(KEPT)
 
 

@@ -34,7 +34,7 @@ from autoprune.runs import RunFolder
 OFF_POLICY = ("sac", "td3", "ddpg", "tqc")
 
 
-class Interrupted(Exception):
+class InterruptedSearchError(Exception):
     pass
 
 
@@ -72,13 +72,13 @@ def trained(
     folder: Path | None = None,
     interrupt_at: int = 0,
 ):
-    """The policy and all episodes, resumed from `folder`; raises `Interrupted` after
+    """The policy and all episodes, resumed from `folder`; raises `InterruptedSearchError` after
     episode `interrupt_at`.
     """
 
     def on_episode(episode) -> None:
         if episode.number == interrupt_at:
-            raise Interrupted
+            raise InterruptedSearchError
 
     recorder = Recorder(
         env, config, None if folder is None else RunFolder(folder), on_episode
@@ -264,7 +264,7 @@ def test_interrupted_training_goes_on_to_the_same_episodes_and_weights(name, tmp
     config = SearchConfig(episodes=34, seed=3, checkpoint_every=4)
     expected, expected_episodes = trained(name, target_env(), config)
     for interrupt_at in sorted(random.Random(name).sample(range(1, 35), 3)):
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedSearchError):
             trained(name, target_env(), config, tmp_path, interrupt_at)
         torch.manual_seed(99)  # whatever another process would have in its generators
         np.random.seed(99)

@@ -1,3 +1,1 @@
-"""How good a network is before fine-tuning: importance of channels, accuracy, and the
-proxy that scores sub-models.
-"""
+"""How good a network is before fine-tuning: importance, accuracy and the proxy."""
