@@ -106,9 +106,8 @@ def test_a_range_goes_from_one_share_to_a_larger_one(text):
 
 def test_a_single_budget_is_the_same_at_every_position():
     budget = parse_budget("params=40%")
-    assert (
-        budget == Budget("params", share=0.4) and budget.at_position(0) is budget.at_position(1) is budget
-    )
+    assert budget == Budget("params", share=0.4)
+    assert budget.at_position(0) is budget.at_position(1) is budget
 
 
 @pytest.mark.parametrize(
@@ -202,7 +201,9 @@ def test_feasible_counts_are_never_none_and_always_lead_to_the_budget(
         target, kept = int(generator.uniform(floor, dense)), space.costs.dense.copy()
         for index, levels in enumerate(space.levels):
             low, high = space.feasible_range(kept, index, target)
-            assert low <= high and low in levels and high in levels
+            assert low <= high
+            assert low in levels
+            assert high in levels
             least = np.concatenate([kept[:index], [high], space.low[index + 1 :]])
             assert space.cost(least) <= target
             if high < levels[-1]:
@@ -283,7 +284,8 @@ def test_fill_grows_only_by_levels_and_only_within_the_target():
     low, target = space.low.copy(), space.cost(space.high) // 3
     filled = space.fill(low, target)
     assert_meets(space, filled, target)
-    assert (filled >= low).all() and (low == space.low).all()
+    assert (filled >= low).all()
+    assert (low == space.low).all()
     assert (
         space.fill(space.high, target) == space.high
     ).all()  # already above: nothing to spend
@@ -300,10 +302,8 @@ def test_many_allocations_are_filled_as_each_would_be():
         space.fill(row, int(target))
         for row, target in zip(kept, targets.flat, strict=True)
     ]
-    assert (
-        filled.shape == (4, 5, len(space.levels))
-        and filled.reshape(20, -1).tolist() == np.array(alone).tolist()
-    )
+    assert filled.shape == (4, 5, len(space.levels))
+    assert filled.reshape(20, -1).tolist() == np.array(alone).tolist()
     assert len({tuple(row) for row in filled.reshape(20, -1) - kept}) > 2
 
 

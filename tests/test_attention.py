@@ -126,7 +126,8 @@ def test_opening_is_done_once_and_leaves_the_parameters():
     module = nn.MultiheadAttention(WIDTH, HEADS)
     names = [name for name, _ in module.named_parameters()]
     again = open_attention(open_attention(module))
-    assert again is module and [name for name, _ in again.named_parameters()] == names
+    assert again is module
+    assert [name for name, _ in again.named_parameters()] == names
     assert again.scale.flatten().tolist() == pytest.approx(
         [(WIDTH / HEADS) ** -0.5] * HEADS
     )
@@ -278,9 +279,7 @@ def test_attention_with_one_key_for_all_heads_is_pinned_and_the_rest_pruned():
     model, x = randomise(MultiQuery()).eval(), images(1, 8)
     groups = trace(model, x)
     assert groups.channels == {"stem": WIDTH}
-    assert (
-        len(groups.unsupported) == 1
-        and "multiplies channels with channels; it pins" in groups.unsupported[0]
-    )
+    assert len(groups.unsupported) == 1
+    assert "multiplies channels with channels; it pins" in groups.unsupported[0]
     costs, pruned = CostTable(groups), prune(model, groups, {"stem": torch.arange(5)})
     assert costs.params({"stem": 5}) == sum(p.numel() for p in pruned.parameters())

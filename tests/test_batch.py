@@ -80,7 +80,8 @@ def test_a_walk_leaves_what_others_have_seen_of_it_as_it_was():
     batch = env.start_episodes(parsed("macs", (0.4, 0.6)))
     before, kept = batch.state, batch.state.kept.copy()
     batch.step(np.array([0.3, -0.3]))
-    assert np.array_equal(before.kept, kept) and batch.state is not before
+    assert np.array_equal(before.kept, kept)
+    assert batch.state is not before
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -98,7 +99,9 @@ def test_shifted_sparsities_keep_their_differences_and_meet_their_targets(
     wishes = np.random.default_rng(2).uniform(-0.5, 1.5, (4, len(env.groups)))
     shifted = space.shift_to_targets(wishes, targets)
     counts = space.costs.dense * (1 - shifted)
-    assert space.costs.continuous_cost(metric, counts) == pytest.approx(targets, rel=1e-3)
+    assert space.costs.continuous_cost(metric, counts) == pytest.approx(
+        targets, rel=1e-3
+    )
     inside = (counts > space.low + 1e-9) & (counts < space.high - 1e-9)
     for lane in range(4):
         by = (shifted - wishes)[lane, inside[lane]]
@@ -139,7 +142,9 @@ def test_feasible_uniform_to_go_and_nearest_of_lanes_are_those_of_each(space):
             bounds = space.feasible_range(row, index, int(target))
             assert (lowest[lane], highest[lane]) == bounds
             assert uniform[lane] == space.uniform_to_go(row, index, int(target))
-            assert nearest[lane] == space.nearest_count(index, float(wishes[lane]), bounds)
+            assert nearest[lane] == space.nearest_count(
+                index, float(wishes[lane]), bounds
+            )
 
 
 @pytest.mark.parametrize("space", SPACES, ids=str)

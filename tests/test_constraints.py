@@ -81,7 +81,8 @@ def test_excluded_groups_never_change_and_the_others_are_pruned_as_before(name):
         whole = axes_of(
             groups, groups.channels.keys() - rest.channels.keys()
         ) - axes_of(groups, rest.channels)
-        assert whole and all(
+        assert whole
+        assert all(
             shapes[tensor][axis] == groups.shapes[tensor][axis]
             for tensor, axis in whole
         )
@@ -129,9 +130,7 @@ def test_the_reason_names_the_pattern_and_other_reasons_stay():
 
 def test_excluding_nothing_changes_nothing_and_the_trace_is_left_as_found():
     _, groups = network("chain")
-    assert (
-        pin_excluded(groups, SearchConfig(exclude=" , ").excluded).all == groups.all
-    )
+    assert pin_excluded(groups, SearchConfig(exclude=" , ").excluded).all == groups.all
     pin_excluded(groups, ["*"])
     assert groups.channels == NETS["chain"].groups
 
@@ -168,11 +167,9 @@ def test_the_last_pattern_that_means_a_group_counts():
     values = numbers_per_group(
         groups, "round_to_for", numbers, dict.fromkeys(groups.channels, 2)
     )
-    assert (
-        values["layer1.0.conv1"] == 8
-        and values["layer3.0.conv1"] == 4
-        and values["layer3.1.conv1"] == 1
-    )
+    assert values["layer1.0.conv1"] == 8
+    assert values["layer3.0.conv1"] == 4
+    assert values["layer3.1.conv1"] == 1
     assert set(
         numbers_per_group(
             groups, "round_to_for", {}, dict.fromkeys(groups.channels, 2)
@@ -211,9 +208,8 @@ def test_walks_meet_every_budget_down_to_the_floor_within_the_limits_of_each_gro
         wishes = generator.uniform(-0.5, 1.5, len(dense))
         kept = space.allocate(target, lambda index, _, wishes=wishes: wishes[index])
         assert space.cost(kept) <= target
-        assert ((kept % multiples == 0) | (kept == dense)).all() and (
-            kept >= np.minimum(widths, dense)
-        ).all()
+        assert ((kept % multiples == 0) | (kept == dense)).all()
+        assert (kept >= np.minimum(widths, dense)).all()
         for index, levels in enumerate(space.levels):
             for more in levels[levels > kept[index]][:1]:
                 assert (
@@ -268,4 +264,5 @@ def test_episodes_keep_excluded_groups_out_and_the_others_within_their_limits():
         info = run_episode(env, lambda _: generator.uniform(-1, 1))
         kept = info["allocation"].kept
         assert info["cost"] <= info["target"]
-        assert kept[names[1]] >= 24 and all(count % 4 == 0 for count in kept.values())
+        assert kept[names[1]] >= 24
+        assert all(count % 4 == 0 for count in kept.values())

@@ -139,10 +139,12 @@ def test_counts_come_as_mapping_or_as_array_in_forward_order():
 def test_continuous_curve_passes_through_the_exact_values_and_between_them():
     costs = table("residual")
     for metric in ("macs", "params"):
-        at = [costs.continuous_cost(metric, np.array([5.0, width])) for width in (3, 3.5, 4)]
-        assert at[0] == costs.metrics[metric](np.array([5, 3])) and at[
-            2
-        ] == costs.metrics[metric](np.array([5, 4]))
+        at = [
+            costs.continuous_cost(metric, np.array([5.0, width]))
+            for width in (3, 3.5, 4)
+        ]
+        assert at[0] == costs.metrics[metric](np.array([5, 3]))
+        assert at[2] == costs.metrics[metric](np.array([5, 4]))
         assert at[0] < at[1] < at[2]
 
 
@@ -160,14 +162,17 @@ def test_arrays_of_counts_cost_what_each_row_costs_and_what_its_mapping_costs(na
     for metric in ("macs", "params"):
         cost = costs.metrics[metric]
         together = cost(kept)
-        assert together.shape == (3, 4) and together.dtype == np.int64
+        assert together.shape == (3, 4)
+        assert together.dtype == np.int64
         rows = [[cost(row) for row in block] for block in kept]
         assert together.tolist() == rows
         assert rows == [
             [cost(dict(zip(costs.names, map(int, row), strict=True))) for row in block]
             for block in kept
         ]
-        assert costs.continuous_cost(metric, kept.astype(float)) == pytest.approx(together)
+        assert costs.continuous_cost(metric, kept.astype(float)) == pytest.approx(
+            together
+        )
 
 
 def test_pfecs_resnet56_b_has_its_published_macs():

@@ -53,10 +53,8 @@ def test_module_attributes_follow_the_shapes(name):
     pruned = prune(model, groups, random_kept(groups, 0))
     for module in pruned.modules():
         if isinstance(module, nn.Conv2d):
-            assert (
-                module.out_channels == module.weight.shape[0]
-                and module.out_channels % module.groups == 0
-            )
+            assert module.out_channels == module.weight.shape[0]
+            assert module.out_channels % module.groups == 0
             assert module.in_channels == module.weight.shape[1] * module.groups
         if isinstance(module, nn.ConvTranspose2d):
             assert (module.in_channels, module.out_channels) == tuple(
@@ -88,7 +86,8 @@ def test_pruned_network_is_a_new_one_of_the_same_class_with_the_same_flags(train
     model.train(training)
     model.head.weight.requires_grad_(False)
     pruned = prune(model, groups, {"inner": torch.arange(3)})
-    assert type(pruned) is type(model) and pruned.training is training
+    assert type(pruned) is type(model)
+    assert pruned.training is training
     assert [name for name, p in pruned.named_parameters() if not p.requires_grad] == [
         "head.weight"
     ]
