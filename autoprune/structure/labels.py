@@ -173,72 +173,72 @@ class LabelBook:
 
     @property
     def n_joins(self) -> int:
-        """How many joins were made; grows with each that may change a root."""
+        """How many joins were made; each may change representatives."""
         return len(self._edges)
 
     def representatives(
         self, known: np.ndarray | None = None, since: int = 0
     ) -> np.ndarray:
-        """Finds for each label its root, the smallest label of its joined set.
+        """Finds each label's representative, the smallest label of its joined set.
 
-        With five labels, and the joins 4-3 and 3-1, the roots start as 0, 1, 2, 3, 4.
-        The first round lowers them to 0, 1, 2, 1, 3, as each join takes the smaller
-        root to the larger one; then each label takes its root's root: 0, 1, 2, 1, 1.
-        The next round changes nothing.
+        With five labels, and the joins 4-3 and 3-1, each label starts as its own:
+        0, 1, 2, 3, 4. The first round lowers them to 0, 1, 2, 1, 3, as each join takes
+        the smaller representative to the larger one; then each label takes that of its
+        own: 0, 1, 2, 1, 1. The next round changes nothing.
 
         Args:
-            known: The roots after the first `since` joins, to start from.
+            known: The representatives after the first `since` joins, to start from.
             since: How many joins `known` has seen.
 
         Returns:
             int64 `(n_labels,)`.
         """
-        roots = np.arange(self.n_labels)
+        found = np.arange(self.n_labels)
         if known is not None:
-            # Labels that were handed out since are their own roots.
-            roots[: len(known)] = known
+            # Labels that were handed out since represent themselves.
+            found[: len(known)] = known
         edges = self._edges[since:]
         if not edges:
             edges = [np.zeros((2, 0), dtype=np.int64)]
         a, b = np.concatenate(edges, axis=1)
         while True:
-            lower = np.minimum(roots[a], roots[b])
-            before = roots.copy()
-            # `at`, since many joins may lower the same root.
-            np.minimum.at(roots, roots[a], lower)
-            np.minimum.at(roots, roots[b], lower)
-            roots = roots[roots]
-            if np.array_equal(roots, before):
-                return roots
+            lower = np.minimum(found[a], found[b])
+            before = found.copy()
+            # `at`, since many joins may lower the same representative.
+            np.minimum.at(found, found[a], lower)
+            np.minimum.at(found, found[b], lower)
+            found = found[found]
+            if np.array_equal(found, before):
+                return found
 
     def reasons(self, representatives: np.ndarray) -> dict[int, str]:
-        """Why roots are pinned.
+        """Why representatives are pinned.
 
         Args:
-            representatives: The root of every label, `(n_labels,)`.
+            representatives: That of every label, `(n_labels,)`.
 
         Returns:
-            Pinned root to the first reason that was given for one of its labels.
+            Pinned representative to the first reason given for one of its labels.
         """
         reasons: dict[int, str] = {}
         for labels, reason in self._pins:
             # Pins come in the order of the forward pass; the first is the cause.
-            for root in np.unique(representatives[labels]):
-                reasons.setdefault(int(root), reason)
+            for representative in np.unique(representatives[labels]):
+                reasons.setdefault(int(representative), reason)
         return reasons
 
-    def roots_pinned_for(self, reason: str, representatives: np.ndarray) -> set[int]:
-        """The roots that were pinned for a reason, even if not for that one first.
+    def pinned_for(self, reason: str, representatives: np.ndarray) -> set[int]:
+        """The representatives pinned for a reason, even if not for that one first.
 
         Args:
             reason: Why, word by word.
-            representatives: The root of every label, `(n_labels,)`.
+            representatives: That of every label, `(n_labels,)`.
         """
-        roots: set[int] = set()
+        pinned: set[int] = set()
         for labels, given in self._pins:
             if given == reason:
-                roots.update(np.unique(representatives[labels]).tolist())
-        return roots
+                pinned.update(np.unique(representatives[labels]).tolist())
+        return pinned
 
 
 def distinct_pairs(a: Tensor, b: Tensor) -> np.ndarray:

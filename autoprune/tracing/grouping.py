@@ -383,7 +383,7 @@ def _unsupported(
     lines = []
     # An operation in a loop gives its reason many times.
     for reason in dict.fromkeys(tracer.unsupported):
-        pinned = sorted(tracer.book.roots_pinned_for(reason, representatives))
+        pinned = sorted(tracer.book.pinned_for(reason, representatives))
         numbers = np.unique(numbering.groups[pinned])
         names = [numbering.names[number - 1] for number in numbers if number]
         lines.append(f"{reason}; it pins {', '.join(names) or 'nothing'}")
