@@ -26,6 +26,8 @@ def run(options: Namespace) -> None:
     stages.run_stages(job)
     stages.finish(job, options.json)
     if job.failed is not None:
+        # Only now, when all else is written and reported; the exit code still says that
+        # something failed.
         raise job.failed
 
 
@@ -38,6 +40,8 @@ def search(options: Namespace) -> None:
 
 def replay(options: Namespace) -> None:
     """Lets a learned policy act, on its own network or another, at any budget."""
+    # Here and below: what imports torch is imported by the command that needs it, so
+    # that `--help` needn't wait for it.
     from autoprune.agents.policies import find_policy
     from autoprune.agents.replay import Policy
     from autoprune.cli.search_stage import act, make_env
@@ -48,6 +52,7 @@ def replay(options: Namespace) -> None:
     place = find_policy(options.policy, "policy")
     policy = Policy.load(place, "policy")
     run = RunFolder(place.parent)
+    # Shipped policies, and those in folders of their own, belong to no run.
     is_of_run = run.policy == place and run.config.is_file()
     trained = RunContext.of_run(run) if is_of_run else RunContext(Settings())
     settings = _with_given_options(trained.settings, options)
@@ -63,6 +68,7 @@ def replay(options: Namespace) -> None:
     if options.out:
         path = Path(options.out)
     else:
+        # Not beside the policy: a shipped one lies in the installed package.
         home = run.root if is_of_run else Path("runs")
         first = "replay" if is_of_run else place.name
         path = home / f"{file_stem(first, model, budget)}.json"
@@ -82,6 +88,7 @@ def replay(options: Namespace) -> None:
     if options.json:
         summary = {}
         for key, value in results.items():
+            # The tables of groups stay out of a line that scripts read.
             if not isinstance(value, list):
                 summary[key] = value
         print(json.dumps(summary))
@@ -139,6 +146,7 @@ def methods(options: Namespace) -> None:
 
 def prune(options: Namespace) -> None:
     """Applies the allocation of RUN, or of a file in a new run, without searching."""
+    # Neither or both: the parser can't rule that out, as RUN is optional to it.
     if bool(options.run) == bool(options.allocation):
         raise UserError("prune", "give either RUN or --allocation FILE")
     job = _decided_run(options) if options.run else _run_of_allocation(options)
@@ -170,12 +178,15 @@ def _run_of_allocation(options: Namespace) -> stages.Job:
     _check_single(options)
 
     def prepare(context: "RunContext") -> None:
+        # Read before the run has a folder, so that a wrong file leaves none behind.
         Allocation.read(options.allocation, context.groups)
         method_of(context.settings).check(context)
 
     job = stages.start(options, prepare)
     stages.run_stages(job, until="sparse")
+    # Once more, now for the network that sparse training may have left.
     allocation = Allocation.read(options.allocation, job.context.groups)
+    # Before the allocation, whose depth counts blocks in this order.
     keep_order(job.context, job.folder)
     job.folder.add_results(
         run=str(job.folder.root),
@@ -185,16 +196,19 @@ def _run_of_allocation(options: Namespace) -> stages.Job:
         agent=allocation.source,
         evaluations=0,
     )
+    # Last, since the allocation's file says that the run has decided.
     use_allocation(job.context, allocation, job.folder)
     return job
 
 
 def _check_alone(options: Namespace) -> None:
     """Refuses options of a new run beside an existing one, whose settings count."""
+    # Compared with a parser's own defaults: the options don't say which were typed.
     parser = Parser()
     prune_options(parser)
     defaults = dict(parser.get_defaults().items())
     for name, value in options.items():
+        # A default that was typed looks like one that wasn't, so it passes.
         if name in ("run", "json") or value == defaults[name]:
             continue
         raise UserError(
@@ -217,6 +231,8 @@ def _check_single(options: Namespace) -> None:
         entry_of,
     )
 
+    # From what makes every allocation useless to what is wrong with this one; the file
+    # is opened last.
     pruner = TRAINED_PRUNERS.get(options.removal.method)
     if pruner is not None and not pruner.takes_allocations:
         others = [name for name, p in TRAINED_PRUNERS.items() if p.takes_allocations]
@@ -239,6 +255,8 @@ def _check_single(options: Namespace) -> None:
             f"for that give a RUN of autoprune search "
             f"--granularity {options.granularity}",
         )
+    # The default budget passes, which nobody can tell from none; the allocation's own
+    # counts.
     if isinstance(parse_budget(options.budget), BudgetRange):
         raise UserError(
             "budget",
@@ -246,6 +264,8 @@ def _check_single(options: Namespace) -> None:
             f"--budget out, the allocation knows its own",
         )
     path = Path(options.allocation)
+    # A look at the text is enough: what is no allocation otherwise is refused when it
+    # is read.
     if path.is_file() and '"front"' in path.read_text("utf-8", errors="replace"):
         raise UserError(
             "allocation",
@@ -262,8 +282,11 @@ def finetune(options: Namespace) -> None:
         settings = job.settings
         config = dataclasses.replace(settings.finetune, epochs=options.epochs)
         settings = dataclasses.replace(settings, finetune=config)
+        # In memory only: config.yaml keeps what the run was started with.
         job.dense = dataclasses.replace(job.dense, settings=settings)
     if not options.resume:
+        # A finished training leaves its checkpoint, and with it this one would end at
+        # once.
         job.folder.finetune_checkpoint.unlink(missing_ok=True)
     stages.finetune(job)
     stages.finish(job, options.json)
@@ -284,6 +307,7 @@ def export(options: Namespace) -> None:
 
     job = stages.open_run(options.run)
     written = export_stage(job.context, job.folder, options.format)
+    # results.json has got a number more, so the page is written anew.
     report_stage(job.folder)
     _print_file(written, options.json)
 
@@ -318,8 +342,10 @@ def trace(options: Namespace) -> None:
         load_weights(model, config.weights)
     size = config.image_size
     if size is None:
+        # What the CIFAR networks and most others were made for.
         size = 32 if config.model in MODELS else 224
     groups = trace_network(model, torch.zeros(1, 3, size, size))
+    # The patterns are of names that only a trace gives.
     groups = pin_excluded(groups, config.excluded)
     description = {"model": config.model, **describe(groups)}
     print_trace(description)

@@ -49,13 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, or 1 if something failed, 2 for a user error, 130 after
         Ctrl-C.
     """
+    # First, since glibc's settings hold for what is allocated from then on.
     keep_freed_memory()
+    # Errors of the parser come before there is a command.
     command = None
     try:
         options = _parse(arguments)
         command = options.subcommand
         COMMANDS[command].run(options[command])
         return 0
+    # A full disk or a missing permission is no bug, so it gets a line and no traceback.
     except (UserError, OSError) as error:
         message = in_one_line(error, partial(_flag, command))
         print(f"autoprune: error: {message}", file=sys.stderr)
@@ -65,9 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"autoprune: error: {needs_run_extra(error.name)}", file=sys.stderr)
         return 2
+    # The command line was right, so the exit code isn't 2.
     except ExportError as error:
         print(f"autoprune: error: {error}", file=sys.stderr)
         return 1
+    # What was finished is in the run folder; 130 is the shell's code for Ctrl-C.
     except KeyboardInterrupt:
         print("autoprune: interrupted; go on with --resume", file=sys.stderr)
         return 130
@@ -85,10 +90,13 @@ def _flag(command: str | None, argument: str) -> str:
         as it is. Those of the running command come first: `replay` takes POLICY where
         `run` takes --policy.
     """
+    # An error names arguments of the library, whoever raised it; only parsers know what
+    # is a flag.
     others = [name for name in COMMANDS if name != command]
     for name in [command, *others] if command else others:
         parser = Parser()
         COMMANDS[name].options(parser)
+        # argparse shows its options nowhere else.
         for action in parser._actions:
             if action.dest == argument:
                 return f"--{argument}" if action.option_strings else argument.upper()
@@ -101,6 +109,7 @@ def _parse(arguments: list[str] | None) -> Namespace:
     defaults = _implied_defaults(options[options.subcommand])
     if not defaults:
         return options
+    # As defaults and in a second pass, so that whatever was typed still counts more.
     return build_parser(defaults).parse_args(arguments)
 
 
@@ -116,6 +125,8 @@ def _implied_defaults(options: Namespace) -> dict[str, object]:
         from autoprune.runs import RunFolder
 
         copy = None
+        # The run has a copy of the policy that it started from, which may be gone by
+        # now.
         if options.resume and options.out:
             copy = RunFolder(Path(options.out)).start
         return {"agent": agent_of(options.policy, copy)}
@@ -141,6 +152,8 @@ def build_parser(defaults: Mapping[str, object] = MappingProxyType({})) -> Parse
     for name, command in COMMANDS.items():
         subparser = Parser(description=command.help)
         command.options(subparser)
+        # The others have no --method, and jsonargparse refuses defaults of options that
+        # a command lacks.
         if command.options in (search_options, prune_options):
             subparser.set_defaults(dict(defaults))
         subcommands.add_subcommand(name, subparser, help=command.help)

@@ -27,12 +27,15 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] != "glibc" or _is_set_by_user():
         return
+    # The C library that this process has loaded already.
     libc = ctypes.CDLL(None)
+    # Both, since setting either one ends glibc's own adaptation of the two.
     libc.mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
     libc.mallopt(TRIM_THRESHOLD, MOST_KEPT)
 
 
 def _is_set_by_user() -> bool:
+    # glibc has read both before Python started, so a call here would overrule them.
     if "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return True
     return any(name.startswith("MALLOC_") for name in os.environ)

@@ -29,6 +29,7 @@ from autoprune.pipeline.methods.registry import (
     TRAINED_PRUNERS,
 )
 
+# The help of an option is the string below its field, so the two can't differ.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Config = TypeVar("Config")
@@ -63,6 +64,8 @@ class Parser(ArgumentParser):
             message: What jsonargparse says.
             ex: Where it comes from.
         """
+        # The library's messages may run over several lines; a bad command ends with
+        # one.
         text = " ".join(str(message).split())
         for pattern, plain in PLAIN_MESSAGES.items():
             text = re.sub(pattern, plain, text)
@@ -82,6 +85,7 @@ def search_options(parser: Parser) -> None:
         help="A method of the field, as defaults for other options; "
         "`autoprune methods` lists them.",
     )
+    # What nearly every run sets has no prefix; stages that seldom need a word do.
     for config in (NetworkConfig, DataConfig, SearchConfig):
         parser.add_class_arguments(config)
     # Both are flags here, which take no value.
@@ -99,16 +103,20 @@ def search_options(parser: Parser) -> None:
         help="Epochs of fine-tuning (null: 10, or on a small dataset as many as make "
         "600 steps, at most 30).",
     )
+    # --epochs has no prefix, so that it is the same in `autoprune finetune`.
     parser.add_class_arguments(FinetuneConfig, "finetune", skip={"epochs"})
+    # One --seed for search and proxy; `settings_of` hands it on.
     parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
     parser.add_class_arguments(SparseConfig, "sparse")
     parser.add_class_arguments(RemovalConfig, "removal")
     parser.add_class_arguments(DimensionsConfig, "dimensions")
+    # These two depend on the registry, which a docstring can't read.
     _set_help(parser, "granularity", _granularity_help())
     _set_help(parser, "removal.method", _removal_help())
 
 
 def _set_help(parser: Parser, name: str, text: str) -> None:
+    # argparse shows its options nowhere else.
     for action in parser._actions:
         if action.dest == name:
             action.help = text
@@ -154,6 +162,7 @@ def pick(options: Namespace, config: type[Config]) -> Config:
     fields: Any = dataclasses.fields(config)  # pyright: ignore[reportArgumentType]
     given = {}
     for field in fields:
+        # Some fields are no options of this command; those keep their defaults.
         if field.name in options:
             given[field.name] = options[field.name]
     return config(**given)
@@ -169,6 +178,7 @@ def settings_of(options: Namespace) -> Settings:
         network=pick(options, NetworkConfig),
         data=pick(options, DataConfig),
         search=pick(options, SearchConfig),
+        # Sampled channels follow the seed of the search.
         proxy=ProxyConfig(**vars(options.proxy), seed=options.seed),
         finetune=FinetuneConfig(**vars(options.finetune), epochs=options.epochs),
         sparse=SparseConfig(**vars(options.sparse)),
@@ -197,6 +207,7 @@ def replay_options(parser: Parser) -> None:
     _json_option(parser)
     for config in (NetworkConfig, DataConfig, SearchConfig):
         names: set[str | int] = {field.name for field in dataclasses.fields(config)}
+        # A policy that only acts searches nothing.
         parser.add_class_arguments(config, skip=ACTS_ONLY & names)
     parser.add_class_arguments(ProxyConfig, "proxy", skip={"seed"})
     # None tells what wasn't given.
@@ -215,6 +226,8 @@ def replay_options(parser: Parser) -> None:
 
 def prune_options(parser: Parser) -> None:
     """An existing run, or an allocation and all that a new run needs."""
+    # Optional, as --allocation takes its place; `commands.prune` refuses both and
+    # neither.
     parser.add_argument("run", nargs="?", default=None, help="Folder of the run.")
     parser.add_argument(
         "--allocation",

@@ -34,6 +34,8 @@ class Method:
         What isn't a search leaves weights as they are unless it says otherwise: that is
         how it was published.
         """
+        # Of searches only the searcher is published elsewhere; how candidates are
+        # scored is this project's own.
         if self.kind == "search":
             return dict(self.options)
         return {"proxy.reconstruct": "off", **self.options}
@@ -74,6 +76,7 @@ def _gradual(granularity: str, paper: str, agent: str, **how: object) -> Method:
         "granularity": granularity,
         "agent": agent,
         "removal.method": "gradual",
+        # The training that prunes is all the training there is, as published.
         "epochs": 0,
     }
     return Method("pipeline", granularity, paper, options | how)
@@ -84,11 +87,14 @@ def _merging(method: str, paper: str) -> Method:
         "sparse training",
         "channel",
         paper,
+        # Merged channels lose nothing, so no fine-tuning is part of the method.
         {"removal.method": method, "agent": "uniform", "epochs": 0},
     )
 
 
 METHODS: dict[str, Method] = {
+    # Criteria. Papers that compare channels across layers get the agent global, the
+    # others the same share in each layer.
     "l1": _ranked("l1", "Li et al. 2017, ICLR"),
     "l2": _ranked("l2", "Li et al. 2017, ICLR"),
     "fpgm": _ranked("fpgm", "He et al. 2019, CVPR"),
@@ -102,6 +108,7 @@ METHODS: dict[str, Method] = {
     "cost_aware": _ranked(
         "l1", "Molchanov et al. 2017, ICLR, section 2.2", "cost_aware"
     ),
+    # Trainings after which little is lost with what goes.
     "l1_training": _sparse("l1", "l1", "Han et al. 2015, NIPS"),
     "l2_training": _sparse("l2", "l2", "Han et al. 2015, NIPS"),
     "group_lasso": _sparse("group_lasso", "l2", "Wen et al. 2016, NIPS"),
@@ -115,6 +122,7 @@ METHODS: dict[str, Method] = {
         "Srivastava et al. 2014, JMLR; targeted: Gomez et al. 2019",
         {"sparse.method": "drop_out", "criterion": "l2", "agent": "uniform"},
     ),
+    # Units finer or coarser than channels.
     "weight_magnitude": _masks("weight", "Han et al. 2015, NIPS"),
     "layer": Method(
         "allocator",
@@ -125,6 +133,7 @@ METHODS: dict[str, Method] = {
     "row": _masks("row", "Mao et al. 2017, CVPRW"),
     "column": _masks("column", "Mao et al. 2017, CVPRW"),
     "kernel": _masks("kernel", "Mao et al. 2017, CVPRW"),
+    # The paper ranks filters within each layer.
     "filter": _masks("filter", "Li et al. 2017, ICLR", agent="uniform"),
     "random_weights": _masks(
         "weight",
@@ -132,6 +141,7 @@ METHODS: dict[str, Method] = {
         criterion="random",
     ),
     "lamp_weights": _masks("weight", "Lee et al. 2021, ICLR", criterion="lamp"),
+    # More than half, since some layers can't have the pattern and count in full.
     "2:4": _masks("2:4", "Mishra et al. 2021, arXiv 2104.08378", budget="macs=60%"),
     "gsm": _masks("weight", "Ding et al. 2019, NeurIPS", **{"sparse.method": "gsm"}),
     "drop_connect": _masks(
@@ -163,6 +173,7 @@ METHODS: dict[str, Method] = {
         "Wang et al. 2021, ICML",
         {"granularity": "dimensions", "agent": "polynomial"},
     ),
+    # Batch norm calibrated on other images is what the paper is about.
     "eagleeye": Method(
         "pipeline",
         "channel",
@@ -173,8 +184,10 @@ METHODS: dict[str, Method] = {
         "He et al. 2018, ECCV",
         agent="ddpg",
         reward="amc",
+        # Its candidates have weights solved by least squares.
         **{"proxy.reconstruct": "on"},
     ),
+    # Learners and searchers on this project's own environment.
     "dyna": _search("this project; Sutton 1991 for the idea", agent="dyna"),
     "ppo": _search("Schulman et al. 2017, arXiv 1707.06347", agent="ppo"),
     "sac": _search("Haarnoja et al. 2018, ICML", agent="sac"),

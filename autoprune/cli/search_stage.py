@@ -58,6 +58,7 @@ def missing_baselines(
         Their names. None under a range of budgets: there uniform pruning is the line
         that the front is drawn against, which needs no search.
     """
+    # Asked of the settings, as an environment would load network and images.
     if isinstance(parse_budget(settings.search.budget), BudgetRange):
         return []
     agent = settings.search.agent
@@ -80,6 +81,7 @@ def search_stage(context: RunContext, folder: RunFolder, baselines: str | None) 
         f"{settings.network.model}: {len(context.groups)} prunable groups, "
         f"{len(context.groups.pinned)} pinned"
     )
+    # Written before the search, since only this environment knows what "auto" came to.
     folder.add_results(reconstructed=env.proxy.reconstructs)
     if env.proxy.reconstructs and settings.proxy.reconstruct == "auto":
         say(
@@ -88,6 +90,7 @@ def search_stage(context: RunContext, folder: RunFolder, baselines: str | None) 
         )
     for name in missing_baselines(settings, folder, baselines):
         _search_baseline(context, folder, name)
+    # The agent is done; somebody came back for further baselines.
     if folder.allocation.exists():
         return
     _warn_if_out_of_distribution(env, settings.search, folder)
@@ -104,13 +107,17 @@ def _search_baseline(context: RunContext, folder: RunFolder, name: str) -> None:
     with timed(folder, f"baseline {name}"):
         result = _search_with_progress(
             context,
+            # An environment of its own, whose proxy remembers nothing: each searcher
+            # pays for all that it evaluates.
             make_env(context),
             name,
+            # Log and checkpoints of two searches in one folder would be taken for one.
             RunFolder(folder.root / "baselines" / name),
         )
     entry = result.best.to_json()
     entry["evaluations"] = result.evaluations
     entry["reward"] = max(episode.reward for episode in result.episodes)
+    # Read only now, since a search may take long and the results may have grown.
     known = folder.read_results().baselines or {}
     folder.add_results(baselines=known | {name: entry})
 
@@ -119,6 +126,7 @@ def _warn_if_out_of_distribution(
     env: LayerPruningEnv, config: SearchConfig, folder: RunFolder
 ) -> None:
     """Says so where the policy to start from knows little of this network."""
+    # Looked up for this warning alone; the search looks it up by itself.
     start = starting_policy(config.agent, config.policy, folder.start)
     if start is not None and start.is_out_of_distribution(env.observer):
         say(
@@ -133,6 +141,7 @@ def _search_with_progress(
     context: RunContext, env: LayerPruningEnv, agent: str, folder: RunFolder
 ) -> SearchResult:
     """Runs one agent or baseline with a bar on the terminal."""
+    # A baseline's folder isn't there before its first search.
     folder.root.mkdir(parents=True, exist_ok=True)
     config = context.settings.search
     if agent != config.agent:
@@ -152,6 +161,7 @@ def _search_with_progress(
                 advance(f"best reward {best:.3f}")
 
         def on_pause(activity: str) -> None:
+            # By no step: practice between two episodes is no episode.
             advance(activity, 0)
 
         result = search(env, config, folder, on_episode, on_pause)
@@ -174,6 +184,7 @@ def _keep(
     The allocation comes last, since its file says that the search is done.
     """
     if result.policy is not None:
+        # Before the allocation, which would tell a resumed run that nothing is missing.
         _save_policy(result.policy, context, folder, env)
     chosen = result.best
     folder.add_results(
@@ -189,6 +200,7 @@ def _keep(
     else:
         finalists = [finalist.to_json() for finalist in result.finalists]
         folder.add_results(finalists=finalists)
+    # A kill before this repeats the end of the search, from its log.
     use_allocation(context, chosen.allocation, folder)
 
 
@@ -223,6 +235,7 @@ def _keep_front(
     env: LayerPruningEnv,
 ) -> None:
     """Stores the Pareto front of a range, and tells how to go on from any point."""
+    # The file before its path: results.json names nothing that isn't there.
     write_json(folder.pareto, front)
     folder.add_results(pareto=str(folder.pareto))
     print_front(front)
@@ -231,14 +244,18 @@ def _keep_front(
         f"the run goes on with the front's knee, at {share:.1%}; all points: "
         f"{folder.pareto}"
     )
+    # Between the points of the front only a policy can tell what to do.
     if result.policy is None:
         return
+    # Any budget of the range would do: it is an example.
     other_budget = env.budget.at_position(0.2)
     file = folder.root / "another.json"
     say(
         f"another budget: autoprune replay {folder.root} --budget {other_budget} "
         f"--out {file}"
     )
+    # An allocation is for one network and its groups, which the command has to name
+    # again.
     flags = _flags_of(context.settings)
     say(
         f"and then: autoprune prune --allocation {file}{flags} --out NEW_RUN; "
@@ -261,6 +278,7 @@ def _flags_of(settings: Settings) -> str:
     ):
         for name in names:
             value = getattr(getattr(settings, stage), name)
+            # Defaults would only make the command longer.
             if value != getattr(getattr(defaults, stage), name):
                 flags += f" --{name} {shlex.quote(str(value))}"
     return flags
@@ -301,6 +319,7 @@ def _act_once(
     policy: Policy, context: RunContext, env: LayerPruningEnv
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     allocation, info = replay(policy, env)
+    # What anybody gets without a policy, as a measure for the policy's.
     uniform = env.proxy(env.counts(env.space.uniform(env.target)))
     results = context.costs_of(allocation.kept)
     results["proxy_accuracy"] = info["accuracy"]

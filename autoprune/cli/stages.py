@@ -45,6 +45,7 @@ class Job:
     @cached_property
     def context(self) -> "RunContext":
         """What all stages after sparse training work on."""
+        # A run that was opened from its folder is past its sparse training.
         if self.settings.sparse.method == "none" or self.dense.sparse is not None:
             return self.dense
         return self.dense.after_sparse_training(self.folder.sparse)
@@ -76,6 +77,8 @@ def run_stages(job: Job, *, until: str | None = None) -> None:
         until: Name of the last stage; None for all.
     """
     for stage in STAGES:
+        # Asked of the folder and never remembered, since the folder is all that a
+        # killed run leaves.
         if not stage.is_done(job):
             stage.run(job)
         if stage.name == until:
@@ -97,13 +100,17 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Job:
 
     settings = settings_of(options)
     output = pick(options, OutputConfig)
+    # From fast to slow: names in an instant, then network and images. The folder comes
+    # last, so that a refused command leaves nothing behind.
     _check_names(settings, output)
     blocks = None
     if output.resume and output.out is not None:
+        # Measuring the order anew would take long, and could break a tie otherwise.
         blocks = RunFolder(Path(output.out)).blocks
     context = RunContext(settings, blocks=blocks)
     prepare(context)
     folder = start_run(settings, output.out, output.resume)
+    # Beside the settings, which hold what the method stands for but not its name.
     if options.method:
         folder.add_results(method=options.method)
     return Job(context, folder, output)
@@ -125,6 +132,7 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
     check_methods(settings)
     check_agent(search.agent, parse_budget(search.budget), others=further_agents())
     parse_baselines(output.baselines, search.agent)
+    # After the methods, which say what criteria a granularity has at all.
     check_criterion(search.criterion)
     check_sparse(settings.sparse.method)
     reward_named(search.reward)
@@ -163,6 +171,7 @@ def prepare(context: "RunContext") -> None:
 
     method = method_of(context.settings)
     if method.is_searched(context.settings):
+        # Made for its refusals and dropped; the search makes its own.
         make_env(context)
     method.check(context)
 
@@ -177,6 +186,7 @@ def _train_sparsely(job: Job) -> None:
     from autoprune.reporting.console import progress
 
     settings = job.settings
+    # For the bar alone: the stage counts by itself.
     epochs = settings.sparse_training.epochs_for(len(job.dense.splits.train))
     with progress(settings.sparse.method, epochs) as advance:
         sparse_stage(job.dense, job.folder, _show_loss(advance))
@@ -187,6 +197,7 @@ def _is_decided(job: Job) -> bool:
     from autoprune.pipeline.methods.registry import method_of
 
     method = method_of(job.settings)
+    # The file of the decision is written last; without it the search isn't done.
     if not method.is_decided(job.folder):
         return False
     if not method.is_searched(job.settings):
@@ -212,12 +223,14 @@ def _decide(job: Job) -> None:
         budget=str(parse_budget(settings.search.budget)),
         agent=settings.search.agent,
     )
+    # Before anything is decided: allocations count blocks in this order.
     keep_order(job.context, job.folder)
     method = method_of(settings)
     if method.is_searched(settings):
         search_stage(job.context, job.folder, job.output.baselines)
         return
     n_steps = method.n_steps(job.context)
+    # A bar would be gone before anybody reads it.
     if not n_steps:
         decide_stage(job.context, job.folder, lambda note: None)
         return
@@ -226,6 +239,7 @@ def _decide(job: Job) -> None:
 
 
 def _is_pruned(job: Job) -> bool:
+    # `save_pruned` writes the plan after the weights.
     return (job.folder.pruned / "plan.json").exists()
 
 
@@ -268,6 +282,7 @@ def finetune(job: Job) -> None:
 
 
 def _is_evaluated(job: Job) -> bool:
+    # Forgotten whenever `pruned/` gets another network, so that this one is read.
     return job.folder.read_results().accuracy is not None
 
 
@@ -289,6 +304,8 @@ def _export(job: Job) -> None:
     try:
         export_stage(job.context, job.folder)
     except ExportError as error:
+        # The run isn't lost: latency is measured in PyTorch, and the report says the
+        # rest.
         job.failed = error
 
 
@@ -323,10 +340,12 @@ STAGES: tuple[Stage, ...] = (
         _is_decided,
         _decide,
     ),
+    # From here on no stage needs a search, nor anything of reinforcement learning.
     Stage("prune", ("merged/", "pruned/"), _is_pruned, prune),
     Stage("finetune", ("pruned/",), _is_finetuned, finetune),
     Stage("evaluate", ("results.json: accuracy",), _is_evaluated, _evaluate),
     Stage("export", ("model.onnx",), _is_exported, _export),
+    # After the export, whose file ONNX Runtime is timed with.
     Stage("latency", ("results.json: latency",), _is_timed, _measure_latency),
 )
 """What `autoprune run` does, in order; the report is written anew at each end."""

@@ -79,6 +79,8 @@ class RunContext:
         Raises:
             UserError: If sparse training isn't done.
         """
+        # The merged config names every option, so a run isn't touched by defaults that
+        # another version changes.
         settings = Settings.from_dict(folder.read_config())
         if settings.sparse.method == "none":
             return cls(settings, blocks=folder.blocks)
@@ -95,6 +97,9 @@ class RunContext:
         Returns:
             A context with the images and the dense network of this one.
         """
+        # The dense network goes along: it stays the teacher of every training, and what
+        # accuracy and latency are compared with. Importance doesn't, since it is read
+        # from the weights.
         parts = Parts(splits=self.splits, dense=self.dense)
         return RunContext(self.settings, sparse, self.blocks, parts)
 
@@ -121,8 +126,13 @@ class RunContext:
         path = _weights_file(network.model, network.weights, self.settings.data.data)
         if path is not None:
             load_weights(model, path)
+        # A factory may bring a network in training mode, in half precision or on a GPU;
+        # proofs and files are for float32 on the CPU.
         model = model.eval().to("cpu", torch.float32)
+        # Convolutions on the CPU are fastest where a pixel's channels lie side by side.
         model = model.to(memory_format=torch.channels_last)
+        # Here the refusal can still name the network; a trace or a training would fail
+        # somewhere inside PyTorch.
         check_answers(model, network.model, self.splits.example, n_classes)
         return model
 
@@ -131,6 +141,8 @@ class RunContext:
         """The network to prune: the dense one, or what sparse training made of it."""
         if self.parts.model is not None:
             return self.parts.model
+        # Read from its file, so that a resumed run and the one that trained work on the
+        # same weights.
         return load_pruned(self.sparse) if self.sparse else self.dense
 
     @cached_property
@@ -159,6 +171,8 @@ class RunContext:
 
     def _stored_order(self) -> list[str] | None:
         """The order in which blocks go, where the run has written it."""
+        # An order that was measured anew might break ties otherwise, and the run's
+        # allocation would then mean other blocks.
         if self.blocks is None or not self.blocks.exists():
             return None
         return RunFolder(self.blocks.parent).read_json(self.blocks)["order"]
@@ -168,6 +182,8 @@ class RunContext:
         """What can be decided: the trace; what the settings exclude is pinned."""
         if self.parts.groups is not None:
             return self.parts.groups
+        # The scaling puts depth and image size in front, and pins what is excluded
+        # itself.
         if self.scaling:
             return self.scaling.groups
         return pin_excluded(self.traced, self.settings.search.excluded)
@@ -176,6 +192,7 @@ class RunContext:
     def channel_groups(self) -> Groups:
         """Those of the groups that hold channels: all but depth and image size."""
         if self.scaling:
+            # By name: what keeps a group whole among all groups keeps it whole here.
             return self.traced.with_pins(self.groups.reasons)
         return self.groups
 
@@ -202,7 +219,9 @@ class RunContext:
         return importance(
             search.criterion,
             self.model,
+            # Depth and image size have no channels to rank.
             self.channel_groups,
+            # Only training images: the test split has no say in what goes.
             self.splits.train,
             search.seed,
         )
@@ -218,6 +237,8 @@ class RunContext:
             A context whose widths are still to be decided.
         """
         assert self.scaling is not None, "only --granularity dimensions scales"
+        # From here on a network like any other, of which only widths are left to
+        # decide. What is excluded is pinned in its trace already.
         search = dataclasses.replace(
             self.settings.search, granularity="channel", exclude=""
         )
@@ -227,9 +248,12 @@ class RunContext:
             dense=self.dense,
             model=self.scaling.network(kept),
             groups=groups,
+            # Taken over and not measured anew, so that channels rank alike at every
+            # depth and image size.
             importance={name: self.importance[name] for name in groups.channels},
         )
         settings = dataclasses.replace(self.settings, search=search)
+        # Without the order of blocks: the depth of this network is decided.
         return RunContext(settings, self.sparse, parts=parts)
 
     @cached_property
@@ -237,6 +261,8 @@ class RunContext:
         """What solves the weights of pruned layers; None where settings forbid it."""
         if self.settings.proxy.reconstruct == "off":
             return None
+        # On calibration images: solved weights that are scored on the images that they
+        # were solved on would look better than they are.
         return Reconstruction(self.model, self.groups, self.splits.calibration.inputs)
 
     def _required_reconstruction(self) -> Reconstruction:
@@ -310,7 +336,11 @@ class RunContext:
             self.importance,
             self.splits,
             self.settings.proxy,
+            # The function and not what it gives: measuring the layers' inputs is a pass
+            # over images that most proxies never need.
             self._required_reconstruction,
+            # Soft targets are those of the dense network, also of a network that was
+            # trained sparsely or is less deep.
             self.dense,
             blocks,
         )
@@ -320,10 +350,12 @@ def _weights_file(model: str, weights: str, data: str) -> Path | None:
     """The file of trained weights; None where a factory brings its own."""
     if weights != "auto":
         return Path(weights)
+    # The embedded weights were trained on CIFAR-10, which the sample is a part of.
     if model == "resnet20" and data in ("sample", "cifar10"):
         return EMBEDDED_WEIGHTS
     if ":" in model:
         return None
+    # No weights at random instead: every stage would run through and mean nothing.
     raise UserError(
         "weights",
         f"pruning starts from a trained network; give the trained weights of {model} "

@@ -59,11 +59,15 @@ def timed(folder: RunFolder, stage: str) -> Iterator[None]:
     is_refused = False
     try:
         yield
+    # Nothing was done then: the option is mended and the stage starts again.
     except UserError:
         is_refused = True
         raise
+    # In `finally`, so that time before Ctrl-C counts: a resumed stage goes on from the
+    # work that it bought.
     finally:
         if not is_refused:
+            # Read only now, since the stage has written results of its own meanwhile.
             seconds = dict(folder.read_results().seconds or {})
             passed = seconds.get(stage, 0.0) + time.perf_counter() - started
             seconds[stage] = round(passed, 2)
@@ -84,6 +88,7 @@ def use_allocation(
     Raises:
         UserError: If it is for another network.
     """
+    # It may come from a file, made by hand or for another network.
     allocation.check(context.groups)
     # The allocation comes last: its file says that the search is done, and a resumed
     # run looks no further.
@@ -111,7 +116,10 @@ def sparse_stage(
     config = settings.sparse_training
     epochs = config.epochs_for(len(context.splits.train))
     with timed(folder, "sparse"):
+        # A copy, since the dense network teaches, and is what accuracy is compared
+        # with.
         model = copy.deepcopy(context.dense)
+        # Inside of the timing, as it may need the trace.
         share = _sparse_share(context)
         finetune(
             model,
@@ -128,6 +136,8 @@ def sparse_stage(
             sparse_strength=strength,
             sparse_epochs=epochs,
         )
+        # The network comes last: its plan says that the training is done. A kill before
+        # that resumes at the last checkpoint.
         plan = context.network_plan | {"stage": "sparse", "epochs": epochs}
         save_pruned(model, folder.sparse, plan)
 
@@ -140,6 +150,7 @@ def _sparse_share(context: RunContext) -> float:
     usual = SPARSE[sparse.method].share
     if usual is not None:
         return usual
+    # Of a range the tightest end, where most has to be dispensable.
     budget = parse_budget(context.settings.search.budget).at_position(0)
     return budget.share_of(context.costs)
 
@@ -168,6 +179,7 @@ def decide_stage(context: RunContext, folder: RunFolder, advance: Say) -> None:
     method = method_of(context.settings)
     with timed(folder, "search"):
         decision, found = method.decide(context, folder, advance)
+    # Those of all attempts, which `timed` has just added up.
     seconds = folder.read_results().seconds or {}
     folder.add_results(
         **decision.costs(context),
@@ -196,12 +208,16 @@ def prune_stage(
     """
     method = method_of(context.settings)
     with timed(folder, "prune"):
+        # Before the decision is loaded, since a training may change it: ResRep settles
+        # only now how much each group keeps.
         method.train(context, folder, on_epoch)
         decision = method.load(context, folder)
         pruned = method.build(context, decision)
         plan = context.network_plan | {"stage": "pruned"} | decision.plan(context)
+        # Fine-tuning starts over from another network, so its numbers go as well.
         forgotten = (*MEASURED, "accuracy_pruned", "finetune_epochs")
         _replace_pruned(folder, pruned, plan, forgotten)
+        # Without zeros, since masks make no tensor smaller.
         before = _count_nonzero(context.model)
         after = _count_nonzero(pruned)
         say(f"pruned: {before:,} -> {after:,} non-zero parameters")
@@ -221,6 +237,8 @@ def _replace_pruned(
 
     What was measured of, or exported from, the one before goes first.
     """
+    # In this order a kill leaves a run that measures or exports once more than it had
+    # to, but never numbers or files of another network.
     folder.forget(*forgotten)
     for exported in (folder.onnx, folder.program):
         exported.unlink(missing_ok=True)
@@ -252,6 +270,7 @@ def finetune_stage(
         on_epoch: Called after each epoch.
     """
     settings = context.settings
+    # First, since it refuses a run in which nothing is pruned yet.
     plan = read_plan(folder)
     train = context.splits.train
     epochs = settings.finetune.epochs_for(len(train))
@@ -271,6 +290,7 @@ def finetune_stage(
             folder.logging("epoch", on_epoch),
             method.callback(decision),
         )
+        # The network comes last: its plan then says that fine-tuning is done.
         folder.add_results(finetune_epochs=epochs)
         _replace_pruned(folder, model, plan | {"stage": "finetuned", "epochs": epochs})
 
@@ -291,6 +311,7 @@ def evaluate_stage(context: RunContext, folder: RunFolder) -> Results:
     test = context.splits.test
     with timed(folder, "evaluate"):
         plan = read_plan(folder)
+        # Built anew, since `pruned/` may hold the fine-tuned network by now.
         pruned = method.build(context, method.load(context, folder))
         accuracy_dense = folder.read_results().accuracy_dense
         if accuracy_dense is None:
@@ -302,6 +323,8 @@ def evaluate_stage(context: RunContext, folder: RunFolder) -> Results:
         }
         if plan["stage"] == "finetuned":
             scores["accuracy"] = accuracy(load_pruned(folder.pruned), test)
+    # All in one write: after a kill there is either no accuracy, and the stage runs
+    # again, or every one.
     return folder.add_results(**scores)
 
 
@@ -325,6 +348,7 @@ def export_stage(context: RunContext, folder: RunFolder, format: str = "onnx") -
         raise UserError("format", f"must be onnx or torch, got {format!r}")
     example = context.splits.example
     with timed(folder, "export"):
+        # From the folder and not from memory: what is exported is what the run keeps.
         model = load_pruned(folder.pruned)
         if format == "torch":
             return export_program(model, example, folder.program)
@@ -345,7 +369,10 @@ def latency_stage(context: RunContext, folder: RunFolder, batch: int) -> None:
     """
     with timed(folder, "latency"):
         pruned = load_pruned(folder.pruned)
+        # There is none of a network that ONNX can't express; PyTorch's times still
+        # count.
         onnx = folder.onnx if folder.onnx.exists() else None
+        # A set, since the asked batch may be 1 itself.
         sizes = sorted({1, batch})
         rows = measure_latency(
             context.dense, pruned, context.splits.example, onnx, sizes

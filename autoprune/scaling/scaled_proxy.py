@@ -103,7 +103,12 @@ class ScaledProxy:
     def score_all(
         self, allocations: Sequence[Mapping[str, int]], block: int = 0
     ) -> list[Evaluation]:
-        """As in `Proxy`."""
+        """As in `Proxy`.
+
+        Args:
+            allocations: Group to kept channels, depth and image size among them.
+            block: Number of the block of images, which all depths and sizes share.
+        """
         fresh = {}
         for kept in allocations:
             if self.key(kept) not in self._cache:
@@ -118,7 +123,12 @@ class ScaledProxy:
     def survey_all(
         self, allocations: Sequence[Mapping[str, int]], batches: int = 0
     ) -> list[Evaluation]:
-        """As in `Proxy`."""
+        """As in `Proxy`.
+
+        Args:
+            allocations: Group to kept channels.
+            batches: How many batches the search had.
+        """
         return self._score_by_scale(
             allocations, lambda proxy, group: proxy.survey_all(group, batches)
         )
@@ -130,7 +140,12 @@ class ScaledProxy:
         )
 
     def restore(self, kept: Mapping[str, int], evaluation: Evaluation) -> None:
-        """As in `Proxy`."""
+        """As in `Proxy`.
+
+        Args:
+            kept: Group to kept channels.
+            evaluation: What it scored then.
+        """
         self._cache[self.key(kept)] = evaluation
 
     @property
@@ -168,7 +183,9 @@ class ScaledProxy:
             places_of.setdefault(self.scaling.depth_and_size(kept), []).append(place)
         scores: dict[int, Evaluation] = {}
         for (depth, size), places in places_of.items():
-            widths = [self.scaling.widths(allocations[place]) for place in places]
+            widths = []
+            for place in places:
+                widths.append(self.scaling.widths(allocations[place]))
             evaluations = score(self._proxy_at(depth, size), widths)
             scores.update(zip(places, evaluations, strict=True))
         return [scores[place] for place in range(len(allocations))]

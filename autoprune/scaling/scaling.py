@@ -80,8 +80,11 @@ class Scaling:
         """
         if self._stored_order is not None:
             return self._stored_order
-        saved = sum(block.macs for block in removable_blocks(self.model, self.example))
-        floor = CostTable(self.traced).macs({}) - saved
+        # The floor is the network without any of them, so that every block gets a place
+        # in the order and one order serves all depths.
+        floor = CostTable(self.traced).macs({})
+        for block in removable_blocks(self.model, self.example):
+            floor -= block.macs
         return select_blocks_to_remove(self.model, self.example, self._images, floor)
 
     @cached_property
@@ -163,7 +166,10 @@ class Scaling:
         Args:
             kept: Group to kept channels.
         """
-        remaining = {name: kept[name] for name in (DEPTH, RESOLUTION) if name in kept}
+        remaining = {}
+        for name in (DEPTH, RESOLUTION):
+            if name in kept:
+                remaining[name] = kept[name]
         return remaining | self.widths(kept)
 
     def widths(self, kept: Mapping[str, int]) -> dict[str, int]:
@@ -172,8 +178,12 @@ class Scaling:
         Args:
             kept: Group to kept channels.
         """
-        names = self.costs(*self.depth_and_size(kept)).names
-        return {name: kept[name] for name in names if name in kept}
+        depth, size = self.depth_and_size(kept)
+        widths = {}
+        for name in self.costs(depth, size).names:
+            if name in kept:
+                widths[name] = kept[name]
+        return widths
 
     def network(self, kept: Mapping[str, int]) -> nn.Module:
         """A copy of the network with the depth and image size of an allocation.
@@ -201,12 +211,14 @@ class Scaling:
             return self._traces[scale]
         groups = trace(self.network(kept), self.example, verify)
         known = {group.name for group in self.groups.all}
-        unknown = [group.name for group in groups if group.name not in known]
-        if unknown:
+        for group in groups:
+            if group.name in known:
+                continue
+            # An allocation of the whole network has no count for it.
             gone = ", ".join(self.removed(kept))
             raise UserError(
                 "granularity",
-                f"without {gone} the network has other groups ({unknown[0]}); exclude "
+                f"without {gone} the network has other groups ({group.name}); exclude "
                 f"depth",
             )
         groups = groups.with_pins(self.groups.reasons)
@@ -258,9 +270,11 @@ class ScaledCosts(CostTable):
         self.scaling = scaling
         depth, size = scaling.whole
         self._whole = {DEPTH: depth, RESOLUTION: size}
-        self._columns = {
-            name: self.names.index(name) for name in self._whole if name in self.names
-        }
+        # A dimension that is pinned has no column: it is whole in every allocation.
+        self._columns: dict[str, int] = {}
+        for name in self._whole:
+            if name in self.names:
+                self._columns[name] = self.names.index(name)
 
     def memory_bytes(self, kept: KeptCounts) -> int:
         """As in `CostTable`."""
@@ -269,7 +283,12 @@ class ScaledCosts(CostTable):
         return table.memory_bytes(self.scaling.widths(counts))
 
     def continuous_cost(self, metric: str, kept: np.ndarray) -> np.ndarray:
-        """As in `CostTable`, smooth in the widths."""
+        """As in `CostTable`, smooth in the widths.
+
+        Args:
+            metric: What is counted.
+            kept: Counts `(..., n_groups)`, in fractions too.
+        """
         snapped = np.array(kept, float)
         for name, column in self._columns.items():
             step = self.scaling.steps[name]

@@ -31,6 +31,8 @@ class Decision(Protocol):
         ...
 
 
+# A method is handed back the decisions that it made itself, so their type is the
+# method's own.
 D = TypeVar("D", bound=Decision)
 
 
@@ -87,10 +89,16 @@ class PruningMethod(Protocol[D]):
         Returns:
             The decision, and further fields of `autoprune.results.Results`.
         """
+        # No user's error: callers ask `is_searched` first.
         raise RuntimeError(f"{type(self).__name__} leaves this to a search")
 
     def n_epochs(self, context: RunContext, folder: RunFolder) -> int:
-        """Passes over the training split that `train` is yet to make."""
+        """Passes over the training split that `train` is yet to make.
+
+        Args:
+            context: Network, images and trace.
+            folder: The run, in which training may be under way or done.
+        """
         return 0
 
     def train(

@@ -32,10 +32,14 @@ class BlockDecision:
 
     def save(self, folder: RunFolder) -> None:
         """Writes `blocks.json`."""
+        # Of the granularity dimensions this file holds an "order" instead; no run has
+        # both.
         write_json(folder.blocks, {"removed": self.removed})
 
     def costs(self, context: RunContext) -> dict[str, Any]:
         """The costs of the shallower network, and the MACs of every block."""
+        # Without blocks a network may have other groups, so it is traced and priced
+        # anew rather than by subtraction.
         shallow = remove_blocks(context.model, self.removed)
         smaller = CostTable(trace(shallow, context.splits.example))
         results: dict[str, Any] = {}
@@ -45,6 +49,8 @@ class BlockDecision:
         results["macs_ratio"] = results["macs"] / results["macs_dense"]
         rows = []
         for block in removable_blocks(context.model, context.splits.example):
+            # Blocks stand for groups and MACs for channels, so that the report draws
+            # them as it draws any allocation.
             kept = 0 if block.name in self.removed else block.macs
             rows.append({"name": block.name, "channels": block.macs, "kept": kept})
         return results | {"groups": rows, "counted": "MACs"}
@@ -61,6 +67,7 @@ class Blocks(PruningMethod[BlockDecision]):
         """Checks that enough of the network is in blocks that can go."""
         blocks = removable_blocks(context.model, context.splits.example)
         saved = sum(block.macs for block in blocks)
+        # What is in no removable block stays under every budget.
         floor = context.costs.macs({}) - saved
         if _target(context) < floor:
             share = floor / (floor + saved)
@@ -76,22 +83,41 @@ class Blocks(PruningMethod[BlockDecision]):
         return folder.blocks.exists()
 
     def load(self, context: RunContext, folder: RunFolder) -> BlockDecision:
-        """The run's removed blocks."""
+        """The run's removed blocks.
+
+        Args:
+            context: Of no use here: blocks are known by name.
+            folder: The run.
+        """
         return BlockDecision(folder.read_json(folder.blocks)["removed"])
 
     def decide(
         self, context: RunContext, folder: RunFolder, advance: object
     ) -> tuple[BlockDecision, dict[str, Any]]:
-        """Ranks the blocks by their damage on the proxy split."""
+        """Ranks the blocks by their damage on the proxy split.
+
+        Args:
+            context: Network, images and trace.
+            folder: The run, of which nothing is read.
+            advance: Never called: there is no long step.
+        """
         splits = context.splits
+        # By the proxy split, as everything that is decided; test images come after
+        # that.
         removed = select_blocks_to_remove(
             context.model, splits.example, splits.proxy, _target(context)
         )
         return BlockDecision(removed), {}
 
     def build(self, context: RunContext, decision: BlockDecision) -> nn.Module:
-        """The shallower network."""
+        """The shallower network.
+
+        Args:
+            context: Network, images and trace.
+            decision: The blocks that go.
+        """
         smaller = remove_blocks(context.model, decision.removed)
+        # Layers behind a removed block read other activations than batch norm knows.
         recalibrate(smaller, context.splits.calibration.inputs)
         return smaller
 
@@ -99,6 +125,7 @@ class Blocks(PruningMethod[BlockDecision]):
 def _target(context: RunContext) -> int:
     """The budget in MACs."""
     return (
+        # The registry refuses ranges here, so every position is the budget itself.
         parse_budget(context.settings.search.budget)
         .at_position(0)
         .target(context.costs)

@@ -36,6 +36,8 @@ class ChannelDecision:
 
     def plan(self, context: RunContext) -> dict[str, Any]:
         """The allocation, and which channels it keeps."""
+        # The indices too, though they follow from the criterion: with them the plan
+        # alone says which channels of the dense network are left.
         kept = top_channels(context.importance, self.allocation.kept)
         channels = {name: indices.tolist() for name, indices in kept.items()}
         return {"allocation": self.allocation.to_json(), "kept": channels}
@@ -53,11 +55,21 @@ class Channels(PruningMethod[ChannelDecision]):
         return folder.allocation.exists()
 
     def load(self, context: RunContext, folder: RunFolder) -> ChannelDecision:
-        """The run's allocation."""
+        """The run's allocation.
+
+        Args:
+            context: Trace that the allocation has to be for.
+            folder: The run.
+        """
         return ChannelDecision(Allocation.read(folder.allocation, context.groups))
 
     def build(self, context: RunContext, decision: ChannelDecision) -> nn.Module:
-        """The sliced network; with solved weights where that makes it better."""
+        """The sliced network; with solved weights where that makes it better.
+
+        Args:
+            context: Network, images and importance.
+            decision: How many channels each group keeps.
+        """
         return sliced(context, decision.allocation.kept)
 
 
@@ -77,7 +89,10 @@ def sliced(context: RunContext, counts: Mapping[str, int]) -> nn.Module:
     pruned = recalibrated(context, counts)
     if context.reconstruction is None:
         return pruned
+    # Solved weights give back what layers gave before; that needn't mean a lower loss,
+    # so both networks are scored.
     solved = recalibrated(context, counts, context.reconstruction)
+    # This is one more choice, so test images have no part in it.
     images = context.splits.proxy
     # With equal losses the solved one counts, as it is scored first.
     return min(solved, pruned, key=lambda model: score(model, images).loss)
@@ -101,6 +116,7 @@ def recalibrated(
     kept = top_channels(context.importance, counts)
     pruned = prune(context.model, context.groups, kept)
     if reconstruction is not None:
+        # Before batch norm, which is to know what the solved layers give.
         reconstruction.apply(pruned, kept)
     recalibrate(pruned, context.splits.calibration.inputs)
     return pruned

@@ -56,6 +56,7 @@ class DimensionDecision(ChannelDecision):
         scaling = _scaling(context)
         kept = self.allocation.kept
         _, size = scaling.depth_and_size(kept)
+        # Only of groups that exist at this depth: those in removed blocks keep nothing.
         indices = top_channels(context.importance, scaling.widths(kept))
         return {
             "granularity": "dimensions",
@@ -76,6 +77,8 @@ class Dimensions(PruningMethod[DimensionDecision]):
     def check(self, context: RunContext) -> None:
         """Checks the budget, and whether there is enough to choose from for a fit."""
         choice = _Choice(context)
+        # The budget first: that takes no further trace, while the plan of a fit needs
+        # one for each depth and image size in it.
         choice.space.check(choice.target, choice.budget)
         if not self.is_searched(context.settings):
             _check_fit(context, choice)
@@ -85,7 +88,12 @@ class Dimensions(PruningMethod[DimensionDecision]):
         return folder.allocation.exists()
 
     def load(self, context: RunContext, folder: RunFolder) -> DimensionDecision:
-        """The run's allocation."""
+        """The run's allocation.
+
+        Args:
+            context: Groups that the allocation has to be for.
+            folder: The run.
+        """
         return DimensionDecision(Allocation.read(folder.allocation, context.groups))
 
     def n_steps(self, context: RunContext) -> int:
@@ -98,25 +106,37 @@ class Dimensions(PruningMethod[DimensionDecision]):
         """Measures, fits, and takes the network that promises most.
 
         A killed run measures on.
+
+        Args:
+            context: Network, images and trace.
+            folder: The run, whose log holds what is measured already.
+            advance: Told of each measured network, in words.
         """
         choice = _Choice(context)
+        # A point is logged as soon as it is measured. So a kill costs part of one
+        # training, and that goes on after its last epoch.
         known = {
             event["number"]: Point(**event["point"]) for event in folder.events("point")
         }
         points = []
         for number, kept in enumerate(choice.plan()):
             checkpoint = folder.checkpoints / f"point-{number}.pt"
+            # By number, which is safe since the plan depends on the settings alone.
             point = known.get(number)
             if point is None:
                 reached = _measure(context, kept, folder, checkpoint)
                 point = Point(**asdict(choice.shares(kept)), accuracy=reached)
                 folder.append("point", number=number, kept=kept, point=asdict(point))
             points.append(point)
+            # Only after the log has the point: a kill between the two leaves a file too
+            # many and no training to repeat.
             checkpoint.unlink(missing_ok=True)
             advance(_in_words(point))
         model = AccuracyModel.fit(points, context.settings.dimensions.degree)
         kept, promised = _most_promising(choice, model, points)
         budget_share = choice.budget.share_of(context.costs)
+        # For the report, beside what is built: no network with whole blocks and pixels
+        # may lie just there.
         best = optimum(model, budget_share, measured_bounds(points))
         allocation = Allocation(
             kept, context.groups.fingerprint, str(choice.budget), FITTED
@@ -133,7 +153,14 @@ class Dimensions(PruningMethod[DimensionDecision]):
         return DimensionDecision(allocation), {"dimensions": results}
 
     def build(self, context: RunContext, decision: DimensionDecision) -> nn.Module:
-        """The network without the removed blocks, at its image size, sliced."""
+        """The network without the removed blocks, at its image size, sliced.
+
+        Args:
+            context: Network, images and trace.
+            decision: Depth, image size and widths.
+        """
+        # Networks that are only measured are spared the proof of their groups; the one
+        # that is kept isn't.
         return _build(context, decision.allocation.kept, verify=True)
 
 
@@ -193,6 +220,8 @@ class _Choice:
         width_share = macs(kept) / macs(depth | size)
         return Shares(
             depth=macs(depth) / macs({}),
+            # MACs go with the square of a width, as they do with that of an image's
+            # side.
             width=sqrt(width_share),
             resolution=sqrt(macs(size) / macs({})),
         )
@@ -203,6 +232,8 @@ class _Choice:
         for chosen in product(*self.space.levels[:2]):
             sparsities = 1 - np.array(chosen) / self.space.costs.dense[:2]
 
+            # The counts as a default: a function made in a loop sees the loop's last
+            # values otherwise.
             def choose(
                 index: int, uniform: np.ndarray, fixed: np.ndarray = sparsities
             ) -> float | np.ndarray:
@@ -279,7 +310,9 @@ def _measure(
     )
     train = context.splits.train
     seed = settings.search.seed
+    # Taught by the dense network, as the fine-tuning is that this one stands for.
     finetune(network, train, config, seed, context.dense, checkpoint)
+    # Images that no training has seen; the test split must wait until all is decided.
     return accuracy(network, context.splits.selection)
 
 
@@ -298,6 +331,7 @@ def _most_promising(
             low <= getattr(shares, name) <= high for name, (low, high) in bounds.items()
         )
         ranked.append((is_inside, _predict(model, shares), kept, shares))
+    # By the first two alone, since allocations can't be compared.
     _, promised, kept, shares = max(ranked, key=lambda candidate: candidate[:2])
     return kept, Point(**asdict(shares), accuracy=promised)
 

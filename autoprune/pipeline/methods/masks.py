@@ -53,6 +53,7 @@ class MaskDecision:
         dense = context.dense_costs
         results: dict[str, Any] = dict(self.masks.costs(groups))
         results |= dense
+        # Zeros take as much memory as any other number.
         results["memory_bytes"] = dense["memory_bytes_dense"]
         results["macs_ratio"] = results["macs"] / dense["macs_dense"]
         results["sparsity"] = self.masks.sparsity
@@ -79,24 +80,44 @@ class WeightMasks(PruningMethod[MaskDecision]):
         return folder.masks.exists()
 
     def load(self, context: RunContext, folder: RunFolder) -> MaskDecision:
-        """The run's masks."""
+        """The run's masks.
+
+        Args:
+            context: Network that the masks are for.
+            folder: The run.
+        """
+        # Against the network, so that masks of another one are refused.
         return MaskDecision(Masks.load(folder.masks, context.model))
 
     def decide(
         self, context: RunContext, folder: RunFolder, advance: object
     ) -> tuple[MaskDecision, dict[str, Any]]:
-        """Ranks the units and masks the least."""
+        """Ranks the units and masks the least.
+
+        Args:
+            context: Network, groups and settings.
+            folder: The run, of which nothing is read.
+            advance: Never called: there is no long step.
+        """
         return MaskDecision(_make_masks(context)), {}
 
     def build(self, context: RunContext, decision: MaskDecision) -> nn.Module:
-        """The network with zeros for what is masked."""
+        """The network with zeros for what is masked.
+
+        Args:
+            context: Network and images.
+            decision: What is masked.
+        """
+        # A copy, since all stages share the context's network.
         masked = copy.deepcopy(context.model)
         decision.masks.apply(masked)
+        # Batch norm has to know what layers with fewer weights give.
         recalibrate(masked, context.splits.calibration.inputs)
         return masked
 
     def callback(self, decision: MaskDecision) -> TrainingCallback:
         """Fine-tuning under the masks."""
+        # Otherwise the first step of the optimiser would fill the zeros again.
         return KeepMasks(decision.masks)
 
 
@@ -135,6 +156,8 @@ def _make_masks(context: RunContext) -> Masks:
     n, m = pair
     masks, _ = n_of_m_masks(context.model, context.groups, n, m)
     left = masks.costs(context.groups)[budget.metric]
+    # N of M is one fixed share, which the budget can allow or not; there is nothing to
+    # search for.
     if left > target:
         share = left / context.costs.metrics[budget.metric](context.costs.dense)
         raise UserError(

@@ -119,7 +119,9 @@ PRUNING_METHODS: dict[str, MethodEntry] = {
         _blocks,
         "residual blocks",
         units="blocks",
+        # One ranking of the blocks decides, so agents have nothing to choose.
         agents=("global",),
+        # Blocks are ranked by damage per MAC.
         metrics=("macs",),
     ),
     "dimensions": MethodEntry(
@@ -140,6 +142,7 @@ PRUNING_METHODS: dict[str, MethodEntry] = {
         "all but N of every M inputs, as in 2:4, as masks",
         units="masks",
         agents=("global", "uniform"),
+        # The largest of every M stay; the code that picks them takes no criterion.
         criteria=("l1",),
     ),
 }
@@ -159,13 +162,13 @@ def _centripetal() -> "TrainedPruner":
 
 
 def _compactors() -> "TrainedPruner":
-    from autoprune.pipeline.methods.trained import Compactors
+    from autoprune.pipeline.methods.compacted import Compactors
 
     return Compactors()
 
 
 def _resrep() -> "TrainedPruner":
-    from autoprune.pipeline.methods.trained import ResRep
+    from autoprune.pipeline.methods.compacted import ResRep
 
     return ResRep()
 
@@ -176,6 +179,7 @@ TRAINED_PRUNERS: dict[str, PrunerEntry] = {
     "gradual": PrunerEntry(
         _gradual,
         "a little at a time, ranked anew each time",
+        # Without N:M, one fixed share, towards which there are no small steps.
         ("channel", "weight", "row", "column", "kernel", "filter"),
     ),
     "centripetal": PrunerEntry(
@@ -188,6 +192,7 @@ TRAINED_PRUNERS: dict[str, PrunerEntry] = {
         _resrep,
         "ResRep, which also chooses where, under the budget",
         ("channel",),
+        # How much goes where is settled by one training, which has one budget.
         takes_ranges=False,
         takes_allocations=False,
     ),
@@ -207,6 +212,7 @@ def method_of(settings: Settings) -> "PruningMethod[Any]":
     method = entry_of(settings.search.granularity).make()
     if settings.removal.method == SLICE:
         return method
+    # Only here, since it imports torch: help texts and refusals do without.
     from autoprune.pipeline.methods.trained import Trained
 
     pruner = TRAINED_PRUNERS[settings.removal.method].make()
@@ -224,6 +230,7 @@ def entry_of(granularity: str) -> MethodEntry:
     """
     if re.fullmatch(r"\d+:\d+", granularity):
         return PRUNING_METHODS[N_OF_M]
+    # The key stands for a pattern and is nothing to type.
     names = [name for name in PRUNING_METHODS if name != N_OF_M]
     check_known("granularity", granularity, names, others=", or N:M as in 2:4")
     return PRUNING_METHODS[granularity]
@@ -250,6 +257,8 @@ def check_methods(settings: Settings) -> None:
     check_known(
         "method", settings.removal.method, [SLICE, *TRAINED_PRUNERS], "removal.method"
     )
+    # Names before what goes with what: a refusal that builds on a name nobody knows
+    # would send its reader the wrong way.
     entry = entry_of(settings.search.granularity)
     _check_agent(settings.search, entry)
     _check_criterion(settings.search, entry)
@@ -267,6 +276,7 @@ def check_methods(settings: Settings) -> None:
 
 def _check_agent(search: SearchConfig, entry: MethodEntry) -> None:
     agent = search.agent
+    # Before the general refusal, since this one can tell where the agent does belong.
     owners = [
         name for name, other in PRUNING_METHODS.items() if agent in other.further_agents
     ]
@@ -311,6 +321,8 @@ def _check_budget(settings: Settings, entry: MethodEntry) -> None:
         )
     if not isinstance(budget, BudgetRange):
         return
+    # An agent of a method's own decides at once and learns nothing that could serve a
+    # second budget.
     if not entry.takes_ranges or search.agent in entry.further_agents:
         raise UserError(
             "budget",

@@ -16,7 +16,6 @@ from torch import nn
 from autoprune.config import Settings
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget, parse_budget
-from autoprune.costs.cost import CostTable
 from autoprune.deploy.export import load_pruned, save_pruned
 from autoprune.evaluation.evaluate import recalibrate
 from autoprune.evaluation.importance import Importance, importance
@@ -25,10 +24,8 @@ from autoprune.pipeline.methods.base import Decision, PruningMethod
 from autoprune.pipeline.methods.channels import ChannelDecision
 from autoprune.pipeline.methods.masks import MaskDecision, masks_within
 from autoprune.runs import RunFolder
-from autoprune.structure.groups import Groups
-from autoprune.structure.slicing import prune, top_channels
-from autoprune.tracing.trace import trace
-from autoprune.training import centripetal, compactors, resrep
+from autoprune.structure.slicing import prune
+from autoprune.training import centripetal
 from autoprune.training.gradual import GradualChannels, GradualWeights
 from autoprune.training.loop import EpochCallback, TrainingCallback, finetune
 
@@ -94,6 +91,7 @@ class TrainedDecision:
         Which channels are left isn't told of channels: merged ones are no selection.
         """
         if isinstance(self.decision, ChannelDecision):
+            # No list of kept channels, which the plan of sliced ones has.
             allocation = self.decision.allocation.to_json()
             return {"allocation": allocation, "removal": self.pruner}
         return self.decision.plan(context)
@@ -127,20 +125,37 @@ class Trained(PruningMethod[TrainedDecision]):
         return self.method.is_decided(folder)
 
     def load(self, context: RunContext, folder: RunFolder) -> TrainedDecision:
-        """The run's decision."""
+        """The run's decision.
+
+        Args:
+            context: Network, images and trace.
+            folder: The run.
+        """
         decision = self.method.load(context, folder)
         return TrainedDecision(decision, folder.merged, self.name)
 
     def decide(
         self, context: RunContext, folder: RunFolder, advance: Callable[[str], None]
     ) -> tuple[TrainedDecision, dict[str, Any]]:
-        """As the method decides."""
+        """As the method decides.
+
+        Args:
+            context: Network, images and trace.
+            folder: The run.
+            advance: Handed on to the method.
+        """
         decision, results = self.method.decide(context, folder, advance)
         return TrainedDecision(decision, folder.merged, self.name), results
 
     def n_epochs(self, context: RunContext, folder: RunFolder) -> int:
-        """Passes over the training split, none where the training is done."""
+        """Passes over the training split, none where the training is done.
+
+        Args:
+            context: Images and settings.
+            folder: The run, which tells whether the training is done.
+        """
         if _is_trained(folder):
+            # The run was killed between this training and the writing of `pruned/`.
             return 0
         n_images = len(context.splits.train)
         return context.settings.removal_training.epochs_for(n_images)
@@ -148,7 +163,13 @@ class Trained(PruningMethod[TrainedDecision]):
     def train(
         self, context: RunContext, folder: RunFolder, on_epoch: EpochCallback
     ) -> None:
-        """Trains; the run's decision is then what remained."""
+        """Trains; the run's decision is then what remained.
+
+        Args:
+            context: Network, images and settings.
+            folder: The run; `merged/` then holds what remained.
+            on_epoch: Called after each epoch.
+        """
         if _is_trained(folder):
             return
         settings = context.settings
@@ -158,6 +179,7 @@ class Trained(PruningMethod[TrainedDecision]):
             context.splits.train,
             settings.removal_training,
             settings.search.seed,
+            # The teacher is the network before any training of this run.
             context.dense,
             folder.checkpoints / "removal.pt",
             folder.logging("removal epoch", on_epoch),
@@ -165,15 +187,23 @@ class Trained(PruningMethod[TrainedDecision]):
         )
         merged, remaining = training.finish(training.model)
         decision = TrainedDecision(remaining, folder.merged, self.name)
+        # What the training settled replaces what was planned: an allocation that ResRep
+        # found, masks that were ranked on the way.
         decision.save(folder)
         folder.add_results(removal_method=self.name, **decision.costs(context))
+        # What was merged, sliced or folded gives other activations than in training.
         recalibrate(merged, context.splits.calibration.inputs)
         # The network comes last: its plan says that the training is done.
         plan = context.network_plan | {"stage": "merged"} | decision.plan(context)
         save_pruned(merged, folder.merged, plan)
 
     def build(self, context: RunContext, decision: TrainedDecision) -> nn.Module:
-        """What remained after the training."""
+        """What remained after the training.
+
+        Args:
+            context: Of no use here: the network was built when its training ended.
+            decision: Says where it lies.
+        """
         return load_pruned(decision.network)
 
     def callback(self, decision: TrainedDecision) -> TrainingCallback | None:
@@ -194,7 +224,13 @@ class Gradual:
     def prepare(
         self, context: RunContext, decision: ChannelDecision | MaskDecision
     ) -> PrunerTraining:
-        """Masks a little at a time, ranked anew each time."""
+        """Masks a little at a time, ranked anew each time.
+
+        Args:
+            context: Network, images and settings.
+            decision: Where the steps lead: an allocation; of masks the budget alone
+                counts, as they are ranked anew.
+        """
         if isinstance(decision, MaskDecision):
             return self._prepare_masks(context)
         return self._prepare_channels(context, decision.allocation)
@@ -208,6 +244,7 @@ class Gradual:
         train = context.splits.train
 
         def rank(network: nn.Module) -> Importance:
+            # Of the network as it is by now: ranking anew is why little goes at a time.
             return importance(search.criterion, network, groups, train, search.seed)
 
         callback = GradualChannels(
@@ -215,14 +252,17 @@ class Gradual:
         )
 
         def finish(trained: nn.Module) -> tuple[nn.Module, Decision]:
+            # By what the callback kept: only these channels learned to do without the
+            # rest.
             return prune(trained, groups, callback.kept), ChannelDecision(allocation)
 
+        # A copy, since all stages share the context's network.
         return PrunerTraining(copy.deepcopy(context.model), callback, finish)
 
     def _prepare_masks(self, context: RunContext) -> PrunerTraining:
         removal = context.settings.removal
         costs = context.costs
-        budget = _single_budget(context)
+        budget = single_budget(context)
         callback = GradualWeights(
             removal.schedule,
             removal.prunings,
@@ -245,11 +285,17 @@ class Centripetal:
         mergeable = centripetal.mergeable_groups(
             context.model, context.groups, context.splits.example
         )
+        # A single channel has none to merge with.
         asked = [group.name for group in context.groups if group.channels > 1]
         centripetal.check_mergeable(asked, mergeable)
 
     def prepare(self, context: RunContext, decision: ChannelDecision) -> PrunerTraining:
-        """Pulls the channels of each cluster together."""
+        """Pulls the channels of each cluster together.
+
+        Args:
+            context: Network and settings.
+            decision: How many clusters each group gets.
+        """
         search = context.settings.search
         removal = context.settings.removal
         groups = context.groups
@@ -270,114 +316,10 @@ class Centripetal:
         return PrunerTraining(model, callback, finish)
 
 
-class Compactors:
-    """ResRep that forgets as many rows as the allocation says.
-
-    Groups that can't have compactors are sliced first, so that the training makes up
-    for it.
-    """
-
-    def check(self, context: RunContext) -> None:
-        """Checks that some group can have a compactor."""
-        groups = context.groups
-        pairs = compactors.eligible_pairs(context.model, groups, context.splits.example)
-        compactors.insert_compactors(context.model, groups, pairs)
-
-    def prepare(self, context: RunContext, decision: ChannelDecision) -> PrunerTraining:
-        """Slices what has no compactor, then trains the others."""
-        groups = context.groups
-        splits = context.splits
-        allocation = decision.allocation
-        pairs = compactors.eligible_pairs(context.model, groups, splits.example)
-        others = {}
-        for name, kept in allocation.kept.items():
-            if name not in pairs:
-                others[name] = kept
-        sliced = prune(context.model, groups, top_channels(context.importance, others))
-        recalibrate(sliced, splits.calibration.inputs)
-        narrower = trace(sliced, splits.example).with_pins(groups.reasons)
-        goal = resrep.Goal(CostTable(narrower), counts=allocation.kept)
-        start = _CompactorStart(sliced, narrower, pairs)
-        return _compactor_training(context, start, goal, lambda counts: allocation)
-
-
-class ResRep:
-    """ResRep as published: the rows of all compactors compete until the budget is met.
-
-    The run's allocation is what remains.
-    """
-
-    def check(self, context: RunContext) -> None:
-        """Checks that the groups with compactors can meet the budget."""
-        self.prepare(context, None)
-
-    def prepare(
-        self, context: RunContext, decision: ChannelDecision | None
-    ) -> PrunerTraining:
-        """Trains compactors on all groups that can have one."""
-        groups = context.groups
-        budget = _single_budget(context)
-        target = budget.target(context.costs)
-        goal = resrep.Goal(context.costs, budget.metric, target)
-        allocate = partial(
-            Allocation,
-            network=groups.fingerprint,
-            budget=context.settings.search.budget,
-            source="resrep",
-        )
-        pairs = compactors.eligible_pairs(context.model, groups, context.splits.example)
-        start = _CompactorStart(context.model, groups, pairs)
-        return _compactor_training(context, start, goal, allocate)
-
-
-@dataclass(frozen=True)
-class _CompactorStart:
-    """Where a training of compactors starts.
-
-    Attributes:
-        model: The network without them.
-        groups: Its trace.
-        pairs: Group that can have a compactor to its convolution and batch norm.
-    """
-
-    model: nn.Module
-    groups: Groups
-    pairs: dict[str, tuple[str, str]]
-
-
-def _compactor_training(
-    context: RunContext,
-    start: _CompactorStart,
-    goal: resrep.Goal,
-    allocate: Callable[[dict[str, int]], Allocation],
-) -> PrunerTraining:
-    """The training of compactors.
+def single_budget(context: RunContext) -> Budget:
+    """The budget; the registry lets no range get here.
 
     Args:
-        context: Images and settings.
-        start: Where it starts.
-        goal: How much shall be left.
-        allocate: From how many channels each group has left to the allocation.
+        context: The run's settings.
     """
-    groups = start.groups
-    grown = compactors.insert_compactors(start.model, groups, start.pairs)
-    strength = context.settings.removal.strength
-    callback = resrep.Compaction(groups, start.pairs, goal, strength)
-
-    def finish(trained: nn.Module) -> tuple[nn.Module, Decision]:
-        folded = compactors.fold(trained, start.pairs)
-        norms = [norm for _, norm in start.pairs.values()]
-        inputs = context.splits.calibration.inputs
-        compactors.standardise(folded, norms, inputs)
-        counts = dict(groups.channels)
-        for name, rows in callback.kept.items():
-            counts[name] = len(rows)
-        pruned = prune(folded, groups, callback.kept)
-        return pruned, ChannelDecision(allocate(counts))
-
-    return PrunerTraining(grown, callback, finish)
-
-
-def _single_budget(context: RunContext) -> Budget:
-    """The budget; the registry lets no range get here."""
     return parse_budget(context.settings.search.budget).at_position(0)
