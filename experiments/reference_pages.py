@@ -15,11 +15,13 @@ import re
 from argparse import Action
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from autoprune import config
 from autoprune.agents.baselines import BASELINES
 from autoprune.agents.search import ALGORITHMS
 from autoprune.cli.main import build_parser
+from autoprune.cli.options import Parser
 from autoprune.envs.observation import feature_table
 from autoprune.envs.rewards import REWARDS
 from autoprune.evaluation.importance import CRITERIA
@@ -208,11 +210,16 @@ def _options_by_command() -> dict[str, dict[str, Action]]:
     return taken
 
 
-def _subparsers() -> dict:
+def _subparsers() -> dict[str, Parser]:
     """Command to its parser."""
+    return dict(_subcommands()._name_parser_map)
+
+
+def _subcommands() -> Any:
+    """The action that holds the subcommands; Any, since argparse keeps them private."""
     for action in build_parser()._actions:
         if action.dest == "subcommand":
-            return dict(action._name_parser_map)  # type: ignore[attr-defined]
+            return action
     raise AssertionError("the command line has subcommands")
 
 
@@ -239,11 +246,8 @@ def _meaning(action: Action) -> str:
 def _commands() -> str:
     """The commands, and what each does."""
     rows = []
-    parser = build_parser()
-    for action in parser._actions:
-        if action.dest == "subcommand":
-            for choice in action._choices_actions:  # type: ignore[attr-defined]
-                rows.append([f"`autoprune {choice.dest}`", choice.help or ""])
+    for choice in _subcommands()._choices_actions:
+        rows.append([f"`autoprune {choice.dest}`", choice.help or ""])
     return markdown_table(["command", "what it does"], rows).rstrip("\n")
 
 

@@ -207,7 +207,7 @@ def test_modules_that_pages_name_exist():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for path in re.findall(
-            r"`(?:autoprune|agents|envs|experiments)/[\w/.]+`", text
+            r"`(?:autoprune|agents|envs|experiments|tests)/[\w/.]+`", text
         ):
             is_pattern = "NAME" in path or "MODEL" in path
             assert is_pattern or (ROOT / path.strip("`")).exists(), (page.name, path)
