@@ -98,7 +98,8 @@ def check_agent(
             needs isn't installed.
     """
     check_installed(agent, "agent")
-    check_known("agent", agent, (*AGENTS, *others))
+    # Read anew, since a script may have entered its own.
+    check_known("agent", agent, (*ALGORITHMS, *BASELINES, *others))
     is_for_ranges = agent not in BASELINES or agent in FOR_RANGES
     if isinstance(budget, BudgetRange) and not is_for_ranges:
         known = ", ".join((*ALGORITHMS, *FOR_RANGES))

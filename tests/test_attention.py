@@ -16,7 +16,8 @@ from torchvision.models.swin_transformer import (
 
 from autoprune.costs.cost import CostTable
 from autoprune.structure.attention import open_attention
-from autoprune.structure.slicing import ATTRIBUTE_SETTERS, fit_shapes, prune
+from autoprune.structure.attribute_setters import ATTRIBUTE_SETTERS
+from autoprune.structure.slicing import fit_shapes, prune
 from autoprune.tracing.masking import mask
 from autoprune.tracing.trace import trace
 

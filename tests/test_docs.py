@@ -106,7 +106,7 @@ def test_figures_are_counted_as_a_reader_sees_them():
 
 
 def test_the_tracing_guides_rules_free_what_it_says(monkeypatch, tmp_path):
-    from autoprune.structure.slicing import ATTRIBUTE_SETTERS
+    from autoprune.structure.attribute_setters import ATTRIBUTE_SETTERS
     from autoprune.tracing.rules.table import RULES
 
     monkeypatch.chdir(tmp_path)

@@ -28,7 +28,11 @@ import sys
 for name in {blocked!r}:
     sys.modules[name] = None  # as if it weren't installed
 
+import tempfile
+from pathlib import Path
+
 from autoprune import CostTable, importance, mask, prune, top_channels, trace
+from autoprune import load_pruned, save_pruned
 from autoprune.config import DataConfig
 from autoprune.data import datasets
 from autoprune.data.models import embedded_resnet20
@@ -42,6 +46,9 @@ kept = top_channels(scores, half)
 smaller = prune(model, groups, kept)
 assert sum(p.numel() for p in smaller.parameters()) == CostTable(groups).params(half)
 mask(model, groups, kept)
+with tempfile.TemporaryDirectory() as folder:
+    save_pruned(smaller, Path(folder), {{"model": "resnet20", "n_classes": 10}})
+    load_pruned(Path(folder))
 """
 
 
@@ -120,10 +127,9 @@ def test_every_make_target_installs_an_extra_that_exists():
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_the_command_prints_completion_for(shell, capsys, monkeypatch):
+def test_the_command_prints_completion_for(shell, capsys):
     from autoprune.cli.main import main
 
-    monkeypatch.setenv("JSONARGPARSE_ADD_PRINT_COMPLETION_ARGUMENT", "true")
     with pytest.raises(SystemExit) as stopped:
         main([f"--print_completion=shtab-{shell}"])
     assert not stopped.value.code

@@ -30,7 +30,10 @@ from autoprune.pipeline.methods.registry import (
 )
 
 # The help of an option is the string below its field, so the two can't differ.
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+set_parsing_settings(
+    docstring_parse_attribute_docstrings=True,
+    add_print_completion_argument=True,
+)
 
 Config = TypeVar("Config")
 PLAIN_MESSAGES = {

@@ -8,9 +8,8 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnxruntime
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,6 +23,9 @@ from autoprune.scaling.resolution import resize_inputs
 from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import tensors_in
 from autoprune.structure.slicing import fit_shapes
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 MAX_RELATIVE_ERROR = 1e-4
 """How far ONNX may be from PyTorch, as a share of the largest output."""
@@ -176,7 +178,7 @@ def _root_cause(error: BaseException) -> str:
 
 @torch.no_grad()
 def _relative_error(
-    model: nn.Module, session: onnxruntime.InferenceSession, example: Tensor
+    model: nn.Module, session: "onnxruntime.InferenceSession", example: Tensor
 ) -> float:
     """The largest difference between PyTorch's and ONNX Runtime's outputs.
 
@@ -203,7 +205,7 @@ def _relative_error(
     return max(errors)
 
 
-def _run(session: onnxruntime.InferenceSession, images: Tensor) -> Sequence[Any]:
+def _run(session: "onnxruntime.InferenceSession", images: Tensor) -> Sequence[Any]:
     """The outputs of an ONNX network, numpy arrays."""
     try:
         return session.run(None, {ONNX_INPUT: images.numpy()})
@@ -217,8 +219,11 @@ def _run(session: onnxruntime.InferenceSession, images: Tensor) -> Sequence[Any]
         ) from error
 
 
-def onnx_session(path: Path) -> onnxruntime.InferenceSession:
+def onnx_session(path: Path) -> "onnxruntime.InferenceSession":
     """An ONNX Runtime session on the CPU that uses as many threads as PyTorch does."""
+    # Here, since saving and loading weights needs the core alone.
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Errors only: warnings would go to the terminal.
