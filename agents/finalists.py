@@ -122,12 +122,14 @@ def find_front(
     for budget, even in zip(budgets, uniform, strict=True):
         rivals.append([even, *candidates_for_budget(recorder, policy, budget)])
     # All in one call, since the proxy scores candidates side by side.
-    judged = _judge([episode for group in rivals for episode in group], env)
+    scored = _score_on_selection(
+        [episode for group in rivals for episode in group], env
+    )
     winners = []
     uniform_finalists = []
     start = 0
     for group in rivals:
-        finalists = judged[start : start + len(group)]
+        finalists = scored[start : start + len(group)]
         start += len(group)
         winners.append(min(finalists, key=_selection_loss))
         uniform_finalists.append(finalists[0])
@@ -228,7 +230,7 @@ def _with_counts(
 def _survey(
     candidates: list[Episode], recorder: Recorder
 ) -> tuple[list[Evaluation], np.ndarray]:
-    """Scores on all images that judged the search, and the rewards `(n,)` for them."""
+    """Scores on all images that scored the search, and the rewards `(n,)` for them."""
     env = recorder.env
     kept = [episode.allocation.kept for episode in candidates]
     scores = env.proxy.survey_all(kept, recorder.n_batches)
@@ -250,7 +252,9 @@ def rank_on_selection(
     Returns:
         The candidates with their scores, highest reward first.
     """
-    return sorted(_judge(candidates, env), key=lambda finalist: -finalist.reward)
+    return sorted(
+        _score_on_selection(candidates, env), key=lambda finalist: -finalist.reward
+    )
 
 
 def roll_out_policy(
@@ -274,7 +278,7 @@ def roll_out(
     budgets: list[Budget],
     source: str,
 ) -> list[Episode]:
-    """Walks one episode a budget and scores it; no learner sees them.
+    """Plays one episode a budget and scores it; no learner sees them.
 
     Args:
         act: From lanes to their actions, `(n_lanes,)`.
@@ -363,7 +367,9 @@ def _promise(
     return promise
 
 
-def _judge(candidates: Iterable[Episode], env: LayerPruningEnv) -> list[Finalist]:
+def _score_on_selection(
+    candidates: Iterable[Episode], env: LayerPruningEnv
+) -> list[Finalist]:
     """The candidates with their scores on the selection split, in order."""
     episodes = list(candidates)
     kept = [episode.allocation.kept for episode in episodes]

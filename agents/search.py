@@ -1,4 +1,4 @@
-"""One search: an agent or a baseline walks episodes, and the best are compared again.
+"""One search: an agent or a baseline plays episodes, and the best are compared again.
 
 How a baseline is added, a searcher that learns no policy:
 
@@ -169,7 +169,7 @@ def search(
 def _run_agent(
     recorder: Recorder, config: SearchConfig, folder: RunFolder | None
 ) -> Policy | None:
-    """Walks all episodes; returns the trained policy, None of a baseline."""
+    """Plays all episodes; returns the trained policy, None of a baseline."""
     if config.agent in BASELINES:
         BASELINES[config.agent](recorder)
         return None

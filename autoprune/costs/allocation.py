@@ -83,8 +83,8 @@ class Allocation:
         channels = groups.channels
         if set(self.kept) != set(channels):
             # One name is enough to see what is wrong; sorted, so always the same one.
-            stranger = sorted(set(self.kept) ^ set(channels))[0]
-            where = f"group {stranger!r} exists in only one of the two"
+            unknown = sorted(set(self.kept) ^ set(channels))[0]
+            where = f"group {unknown!r} exists in only one of the two"
             raise UserError(
                 "allocation", f"it is for another network or another exclude: {where}"
             )

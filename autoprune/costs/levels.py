@@ -66,11 +66,11 @@ def numbers_in_order(
     """
     if not isinstance(value, Mapping):
         return [value] * len(names)
-    strangers = sorted(value.keys() - set(names))
-    if strangers:
+    unknown = sorted(value.keys() - set(names))
+    if unknown:
         raise UserError(
             argument,
-            f"no prunable group is called {strangers[0]!r}; use the names of the trace",
+            f"no prunable group is called {unknown[0]!r}; use the names of the trace",
         )
     return [value.get(name, 1) for name in names]
 
