@@ -1,6 +1,6 @@
 """What an agent has to beat: the same environment, evaluations and finalists.
 
-Each baseline walks episodes of a `Recorder` and stops, at the latest, after as many
+Each baseline plays episodes of a `Recorder` and stops, at the latest, after as many
 evaluations as the recorder asks for. `BASELINES` names them all;
 `autoprune.agents.search` says how one is added.
 """
@@ -149,7 +149,7 @@ BASELINES: dict[str, Callable[[Recorder], None]] = {
     "cost_aware": cost_aware,
     "eagleeye": eagleeye,
 }
-"""Name to what walks the episodes of a recorder."""
+"""Name to what plays the episodes of a recorder."""
 DETERMINISTIC = ("uniform", "sensitivity", "global", "cost_aware")
 """Baselines that decide by what they measure once: without chance and without search.
 """

@@ -1,8 +1,8 @@
 """Allocations that need no search.
 
-One threshold for the importance of all channels, or EagleEye's random shares. They walk
-through the same environment as every agent, which rounds and bounds the sparsities that
-they propose and uses up the budget.
+One threshold for the importance of all channels, or EagleEye's random shares. They play
+in the same environment as every agent, which rounds and bounds the sparsities that they
+propose and uses up the budget.
 """
 
 import numpy as np

@@ -476,7 +476,7 @@ class SearchConfig(_Excluding):
     round_to: int = 2
     """Kept channels are multiples of it; odd widths run slower at equal MACs."""
     max_sparsity: float = 0.9
-    """Largest share of a group's channels that may go, in (0, 1)."""
+    """Largest share of a group's channels that may go, from 0 to 0.99."""
     exclude: str = ""
     """Groups or layers that stay whole, as comma-separated patterns: layer1.*,conv1. A
     layer's name means all channels that it reads or produces; `autoprune trace` lists

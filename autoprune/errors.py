@@ -150,6 +150,6 @@ def needs_run_extra(package: str) -> str:
         package: Name of the module that can't be imported.
     """
     return (
-        f"the command line needs {package}; install it with: "
-        f"pip install 'autoprune[run]'"
+        f"the command line needs {package}; install it with: pip install '.[run]' "
+        f"in a copy of the repository"
     )

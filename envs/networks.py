@@ -6,24 +6,24 @@ alone as Gymnasium's registry wants it.
 
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from autoprune.config import DataConfig
 from autoprune.costs.budget import Budget, BudgetRange
 from autoprune.costs.search_space import SearchSpace
 from autoprune.data.datasets import load
-from autoprune.data.models import build, check_answers, embedded_resnet20
+from autoprune.data.models import (
+    build,
+    embedded_resnet20,
+    has_embedded_weights,
+    prepare_network,
+)
 from autoprune.errors import UserError
 from autoprune.evaluation.importance import importance
 from autoprune.evaluation.proxy import ProxyAccuracy
 from autoprune.evaluation.proxy_protocol import Proxy
 from autoprune.structure.groups import Groups, named_tensors
 from autoprune.tracing.trace import trace
-
-EMBEDDED_NETWORK = "resnet20"
-EMBEDDED_DATA = ("sample", "cifar10")
-"""What the embedded weights were trained for."""
 
 
 class NamedNetwork(NamedTuple):
@@ -56,11 +56,8 @@ def network_named(model: str, data: str) -> NamedNetwork:
     """
     splits = load(DataConfig(data=data))
     network = _trained(model, data, len(splits.classes))
-    # The layout in which the proxy runs fastest; measured in it, importance is the same
-    # to the last bit as that of the command line.
-    network = network.eval().to("cpu", torch.float32)
-    network = network.to(memory_format=torch.channels_last)
-    check_answers(network, model, splits.example, len(splits.classes))
+    # As a run does it, so that importance is the same to the last bit.
+    network = prepare_network(network, model, splits.example, len(splits.classes))
     groups = trace(network, splits.example)
     scores = importance("l1", network, groups, splits.train)
     return NamedNetwork(network, groups, ProxyAccuracy(network, groups, scores, splits))
@@ -71,7 +68,7 @@ def _trained(model: str, data: str, n_classes: int) -> nn.Module:
     if ":" in model:
         # A factory brings its own weights.
         return build(model, n_classes)
-    if model == EMBEDDED_NETWORK and data in EMBEDDED_DATA:
+    if has_embedded_weights(model, data):
         return embedded_resnet20()
     raise UserError(
         "model",

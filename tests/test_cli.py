@@ -24,7 +24,9 @@ from safetensors.torch import load_file, save_file
 from tiny import network
 from torch import nn
 
+from autoprune.cli import stages as run_stages_home
 from autoprune.cli.main import COMMANDS, main
+from autoprune.cli.stages import STAGES, Stage, open_run, run_stages
 from autoprune.data import models
 from autoprune.data.datasets import Images
 from autoprune.deploy.export import load_pruned
@@ -134,6 +136,34 @@ def test_the_exported_onnx_computes_what_the_saved_network_does(finished):
     with torch.no_grad():
         expected = load_pruned(finished / "pruned")(images).numpy()
     assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_every_stage_of_a_finished_run_is_done_and_has_left_an_artefact(finished):
+    job = open_run(str(finished))
+    results = json.loads((finished / "results.json").read_text())
+    for stage in STAGES:
+        assert stage.is_done(job), stage.name
+        left = []
+        for artefact in stage.artefacts:
+            file, _, key = artefact.partition(": ")
+            if (finished / file).exists() and (not key or key in results):
+                left.append(artefact)
+        # This run trains nothing sparsely.
+        assert left or stage.name == "sparse"
+
+
+@pytest.mark.parametrize("n_done", range(1, 7))
+def test_a_run_goes_on_with_the_first_stage_that_is_not_done(n_done, monkeypatch):
+    ran = []
+
+    def stage(number: int) -> Stage:
+        return Stage(
+            str(number), (), lambda job: number < n_done, lambda job: ran.append(number)
+        )
+
+    monkeypatch.setattr(run_stages_home, "STAGES", [stage(n) for n in range(7)])
+    run_stages(job=None)
+    assert ran == list(range(n_done, 7))
 
 
 def test_the_config_of_a_run_holds_settings_and_provenance(finished):

@@ -83,7 +83,7 @@ def test_the_command_without_its_extra_says_in_one_line_what_to_install():
     done = run_python("-c", code)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2
-    assert "pip install 'autoprune[run]'" in line
+    assert "pip install '.[run]'" in line
 
 
 def test_dev_brings_every_other_extra():

@@ -148,7 +148,7 @@ def prune(options: Namespace) -> None:
     """Applies the allocation of RUN, or of a file in a new run, without searching."""
     # Neither or both: the parser can't rule that out, as RUN is optional to it.
     if bool(options.run) == bool(options.allocation):
-        raise UserError("prune", "give either RUN or --allocation FILE")
+        raise UserError(None, "prune takes either RUN or --allocation FILE; give one")
     job = _decided_run(options) if options.run else _run_of_allocation(options)
     stages.prune(job)
     stages.finish(job, options.json)

@@ -74,7 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     # What was finished is in the run folder; 130 is the shell's code for Ctrl-C.
     except KeyboardInterrupt:
-        print("autoprune: interrupted; go on with --resume", file=sys.stderr)
+        print(
+            "autoprune: interrupted; a run goes on with --resume and --out",
+            file=sys.stderr,
+        )
         return 130
 
 

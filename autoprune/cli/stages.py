@@ -57,9 +57,9 @@ class Stage:
 
     Attributes:
         name: Its name.
-        artefacts: What it writes into the run folder; the last one says that it is
-            done.
-        is_done: Whether that is there.
+        artefacts: What it may write into the run folder, by what is decided and how;
+            "FILE: KEY" for a key of a JSON file.
+        is_done: Whether what it writes last is there.
         run: Does it, from where an interrupted attempt left off.
     """
 
@@ -348,7 +348,10 @@ STAGES: tuple[Stage, ...] = (
     # After the export, whose file ONNX Runtime is timed with.
     Stage("latency", ("results.json: latency",), _is_timed, _measure_latency),
 )
-"""What `autoprune run` does, in order; the report is written anew at each end."""
+"""What `autoprune run` does, in order.
+
+Every command that adds to a run then writes the report anew, see `finish`.
+"""
 
 
 def finish(job: Job, as_json: bool) -> None:

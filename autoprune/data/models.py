@@ -159,6 +159,42 @@ def _call_factory(factory: Callable[..., Any], n_classes: int) -> nn.Module:
     return model
 
 
+def has_embedded_weights(model: str, data: str) -> bool:
+    """Whether autoprune brings trained weights of a network for a dataset.
+
+    Args:
+        model: The network's name.
+        data: The dataset's name.
+    """
+    # They were trained on CIFAR-10, which the sample is a part of.
+    return model == "resnet20" and data in ("sample", "cifar10")
+
+
+def prepare_network(
+    model: nn.Module, name: str, example: Tensor, n_classes: int
+) -> nn.Module:
+    """A trained network as every stage takes it: on the CPU, float32, in eval mode.
+
+    Args:
+        model: The network; moved in place.
+        name: What it is called, for messages.
+        example: One image, `(1, channels, height, width)`.
+        n_classes: Classes of the data.
+
+    Raises:
+        UserError: If it doesn't answer images of this size with one of these classes.
+    """
+    # A factory may bring a network in training mode, in half precision or on a GPU;
+    # proofs and files are for float32 on the CPU.
+    model = model.eval().to("cpu", torch.float32)
+    # Convolutions on the CPU are fastest where a pixel's channels lie side by side.
+    model = model.to(memory_format=torch.channels_last)
+    # Here the refusal can still name the network; a trace or a training would fail
+    # somewhere inside PyTorch.
+    check_answers(model, name, example, n_classes)
+    return model
+
+
 def embedded_resnet20() -> nn.Module:
     """The ResNet-20 for CIFAR-10 that comes with the package, in eval mode.
 

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from autoprune.config import Settings
@@ -15,7 +14,13 @@ from autoprune.costs.budget import parse_budget
 from autoprune.costs.constraints import pin_excluded, search_limits
 from autoprune.costs.cost import CostTable
 from autoprune.data.datasets import Splits, load
-from autoprune.data.models import EMBEDDED_WEIGHTS, build, check_answers, load_weights
+from autoprune.data.models import (
+    EMBEDDED_WEIGHTS,
+    build,
+    has_embedded_weights,
+    load_weights,
+    prepare_network,
+)
 from autoprune.deploy.export import load_pruned
 from autoprune.errors import UserError
 from autoprune.evaluation.image_blocks import ImageBlocks
@@ -126,15 +131,7 @@ class RunContext:
         path = _weights_file(network.model, network.weights, self.settings.data.data)
         if path is not None:
             load_weights(model, path)
-        # A factory may bring a network in training mode, in half precision or on a GPU;
-        # proofs and files are for float32 on the CPU.
-        model = model.eval().to("cpu", torch.float32)
-        # Convolutions on the CPU are fastest where a pixel's channels lie side by side.
-        model = model.to(memory_format=torch.channels_last)
-        # Here the refusal can still name the network; a trace or a training would fail
-        # somewhere inside PyTorch.
-        check_answers(model, network.model, self.splits.example, n_classes)
-        return model
+        return prepare_network(model, network.model, self.splits.example, n_classes)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -350,8 +347,7 @@ def _weights_file(model: str, weights: str, data: str) -> Path | None:
     """The file of trained weights; None where a factory brings its own."""
     if weights != "auto":
         return Path(weights)
-    # The embedded weights were trained on CIFAR-10, which the sample is a part of.
-    if model == "resnet20" and data in ("sample", "cifar10"):
+    if has_embedded_weights(model, data):
         return EMBEDDED_WEIGHTS
     if ":" in model:
         return None

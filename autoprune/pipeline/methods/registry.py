@@ -1,11 +1,11 @@
 """Which pruning methods there are, and what goes with each.
 
-`PRUNING_METHODS` and `TRAINED_PRUNERS` are the only places that name a method: help
-texts and refusals derive from their entries. This module imports no torch, since the
+The command line's help texts and refusals derive from the entries of `PRUNING_METHODS`
+and `TRAINED_PRUNERS`. This module imports no torch, since the
 command line's help has to answer at once; an entry imports its method when it is asked
 for.
 
-To add a method, write a class with the face of
+To add a method, write a class with the interface of
 `autoprune.pipeline.methods.base.PruningMethod` in a file beside this one, a function
 that imports and makes it, and an entry in `PRUNING_METHODS`.
 """
