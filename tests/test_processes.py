@@ -11,7 +11,9 @@ from processes import forked, started_python
 PARENT = """
 import subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
-print("started", flush=True)
+# One write, so that the line comes whole.
+sys.stdout.write("started\\n")
+sys.stdout.flush()
 time.sleep(3600)
 """
 
