@@ -122,7 +122,8 @@ terminated = False
 while not terminated:
     *_, terminated, _, info = env.step(env.action_space.sample())
 print(info["cost"] <= info["target"], env.spec.id)
-lanes = gymnasium.make_vec("autoprune.envs:{ENV_ID}", num_envs=2)
+small = {{"model": "tests.tiny:network", "data": "digits"}}
+lanes = gymnasium.make_vec("autoprune.envs:{ENV_ID}", num_envs=2, **small)
 lanes.reset(seed=0)
 print(lanes.step(lanes.action_space.sample())[0].shape)
 """
