@@ -3,6 +3,7 @@ without torch.
 """
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,7 @@ def test_wrong_edges_are_seen_in_functions_and_conditions_too():
         ("autoprune.cli.main", {"torch", "gymnasium", "matplotlib"}),
         ("autoprune.config", {"torch", "gymnasium", "matplotlib"}),
         ("autoprune.tracing.trace", {"torchvision", "timm", "gymnasium"}),
+        ("autoprune.data", {"torch", "torchvision", "PIL"}),
     ],
 )
 def test_modules_are_imported_without_what_they_may_never_need(module, heavy):
@@ -130,3 +132,15 @@ def test_modules_are_imported_without_what_they_may_never_need(module, heavy):
     done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("package", ["autoprune", "autoprune.data"])
+def test_every_name_at_a_front_door_leads_to_what_its_home_calls_so(package):
+    door = importlib.import_module(package)
+    assert set(door.__all__) - {"__version__"} == set(door._HOMES)
+    for name, home in door._HOMES.items():
+        module = importlib.import_module(f"{package}.{home}")
+        assert getattr(door, name) is vars(module)[name]
+    assert set(door.__all__) <= set(dir(door))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = door.no_such_name
