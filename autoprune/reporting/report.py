@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from autoprune.config import Settings
 from autoprune.reporting.figures import (
@@ -17,6 +16,7 @@ from autoprune.reporting.figures import (
     render_svg,
     reward_curve,
 )
+from autoprune.reporting.pages import render_page
 from autoprune.reporting.rows import (
     cost_rows,
     dimension_rows,
@@ -32,7 +32,6 @@ from autoprune.reporting.wording import percent_text, plural, score_text
 from autoprune.results import Results
 from autoprune.runs import RunFolder, write_text
 
-ASSETS = Path(__file__).parent / "assets"
 TRAININGS = {
     "sparse epoch": "sparse training",
     "removal epoch": "training that prunes",
@@ -64,16 +63,10 @@ def write_report(folder: RunFolder) -> Path:
     rewards = _series(folder, "episode", "episode", "reward")
     trainings = _trainings(folder, results)
     pareto = folder.read_json(folder.pareto) if folder.pareto.exists() else None
-    environment = Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     groups = results.groups or []
     config = yaml.safe_dump(folder.read_config(), sort_keys=False, allow_unicode=True)
-    html = environment.get_template("report.html.jinja").render(
+    html = render_page(
+        "report.html.jinja",
         results=results,
         headline=_headline(results),
         facts=fact_rows(results),
