@@ -171,7 +171,8 @@ class DataConfig:
 
     data: str = "sample"
     """"sample" (embedded CIFAR-10 images), "cifar10", "digits", or a folder with train/
-    and test/, a folder a class.
+    and test/ or val/, in each a folder a class. Without test/ and val/ a fifth of the
+    training images is kept apart for the test.
     """
     image_size: int = 224
     """Side in pixels to which the images of a folder are resized and cropped."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import socket
 import sys
 import tarfile
@@ -71,14 +72,81 @@ def test_splits_depend_on_the_split_seed_alone():
         assert not torch.equal(getattr(first, part).labels, getattr(other, part).labels)
 
 
-def test_default_splits_of_cifar10_stay_those_that_the_published_network_was_trained_on():
-    splits = carved(50_000)
+def labelled(counts: tuple[int, ...]) -> Images:
+    """Images with so many of each class; their one pixel says where they came from."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    number = torch.arange(len(labels))
+    pixels = torch.stack([number // 65_536, number // 256 % 256, number % 256], 1)
+    return Images(pixels.to(torch.uint8)[:, :, None, None], labels)
+
+
+def numbers_of(images: Images) -> set[int]:
+    place = torch.tensor([65_536, 256, 1])
+    return set((images.pixels[:, :, 0, 0].long() * place).sum(1).tolist())
+
+
+def carve_by_class(counts: tuple[int, ...], **config) -> Splits:
+    images = labelled(counts)
+    names = tuple(map(str, range(len(counts))))
+    return carve(images, images[:1], names, "classes", DataConfig(**config))
+
+
+def test_held_out_images_of_cifar10_are_nearly_all_those_of_the_published_network():
+    # It was trained on what was left by a split at random, with the same seed.
+    splits = carve_by_class((5000,) * 10)
     order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))
-    parts = dict(
-        zip((*HELD_OUT, "train"), order.split([1000, 1000, 3000, 45_000]), strict=True)
-    )
-    for part, expected in parts.items():
-        assert torch.equal(getattr(splits, part).labels, expected)
+    held_out = set().union(*(numbers_of(getattr(splits, part)) for part in HELD_OUT))
+    # A random part of 5,000 has 500 +- 21 of each class: about a hundred images move.
+    assert len(held_out & set(order[:5000].tolist())) >= 4850
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_hold_equal_numbers_of_equal_classes(seed):
+    splits = carve_by_class((150,) * 10, split_seed=seed)
+    for part, each in (("calibration", 10), ("proxy", 10), ("selection", 30)):
+        labels = getattr(splits, part).labels
+        assert torch.bincount(labels, minlength=10).tolist() == [each] * 10
+    assert torch.bincount(splits.train.labels).tolist() == [100] * 10
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "counts", [(12, 240), (4, 900, 5, 900), (7, 30, 90, 800, 3000)]
+)
+def test_a_rare_class_is_in_every_part_that_has_room_for_it(counts, seed):
+    splits = carve_by_class(counts, split_seed=seed)
+    for part in PARTS[:4]:
+        images = getattr(splits, part)
+        found = torch.bincount(images.labels, minlength=len(counts))
+        assert found.min() >= 1, part
+        if part == "train":
+            continue
+        # Beyond that one, shares are fair: within one image of the proportional number.
+        fair = torch.tensor(counts) * len(images) / sum(counts)
+        assert (found - fair.clamp(min=1)).abs().max() <= len(counts) / 2 + 1, part
+    every = set().union(*(numbers_of(getattr(splits, part)) for part in PARTS[:4]))
+    assert every == set(range(sum(counts)))
+
+
+@pytest.mark.parametrize(
+    ("n_rare", "expected"),
+    [(3, {"proxy", "selection", "train"}), (2, {"proxy", "train"}), (1, {"train"})],
+)
+def test_of_few_images_one_stays_for_training_and_the_reward_comes_next(
+    n_rare, expected
+):
+    for seed in range(10):
+        splits = carve_by_class((n_rare, 300), split_seed=seed)
+        holding = {p for p in PARTS[:4] if 0 in getattr(splits, p).labels.tolist()}
+        assert holding == expected
+
+
+def test_every_start_of_a_held_out_part_has_fair_shares():
+    splits = carve_by_class((300, 2700))
+    for part in HELD_OUT:
+        labels = getattr(splits, part).labels
+        for n in (20, 50, len(labels)):
+            assert abs((labels[:n] == 0).sum().item() - n / 10) <= 1
 
 
 def test_automatic_parts_shrink_to_a_third_of_a_small_dataset():
@@ -114,7 +182,7 @@ def test_sizes_below_one_are_refused(name):
 def test_unknown_dataset_offers_the_nearest():
     with pytest.raises(
         UserError,
-        match="no dataset 'cifar'; did you mean 'cifar10', or a folder with train/ and test/",
+        match="no dataset 'cifar'; did you mean 'cifar10', or a folder with train/",
     ):
         load(DataConfig(data="cifar"))
     with pytest.raises(
@@ -375,11 +443,57 @@ def test_first_test_images_of_a_folder_are_of_several_classes(folder):
     assert splits.test.labels.unique().tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_folder_without_a_part_is_refused(folder, part):
-    (folder / part).rename(folder / "elsewhere")
-    with pytest.raises(UserError, match=f"has no {part}/; expected train/ and test/"):
+def test_folder_without_training_images_is_refused(folder):
+    (folder / "train").rename(folder / "elsewhere")
+    with pytest.raises(
+        UserError, match=r"has no train/; expected train/ .* and test/ or val/"
+    ):
         load_folder(folder)
+
+
+@pytest.mark.parametrize("part", ["val", "valid", "validation"])
+def test_test_images_may_lie_in_a_validation_folder_which_is_said(folder, part):
+    expected = load_folder(folder).test
+    (folder / "test").rename(folder / part)
+    found = load_folder(folder)
+    assert torch.equal(found.test.pixels, expected.pixels)
+    assert torch.equal(found.test.labels, expected.labels)
+    assert found.remarks == (f"the test images are those of {folder / part}",)
+
+
+def test_test_folder_goes_before_a_validation_folder_if_it_has_classes(folder):
+    (folder / "val" / "only").mkdir(parents=True)
+    assert load_folder(folder).remarks == ()
+    (folder / "test").rename(folder / "other")
+    shutil.rmtree(folder / "val")
+    (folder / "other").rename(folder / "val")
+    # As competitions do: the test's images are there, but nobody says what they show.
+    (folder / "test").mkdir()
+    assert load_folder(folder).remarks == (
+        f"the test images are those of {folder / 'val'}",
+    )
+
+
+def test_without_a_test_folder_a_fifth_of_each_class_is_kept_apart_and_it_is_said(
+    tmp_path,
+):
+    for name, count in (("common", 50), ("rare", 10)):
+        home = tmp_path / "train" / name
+        home.mkdir(parents=True)
+        for shade in range(count):
+            grey = (shade + 100 * (name == "rare"),) * 3
+            Image.new("RGB", (8, 8), grey).save(home / f"{shade:02}.png")
+    found = [
+        load(DataConfig(data=str(tmp_path), image_size=8, split_seed=seed))
+        for seed in (0, 1)
+    ]
+    assert torch.bincount(found[0].test.labels).tolist() == [10, 2]
+    # The test must be the same for runs that are compared.
+    assert torch.equal(found[0].test.pixels, found[1].test.pixels)
+    shades = [getattr(found[0], part).pixels[:, 0, 0, 0] for part in PARTS]
+    assert len(torch.cat(shades).unique()) == 60
+    (remark,) = found[0].remarks
+    assert "neither test/ nor val/: 12 of the 60 training images" in remark
 
 
 def test_folder_without_classes_is_refused(folder):

@@ -96,6 +96,7 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Job:
         UserError: If something is wrong; nothing is written then.
     """
     from autoprune.pipeline.context import RunContext
+    from autoprune.reporting.console import say
     from autoprune.runs import RunFolder, start_run
 
     settings = settings_of(options)
@@ -109,6 +110,8 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Job:
         blocks = RunFolder(Path(output.out)).blocks
     context = RunContext(settings, blocks=blocks)
     prepare(context)
+    for remark in context.splits.remarks:
+        say(remark)
     folder = start_run(settings, output.out, output.resume)
     # Beside the settings, which hold what the method stands for but not its name.
     if options.method:

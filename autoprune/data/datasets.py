@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from autoprune.config import DataConfig
-from autoprune.data.image_files import find_images, read_grid, read_images
+from autoprune.data.image_files import (
+    find_images,
+    find_test_part,
+    read_grid,
+    read_images,
+)
+from autoprune.data.stratify import shuffled, stratified_order, stratified_parts
 from autoprune.errors import UserError, nearest_names
 
 # Of red, green and blue in [0, 1], over ImageNet. The public CIFAR-10 ResNets were
@@ -31,6 +37,13 @@ STD = (0.229, 0.224, 0.225)
 
 HELD_OUT = {"calibration": 1000, "proxy": 1000, "selection": 3000}
 """The parts that are held out of the training images, each with its usual size."""
+RESERVES = {"test": 2, "calibration": 3, "proxy": 1, "selection": 1}
+"""How many images of a class each part leaves, where there are few.
+
+Of three images reward, choice and training get one each; of two, reward and training.
+"""
+MAX_CARVED_TEST = 10_000
+"""Most images for the test where a dataset brings none: a standard error of 0.5 %."""
 
 SAMPLE = Path(__file__).parent / "assets" / "cifar10_sample"
 """The folder of the embedded sample."""
@@ -82,6 +95,7 @@ class Splits:
         test: The report.
         classes: Class names in label order.
         name: What the user asked for.
+        remarks: What to tell whoever reads numbers of these splits.
     """
 
     train: Images
@@ -91,6 +105,7 @@ class Splits:
     test: Images
     classes: tuple[str, ...]
     name: str
+    remarks: tuple[str, ...] = ()
 
     @property
     def example(self) -> Tensor:
@@ -184,11 +199,6 @@ def _crop(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return windows.permute(0, 3, 1, 2)
 
 
-def _shuffled(n: int, seed: int) -> Tensor:
-    """The numbers from 0 to n - 1 in random order."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
-
 def carve(
     train: Images,
     test: Images,
@@ -196,11 +206,11 @@ def carve(
     name: str,
     config: DataConfig,
 ) -> Splits:
-    """Splits a training set at random by `config.split_seed`.
+    """Splits a training set by `config.split_seed`: at random, in fair shares by class.
 
-    Held-out parts come first, what remains is for training. Parts whose size the config
-    leaves open get the sizes of `HELD_OUT`, shrunk together to a third of a small
-    dataset.
+    A rare class is in every held-out part that has room for one of it, as long as one
+    stays for training. Parts whose size the config leaves open get the sizes of
+    `HELD_OUT`, shrunk together to a third of a small dataset.
 
     Args:
         train: The training set.
@@ -230,14 +240,12 @@ def carve(
             f"lower calibration_images, proxy_images and selection_images or add "
             f"images",
         )
-    order = _shuffled(len(train), config.split_seed)
-    parts = order.split([*sizes.values(), len(train) - n_held_out])
-    calibration, proxy, selection, rest = parts
+    parts = stratified_parts(train.labels, sizes, RESERVES, config.split_seed)
     return Splits(
-        train=train[rest],
-        calibration=train[calibration],
-        proxy=train[proxy],
-        selection=train[selection],
+        train=train[parts["rest"]],
+        calibration=train[parts["calibration"]],
+        proxy=train[parts["proxy"]],
+        selection=train[parts["selection"]],
         test=test,
         classes=classes,
         name=name,
@@ -266,7 +274,7 @@ def load(config: DataConfig) -> Splits:
         loader = _load_folder
     if loader is None:
         reason = unknown_dataset_reason(config.data)
-        raise UserError("data", f"{reason}, or a folder with train/ and test/")
+        raise UserError("data", f"{reason}, or a folder with train/")
     splits = loader(config)
     # Cut after splitting, so that the held-out parts don't depend on these limits.
     return replace(
@@ -324,7 +332,7 @@ def _load_digits(config: DataConfig) -> Splits:
     enlarged = grey.repeat_interleave(2, 1).repeat_interleave(2, 2)
     pixels = enlarged[:, None].repeat(1, 3, 1, 1)
     images = Images(pixels, torch.from_numpy(digits.target).long())
-    order = _shuffled(len(images), seed=0)
+    order = shuffled(len(images), seed=0)
     test, train = order.split([360, len(images) - 360])
     return carve(images[train], images[test], tuple("0123456789"), "digits", config)
 
@@ -346,24 +354,50 @@ def import_digits() -> ModuleType:
 
 
 def _load_folder(config: DataConfig) -> Splits:
-    """The user's folder: `train/` and `test/` with a folder of images for each class.
+    """The user's folder: `train/` and the test images, a folder of images a class.
 
     All images are read into memory: 150 kB each at 224x224.
     """
-    train_files = find_images(Path(config.data), "train")
-    test_files = find_images(Path(config.data), "test")
+    root = Path(config.data)
+    train_files = find_images(root, "train")
+    part = find_test_part(root)
+    if part is None:
+        train = Images(*read_images(train_files, config.image_size))
+        return _without_test_part(train, tuple(train_files), config)
+    test_files = find_images(root, part)
     for name in sorted(train_files.keys() ^ test_files.keys()):
-        part = "train" if name in train_files else "test"
+        home = "train" if name in train_files else part
         raise UserError(
             "data",
-            f"class {name!r} is only in {config.data}/{part}; train/ and test/ "
+            f"class {name!r} is only in {config.data}/{home}; train/ and {part}/ "
             f"need the same classes",
         )
     train = Images(*read_images(train_files, config.image_size))
     test = Images(*read_images(test_files, config.image_size))
-    # Read by class, so without a shuffle max_test_images would cut whole classes off.
-    test = test[_shuffled(len(test), seed=0)]
-    return carve(train, test, tuple(train_files), config.data, config)
+    # Read by class; in that order max_test_images would cut whole classes off.
+    test = test[stratified_order(test.labels, seed=0)]
+    splits = carve(train, test, tuple(train_files), config.data, config)
+    if part == "test":
+        return splits
+    return replace(splits, remarks=(f"the test images are those of {root / part}",))
+
+
+def _without_test_part(
+    train: Images, classes: tuple[str, ...], config: DataConfig
+) -> Splits:
+    """The splits of a folder that has training images only."""
+    size = min(MAX_CARVED_TEST, len(train) // 5)
+    # Always the same ones, so that runs with several split seeds can be compared.
+    parts = stratified_parts(train.labels, {"test": size}, RESERVES, seed=0)
+    remark = (
+        f"{config.data} has neither test/ nor val/: {size} of the {len(train)} "
+        f"training images, by class, are kept apart as the test split; the accuracy of "
+        f"a network that was trained on them comes out too high"
+    )
+    splits = carve(
+        train[parts["rest"]], train[parts["test"]], classes, config.data, config
+    )
+    return replace(splits, remarks=(remark,))
 
 
 def _load_cifar10(config: DataConfig) -> Splits:

@@ -13,8 +13,43 @@ from autoprune.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 """Endings of the files that are read, in lower case; others are left out."""
-LAYOUT = "expected train/ and test/ with one folder of images a class"
+TEST_PARTS = ("test", "val", "valid", "validation")
+"""Subfolders that may hold the test images; the first that has classes counts."""
+LAYOUT = (
+    "expected train/ with one folder of images a class, and test/ or val/ in the same "
+    "way"
+)
 """What to say where a folder isn't laid out so."""
+
+
+def find_test_part(root: Path) -> str | None:
+    """The subfolder that holds a dataset's test images.
+
+    Args:
+        root: The dataset's folder.
+
+    Returns:
+        One of `TEST_PARTS`, or None where there is none of them.
+    """
+    present = [part for part in TEST_PARTS if (root / part).is_dir()]
+    for part in present:
+        # Competitions leave the images of test/ unlabelled, beside a labelled val/.
+        if _class_folders(root / part):
+            return part
+    # One without classes is refused when it is read: it may be laid out by mistake.
+    return present[0] if present else None
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    """The folders of a part that stand for classes, in the order of their names.
+
+    By name, because labels are numbered in this order.
+    """
+    classes = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            classes.append(path)
+    return classes
 
 
 def find_images(root: Path, part: str) -> dict[str, list[Path]]:
@@ -24,7 +59,7 @@ def find_images(root: Path, part: str) -> dict[str, list[Path]]:
 
     Args:
         root: The dataset's folder.
-        part: The subfolder to look in, "train" or "test".
+        part: The subfolder to look in, such as "train".
 
     Returns:
         Class to its files; both in the order of their names.
@@ -36,15 +71,11 @@ def find_images(root: Path, part: str) -> dict[str, list[Path]]:
     folder = root / part
     if not folder.is_dir():
         raise UserError("data", f"{str(root)!r} has no {part}/; {LAYOUT}")
-    classes = []
-    for path in folder.iterdir():
-        if path.is_dir() and not path.name.startswith("."):
-            classes.append(path)
+    classes = _class_folders(folder)
     if not classes:
         raise UserError("data", f"no class folders in {str(folder)!r}; {LAYOUT}")
     files = {}
-    # By name, because labels are numbered in this order.
-    for path in sorted(classes):
+    for path in classes:
         files[path.name] = sorted(_image_files(path))
         if not files[path.name]:
             raise UserError(
