@@ -18,9 +18,11 @@ if TYPE_CHECKING:
         normalize,
     )
     from autoprune.data.models import build, load_weights, model_names, read_state_dict
+    from autoprune.data.preprocessing import Preprocessing
 
 __all__ = [
     "Images",
+    "Preprocessing",
     "Splits",
     "batches",
     "build",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 _HOMES = {
     "Images": "datasets",
+    "Preprocessing": "preprocessing",
     "Splits": "datasets",
     "batches": "datasets",
     "build": "models",

@@ -1,7 +1,7 @@
 """Datasets by name or folder, the five splits, batches as tensors.
 
-Images stay in memory as uint8 `(n, 3, height, width)`; a batch is augmented and
-normalised as one tensor, so no image is touched by Python alone.
+Images stay in memory as `(n, channels, height, width)`, uint8 or float32; a batch is
+augmented and normalised as one tensor, so no image is touched by Python alone.
 """
 
 import json
@@ -26,14 +26,9 @@ from autoprune.data.image_files import (
     read_grid,
     read_images,
 )
+from autoprune.data.preprocessing import Preprocessing, checked_pixels
 from autoprune.data.stratify import shuffled, stratified_order, stratified_parts
 from autoprune.errors import UserError, nearest_names
-
-# Of red, green and blue in [0, 1], over ImageNet. The public CIFAR-10 ResNets were
-# trained with them too, and torchvision's weights expect them. `normalize` alone reads
-# them.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 HELD_OUT = {"calibration": 1000, "proxy": 1000, "selection": 3000}
 """The parts that are held out of the training images, each with its usual size."""
@@ -60,26 +55,33 @@ class Images:
     Indexing with a slice, or with a tensor of positions, gives some of them.
 
     Attributes:
-        pixels: uint8 `(n, 3, height, width)`.
+        pixels: `(n, channels, height, width)`: uint8, or float32 in [0, 1], which
+            `checked_pixels` makes of other types.
         labels: int64 `(n,)`.
+        preprocessing: Of the network that reads them; None for the usual one.
     """
 
     pixels: Tensor
     labels: Tensor
+    preprocessing: Preprocessing | None = None
+
+    def __post_init__(self) -> None:
+        # Once, so that everything behind it knows two types of pixels.
+        object.__setattr__(self, "pixels", checked_pixels(self.pixels))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> "Images":
-        return Images(self.pixels[index], self.labels[index])
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index])
 
     @cached_property
     def inputs(self) -> Tensor:
-        """The whole split normalised, float32 `(n, 3, height, width)`, channels last.
+        """The whole split normalised, channels last.
 
-        Made when first asked for, and kept.
+        float32 `(n, channels, height, width)`; made when first asked for, and kept.
         """
-        return normalize(self.pixels)
+        return normalize(self.pixels, self.preprocessing)
 
 
 @dataclass(frozen=True)
@@ -109,24 +111,35 @@ class Splits:
 
     @property
     def example(self) -> Tensor:
-        """One normalised input, float32 `(1, 3, height, width)`."""
-        return normalize(self.train.pixels[:1])
+        """One normalised input, float32 `(1, channels, height, width)`."""
+        return self.train[:1].inputs
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How the images become inputs, with their size."""
+        pixels = self.train.pixels
+        preprocessing = self.train.preprocessing
+        if preprocessing is None:
+            preprocessing = Preprocessing.usual(pixels.shape[1])
+        if preprocessing.size is not None:
+            return preprocessing
+        height, width = pixels.shape[2:]
+        return preprocessing.with_size((height, width), "the images' own")
 
 
-def normalize(pixels: Tensor) -> Tensor:
-    """Turns pixels into what the networks expect.
+def normalize(pixels: Tensor, preprocessing: Preprocessing | None = None) -> Tensor:
+    """Turns pixels into what a network reads.
 
     Args:
-        pixels: uint8 `(n, 3, height, width)`.
+        pixels: `(n, channels, height, width)`: uint8, or float32 in [0, 1].
+        preprocessing: The network's; None for ImageNet's mean and deviation.
 
     Returns:
-        float32 `(n, 3, height, width)` with `MEAN` and `STD` taken out, channels last.
+        float32 of the same shape with mean and deviation taken out, channels last.
     """
-    mean = torch.tensor(MEAN).view(1, 3, 1, 1)
-    std = torch.tensor(STD).view(1, 3, 1, 1)
-    inputs = (pixels.float() / 255 - mean) / std
-    # Convolutions on the CPU are fastest in this layout.
-    return inputs.contiguous(memory_format=torch.channels_last)
+    if preprocessing is None:
+        preprocessing = Preprocessing.usual(pixels.shape[1])
+    return preprocessing.normalize(pixels)
 
 
 @contextmanager
@@ -160,7 +173,7 @@ def batches(
             "94% on CIFAR-10 in 3.29 seconds", section 3.6).
 
     Yields:
-        Normalised inputs, float32 `(batch_size, 3, height, width)`, and labels.
+        Normalised inputs, float32 `(batch_size, channels, height, width)`, and labels.
     """
     # From the seed alone, so that an image has the same first side in every epoch.
     side_generator = torch.Generator().manual_seed(seed)
@@ -175,14 +188,14 @@ def batches(
             is_mirrored = is_first_mirrored[index] ^ bool(epoch % 2)
             is_mirrored = is_mirrored.view(-1, 1, 1, 1)
             pixels = torch.where(is_mirrored, pixels.flip(3), pixels)
-        yield normalize(pixels), images.labels[index]
+        yield normalize(pixels, images.preprocessing), images.labels[index]
 
 
 def _crop(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Moves each image by a random number of pixels, the same size, in a black border.
 
     Args:
-        pixels: uint8 `(n, 3, height, width)`.
+        pixels: `(n, channels, height, width)`.
         generator: Draws the moves.
     """
     n_images, _, height, width = pixels.shape

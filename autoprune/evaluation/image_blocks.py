@@ -5,6 +5,7 @@ can't adapt to the images of one block.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -102,7 +103,8 @@ class ImageBlocks:
         calibration = self._splits.calibration
         pixels = torch.cat([proxy.pixels, calibration.pixels])
         labels = torch.cat([proxy.labels, calibration.labels])
-        return self._prepare(Images(pixels, labels))
+        # Of the same preprocessing, which both have.
+        return self._prepare(replace(proxy, pixels=pixels, labels=labels))
 
     def _divided(self, images: Images, n_blocks: int) -> list[EvalBatches]:
         """Blocks in which one network scores about the same.

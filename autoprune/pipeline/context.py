@@ -275,6 +275,7 @@ class RunContext:
             "model": self.settings.network.model,
             "n_classes": len(classes),
             "classes": classes,
+            "preprocessing": self.splits.preprocessing.to_dict(),
         }
 
     @property
