@@ -96,9 +96,17 @@ def test_masks_take_the_precision_of_the_network(masks):
     )
 
 
-@pytest.mark.parametrize(
-    "options", [{"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 6, "vdim": 6}]
-)
+@pytest.mark.parametrize("bias", [True, False])
+def test_open_attention_over_other_widths_equals_the_original(bias):
+    original, open_one = opened(
+        nn.MultiheadAttention(WIDTH, HEADS, bias=bias, batch_first=True, kdim=6, vdim=4)
+    )
+    key, value = tokens(1)[..., :6], tokens(2)[..., :4]
+    expected = original(tokens(), key, value)
+    torch.testing.assert_close(open_one(tokens(), key, value), expected)
+
+
+@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}])
 def test_unusual_configurations_stay_as_they_are(options):
     module = nn.MultiheadAttention(WIDTH, HEADS, **options)
     assert type(open_attention(module)) is nn.MultiheadAttention

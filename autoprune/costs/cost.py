@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import torch
 
-from autoprune.structure.groups import Extent, Groups
+from autoprune.structure.groups import AxisPart, Extent, Groups, Layer, Member
 
 BYTES = 4
 """Size of a float32 element; activations and weights are counted in it."""
@@ -94,14 +95,18 @@ class CostTable:
         # int64 throughout: MACs of large networks exceed 32 bits.
         self.dense = np.array([group.channels for group in groups], dtype=np.int64)
         self._cell_pairs = _cell_pairs(groups)
-        self._tabulate_axes(groups)
-        positions = groups.positions_per_weight
-        n_uses = []
-        is_parameter = []
-        for name in groups.shapes:
-            # Biases and buffers multiply nothing, so they have no positions.
-            n_uses.append(positions.get(name, 0))
-            is_parameter.append(name in groups.parameters)
+        partial_layers = [layer for layer in groups.layers if layer.parts]
+        self._tabulate_axes(groups, partial_layers)
+        # Biases and buffers multiply nothing, so they have no positions.
+        positions = dict.fromkeys(groups.shapes, 0)
+        for layer in groups.layers:
+            if not layer.parts:
+                positions[layer.tensor] += layer.positions
+        n_uses = list(positions.values())
+        n_uses += [layer.positions for layer in partial_layers]
+        is_parameter = [name in groups.parameters for name in groups.shapes]
+        # A part is a part of a tensor that counts already.
+        is_parameter += [False] * len(partial_layers)
         fixed, per_term = self._tabulate_extents(groups.products)
         self._forms = {
             "macs": self._weighted_sizes(n_uses, fixed.sum(0), per_term.sum(0)),
@@ -211,37 +216,42 @@ class CostTable:
     def _tensor_sizes(self, terms: np.ndarray) -> np.ndarray:
         """The elements of every tensor, `(n_tensors,)`."""
         lengths = self._axis_fixed + self._axis_per_term @ terms
-        return self._rest_size * lengths[0] * lengths[1]
+        sizes = self._rest_size * lengths[0] * lengths[1]
+        return sizes[: self._n_tensors]
 
-    def _tabulate_axes(self, groups: Groups) -> None:
+    def _tabulate_axes(self, groups: Groups, partial_layers: list[Layer]) -> None:
         """Writes down how the shape of every tensor follows from the terms.
 
         Up to two axes of a tensor are prunable; such an axis has the length `fixed +
         per_term @ terms`. The lengths of all other axes are one factor:
 
-        - `_axis_fixed`: int64 `(2, n_tensors)`;
-        - `_axis_per_term`: int64 `(2, n_tensors, n_terms)`;
-        - `_rest_size`: int64 `(n_tensors,)`.
+        - `_axis_fixed`: int64 `(2, n_rows)`;
+        - `_axis_per_term`: int64 `(2, n_rows, n_terms)`;
+        - `_rest_size`: int64 `(n_rows,)`.
+
+        The rows are all tensors, then the parts of tensors that layers use by
+        themselves.
+
+        Args:
+            groups: The network's trace.
+            partial_layers: The layers that use a part of their weight.
         """
-        rows = {name: row for row, name in enumerate(groups.shapes)}
-        axes = _prunable_axes(groups)
+        self._n_tensors = len(groups.shapes)
+        boxes = _boxes(groups, partial_layers)
         dense_terms = self._terms(self.dense)
         # A missing axis stays 1 + 0 @ terms, and so drops out of every product.
-        self._axis_fixed = np.ones((2, len(rows)), np.int64)
-        self._axis_per_term = np.zeros((2, len(rows), len(dense_terms)), np.int64)
-        n_used = dict.fromkeys(rows, 0)
-        for (tensor, axis), per_channel in axes.items():
-            slot = n_used[tensor]
-            row = rows[tensor]
-            n_used[tensor] += 1
-            for term, n_positions in self._positions_per_term(per_channel).items():
-                self._axis_per_term[slot, row, term] = n_positions
-            # What no group's channels occupy stays: the axis less all that could go.
-            prunable = self._axis_per_term[slot, row] @ dense_terms
-            self._axis_fixed[slot, row] = groups.shapes[tensor][axis] - prunable
+        self._axis_fixed = np.ones((2, len(boxes)), np.int64)
+        self._axis_per_term = np.zeros((2, len(boxes), len(dense_terms)), np.int64)
         rest_sizes = []
-        for name, shape in groups.shapes.items():
-            rest = [n for axis, n in enumerate(shape) if (name, axis) not in axes]
+        for row, box in enumerate(boxes):
+            for slot, (axis, per_channel) in enumerate(box.axes.items()):
+                for term, n_positions in self._positions_per_term(per_channel).items():
+                    self._axis_per_term[slot, row, term] = n_positions
+                # What no group's channels occupy stays: the axis less all that could
+                # go.
+                prunable = self._axis_per_term[slot, row] @ dense_terms
+                self._axis_fixed[slot, row] = box.shape[axis] - prunable
+            rest = [n for axis, n in enumerate(box.shape) if axis not in box.axes]
             # The product of no lengths is 1, as it should be.
             rest_sizes.append(int(np.prod(rest)))
         self._rest_size = np.array(rest_sizes, np.int64)
@@ -303,19 +313,66 @@ class CostTable:
         return fixed, per_term
 
 
-def _prunable_axes(groups: Groups) -> dict[tuple[str, int], dict[int, int]]:
-    """Finds the axes on which prunable groups sit.
+@dataclass(frozen=True)
+class _Box:
+    """A tensor, or a part of one, and which groups sit where on it.
 
-    Returns:
-        Tensor and axis to the groups on it, each by its number, with the positions that
-        one of its channels occupies.
+    Attributes:
+        shape: In the dense network.
+        axes: Axis to the prunable groups on it, each by its number, with the positions
+            that one of its channels occupies.
     """
-    axes: dict[tuple[str, int], dict[int, int]] = {}
+
+    shape: list[int]
+    axes: dict[int, dict[int, int]]
+
+
+def _boxes(groups: Groups, partial_layers: list[Layer]) -> list[_Box]:
+    """All tensors, then the parts of tensors that layers use by themselves.
+
+    Args:
+        groups: The network's trace.
+        partial_layers: The layers that use a part of their weight.
+    """
+    members: dict[str, list[tuple[int, Member]]] = {name: [] for name in groups.shapes}
     for number, group in enumerate(groups):
         for member in group.members:
-            per_channel = axes.setdefault((member.tensor, member.axis), {})
-            per_channel[number] = member.index.shape[1]
-    return axes
+            members[member.tensor].append((number, member))
+    boxes = []
+    for name, shape in groups.shapes.items():
+        boxes.append(_box(list(shape), members[name], ()))
+    for layer in partial_layers:
+        shape = list(groups.shapes[layer.tensor])
+        boxes.append(_box(shape, members[layer.tensor], layer.parts))
+    return boxes
+
+
+def _box(
+    shape: list[int],
+    members: list[tuple[int, Member]],
+    parts: tuple[AxisPart, ...],
+) -> _Box:
+    """A tensor, or the part of it that has some positions of its axes.
+
+    Args:
+        shape: Of the whole tensor.
+        members: The groups on it by number, each with where its channels sit.
+        parts: The axes that are cut; none for the whole tensor.
+    """
+    positions = {part.axis: part.positions for part in parts}
+    for axis, kept in positions.items():
+        shape[axis] = len(kept)
+    axes: dict[int, dict[int, int]] = {}
+    for number, member in members:
+        if member.axis in positions:
+            is_in_part = torch.isin(member.index, positions[member.axis])
+            # All channels of a group lie equally often in every part.
+            n_positions = int(is_in_part[0].sum())
+        else:
+            n_positions = member.index.shape[1]
+        if n_positions:
+            axes.setdefault(member.axis, {})[number] = n_positions
+    return _Box(shape, axes)
 
 
 def _cell_pairs(groups: Groups) -> np.ndarray:

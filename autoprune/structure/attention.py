@@ -101,7 +101,7 @@ class OpenAttention(nn.Module):
 
 
 class OpenMultiheadAttention(OpenAttention, nn.MultiheadAttention):
-    """`nn.MultiheadAttention` with packed projections.
+    """`nn.MultiheadAttention`, its projections packed or of widths of their own.
 
     Attributes:
         scale: A buffer with one value for each head, `(n_heads, 1, 1)`; so it says how
@@ -114,22 +114,18 @@ class OpenMultiheadAttention(OpenAttention, nn.MultiheadAttention):
     def supports(module: nn.Module) -> bool:
         """Whether this is the common configuration.
 
-        That is one width for queries, keys and values, and no extra key or value.
+        That is no extra key or value.
 
         Args:
             module: An `nn.MultiheadAttention`.
         """
         assert isinstance(module, nn.MultiheadAttention), "see OPEN_CLASSES"
-        return (
-            module._qkv_same_embed_dim
-            and module.bias_k is None
-            and not module.add_zero_attn
-        )
+        return module.bias_k is None and not module.add_zero_attn
 
     def prepare(self) -> None:
         """Registers the dense network's scale."""
         # That of the dense width, which the weights were trained with.
-        scale = self.in_proj_weight.detach().new_full(
+        scale = self.out_proj.weight.detach().new_full(
             (self.num_heads, 1, 1), self.head_dim**-0.5
         )
         self.register_buffer("scale", scale)
@@ -199,11 +195,15 @@ class OpenMultiheadAttention(OpenAttention, nn.MultiheadAttention):
             value = value.transpose(0, 1)
         # One product for all three. Three transposed views of one tensor don't count as
         # the same here; they are told apart by identity, not by what they hold.
-        if query is key is value:
+        if self.in_proj_weight is not None and query is key is value:
             packed = functional.linear(query, self.in_proj_weight, self.in_proj_bias)
             q, k, v = packed.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
             return q, k, v
-        weights = self.in_proj_weight.chunk(3)
+        # Keys and values of other widths have weights of their own; biases are packed.
+        if self.in_proj_weight is None:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        else:
+            weights = self.in_proj_weight.chunk(3)
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         heads = []
         for x, weight, bias in zip((query, key, value), weights, biases, strict=True):

@@ -103,13 +103,19 @@ def _attention_setter(module: OpenMultiheadAttention) -> Update:
     """Widths and heads of an opened attention, from its projection and scale."""
 
     def update() -> None:
-        width = module.in_proj_weight.shape[1]
-        module.embed_dim = width
-        module.kdim = width
-        module.vdim = width
         module.num_heads = len(module.scale)
-        # The rows are those of queries, keys and values.
-        module.head_dim = len(module.in_proj_weight) // 3 // module.num_heads
+        if module.in_proj_weight is None:
+            n_rows, module.embed_dim = module.q_proj_weight.shape
+            module.kdim = module.k_proj_weight.shape[1]
+            module.vdim = module.v_proj_weight.shape[1]
+        else:
+            width = module.in_proj_weight.shape[1]
+            module.embed_dim = width
+            module.kdim = width
+            module.vdim = width
+            # The rows are those of queries, keys and values.
+            n_rows = len(module.in_proj_weight) // 3
+        module.head_dim = n_rows // module.num_heads
 
     return update
 

@@ -6,6 +6,7 @@ all of them, together with the tables from which costs follow.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -95,10 +96,24 @@ class Group:
 
 
 @dataclass(frozen=True)
+class AxisPart:
+    """Positions of one axis of a tensor.
+
+    Attributes:
+        axis: Which axis.
+        positions: int64 `(n,)`.
+    """
+
+    axis: int
+    positions: Tensor = field(compare=False)
+
+
+@dataclass(frozen=True)
 class Layer:
     """One use of a weight in a contraction.
 
-    Each element of the weight is multiplied once at each position.
+    Each element of the weight, or of the part that is used, is multiplied once at each
+    position.
 
     Attributes:
         tensor: Name of the weight.
@@ -106,6 +121,8 @@ class Layer:
         positions: Places of the output at which the weight is applied, for one sample.
         size: Height and width of the output; (1, 1) for linear layers.
         stride: Of a convolution; 1 for linear layers.
+        parts: The axes of which only some positions are used, such as the rows of the
+            queries in a packed weight; empty where all of the weight is.
     """
 
     tensor: str
@@ -113,6 +130,18 @@ class Layer:
     positions: int
     size: tuple[int, int] = (1, 1)
     stride: int = 1
+    parts: tuple[AxisPart, ...] = ()
+
+    def n_elements(self, shape: tuple[int, ...]) -> int:
+        """How many elements of the weight are used.
+
+        Args:
+            shape: The weight's shape.
+        """
+        lengths = list(shape)
+        for part in self.parts:
+            lengths[part.axis] = len(part.positions)
+        return math.prod(lengths)
 
 
 @dataclass(frozen=True)
@@ -230,12 +259,18 @@ class Groups:
     def positions_per_weight(self) -> dict[str, int]:
         """Weight to the places of the output at which it is applied, for one sample.
 
-        A weight that is used several times counts the places of all its uses.
+        A weight that is used several times counts the places of all its uses. Of a
+        weight whose parts are applied at different numbers of places, as in
+        cross-attention, it is the mean over its elements, rounded.
         """
-        positions: dict[str, int] = {}
+        multiplications: dict[str, int] = {}
         for layer in self.layers:
-            so_far = positions.get(layer.tensor, 0)
-            positions[layer.tensor] = so_far + layer.positions
+            so_far = multiplications.get(layer.tensor, 0)
+            n_elements = layer.n_elements(self.shapes[layer.tensor])
+            multiplications[layer.tensor] = so_far + layer.positions * n_elements
+        positions = {}
+        for name, count in multiplications.items():
+            positions[name] = round(count / math.prod(self.shapes[name]))
         return positions
 
     def with_pins(self, reasons: Mapping[str, str]) -> "Groups":

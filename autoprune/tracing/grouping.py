@@ -1,13 +1,20 @@
 """From labels to groups: channels with the same pattern of members form a group."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.structure.groups import Extent, Group, Groups, Member, named_tensors
+from autoprune.structure.groups import (
+    Extent,
+    Group,
+    Groups,
+    Layer,
+    Member,
+    named_tensors,
+)
 from autoprune.structure.labels import compress
 from autoprune.tracing.constraint_solver import lattice_factors
 from autoprune.tracing.mac_coverage import with_macs_shares
@@ -103,6 +110,10 @@ def derive_groups(tracer: Tracer) -> Groups:
     places = []
     for labels, _ in tracer.uses.values():
         places.append(_sorted_places(units[labels.numpy()]))
+    # Channels that lie in other parts of an axis cost something else, so they are
+    # families of their own; the parts themselves are no members.
+    for labels in tracer.part_uses.values():
+        places.append(_sorted_places(units[labels.numpy()]))
     families = _families(places, reasons)
     groups = _groups(tracer, units, places, families)
     numbering = _number(units, families, groups)
@@ -119,7 +130,7 @@ def derive_groups(tracer: Tracer) -> Groups:
         products.append(_extent(labels, times, numbering))
     result = Groups(
         all=tuple(groups),
-        layers=tuple(tracer.layers),
+        layers=_whole_layers(tracer.layers, shapes),
         shapes=shapes,
         parameters=frozenset(name for name, _ in tracer.model.named_parameters()),
         operations=tuple(operations),
@@ -131,6 +142,33 @@ def derive_groups(tracer: Tracer) -> Groups:
     )
     # Shares need to know every layer and every group, hence last.
     return with_macs_shares(result)
+
+
+def _whole_layers(
+    layers: list[Layer], shapes: dict[str, tuple[int, ...]]
+) -> tuple[Layer, ...]:
+    """Puts the uses of a weight's parts together where they make up all of it.
+
+    Queries, keys and values of the same tokens, for example, each use a third of a
+    packed weight at equally many positions.
+    """
+    whole: list[Layer] = []
+    waiting: dict[tuple, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        if len(layer.parts) != 1:
+            whole.append(layer)
+            continue
+        axis = layer.parts[0].axis
+        together = waiting[layer.tensor, axis, layer.positions]
+        together.append(layer)
+        positions = torch.cat([item.parts[0].positions for item in together])
+        n = shapes[layer.tensor][axis]
+        if len(positions) == n and len(positions.unique()) == n:
+            whole.append(replace(layer, parts=()))
+            together.clear()
+    for together in waiting.values():
+        whole += together
+    return tuple(whole)
 
 
 def _label_units(tracer: Tracer, representatives: np.ndarray) -> np.ndarray:
@@ -228,6 +266,8 @@ def _groups(
     for family in families:
         members = []
         for use in family.uses:
+            if use >= len(uses):
+                continue
             (tensor, axis), (_, role) = uses[use]
             index = torch.from_numpy(_member_index(places[use], family))
             members.append(Member(tensor, axis, role, index))

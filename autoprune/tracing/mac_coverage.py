@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from autoprune.structure.groups import Groups, Layer
 
 
@@ -116,4 +114,4 @@ def layer_macs(layer: Layer, groups: Groups) -> int:
         layer: The use.
         groups: Its network's trace, for the shape of the weight.
     """
-    return layer.positions * torch.Size(groups.shapes[layer.tensor]).numel()
+    return layer.positions * layer.n_elements(groups.shapes[layer.tensor])

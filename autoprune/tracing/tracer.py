@@ -84,6 +84,32 @@ class ParameterView:
             return dim
         return matches[0] if matches else None
 
+    def axis_part(self, dim: int) -> tuple[int, Tensor | None] | None:
+        """The original axis that lies along `dim` of the view, whole or in part.
+
+        Queries' rows of a packed weight `(3 * n, m)` are a part of its axis 0: the
+        positions 0 to n - 1.
+
+        Args:
+            dim: Of the view.
+
+        Returns:
+            The axis, and the positions of it that the view shows, `(n,)`, or None for
+            all of them in order. None where no axis lies along `dim` by itself, or a
+            position appears twice.
+        """
+        axis = self.original_axis(dim)
+        if axis is not None:
+            return axis, None
+        for number, index in enumerate(self.index):
+            line = labels_on_axis(index, dim)
+            # One position could be anything; several say which axis they are on.
+            if line is None or len(line) < 2 or not line.any():
+                continue
+            if len(line.unique()) == len(line):
+                return number, line
+        return None
+
 
 @dataclass(frozen=True)
 class Call:
@@ -160,6 +186,10 @@ class Tracer:
         layers: Every use of a weight in a convolution or a linear layer.
         unsupported: Reasons for which operations pinned what reached them.
         uses: (tensor, axis) to the labels on it and their role there.
+        part_uses: (tensor, axis, the positions as bytes) to the labels on a part of the
+            axis that the code uses by itself.
+        axis_labels: (tensor, axis) to labels for its positions, where parts of it are
+            used by themselves.
         operations: Per operation the labels of the activations that are alive while it
             runs.
         products: Per product of two activations its labelled factor and how often each
@@ -177,6 +207,8 @@ class Tracer:
     layers: list[Layer] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
     uses: dict[tuple[str, int], tuple[Tensor, str]] = field(default_factory=dict)
+    part_uses: dict[tuple[str, int, bytes], Tensor] = field(default_factory=dict)
+    axis_labels: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     operations: list[list[Tensor]] = field(default_factory=list)
     products: list[tuple[Tensor, int]] = field(default_factory=list)
     blank_buffers: dict[int, Tensor] = field(default_factory=dict)
@@ -189,8 +221,10 @@ class Tracer:
         for name, module in self.model.named_modules():
             # The network itself has an empty name.
             self._names[module] = name or type(module).__name__
+        self.shapes: dict[str, torch.Size] = {}
         # Tied weights are one tensor, which goes by its first name.
         for name, tensor in named_tensors(self.model).items():
+            self.shapes[name] = tensor.shape
             self.mark_parameter(tensor, ParameterView.from_parameter(name, tensor))
 
     def enter_module(self, module: nn.Module) -> None:
@@ -259,10 +293,14 @@ class Tracer:
         if view is None:
             # A scalar that is expanded takes no memory, however large the tensor.
             return torch.full((), CONSTANT, dtype=torch.int64).expand(tensor.shape)
-        if view.name not in self.bare_parameters:
-            labels = self.book.new_labels(view.shape.numel(), view.name)
-            self.bare_parameters[view.name] = labels.view(view.shape)
-        return self.bare_parameters[view.name][view.index]
+        return self._element_labels(view.name, view.shape)[view.index]
+
+    def _element_labels(self, name: str, shape: torch.Size) -> Tensor:
+        """A label for each element of a bare parameter, in its shape."""
+        if name not in self.bare_parameters:
+            labels = self.book.new_labels(shape.numel(), name)
+            self.bare_parameters[name] = labels.view(shape)
+        return self.bare_parameters[name]
 
     def new_output_labels(self, weight: str, n: int) -> Tensor:
         """Labels for what a weight produces, `(n,)`.
@@ -295,7 +333,38 @@ class Tracer:
             self.book.join_lines(axis_lines)
         return axis_lines[0]
 
-    def use(self, tensor: str, axis: int, labels: Tensor, role: str) -> None:
+    def label_axis(self, tensor: str, axis: int) -> Tensor:
+        """Labels for the positions of a parameter's axis, before anything meets it.
+
+        Args:
+            tensor: Name of the parameter.
+            axis: Its axis.
+
+        Returns:
+            int64 `(n,)`; the same whenever it is asked.
+        """
+        key = (tensor, axis)
+        if key not in self.axis_labels:
+            shape = self.shapes[tensor]
+            if len(shape) == 1:
+                # Code may add a part of a bias by itself, as a bare parameter.
+                labels = self._element_labels(tensor, shape)
+            else:
+                labels = self.book.new_labels(shape[axis], ("axis", *key))
+            self.axis_labels[key] = labels
+            first_use = self.uses.get(key)
+            if first_use is not None:
+                self.book.join(first_use[0], labels)
+        return self.axis_labels[key]
+
+    def use(
+        self,
+        tensor: str,
+        axis: int,
+        labels: Tensor,
+        role: str,
+        positions: Tensor | None = None,
+    ) -> None:
         """Records that labels meet an axis of a parameter.
 
         A second use, by a shared module, joins its labels with the first one's: one
@@ -304,14 +373,25 @@ class Tracer:
         Args:
             tensor: Name of the parameter or buffer.
             axis: Its axis.
-            labels: What meets the axis, as long as it.
+            labels: What meets the axis or the part of it.
             role: "produce", "consume" or "follow", as in `Member`.
+            positions: The part of the axis that is used, or None for all of it.
         """
-        first_use = self.uses.get((tensor, axis))
-        if first_use is None:
-            self.uses[tensor, axis] = labels, role
-        else:
+        key = (tensor, axis)
+        if positions is not None:
+            axis_labels = self.label_axis(tensor, axis)
+            self.uses.setdefault(key, (axis_labels, role))
+            self.book.join(axis_labels[positions], labels)
+            self.part_uses[tensor, axis, positions.numpy().tobytes()] = labels
+            return
+        first_use = self.uses.get(key)
+        if first_use is not None:
             self.book.join(first_use[0], labels)
+            return
+        self.uses[key] = (labels, role)
+        # Code that cut the axis into parts has asked something of its positions.
+        if key in self.axis_labels:
+            self.book.join(labels, self.axis_labels[key])
 
     def use_vector(self, tensor: Tensor | None, labels: Tensor, role: str) -> None:
         """Records that labels meet a bias, a scale or a running statistic.
@@ -323,7 +403,14 @@ class Tracer:
         """
         view = self.parameter(tensor)
         if view is not None:
-            self.use(view.name, 0, labels, role)
+            part = view.axis_part(0)
+            if part is None:
+                # Its elements are scattered; each meets what it meets.
+                assert tensor is not None, "it has a view"
+                self.book.join(self.labels(tensor), labels)
+                return
+            axis, positions = part
+            self.use(view.name, axis, labels, role, positions)
         elif tensor is not None and self.is_activation(tensor):
             # The code computes the vector, from the style of an image for instance.
             self.book.join(self.labels(tensor), labels)

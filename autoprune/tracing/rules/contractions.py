@@ -8,7 +8,7 @@ channels that it sums over.
 import torch
 from torch import Tensor
 
-from autoprune.structure.groups import Layer, loses_whole_conv_groups
+from autoprune.structure.groups import AxisPart, Layer, loses_whole_conv_groups
 from autoprune.structure.labels import CONSTANT, broadcast_labels, varying_axes
 from autoprune.tracing.tracer import Call, ParameterView, Tracer
 
@@ -164,20 +164,27 @@ def _apply_weight(
         bias: What is added to the product.
     """
     tracer = call.tracer
-    consuming_axis = weight.original_axis(in_axis)
-    producing_axis = weight.original_axis(out_axis)
+    consumed = weight.axis_part(in_axis)
+    produced = weight.axis_part(out_axis)
     positions = x.numel() // x.shape[x_axis]
-    if consuming_axis is None or producing_axis is None:
+    if consumed is None or produced is None or consumed[0] == produced[0]:
         # Every element of the view is used once at each position.
         n_products = positions * weight.index[0].numel()
         tracer.products.append((NO_CHANNEL, n_products))
-        return "reads a part of its weight"
+        return "regroups the elements of its weight"
     outputs = tracer.new_output_labels(weight.name, call.out.shape[out_axis])
     inputs = tracer.unify_axis(x, x_axis)
-    tracer.use(weight.name, consuming_axis, inputs, "consume")
-    tracer.use(weight.name, producing_axis, outputs, "produce")
+    parts = []
+    for (axis, part), labels, role in (
+        (consumed, inputs, "consume"),
+        (produced, outputs, "produce"),
+    ):
+        tracer.use(weight.name, axis, labels, role, part)
+        if part is not None:
+            parts.append(AxisPart(axis, part))
     tracer.use_vector(bias, outputs, "produce")
-    tracer.layers.append(Layer(weight.name, "linear", positions))
+    layer = Layer(weight.name, "linear", positions, parts=tuple(parts))
+    tracer.layers.append(layer)
     tracer.label(call.out, broadcast_labels(outputs, out_axis, call.out.shape))
     return None
 

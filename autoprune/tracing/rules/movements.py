@@ -18,7 +18,7 @@ from autoprune.structure.labels import (
     lines,
     varying_axes,
 )
-from autoprune.tracing.tracer import Call, ParameterView
+from autoprune.tracing.tracer import Call, ParameterView, Tracer
 
 MAX_PARTS = 8
 """Into how many parts a cut can divide a channel axis. A cut into more, such as one
@@ -56,6 +56,13 @@ def split(call: Call) -> str | None:
     """
     movement(call)
     tracer = call.tracer
+    whole = call.args[0]
+    view = tracer.parameter(whole)
+    if view is not None:
+        sizes = [out.shape[call["dim"]] for out in tensors_in(call.out)]
+        if len(set(sizes)) == 1:
+            _balance_parameter(tracer, view, call["dim"] % whole.ndim, sizes[0])
+        return None
     parts = []
     for out in tensors_in(call.out):
         if tracer.is_activation(out):
@@ -83,13 +90,18 @@ def slicing(call: Call) -> str | None:
     axis = call["dim"] % x.ndim
     n = x.shape[axis]
     # `x[:]` cuts nothing off.
-    if not tracer.is_activation(x) or call.out.shape == x.shape:
+    if call.out.shape == x.shape:
+        return None
+    start, end, _ = slice(call["start"], call["end"]).indices(n)
+    step = call["step"]
+    view = tracer.parameter(x)
+    if view is not None and step == 1:
+        _balance_parameter(tracer, view, axis, math.gcd(start, end, n))
+    if not tracer.is_activation(x):
         return None
     labels = tracer.labels(x)
     if axis not in varying_axes(labels):
         return None
-    start, end, _ = slice(call["start"], call["end"]).indices(n)
-    step = call["step"]
     # Only whole pairs, counted from the beginning of the axis, can go.
     if n % step or (step > 1 and start >= step):
         return "cuts channels at uneven places"
@@ -104,6 +116,25 @@ def slicing(call: Call) -> str | None:
             constraint = (Constraint.PARTS, line.view(-1, unit))
             tracer.book.constraints.append(constraint)
     return None
+
+
+def _balance_parameter(
+    tracer: Tracer, view: ParameterView, dim: int, unit: int
+) -> None:
+    """Equal parts of a parameter's axis keep equally many positions.
+
+    Args:
+        tracer: The notebook of the run.
+        view: The parameter, before it was cut.
+        dim: The axis of the view that was cut.
+        unit: The length of a part.
+    """
+    axis = view.original_axis(dim)
+    # Vectors and tables that only meet activations say by that what belongs together.
+    if axis is None or view.shape[axis] // unit > MAX_PARTS:
+        return
+    labels = tracer.label_axis(view.name, axis)
+    tracer.book.constraints.append((Constraint.PARTS, labels.view(-1, unit)))
 
 
 def roll(call: Call) -> str | None:
