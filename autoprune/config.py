@@ -144,7 +144,7 @@ class OutputConfig:
     """Where results go."""
 
     out: str | None = None
-    """Run folder (None: the next free runs/MODEL-BUDGET-AGENT-N)."""
+    """Run folder (None: runs/MODEL-BUDGET-AGENT-seedSEED, numbered where taken)."""
     resume: bool = False
     """Go on with the run in --out where it was interrupted."""
     baselines: str | None = None

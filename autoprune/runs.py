@@ -7,7 +7,10 @@ import io
 import json
 import os
 import re
+import secrets
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +19,7 @@ import yaml
 
 from autoprune.config import Settings
 from autoprune.errors import UserError
+from autoprune.locks import PARTIAL, claim, hold, unwritable
 from autoprune.provenance import provenance
 from autoprune.results import Results
 
@@ -31,18 +35,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         UserError: If the disk is full or the folder can't be written; the temporary
             file is removed.
     """
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    # A name that no other writer has: of two at once each renames a whole file.
+    writer = f"{os.getpid()}-{secrets.token_hex(4)}"
+    partial = path.with_name(f".{path.name}.{writer}{PARTIAL}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         os.replace(partial, path)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            None,
-            f"can't write {str(path)!r} ({reason}); choose another folder or free some "
-            f"space",
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         if partial.exists():
             partial.unlink()
@@ -299,53 +300,79 @@ def _ends_line(file: BinaryIO) -> bool:
     return file.read(1) == b"\n"
 
 
-def start_run(settings: Settings, out: str | None, resume: bool) -> RunFolder:
-    """A new run folder with its config, or, to resume, an existing one.
+@contextmanager
+def new_run(settings: Settings, out: str | None) -> Iterator[tuple[RunFolder, bool]]:
+    """A new run folder with its config, held until the end of the block.
 
     Args:
         settings: What the run is started with.
-        out: The folder; None for the next free one in runs/.
-        resume: Whether to go on with the run in `out`.
+        out: The folder; None for one in runs/ that nobody has.
+
+    Yields:
+        The run, and whether it is locked; see `autoprune.locks.hold`.
 
     Raises:
-        UserError: If the folder holds a run already, can't be written, or was started
-            with other settings.
+        UserError: If the folder holds a run already, is in use or can't be written.
     """
-    if resume:
+    root, is_made = _make_folder(settings, out)
+    folder = RunFolder(root)
+    with hold(root, "out") as is_locked:
+        # Under the lock: of two processes that were given one folder the second one
+        # finds the first one's config.
+        if folder.config.exists():
+            raise UserError(
+                "out",
+                f"{str(root)!r} holds a run already; resume it, or choose another "
+                f"folder",
+            )
+        config = settings.to_dict() | provenance()
+        try:
+            write_text(folder.config, yaml.safe_dump(config, sort_keys=False))
+        except UserError:
+            # What could hold no config is no run, and goes as it came.
+            if is_made:
+                shutil.rmtree(root, ignore_errors=True)
+            raise
+        yield folder, is_locked
+
+
+def _make_folder(settings: Settings, out: str | None) -> tuple[Path, bool]:
+    """The folder of a new run, and whether it was made only now."""
+    if out is None:
+        search = settings.search
+        seed = f"seed{search.seed}"
+        stem = file_stem(settings.network.model, search.budget, search.agent, seed)
+        stem_path = Path("runs") / stem
+    else:
+        stem_path = Path(out)
+    try:
         if out is None:
-            raise UserError("resume", "which run? Give its folder with out")
-        return _resumed(settings, out)
-    folder = RunFolder(Path(out) if out else _next_folder(settings))
-    if folder.config.exists():
-        raise UserError(
-            "out",
-            f"{str(folder.root)!r} holds a run already; resume it, or choose another "
-            f"folder",
-        )
-    config = settings.to_dict() | provenance()
-    write_text(folder.config, yaml.safe_dump(config, sort_keys=False))
-    return folder
+            return claim(stem_path), True
+        is_made = not stem_path.exists()
+        stem_path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(stem_path, error) from error
+    return stem_path, is_made
 
 
-def _resumed(settings: Settings, out: str) -> RunFolder:
-    folder = RunFolder.open(out)
+def check_settings(folder: RunFolder, settings: Settings) -> None:
+    """Checks that a run was started with the settings that it is to go on with.
+
+    Args:
+        folder: The run.
+        settings: As asked for now.
+
+    Raises:
+        UserError: If others were asked for.
+    """
     stored = Settings.from_dict(folder.read_config())
     changed = _differences(stored.to_dict(), settings.to_dict())
     if changed:
         raise UserError(
             "resume",
-            f"{out!r} was started with other settings ({changed}); repeat its command",
+            f"{str(folder.root)!r} was started with other settings ({changed}); repeat "
+            f"its command",
         )
-    return folder
-
-
-def _next_folder(settings: Settings) -> Path:
-    search = settings.search
-    stem = file_stem(settings.network.model, search.budget, search.agent)
-    number = 1
-    while (Path("runs") / f"{stem}-{number}").exists():
-        number += 1
-    return Path("runs") / f"{stem}-{number}"
 
 
 def file_stem(*parts: str) -> str:

@@ -5,6 +5,8 @@ Part of the composition root: heavy imports happen inside the functions.
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +24,9 @@ if TYPE_CHECKING:
 
 def run(options: Namespace) -> None:
     """The whole job: search, prune, fine-tune, evaluate, export, report."""
-    job = stages.start(options, stages.prepare)
-    stages.run_stages(job)
-    stages.finish(job, options.json)
+    with stages.start(options, stages.prepare) as job:
+        stages.run_stages(job)
+        stages.finish(job, options.json)
     if job.failed is not None:
         # Only now, when all else is written and reported; the exit code still says that
         # something failed.
@@ -33,9 +35,9 @@ def run(options: Namespace) -> None:
 
 def search(options: Namespace) -> None:
     """Up to the allocation: an agent or baseline searches, the best is chosen."""
-    job = stages.start(options, stages.prepare)
-    stages.run_stages(job, until="decide")
-    stages.finish(job, options.json)
+    with stages.start(options, stages.prepare) as job:
+        stages.run_stages(job, until="decide")
+        stages.finish(job, options.json)
 
 
 def replay(options: Namespace) -> None:
@@ -44,6 +46,7 @@ def replay(options: Namespace) -> None:
     # that `--help` needn't wait for it.
     from autoprune.agents.policies import find_policy
     from autoprune.agents.replay import Policy
+    from autoprune.cli.holding import hold_place_of
     from autoprune.cli.search_stage import act, make_env
     from autoprune.pipeline.context import RunContext
     from autoprune.reporting.console import print_results
@@ -72,8 +75,10 @@ def replay(options: Namespace) -> None:
         home = run.root if is_of_run else Path("runs")
         first = "replay" if is_of_run else place.name
         path = home / f"{file_stem(first, model, budget)}.json"
-    written, results, words = act(policy, context, env)
-    write_json(path, written)
+    # From before the work, so that it isn't done in vain.
+    with hold_place_of(path):
+        written, results, words = act(policy, context, env)
+        write_json(path, written)
     name = run.root.name if is_of_run else place.name
     kind = "pareto" if "front" in written else "allocation"
     results = {
@@ -149,27 +154,31 @@ def prune(options: Namespace) -> None:
     # Neither or both: the parser can't rule that out, as RUN is optional to it.
     if bool(options.run) == bool(options.allocation):
         raise UserError(None, "prune takes either RUN or --allocation FILE; give one")
-    job = _decided_run(options) if options.run else _run_of_allocation(options)
-    stages.prune(job)
-    stages.finish(job, options.json)
+    begin = _decided_run if options.run else _run_of_allocation
+    with begin(options) as job:
+        stages.prune(job)
+        stages.finish(job, options.json)
 
 
-def _decided_run(options: Namespace) -> stages.Job:
+@contextmanager
+def _decided_run(options: Namespace) -> Iterator[stages.Job]:
     """The run that `prune RUN` goes on with."""
+    from autoprune.cli.holding import hold_run
     from autoprune.pipeline.methods.registry import method_of
 
     _check_alone(options)
-    job = stages.open_run(options.run)
-    if not method_of(job.settings).is_decided(job.folder):
-        raise UserError(
-            "run",
-            f"{options.run!r} has decided nothing yet; go on with: autoprune "
-            f"run --resume --out {options.run}",
-        )
-    return job
+    with hold_run(options.run) as job:
+        if not method_of(job.settings).is_decided(job.folder):
+            raise UserError(
+                "run",
+                f"{options.run!r} has decided nothing yet; go on with: autoprune "
+                f"run --resume --out {options.run}",
+            )
+        yield job
 
 
-def _run_of_allocation(options: Namespace) -> stages.Job:
+@contextmanager
+def _run_of_allocation(options: Namespace) -> Iterator[stages.Job]:
     """A new run that begins with the allocation of a file."""
     from autoprune.costs.allocation import Allocation
     from autoprune.pipeline.methods.registry import method_of
@@ -182,23 +191,23 @@ def _run_of_allocation(options: Namespace) -> stages.Job:
         Allocation.read(options.allocation, context.groups)
         method_of(context.settings).check(context)
 
-    job = stages.start(options, prepare)
-    stages.run_stages(job, until="sparse")
-    # Once more, now for the network that sparse training may have left.
-    allocation = Allocation.read(options.allocation, job.context.groups)
-    # Before the allocation, whose depth counts blocks in this order.
-    keep_order(job.context, job.folder)
-    job.folder.add_results(
-        run=str(job.folder.root),
-        model=job.settings.network.model,
-        data=job.settings.data.data,
-        budget=allocation.budget,
-        agent=allocation.source,
-        evaluations=0,
-    )
-    # Last, since the allocation's file says that the run has decided.
-    use_allocation(job.context, allocation, job.folder)
-    return job
+    with stages.start(options, prepare) as job:
+        stages.run_stages(job, until="sparse")
+        # Once more, now for the network that sparse training may have left.
+        allocation = Allocation.read(options.allocation, job.context.groups)
+        # Before the allocation, whose depth counts blocks in this order.
+        keep_order(job.context, job.folder)
+        job.folder.add_results(
+            run=str(job.folder.root),
+            model=job.settings.network.model,
+            data=job.settings.data.data,
+            budget=allocation.budget,
+            agent=allocation.source,
+            evaluations=0,
+        )
+        # Last, since the allocation's file says that the run has decided.
+        use_allocation(job.context, allocation, job.folder)
+        yield job
 
 
 def _check_alone(options: Namespace) -> None:
@@ -277,47 +286,52 @@ def _check_single(options: Namespace) -> None:
 
 def finetune(options: Namespace) -> None:
     """Fine-tunes the pruned network of RUN, or goes on with that."""
-    job = stages.open_run(options.run)
-    if options.epochs is not None:
-        settings = job.settings
-        config = dataclasses.replace(settings.finetune, epochs=options.epochs)
-        settings = dataclasses.replace(settings, finetune=config)
-        # In memory only: config.yaml keeps what the run was started with.
-        job.dense = dataclasses.replace(job.dense, settings=settings)
-    if not options.resume:
-        # A finished training leaves its checkpoint, and with it this one would end at
-        # once.
-        job.folder.finetune_checkpoint.unlink(missing_ok=True)
-    stages.finetune(job)
-    stages.finish(job, options.json)
+    from autoprune.cli.holding import hold_run
+
+    with hold_run(options.run) as job:
+        if options.epochs is not None:
+            settings = job.settings
+            config = dataclasses.replace(settings.finetune, epochs=options.epochs)
+            settings = dataclasses.replace(settings, finetune=config)
+            # In memory only: config.yaml keeps what the run was started with.
+            job.dense = dataclasses.replace(job.dense, settings=settings)
+        if not options.resume:
+            # A finished training leaves its checkpoint, and with it this one would end
+            # at once.
+            job.folder.finetune_checkpoint.unlink(missing_ok=True)
+        stages.finetune(job)
+        stages.finish(job, options.json)
 
 
 def evaluate(options: Namespace) -> None:
     """Accuracy of the dense and the pruned network of RUN on the test split."""
+    from autoprune.cli.holding import hold_run
     from autoprune.pipeline.stages import evaluate_stage
 
-    job = stages.open_run(options.run)
-    evaluate_stage(job.context, job.folder)
-    stages.finish(job, options.json)
+    with hold_run(options.run) as job:
+        evaluate_stage(job.context, job.folder)
+        stages.finish(job, options.json)
 
 
 def export(options: Namespace) -> None:
     """Writes the pruned network of RUN as ONNX, or as a torch.export program."""
+    from autoprune.cli.holding import hold_run
     from autoprune.pipeline.stages import export_stage, report_stage
 
-    job = stages.open_run(options.run)
-    written = export_stage(job.context, job.folder, options.format)
-    # results.json has got a number more, so the page is written anew.
-    report_stage(job.folder)
-    _print_file(written, options.json)
+    with hold_run(options.run) as job:
+        written = export_stage(job.context, job.folder, options.format)
+        # results.json has got a number more, so the page is written anew.
+        report_stage(job.folder)
+        _print_file(written, options.json)
 
 
 def report(options: Namespace) -> None:
     """Writes report.html of RUN from what its folder holds."""
+    from autoprune.cli.holding import hold_run
     from autoprune.pipeline.stages import report_stage
 
-    job = stages.open_run(options.run)
-    _print_file(report_stage(job.folder), options.json)
+    with hold_run(options.run) as job:
+        _print_file(report_stage(job.folder), options.json)
 
 
 def _print_file(path: Path, as_json: bool) -> None:

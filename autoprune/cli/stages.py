@@ -3,10 +3,10 @@
 Part of the composition root: heavy imports happen inside the functions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
@@ -85,34 +85,54 @@ def run_stages(job: Job, *, until: str | None = None) -> None:
             return
 
 
-def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Job:
-    """A new run, or the one to resume.
+@contextmanager
+def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterator[Job]:
+    """A new run, or the one to resume; no other process gets at it in the block.
 
     Args:
         options: Those of `autoprune.cli.options.search_options`.
         prepare: Finds everything that can be wrong before the folder is made.
 
+    Yields:
+        The run.
+
     Raises:
         UserError: If something is wrong; nothing is written then.
     """
+    from autoprune.cli.holding import held, warn_unless
     from autoprune.pipeline.context import RunContext
-    from autoprune.reporting.console import say
-    from autoprune.runs import RunFolder, start_run
+    from autoprune.runs import RunFolder, check_settings, new_run
 
     settings = settings_of(options)
     output = pick(options, OutputConfig)
     # From fast to slow: names in an instant, then network and images. The folder comes
     # last, so that a refused command leaves nothing behind.
     _check_names(settings, output)
-    blocks = None
     if output.resume and output.out is not None:
-        # Measuring the order anew would take long, and could break a tie otherwise.
-        blocks = RunFolder(Path(output.out)).blocks
-    context = RunContext(settings, blocks=blocks)
+        folder = RunFolder.open(output.out)
+        # Before anything of it is read, which another process might be changing.
+        with held(folder, "out"):
+            # Measuring the order of blocks anew would take long, and could break a tie
+            # otherwise.
+            context = RunContext(settings, blocks=folder.blocks)
+            prepare(context)
+            check_settings(folder, settings)
+            yield _begin(context, folder, output, options)
+        return
+    context = RunContext(settings)
     prepare(context)
+    with new_run(settings, output.out) as (folder, is_locked):
+        warn_unless(is_locked, folder)
+        yield _begin(context, folder, output, options)
+
+
+def _begin(
+    context: "RunContext", folder: "RunFolder", output: OutputConfig, options: Namespace
+) -> Job:
+    from autoprune.reporting.console import say
+
     for remark in context.splits.remarks:
         say(remark)
-    folder = start_run(settings, output.out, output.resume)
     # Beside the settings, which hold what the method stands for but not its name.
     if options.method:
         folder.add_results(method=options.method)
@@ -145,7 +165,7 @@ def _check_names(settings: Settings, output: OutputConfig) -> None:
 
 
 def open_run(run: str) -> Job:
-    """An existing run.
+    """An existing run, to be read; who writes into it takes `holding.hold_run`.
 
     Args:
         run: Its folder.
