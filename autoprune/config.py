@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
-from autoprune.errors import UserError, check_share
+from autoprune.errors import UserError, check_share, did_you_mean
 
 LARGEST_SEED = 2**32 - 2
 """Of what generators take one less than the most: CMA-ES adds one."""
@@ -58,7 +58,9 @@ def _check_choice(config: object, name: str, *choices: str, stage: str) -> None:
     value = getattr(config, name)
     if value not in choices:
         listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
-        raise UserError(_argument(stage, name), f"must be {listed}, got {value!r}")
+        nearest = did_you_mean(value, choices)
+        reason = f"must be {listed}, got {value!r}{nearest and ';'}{nearest}"
+        raise UserError(_argument(stage, name), reason)
 
 
 def _argument(stage: str, name: str) -> str:
@@ -162,7 +164,7 @@ class OutputConfig:
     def __post_init__(self) -> None:
         _check_range(self, 1, float("inf"), "latency_batch")
         if self.resume and self.out is None:
-            raise UserError("resume", "which run? Give its folder with out")
+            raise UserError("resume", "which run? Give its folder with --out")
 
 
 @dataclass(frozen=True)
@@ -556,6 +558,22 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data."""
         return dataclasses.asdict(self)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Argument to its value, each by the name that messages have for it.
+
+        Nothing stands for the seed of the proxy, which follows that of the search.
+        """
+        arguments = {}
+        for stage, fields in self.to_dict().items():
+            for name, value in fields.items():
+                # What nearly every run sets has no prefix.
+                has_prefix = stage not in ("network", "data", "search")
+                arguments[_argument(stage if has_prefix else "", name)] = value
+        arguments["epochs"] = arguments.pop("finetune.epochs")
+        del arguments["proxy.seed"]
+        return arguments
 
     @classmethod
     def from_dict(cls, stages: Mapping[str, Any]) -> "Settings":

@@ -80,6 +80,19 @@ def nearest_names(name: str, known: Iterable[str], n: int = 1) -> list[str]:
     return difflib.get_close_matches(name, known, n=n)
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question after the nearest known name, to stand within a message.
+
+    Args:
+        name: As given.
+        known: All known names.
+
+    Returns:
+        " did you mean 'macs'?", or nothing where none is similar.
+    """
+    return "".join(f" did you mean {near!r}?" for near in nearest_names(name, known))
+
+
 def check_known(
     kind: str,
     name: str,

@@ -9,10 +9,11 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import yaml
@@ -143,11 +144,12 @@ class RunFolder:
     tensorboard = Artefact("tensorboard")
 
     @classmethod
-    def open(cls, root: str | Path) -> "RunFolder":
+    def open(cls, root: str | Path, argument: str = "run") -> "RunFolder":
         """An existing run.
 
         Args:
             root: Its folder.
+            argument: The argument that it came by, for messages.
 
         Raises:
             UserError: If `root` is no run folder, or its config can't be read.
@@ -155,13 +157,13 @@ class RunFolder:
         folder = cls(Path(root))
         if not folder.root.is_dir():
             raise UserError(
-                "run",
+                argument,
                 f"no folder {str(root)!r}; give the folder that `autoprune run` "
                 f"printed",
             )
         if not folder.config.is_file():
             raise UserError(
-                "run",
+                argument,
                 f"{str(root)!r} is not a run folder (no config.yaml); give one that "
                 f"`autoprune run` wrote",
             )
@@ -301,12 +303,18 @@ def _ends_line(file: BinaryIO) -> bool:
 
 
 @contextmanager
-def new_run(settings: Settings, out: str | None) -> Iterator[tuple[RunFolder, bool]]:
+def new_run(
+    settings: Settings,
+    out: str | None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[tuple[RunFolder, bool]]:
     """A new run folder with its config, held until the end of the block.
 
     Args:
         settings: What the run is started with.
         out: The folder; None for one in runs/ that nobody has.
+        options: What else it is started with and decides no result; kept beside the
+            settings for a run that goes on.
 
     Yields:
         The run, and whether it is locked; see `autoprune.locks.hold`.
@@ -319,13 +327,8 @@ def new_run(settings: Settings, out: str | None) -> Iterator[tuple[RunFolder, bo
     with hold(root, "out") as is_locked:
         # Under the lock: of two processes that were given one folder the second one
         # finds the first one's config.
-        if folder.config.exists():
-            raise UserError(
-                "out",
-                f"{str(root)!r} holds a run already; resume it, or choose another "
-                f"folder",
-            )
-        config = settings.to_dict() | provenance()
+        check_new(root)
+        config = settings.to_dict() | {"options": dict(options)} | provenance()
         try:
             write_text(folder.config, yaml.safe_dump(config, sort_keys=False))
         except UserError:
@@ -355,6 +358,22 @@ def _make_folder(settings: Settings, out: str | None) -> tuple[Path, bool]:
     return stem_path, is_made
 
 
+def check_new(out: str | Path | None) -> None:
+    """Checks that a folder holds no run yet.
+
+    Args:
+        out: The folder of a new run; None for one that nobody has.
+
+    Raises:
+        UserError: If it does.
+    """
+    if out is not None and RunFolder(Path(out)).config.exists():
+        raise UserError(
+            "out",
+            f"{str(out)!r} holds a run already; resume it, or choose another folder",
+        )
+
+
 def check_settings(folder: RunFolder, settings: Settings) -> None:
     """Checks that a run was started with the settings that it is to go on with.
 
@@ -365,14 +384,36 @@ def check_settings(folder: RunFolder, settings: Settings) -> None:
     Raises:
         UserError: If others were asked for.
     """
-    stored = Settings.from_dict(folder.read_config())
-    changed = _differences(stored.to_dict(), settings.to_dict())
-    if changed:
-        raise UserError(
-            "resume",
-            f"{str(folder.root)!r} was started with other settings ({changed}); repeat "
-            f"its command",
-        )
+    stored = Settings.from_dict(folder.read_config()).arguments
+    for name, value in settings.arguments.items():
+        if stored[name] != value:
+            raise other_than_stored(name, folder, stored[name], value)
+
+
+def other_than_stored(
+    argument: str, folder: RunFolder, stored: object, given: object
+) -> UserError:
+    """The error for something that a run to go on with was started with otherwise.
+
+    Args:
+        argument: What it is.
+        folder: The run.
+        stored: What it was started with.
+        given: What was asked for.
+
+    Returns:
+        The error, to be raised.
+    """
+    return UserError(
+        argument,
+        f"{str(folder.root)!r} was started with {_shown(stored)}, got "
+        f"{_shown(given)}; leave it out to go on, or start a new run",
+    )
+
+
+def _shown(value: object) -> str:
+    """A setting as it is typed."""
+    return "null" if value is None else str(value)
 
 
 def file_stem(*parts: str) -> str:
@@ -384,14 +425,3 @@ def file_stem(*parts: str) -> str:
         *parts: The words.
     """
     return re.sub("[:=/]", "-", "-".join(parts)).replace("%", "")
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Fields of the stages that changed, in words; empty if none did."""
-    changed = []
-    for stage, fields in new.items():
-        for name, value in fields.items():
-            before = old[stage][name]
-            if before != value:
-                changed.append(f"{name}: {before} -> {value}")
-    return ", ".join(changed)

@@ -25,9 +25,21 @@ from tiny import network
 from torch import nn
 
 from autoprune.cli import stages as run_stages_home
-from autoprune.cli.main import COMMANDS, main
+from autoprune.cli.main import COMMANDS, build_parser, main
+from autoprune.cli.options import settings_of
+from autoprune.cli.parser import options_of
 from autoprune.cli.stages import STAGES, Stage, open_run, run_stages
-from autoprune.config import OutputConfig
+from autoprune.config import (
+    DimensionsConfig,
+    FinetuneConfig,
+    NetworkConfig,
+    OutputConfig,
+    ProxyConfig,
+    RemovalConfig,
+    SearchConfig,
+    Settings,
+    SparseConfig,
+)
 from autoprune.data import models
 from autoprune.data.datasets import Images
 from autoprune.deploy.export import load_pruned
@@ -324,8 +336,125 @@ def test_a_finished_run_resumed_does_nothing_again(finished):
         for path in finished.rglob("*")
         if path.suffix in (".safetensors", ".onnx", ".jsonl")
     }
-    assert main(["run", *FAST, "--out", str(finished), "--resume"]) == 0
-    assert before == {path: path.read_bytes() for path in before}
+    for given in ([], FAST, ["--episodes", "8"]):
+        assert main(["run", *given, "--out", str(finished), "--resume"]) == 0
+        assert before == {path: path.read_bytes() for path in before}
+    # No baselines but those that it was started with.
+    assert RunFolder(finished).read_results().baselines.keys() == {"uniform"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--seed", "7"], "--seed: {out!r} was started with 0, got 7; leave it out"),
+        (["--epochs", "null"], "--epochs: {out!r} was started with 2, got null;"),
+        (["--proxy.images", "41"], "--proxy.images: {out!r} was started with 40, got"),
+        (["--method", "l1"], "--method: {out!r} was started with null, got l1;"),
+    ],
+)
+def test_a_run_is_not_resumed_with_an_option_that_differs_from_what_it_was_started_with(
+    given, message, finished, capsys
+):
+    line = failure(capsys, "run", *given, "--out", str(finished), "--resume")
+    assert message.format(out=str(finished)) in line
+
+
+def test_the_config_of_a_run_reruns_it_and_gives_way_to_what_is_typed(
+    finished, tmp_path, cheap_export
+):
+    config = str(finished / "config.yaml")
+    again = tmp_path / "again"
+    assert main(["run", "--config", config, "--out", str(again)]) == 0
+    for name in ("allocation.json", "pruned/weights.safetensors"):
+        assert (again / name).read_bytes() == (finished / name).read_bytes()
+    other = tmp_path / "other"
+    typed = ["--agent", "uniform", "--baselines", "none", "--seed", "3"]
+    assert main(["search", *typed, "--config", config, "--out", str(other)]) == 0
+    stored = yaml.safe_load((other / "config.yaml").read_text())
+    assert stored["search"]["agent"] == "dyna", "what comes last counts"
+    other = tmp_path / "third"
+    assert main(["search", "--config", config, *typed, "--out", str(other)]) == 0
+    stored = yaml.safe_load((other / "config.yaml").read_text())
+    assert (stored["search"]["agent"], stored["search"]["seed"]) == ("uniform", 3)
+    assert stored["network"]["model"] == "tests.tiny:network"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(),
+        Settings(
+            network=NetworkConfig("my.module:make", "weights.pt"),
+            search=SearchConfig(
+                "macs=30%..80%", agent="ppo", seed=7, exclude="a*,b", min_width="*=8"
+            ),
+            proxy=ProxyConfig(images=12, temperature=0.5, seed=7),
+            finetune=FinetuneConfig(epochs=0, lr=1e-3, flip=False),
+            sparse=SparseConfig("gsm", share=0.25),
+            removal=RemovalConfig("gradual", prunings=3),
+            dimensions=DimensionsConfig(degree=3),
+        ),
+    ],
+)
+def test_the_options_of_a_runs_config_describe_its_settings_and_nothing_else(settings):
+    stored = yaml.safe_load(yaml.safe_dump(settings.to_dict() | {"command": "x"}))
+    for verb in ("run", "search", "prune"):
+        options = build_parser(verb, options_of(stored)).parse_args([verb])
+        assert settings_of(options[verb]) == settings
+
+
+def test_an_allocation_that_was_killed_goes_on_from_its_folder_alone(
+    finished, tmp_path, capsys, monkeypatch
+):
+    shutil.copy(finished / "allocation.json", tmp_path)
+    allocation, folder = tmp_path / "allocation.json", tmp_path / "run"
+    begun = ["prune", "--allocation", str(allocation), *TINY, "--out", str(folder)]
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "save_pruned", killed)
+        assert main(begun) == 130
+    kept = json.loads((folder / "allocation.json").read_text())["kept"]
+    # The run has its own copy.
+    allocation.unlink()
+    resumed = ["prune", "--resume", "--out", str(folder)]
+    line = failure(capsys, *resumed, "--allocation", "other.json")
+    assert f"was started with {allocation}, got other.json" in line
+    assert main(resumed) == 0
+    assert (folder / "pruned" / "plan.json").exists()
+    assert json.loads((folder / "allocation.json").read_text())["kept"] == kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["runn"], "no command runn; did you mean run? See"),
+        (["serch", "--agent", "random"], "no command serch; did you mean search? See"),
+        (["run", "--budgt", "macs=40%"], "--budgt; did you mean --budget? See"),
+        (["run", "--budgt=macs=40%"], "--budgt; did you mean --budget? See"),
+        (["run", "--proxy.imags", "9"], "--proxy.imags; did you mean --proxy.images?"),
+        (["run", "--image-size", "32"], "did you mean --image_size?"),
+        (["prune", "r", "--distillation", "1"], "mean --finetune.distillation?"),
+        (["trace", "--modl", "resnet20"], "--modl; did you mean --model?"),
+        (["finetune", "r", "--epoxs", "3"], "--epoxs; did you mean --epochs?"),
+        (["export", "r", "--fromat", "onnx"], "did you mean --format?"),
+        (["--versoin"], "--versoin; did you mean --version?"),
+        (["run", "--proxy.loss", "kll"], "got 'kll'; did you mean 'kl'?"),
+        (["run", "--budget", "mac=40%"], "'mac'; did you mean 'macs'?"),
+        (["run", "--granularity", "chanel"], "did you mean 'channel'?"),
+        (["run", "--method", "slimmin"], "did you mean 'slimming'?"),
+    ],
+)
+def test_a_typo_gets_the_nearest_command_option_or_value(arguments, message, capsys):
+    assert message in failure(capsys, *arguments)
+
+
+def test_a_typo_in_a_file_of_options_gets_the_nearest_one(tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text("budgt: macs=40%\n")
+    line = failure(capsys, "run", "--config", str(tmp_path / "options.yaml"))
+    assert "no option budgt of `autoprune run`; did you mean budget?" in line
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_allocation_and_weights_of_one_left_alone(
@@ -350,7 +479,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_allocation_and_weights_of_
             wait_for_events(process, log, event, n_lines)
             time.sleep(generator.uniform(0, 0.05))
         resume = ["--resume"]
-    assert main(["run", *arguments, "--out", str(killed), "--resume"]) == 0
+    assert main(["run", "--out", str(killed), "--resume"]) == 0
     for name in (
         "allocation.json",
         "pruned/weights.safetensors",
@@ -623,7 +752,7 @@ def test_a_run_keeps_to_its_own_exclusions_and_widths_in_every_command(
         str(tmp_path / "by_hand"),
     ]
     assert "another exclude: group '0.0'" in failure(capsys, *by_hand)
-    assert "exclude: 0.* -> 0.0" in failure(
+    assert "was started with 0.*, got 0.0" in failure(
         capsys, *search, "--exclude", "0.0", "--resume"
     )
 
@@ -771,14 +900,10 @@ def test_an_allocation_for_another_network_is_refused(finished, tmp_path, capsys
     assert "another network" in line
 
 
-def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(finished, capsys):
+def test_a_run_is_not_overwritten(finished, capsys):
     assert "holds a run already" in failure(
         capsys, "run", *FAST, "--out", str(finished)
     )
-    line = failure(
-        capsys, "run", *FAST, "--seed", "7", "--out", str(finished), "--resume"
-    )
-    assert "seed: 0 -> 7" in line
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):

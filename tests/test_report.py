@@ -241,7 +241,7 @@ def test_it_says_whether_the_search_compared_solved_weights(is_reconstructed, tm
 def test_a_searched_run_says_in_words_what_is_missing(tmp_path):
     text = text_of(run_folder(tmp_path, {**SEARCHED, "seconds_total": None}))
     assert "resnet20 on sample: macs=50% asked for, nothing decided yet" in text
-    assert "Go on with autoprune run --resume --out runs/one and" in text
+    assert "Go on with autoprune run --resume --out runs/one." in text
     for sentence in (
         "No costs were recorded",
         "No allocation has been chosen",
@@ -262,7 +262,7 @@ def test_a_run_that_was_killed_before_its_search_says_what_was_asked_for(tmp_pat
     text = text_of(folder)
     assert "resnet20 on sample: macs=50% asked for, nothing decided yet" in text
     assert "dyna (this run)" in text
-    assert f"Go on with autoprune run --resume --out {tmp_path} and" in text
+    assert f"Go on with autoprune run --resume --out {tmp_path}." in text
 
 
 def test_a_run_without_fine_tuning_reports_the_recalibrated_accuracy(tmp_path):

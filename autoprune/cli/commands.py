@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from autoprune.cli import stages
-from autoprune.cli.options import Parser, pick, prune_options
+from autoprune.cli.options import pick, prune_options
+from autoprune.cli.parser import Parser
 from autoprune.cli.presets import methods_table
 from autoprune.config import NetworkConfig, Settings, TraceConfig
 from autoprune.errors import UserError
@@ -183,18 +184,24 @@ def _run_of_allocation(options: Namespace) -> Iterator[stages.Job]:
     from autoprune.costs.allocation import Allocation
     from autoprune.pipeline.methods.registry import method_of
     from autoprune.pipeline.stages import keep_order, use_allocation
+    from autoprune.runs import RunFolder
 
-    _check_single(options)
+    path = options.allocation
+    if options.resume and options.out:
+        kept = RunFolder(Path(options.out)).allocation
+        # The run's own copy: the file that it began with may have changed since.
+        path = str(kept) if kept.is_file() else path
+    _check_single(options, Path(path))
 
     def prepare(context: "RunContext") -> None:
         # Read before the run has a folder, so that a wrong file leaves none behind.
-        Allocation.read(options.allocation, context.groups)
+        Allocation.read(path, context.groups)
         method_of(context.settings).check(context)
 
     with stages.start(options, prepare) as job:
         stages.run_stages(job, until="sparse")
         # Once more, now for the network that sparse training may have left.
-        allocation = Allocation.read(options.allocation, job.context.groups)
+        allocation = Allocation.read(path, job.context.groups)
         # Before the allocation, whose depth counts blocks in this order.
         keep_order(job.context, job.folder)
         job.folder.add_results(
@@ -228,7 +235,7 @@ def _check_alone(options: Namespace) -> None:
         )
 
 
-def _check_single(options: Namespace) -> None:
+def _check_single(options: Namespace, path: Path) -> None:
     """Refuses what goes with no single allocation.
 
     Granularities that have none, ranges and fronts, methods that decide by the budget.
@@ -272,13 +279,12 @@ def _check_single(options: Namespace) -> None:
             f"prune applies one allocation, got the range {options.budget}; leave "
             f"--budget out, the allocation knows its own",
         )
-    path = Path(options.allocation)
     # A look at the text is enough: what is no allocation otherwise is refused when it
     # is read.
     if path.is_file() and '"front"' in path.read_text("utf-8", errors="replace"):
         raise UserError(
             "allocation",
-            f"{options.allocation!r} holds a whole front; give one of its points: the "
+            f"{str(path)!r} holds a whole front; give one of its points: the "
             f"allocation that autoprune replay RUN --budget macs=40% writes, or an "
             f'entry of "front" as a file of its own',
         )

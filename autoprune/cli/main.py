@@ -8,7 +8,6 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 
 from jsonargparse import Namespace
@@ -17,7 +16,6 @@ from autoprune import __version__
 from autoprune.cli import commands
 from autoprune.cli.memory import keep_freed_memory
 from autoprune.cli.options import (
-    Parser,
     data_options,
     export_options,
     finetune_options,
@@ -28,6 +26,7 @@ from autoprune.cli.options import (
     search_options,
     trace_options,
 )
+from autoprune.cli.parser import Parser, options_of
 from autoprune.cli.presets import method_named
 from autoprune.config import SearchConfig
 from autoprune.errors import (
@@ -107,41 +106,61 @@ def _flag(command: str | None, argument: str) -> str:
 
 
 def _parse(arguments: list[str] | None) -> Namespace:
-    """The options, read once more where a method or a policy sets other defaults."""
+    """The options, read once more where something given sets other defaults."""
     options = build_parser().parse_args(arguments)
-    defaults = _implied_defaults(options[options.subcommand])
+    defaults = _implied_defaults(options.subcommand, options[options.subcommand])
     if not defaults:
         return options
     # As defaults and in a second pass, so that whatever was typed still counts more.
-    return build_parser(defaults).parse_args(arguments)
+    return build_parser(options.subcommand, defaults).parse_args(arguments)
 
 
-def _implied_defaults(options: Namespace) -> dict[str, object]:
+def _implied_defaults(command: str, options: Namespace) -> dict[str, object]:
     """Defaults that follow from what is given.
 
-    Those of a method; else a policy is gone on with by its own agent.
+    Those of the run that goes on; else of a method; else a policy is gone on with by
+    its own agent.
     """
+    if options.get("resume") and options.get("out"):
+        # First, since the run's config holds what its method stood for.
+        return _options_of_run(command, options.out)
     if options.get("method"):
         return method_named(options.method).defaults
     if options.get("policy") and options.get("agent") == SearchConfig.agent:
         from autoprune.agents.policies import agent_of
-        from autoprune.runs import RunFolder
 
-        copy = None
-        # The run has a copy of the policy that it started from, which may be gone by
-        # now.
-        if options.resume and options.out:
-            copy = RunFolder(Path(options.out)).start
-        return {"agent": agent_of(options.policy, copy)}
+        return {"agent": agent_of(options.policy)}
     return {}
 
 
-def build_parser(defaults: Mapping[str, object] = MappingProxyType({})) -> Parser:
+def _options_of_run(command: str, root: str) -> dict[str, object]:
+    """What a run was started with, so that only what differs need be given.
+
+    Args:
+        command: The command that goes on with it, which may lack some of the options
+            of the one that began.
+        root: Its folder.
+
+    Raises:
+        UserError: If there is no run.
+    """
+    from autoprune.runs import RunFolder
+
+    stored = options_of(RunFolder.open(root, "out").read_config())
+    parser = Parser()
+    COMMANDS[command].options(parser)
+    known = {name.lstrip("-") for name in parser.options}
+    return {name: value for name, value in stored.items() if name in known}
+
+
+def build_parser(
+    given: str | None = None, defaults: Mapping[str, object] = MappingProxyType({})
+) -> Parser:
     """The parser of all commands.
 
     Args:
-        defaults: Option to the default that follows from a method or a policy, for the
-            commands that take one.
+        given: The command that is given, where it is known.
+        defaults: Of its options those whose default follows from the others.
     """
     parser = Parser(
         prog="autoprune",
@@ -152,13 +171,14 @@ def build_parser(defaults: Mapping[str, object] = MappingProxyType({})) -> Parse
         "--version", action="version", version=f"autoprune {__version__}"
     )
     subcommands = parser.add_subcommands(required=True, dest="subcommand")
+    parser.commands = {}
     for name, command in COMMANDS.items():
         subparser = Parser(description=command.help)
         command.options(subparser)
-        # The others have no --method, and jsonargparse refuses defaults of options that
-        # a command lacks.
-        if command.options in (search_options, prune_options):
+        # Other commands may lack these options, which jsonargparse refuses.
+        if name == given:
             subparser.set_defaults(dict(defaults))
+        parser.commands[name] = subparser
         subcommands.add_subcommand(name, subparser, help=command.help)
     return parser
 

@@ -4,12 +4,11 @@ Imports no torch.
 """
 
 import dataclasses
-import re
-import sys
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 
+from autoprune.cli.parser import Parser, ReadConfig
 from autoprune.config import (
     DataConfig,
     DimensionsConfig,
@@ -36,15 +35,6 @@ set_parsing_settings(
 )
 
 Config = TypeVar("Config")
-PLAIN_MESSAGES = {
-    r"^the following arguments are required: (\w+)\.(\w+)$": (
-        r"\1: \2 is missing; see `autoprune \1 --help`"
-    ),
-    r"^expected \"subcommand\" .* not provided.$": (
-        "give a command; see `autoprune --help`"
-    ),
-}
-"""Messages of jsonargparse, which speak of configuration files, to plain ones."""
 ACTS_ONLY: set[str | int] = {
     "granularity",
     "agent",
@@ -57,29 +47,12 @@ ACTS_ONLY: set[str | int] = {
 """Options of a search that mean nothing to a policy that only acts, on channels."""
 
 
-class Parser(ArgumentParser):
-    """Reports a wrong command line in one line and ends with exit code 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints what is wrong with the command line, and ends.
-
-        Args:
-            message: What jsonargparse says.
-            ex: Where it comes from.
-        """
-        # The library's messages may run over several lines; a bad command ends with
-        # one.
-        text = " ".join(str(message).split())
-        for pattern, plain in PLAIN_MESSAGES.items():
-            text = re.sub(pattern, plain, text)
-        print(f"autoprune: error: {text}", file=sys.stderr)
-        sys.exit(2)
-
-
 def search_options(parser: Parser) -> None:
     """Everything that a new run needs: a field of every stage's dataclass."""
     parser.add_argument(
-        "--config", action="config", help="YAML file with any of these options."
+        "--config",
+        action=ReadConfig,
+        help="YAML file with any of these options, or config.yaml of a run.",
     )
     parser.add_argument(
         "--method",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
@@ -101,7 +101,7 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterat
     """
     from autoprune.cli.holding import held, warn_unless
     from autoprune.pipeline.context import RunContext
-    from autoprune.runs import RunFolder, check_settings, new_run
+    from autoprune.runs import RunFolder, check_new, check_settings, new_run
 
     settings = settings_of(options)
     output = pick(options, OutputConfig)
@@ -109,19 +109,23 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterat
     # last, so that a refused command leaves nothing behind.
     _check_names(settings, output)
     if output.resume and output.out is not None:
-        folder = RunFolder.open(output.out)
+        folder = RunFolder.open(output.out, "out")
         # Before anything of it is read, which another process might be changing.
         with held(folder, "out"):
+            check_settings(folder, settings)
+            _check_kept_options(options, folder)
             # Measuring the order of blocks anew would take long, and could break a tie
             # otherwise.
             context = RunContext(settings, blocks=folder.blocks)
             prepare(context)
-            check_settings(folder, settings)
             yield _begin(context, folder, output, options)
         return
+    # Once more under the lock; here, so that nobody waits for network and images first.
+    check_new(output.out)
     context = RunContext(settings)
     prepare(context)
-    with new_run(settings, output.out) as (folder, is_locked):
+    kept = _kept_options(options)
+    with new_run(settings, output.out, kept) as (folder, is_locked):
         warn_unless(is_locked, folder)
         yield _begin(context, folder, output, options)
 
@@ -137,6 +141,26 @@ def _begin(
     if options.method:
         folder.add_results(method=options.method)
     return Job(context, folder, output)
+
+
+KEPT_OPTIONS = ("method", "baselines", "latency_batch", "allocation")
+"""Options that are no settings, but that a run which goes on should remember."""
+
+
+def _kept_options(options: Namespace) -> dict[str, Any]:
+    """Of the options those of `KEPT_OPTIONS` that the command has."""
+    return {name: options[name] for name in KEPT_OPTIONS if name in options}
+
+
+def _check_kept_options(options: Namespace, folder: "RunFolder") -> None:
+    """Refuses to go on with a run under another method, or with another allocation."""
+    from autoprune.runs import other_than_stored
+
+    stored = folder.read_config().get("options", {})
+    # The others of `KEPT_OPTIONS` may change; runs of earlier versions hold none.
+    for name in ("method", "allocation"):
+        if name in stored and name in options and stored[name] != options[name]:
+            raise other_than_stored(name, folder, stored[name], options[name])
 
 
 def _check_names(settings: Settings, output: OutputConfig) -> None:

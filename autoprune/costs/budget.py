@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from autoprune.costs.cost import CostTable
-from autoprune.errors import UserError
+from autoprune.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from autoprune.costs.cost import CostTable
 
 METRICS = ("macs", "params")
 """What can be budgeted."""
@@ -47,7 +50,7 @@ class Budget:
         if metric not in METRICS:
             raise UserError(
                 "budget",
-                f"unknown metric {metric!r}; use one of "
+                f"unknown metric {metric!r};{did_you_mean(metric, METRICS)} use one of "
                 f"{', '.join(METRICS)}, e.g. macs=50%",
             )
         try:
@@ -78,7 +81,7 @@ class Budget:
         """
         return self
 
-    def target(self, costs: CostTable) -> int:
+    def target(self, costs: "CostTable") -> int:
         """The largest allowed cost of a network, as an absolute number.
 
         Args:
@@ -95,7 +98,7 @@ class Budget:
         # from losing one.
         return int(dense * self.share + 1e-9)
 
-    def share_of(self, costs: CostTable) -> float:
+    def share_of(self, costs: "CostTable") -> float:
         """The target as a share of the dense network.
 
         Args:
