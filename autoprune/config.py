@@ -103,11 +103,13 @@ class NetworkConfig:
 
     model: str = "resnet20"
     """A CIFAR network (resnet20, vgg16_bn_cifar, ...), any torchvision classifier,
-    timm/NAME, or package.module:factory.
+    timm/NAME, or a function of your own that makes it: package.module:factory or
+    ./file.py:factory.
     """
     weights: str = "auto"
-    """Trained weights: a safetensors or torch.save file; "auto" takes the embedded ones
-    for resnet20 on CIFAR-10, or those that a package.module:factory brings along.
+    """Trained weights: a safetensors or torch.save file, or FILE:KEY where it holds
+    several sets, as in ckpt.pt:ema. "auto" takes the embedded ones for resnet20 on
+    CIFAR-10; "none" takes the network as it is made, for a factory that brings its own.
     """
 
 
@@ -127,7 +129,7 @@ class TraceConfig(_Excluding):
     """A network to look into, trained or not."""
 
     model: str = NetworkConfig.model
-    """A network by name, or package.module:factory."""
+    """A network by name, package.module:factory or ./file.py:factory."""
     weights: str | None = None
     """Weights file; groups don't depend on it."""
     n_classes: int = 10

@@ -419,9 +419,11 @@ def _shown(value: object) -> str:
 def file_stem(*parts: str) -> str:
     """Words as the name of a file, joined by dashes.
 
-    Networks and budgets hold signs that no file's name should.
+    Networks and budgets hold signs that no file's name should; of a network in a file
+    the folder is left out.
 
     Args:
         *parts: The words.
     """
+    parts = tuple(re.sub(r"^.*/(?=[^/]*\.py:)", "", part) for part in parts)
     return re.sub("[:=/]", "-", "-".join(parts)).replace("%", "")

@@ -12,12 +12,8 @@ from autoprune.config import DataConfig
 from autoprune.costs.budget import Budget, BudgetRange
 from autoprune.costs.search_space import SearchSpace
 from autoprune.data.datasets import load
-from autoprune.data.models import (
-    build,
-    embedded_resnet20,
-    has_embedded_weights,
-    prepare_network,
-)
+from autoprune.data.models import build, embedded_resnet20, prepare_network
+from autoprune.data.places import has_embedded_weights
 from autoprune.errors import UserError
 from autoprune.evaluation.importance import importance
 from autoprune.evaluation.proxy import ProxyAccuracy
@@ -46,8 +42,8 @@ def network_named(model: str, data: str) -> NamedNetwork:
     Everything is as the command line makes it without options.
 
     Args:
-        model: "resnet20", whose weights are embedded, or `package.module:factory` for
-            a callable that returns a trained network.
+        model: "resnet20", whose weights are embedded, or `package.module:factory` or
+            `./file.py:factory` for a callable that returns a trained network.
         data: A dataset's name, or a folder with images.
 
     Raises:

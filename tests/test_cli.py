@@ -48,7 +48,7 @@ from autoprune.evaluation.evaluate import accuracy
 from autoprune.pipeline import stages
 from autoprune.runs import RunFolder
 
-TINY = ["--model", "tests.tiny:network", "--data", "digits"]
+TINY = ["--model", "tests.tiny:network", "--weights", "none", "--data", "digits"]
 FAST = [
     *TINY,
     "--episodes",
@@ -522,7 +522,7 @@ def test_help_answers_without_importing_torch():
     ("arguments", "message"),
     [
         (["--model", "resnet21"], "unknown model 'resnet21'; did you mean resnet"),
-        (["--model", "tests.tiny:nothing"], "'tests.tiny:nothing'"),
+        (["--model", "tests.tiny:nothing"], "'tests.tiny' has no 'nothing'"),
         (["--data", "cifar11"], "no dataset 'cifar11'; did you mean 'cifar10'"),
         (["--agent", "ppa"], "unknown agent 'ppa'; did you mean 'ppo'"),
         (["--criterion", "l3"], "unknown criterion 'l3'; did you mean 'l1'"),
@@ -566,7 +566,16 @@ def test_help_answers_without_importing_torch():
             ["--policy", "nowhere", "--agent", "random"],
             "--policy: random learns no policy to start from one",
         ),
-        (["--model", "resnet56"], "give the trained weights of resnet56"),
+        (
+            ["--model", "resnet56", "--weights", "auto"],
+            "give the trained weights of resnet56",
+        ),
+        (
+            ["--weights", "auto"],
+            "--weights: pruning starts from a trained network; give the file of the "
+            "trained weights of tests.tiny:network, or none if it returns a network "
+            "that is trained",
+        ),
         (["--weights", "missing.th"], "no file 'missing.th'"),
         (["--model", "tests.tiny:sick"], "0.0.weight holds NaN"),
         (["--model", "tests.tiny:hopeless"], "nothing can be pruned"),
@@ -837,7 +846,7 @@ def test_a_run_whose_network_has_no_onnx_form_is_reported_all_the_same(
 
 
 def test_a_network_in_half_precision_is_pruned_in_float32(tmp_path):
-    arguments = "--model", "tests.tiny:halved", "--data", "digits", "--agent", "uniform"
+    arguments = [*TINY, "--model", "tests.tiny:halved", "--agent", "uniform"]
     assert main(["search", *arguments, "--out", str(tmp_path / "run")]) == 0
 
 

@@ -26,6 +26,8 @@ from autoprune.training.masks import Masks
 TINY = [
     "--model",
     "tests.tiny:network",
+    "--weights",
+    "none",
     "--data",
     "digits",
     "--baselines",

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune.data.models import (
-    MODELS,
-    build,
-    load_weights,
-    model_names,
-    read_state_dict,
-)
+from autoprune.data.checkpoints import load_weights, read_state_dict
+from autoprune.data.models import MODELS, build, model_names
 from autoprune.errors import UserError
+from autoprune.runs import file_stem
 
 
 def macs(model: nn.Module) -> float:
@@ -137,7 +134,8 @@ def test_a_folder_of_the_users_comes_before_an_installed_package_of_its_name(
 def test_factory_that_cannot_be_imported_is_refused(own_module, path):
     own_module("own_net", "def net(): ...")
     with pytest.raises(
-        UserError, match=f"can't import '{path}' .*; expected package.module:factory"
+        UserError,
+        match=r"(can't import|has no '\w*'|Empty module name).*; expected package.module:",
     ):
         build(path)
 
@@ -148,8 +146,92 @@ def test_factory_must_be_callable_and_return_a_network(own_module):
         UserError, match="'own_other:number' is a int, expected a callable"
     ):
         build("own_other:number")
-    with pytest.raises(UserError, match=r"must return a torch.nn.Module, got str"):
+    with pytest.raises(
+        UserError, match=r"own_other:text must return a torch.nn.Module, got str"
+    ):
         build("own_other:text")
+
+
+@pytest.mark.parametrize("way", ["./own.py", "own.py", "{folder}/own.py"])
+def test_a_file_of_ones_own_may_be_named_by_its_path(own_module, tmp_path, way):
+    own_module("beside", "def layer(n): return nn.Linear(4, n)")
+    own_module(
+        "own", "from beside import layer\ndef net(n_classes): return layer(n_classes)"
+    )
+    model = build(way.format(folder=tmp_path) + ":net", n_classes=7)
+    assert model.out_features == 7
+
+
+def test_a_file_of_a_package_may_import_from_its_package(tmp_path, monkeypatch):
+    package = tmp_path / "nets_of_mine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "parts.py").write_text("from torch.nn import Linear\n")
+    (package / "whole.py").write_text(
+        "from .parts import Linear\ndef net(): return Linear(4, 6)\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert build(f"{package}/whole.py:net").out_features == 6
+
+
+def test_a_file_called_like_a_module_of_pythons_is_still_the_one_that_is_meant(
+    own_module,
+):
+    own_module("json_", "def net(): return nn.Linear(4, 6)")
+    os.rename("json_.py", "json.py")
+    assert build("./json.py:net").out_features == 6
+    import json
+
+    assert json.loads("[1]") == [1]
+
+
+def test_runs_of_a_network_in_a_file_are_named_after_the_file_alone():
+    names = "./own.py:net", "/home/me/own.py:net", "nets.own:net", "timm/resnet18"
+    assert [file_stem(name, "macs=50%") for name in names] == [
+        "own.py-net-macs-50",
+        "own.py-net-macs-50",
+        "nets.own-net-macs-50",
+        "timm-resnet18-macs-50",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./owm.py:net", r"no file './owm\.py'; did you mean 'own\.py'\?"),
+        ("./own.txt:net", r"'\./own\.txt' must be a file that ends in \.py"),
+        ("./own.py:nett", r"'\./own\.py' has no 'nett'; did you mean \./own\.py:net\?"),
+        ("own:nett", r"'own' has no 'nett'; did you mean own:net\?"),
+        ("./own.py:", r"'\./own\.py' has no ''; expected package\.module:factory or"),
+        ("./own.py:number", r"'\./own\.py:number' is a int, expected a callable"),
+        ("./own.py:made", r"own\.py:made is one network; expected a callable that"),
+        ("./own.py:pair", r"own\.py:pair must return a torch\.nn\.Module, got tuple"),
+        (
+            "./own.py:broken",
+            r"own\.py:broken failed \(ZeroDivisionError: division by zero, own\.py "
+            r"line 6\)",
+        ),
+        (
+            "./wrong.py:net",
+            r"can't import '\./wrong\.py:net' \(NameError: .*, wrong\.py line 2\)",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_factory_is_told_in_one_line(own_module, name, message):
+    own_module(
+        "own",
+        "def net(): return nn.Linear(4, 6)\n"
+        "number = 3\n"
+        "made = net()\n"
+        "def pair(): return net(), net()\n"
+        "def broken(): return 1 / 0",
+    )
+    (Path.cwd() / "own.txt").write_text("no Python")
+    own_module("wrong", "no_such_name")
+    with pytest.raises(UserError, match=message) as refusal:
+        build(name)
+    assert refusal.value.argument == "model"
+    assert "\n" not in str(refusal.value)
 
 
 # Weights
@@ -240,13 +322,13 @@ def test_weights_of_another_architecture_list_what_differs(tmp_path, given):
         tmp_path,
         fewer,
         Tiny(),
-        r"for another architecture: 1 missing \(first: conv.bias\)$",
+        r"for another architecture: 1 missing \(first: conv.bias\); give the model",
     )
     refused(
         tmp_path,
         given | {"more": torch.ones(1)},
         Tiny(),
-        r"1 unexpected \(first: more\)$",
+        r"1 unexpected \(first: more\); give the model",
     )
     both = fewer | {"head.weight": torch.ones(3, 4)}
     refused(

@@ -236,6 +236,8 @@ def test_replay_of_a_range_says_how_far_the_policy_decides(tmp_path, capsys):
     foreign = [
         "--model",
         "tests.tiny:residual",
+        "--weights",
+        "none",
         "--data",
         "digits",
         "--budget",

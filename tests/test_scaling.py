@@ -67,6 +67,8 @@ DATA = Images(PIXELS, torch.arange(12) % 10)
 RESIDUAL = [
     "--model",
     "tests.tiny:residual",
+    "--weights",
+    "none",
     "--data",
     "digits",
     "--granularity",
@@ -101,7 +103,7 @@ def scaling(model: nn.Module | None = None, *excluded: str) -> Scaling:
 
 def context(**search: object) -> RunContext:
     settings = Settings(
-        NetworkConfig("tests.tiny:residual"),
+        NetworkConfig("tests.tiny:residual", "none"),
         DataConfig("digits"),
         SearchConfig(granularity="dimensions", **search),
         ProxyConfig(images=40, workers=1),

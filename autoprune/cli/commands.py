@@ -351,14 +351,16 @@ def trace(options: Namespace) -> None:
     import torch
 
     from autoprune.costs.constraints import pin_excluded
-    from autoprune.data.models import MODELS, build, load_weights
+    from autoprune.data.checkpoints import load_weights
+    from autoprune.data.models import MODELS, build
+    from autoprune.data.places import NONE
     from autoprune.reporting.console import print_trace
     from autoprune.tracing.trace import describe
     from autoprune.tracing.trace import trace as trace_network
 
     config = pick(options, TraceConfig)
     model = build(config.model, config.n_classes)
-    if config.weights:
+    if config.weights not in (None, NONE):
         load_weights(model, config.weights)
     size = config.image_size
     if size is None:

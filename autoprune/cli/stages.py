@@ -135,7 +135,7 @@ def _begin(
 ) -> Job:
     from autoprune.reporting.console import say
 
-    for remark in context.splits.remarks:
+    for remark in context.remarks:
         say(remark)
     # Beside the settings, which hold what the method stands for but not its name.
     if options.method:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # What `_HOMES` says at run time, for editors and type checkers.
+    from autoprune.data.checkpoints import load_weights, read_state_dict
     from autoprune.data.datasets import (
         Images,
         Splits,
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
         load,
         normalize,
     )
-    from autoprune.data.models import build, load_weights, model_names, read_state_dict
+    from autoprune.data.models import build, model_names
     from autoprune.data.preprocessing import Preprocessing
 
 __all__ = [
@@ -41,10 +42,10 @@ _HOMES = {
     "build": "models",
     "carve": "datasets",
     "load": "datasets",
-    "load_weights": "models",
+    "load_weights": "checkpoints",
     "model_names": "models",
     "normalize": "datasets",
-    "read_state_dict": "models",
+    "read_state_dict": "checkpoints",
 }
 
 

@@ -13,16 +13,11 @@ from autoprune.config import Settings
 from autoprune.costs.budget import parse_budget
 from autoprune.costs.constraints import pin_excluded, search_limits
 from autoprune.costs.cost import CostTable
+from autoprune.data.checkpoints import load_weights
 from autoprune.data.datasets import Splits, load
-from autoprune.data.models import (
-    EMBEDDED_WEIGHTS,
-    build,
-    has_embedded_weights,
-    load_weights,
-    prepare_network,
-)
+from autoprune.data.models import build, prepare_network
+from autoprune.data.places import weights_named
 from autoprune.deploy.export import load_pruned
-from autoprune.errors import UserError
 from autoprune.evaluation.image_blocks import ImageBlocks
 from autoprune.evaluation.importance import Importance, importance
 from autoprune.evaluation.proxy import ProxyAccuracy
@@ -125,13 +120,24 @@ class RunContext:
         """
         if self.parts.dense is not None:
             return self.parts.dense
+        return self._loaded[0]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What to tell of how images and weights were read, before a run begins."""
+        return (*self.splits.remarks, *self._loaded[1])
+
+    @cached_property
+    def _loaded(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """The dense network, and what to tell of its weights."""
         network = self.settings.network
+        # First, since it is refused without building anything.
+        place = weights_named(network.model, network.weights, self.settings.data.data)
         n_classes = len(self.splits.classes)
         model = build(network.model, n_classes)
-        path = _weights_file(network.model, network.weights, self.settings.data.data)
-        if path is not None:
-            load_weights(model, path)
-        return prepare_network(model, network.model, self.splits.example, n_classes)
+        remarks = () if place is None else load_weights(model, place)
+        model = prepare_network(model, network.model, self.splits.example, n_classes)
+        return model, remarks
 
     @cached_property
     def model(self) -> nn.Module:
@@ -342,19 +348,3 @@ class RunContext:
             self.dense,
             blocks,
         )
-
-
-def _weights_file(model: str, weights: str, data: str) -> Path | None:
-    """The file of trained weights; None where a factory brings its own."""
-    if weights != "auto":
-        return Path(weights)
-    if has_embedded_weights(model, data):
-        return EMBEDDED_WEIGHTS
-    if ":" in model:
-        return None
-    # No weights at random instead: every stage would run through and mean nothing.
-    raise UserError(
-        "weights",
-        f"pruning starts from a trained network; give the trained weights of {model} "
-        f"on {data!r}",
-    )
