@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune.structure.groups import tensors_in
 from autoprune.structure.labels import broadcast_labels
+from autoprune.tracing.randomness import is_random
 from autoprune.tracing.rules.contractions import (
     attention,
     batched_product,
@@ -98,7 +99,9 @@ class LabelDispatchMode(TorchDispatchMode):
         # PyTorch passes None where there are no keyword arguments.
         kwargs = kwargs or {}
         out = self.execute(func, args, kwargs)
-        self._move_labels(Call(self.tracer, func, args, kwargs, out))
+        call = Call(self.tracer, func, args, kwargs, out)
+        self._move_labels(call)
+        self._follow_noise(call)
         return out
 
     def execute(
@@ -140,6 +143,18 @@ class LabelDispatchMode(TorchDispatchMode):
         # What only moves data needs no memory for long, and counts where it is read.
         if activations and rule not in MOVING_RULES:
             tracer.operations.append(self._alive_labels(activations, call.out))
+
+    def _follow_noise(self, call: Call) -> None:
+        """Marks what an operation drew, or computed from what was drawn before.
+
+        An activation with noise is an activation.
+        """
+        tracer = self.tracer
+        if not is_random(call.func) and not any(map(tracer.is_noise, call.tensors())):
+            return
+        for out in tensors_in(call.out):
+            if not tracer.is_activation(out) and tracer.parameter(out) is None:
+                tracer.mark_noise(out)
 
     def _alive_labels(self, inputs: list[Tensor], out: object) -> list[Tensor]:
         """Labels of an operation's inputs and outputs, each tensor counted once.

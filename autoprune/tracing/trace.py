@@ -18,6 +18,7 @@ from autoprune.structure.slicing import shared_copy
 from autoprune.tracing.dispatch import LabelDispatchMode, track_labels
 from autoprune.tracing.grouping import derive_groups
 from autoprune.tracing.mac_coverage import both_axes_share, prunable_share
+from autoprune.tracing.randomness import fixed_randomness
 from autoprune.tracing.tracer import Tracer
 from autoprune.tracing.verify import failing_groups
 
@@ -72,7 +73,12 @@ def _private_copy(model: nn.Module) -> nn.Module:
 def _run_forward(tracer: Tracer, example: Tensor) -> None:
     """Runs the forward pass; the input's channels and the output's are pinned."""
     try:
-        with torch.no_grad(), track_labels(tracer, example), LabelDispatchMode(tracer):
+        with (
+            torch.no_grad(),
+            fixed_randomness(),
+            track_labels(tracer, example),
+            LabelDispatchMode(tracer),
+        ):
             output = tracer.model(example)
     except UserError:
         raise

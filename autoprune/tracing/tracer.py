@@ -31,6 +31,8 @@ from autoprune.tracing.constraint_solver import (
 
 LABELS = "_autoprune_labels"
 """Attribute of an activation that holds its labels."""
+NOISE = "_autoprune_noise"
+"""Attribute of a tensor of random numbers, which are nobody's channels."""
 VIEW = "_autoprune_view"
 """Attribute of a parameter, or of a view of one, that says which it is."""
 
@@ -111,6 +113,29 @@ class ParameterView:
         return None
 
 
+def argument(
+    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+) -> Any:
+    """One argument of an operation, or its default.
+
+    Args:
+        func: The ATen overload.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        name: As in the operation's schema; a `KeyError` if that has none of the name.
+    """
+    for position, declared in enumerate(func._schema.arguments):
+        if declared.name != name:
+            continue
+        # Code may pass an argument by name, by position or not at all.
+        if name in kwargs:
+            return kwargs[name]
+        if position < len(args):
+            return args[position]
+        return declared.default_value
+    raise KeyError(name)
+
+
 @dataclass(frozen=True)
 class Call:
     """One executed operation: what went in, what came out.
@@ -131,16 +156,7 @@ class Call:
 
     def __getitem__(self, name: str) -> Any:
         """An argument by its name in the operation's schema, or its default."""
-        for position, argument in enumerate(self.func._schema.arguments):
-            if argument.name != name:
-                continue
-            # Code may pass an argument by name, by position or not at all.
-            if name in self.kwargs:
-                return self.kwargs[name]
-            if position < len(self.args):
-                return self.args[position]
-            return argument.default_value
-        raise KeyError(name)
+        return argument(self.func, self.args, self.kwargs, name)
 
     def refuse(self) -> NoReturn:
         """Raises a `UserError`: the operation reads an activation's values."""
@@ -275,6 +291,14 @@ class Tracer:
     def parameter(self, tensor: Tensor | None) -> ParameterView | None:
         """The parameter behind a tensor, unless it is an activation."""
         return getattr(tensor, VIEW, None)
+
+    def mark_noise(self, tensor: Tensor) -> None:
+        """Marks random numbers: of as many as there are, each is like the others."""
+        setattr(tensor, NOISE, True)
+
+    def is_noise(self, tensor: Tensor) -> bool:
+        """Whether a tensor holds random numbers, or what follows from them alone."""
+        return hasattr(tensor, NOISE)
 
     def is_activation(self, tensor: Tensor) -> bool:
         """Whether the tensor carries labels."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from autoprune.structure.groups import Group, Groups, named_tensors, tensors_in
 from autoprune.structure.slicing import Slicer, shared_copy
 from autoprune.tracing.masking import Masked
+from autoprune.tracing.randomness import fixed_randomness
 
 # float64 agrees to about 1e-13, float32 to 1e-5; a wrong index or a channel kept alive
 # by its bias shows at 1e-3 and above.
@@ -24,6 +25,7 @@ LARGE = 1_000_000
 DRAWS = 8
 """How many draws of weights a group gets to show that masking it changes something."""
 UNCHANGED = "masking it doesn't change the output"
+UNREPEATABLE = "the network answers the same input differently each time"
 
 
 def failing_groups(model: nn.Module, groups: Groups, example: Tensor) -> dict[str, str]:
@@ -46,6 +48,9 @@ def failing_groups(model: nn.Module, groups: Groups, example: Tensor) -> dict[st
     check = draw(seed=0)
     if not len(groups) or check.joint_failure(groups) is None:
         return {}
+    if check.failure({}) != UNCHANGED:
+        # A network with a memory, say: nothing would show that a group is right.
+        return {group.name: UNREPEATABLE for group in groups}
     # Nearly all that fails doesn't run, which a forward pass for each group tells.
     failing: dict[str, str] = {}
     for group in groups:
@@ -58,7 +63,7 @@ def failing_groups(model: nn.Module, groups: Groups, example: Tensor) -> dict[st
     # What is left passes by itself, but may fail together.
     sound = [group for group in groups if group.name not in failing]
     failure = check.joint_failure(sound)
-    while failure is not None and failure != UNCHANGED:
+    while sound and failure is not None and failure != UNCHANGED:
         last = _first_failing(check, sound)
         failing[sound[last].name] = f"together with other groups, {failure}"
         del sound[last]
@@ -150,8 +155,10 @@ class _Check:
     @torch.no_grad()
     def _output(self, model: nn.Module) -> Tensor:
         """Every tensor that a network returns, as one vector."""
+        with fixed_randomness():
+            output = model(self.example)
         tensors = []
-        for tensor in tensors_in(model(self.example)):
+        for tensor in tensors_in(output):
             tensors.append(tensor.flatten().double())
         return torch.cat(tensors)
 

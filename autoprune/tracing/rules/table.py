@@ -106,20 +106,18 @@ def pointwise(call: Call) -> str | None:
         # A single number, computed from a mean for instance, is nobody's channel.
         tracer.label(out, torch.full((), CONSTANT, dtype=torch.int64))
         return None
-    # Numbers that the code writes, as scalars, scale all channels alike.
-    operands = [tensor for tensor in call.tensors() if tensor.ndim]
-    has_activation = False
-    has_parameter = False
-    for tensor in operands:
-        if tracer.is_activation(tensor):
-            has_activation = True
-        elif tracer.parameter(tensor) is not None:
-            has_parameter = True
+    # Numbers that the code writes, as scalars, scale all channels alike; so does noise.
+    operands = []
+    for tensor in call.tensors():
+        if tensor.ndim and not tracer.is_noise(tensor):
+            operands.append(tensor)
+    has_activation = any(map(tracer.is_activation, operands))
+    has_parameter = any(tracer.parameter(tensor) is not None for tensor in operands)
     if not has_activation and not has_parameter:
         return None
     if not has_activation and len(operands) == 1:
         # The exponential of a parameter, say; nothing meets it yet.
-        tracer.label(out, tracer.labels(operands[0]))
+        tracer.label(out, tracer.labels(operands[0]).expand(out.shape))
         return None
     spreads = []
     for tensor in operands:
@@ -219,6 +217,7 @@ RULES: dict[Any, Rule] = {
     aten.native_group_norm: group_norm,
     aten._softmax: axis_scan,
     aten._log_softmax: axis_scan,
+    aten._safe_softmax: axis_scan,
     aten.cumsum: axis_scan,
     # Movements of data.
     aten.constant_pad_nd: pad,
@@ -302,6 +301,27 @@ RULES: dict[Any, Rule] = {
     aten.hardswish: pointwise,
     aten.hardswish_: pointwise,
     aten._prelu_kernel: pointwise,
+    # Random numbers, by an activation's shape or its values.
+    aten.rand_like: new_like,
+    aten.randn_like: new_like,
+    aten.randint_like: new_like,
+    aten.bernoulli: new_like,
+    aten.normal: pointwise,
+    aten.poisson: pointwise,
+    aten.binomial: pointwise,
+    aten._standard_gamma: pointwise,
+    aten.rrelu_with_noise: pointwise,
+    aten.rrelu_with_noise_: pointwise,
+    aten.native_dropout: axis_scan,
+    # And those that overwrite what was there.
+    aten.bernoulli_: constant,
+    aten.cauchy_: constant,
+    aten.exponential_: constant,
+    aten.geometric_: constant,
+    aten.log_normal_: constant,
+    aten.normal_: constant,
+    aten.random_: constant,
+    aten.uniform_: constant,
     # Buffers and constants that the code makes.
     aten.new_empty: new_buffer,
     aten.copy_: in_place_copy,
