@@ -7,12 +7,19 @@ answer at once.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from autoprune.errors import UserError, check_share, did_you_mean
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+"""Pillow's ways of scaling images, all but the first antialiased."""
+CROP_MODES = ("center", "squash", "border")
+"""How an image of another shape is made to fit, as timm calls it: cropped at the
+centre, scaled without regard to its shape, or with borders.
+"""
 LARGEST_SEED = 2**32 - 2
 """Of what generators take one less than the most: CMA-ES adds one."""
 
@@ -97,6 +104,118 @@ def _numbers(argument: str, text: str) -> dict[str, int]:
     return numbers
 
 
+def _size(argument: str, value: int | str | None) -> tuple[int, int] | None:
+    """Height and width, from a side or "HEIGHTxWIDTH"; None for None.
+
+    Args:
+        argument: The argument that holds the value.
+        value: As given.
+
+    Raises:
+        UserError: If it is neither, or a side is below 1.
+    """
+    if value is None:
+        return None
+    parts = str(value).lower().split("x")
+    if len(parts) > 2 or not all(
+        part.strip().lstrip("-").isdecimal() for part in parts
+    ):
+        raise UserError(
+            argument,
+            f"expected a side in pixels, or height x width as in 192x256; got "
+            f"{value!r}",
+        )
+    height = int(parts[0])
+    width = int(parts[-1])
+    if min(height, width) < 1:
+        raise UserError(argument, f"must be at least 1, got {value}")
+    return height, width
+
+
+def _channel_values(argument: str, text: str | None) -> tuple[float, ...] | None:
+    """Numbers from "0.5,0.5,0.5" or "0.5"; None for None.
+
+    Args:
+        argument: The argument that holds the text.
+        text: As given.
+
+    Raises:
+        UserError: If one isn't a finite number.
+    """
+    if text is None:
+        return None
+    values = []
+    # Brackets as Python writes them do no harm.
+    for item in _items(str(text).strip("()[] ")):
+        try:
+            values.append(float(item))
+        except ValueError:
+            values.append(math.nan)
+    if not values or not all(math.isfinite(value) for value in values):
+        raise UserError(
+            argument,
+            f"expected numbers in the order of the channels, as in 0.5,0.5,0.5; got "
+            f"{text!r}",
+        )
+    return tuple(values)
+
+
+def _crop(argument: str, value: float | str | None) -> dict[str, Any]:
+    """What a crop says: its mode, and a share or the shorter side before it.
+
+    Args:
+        argument: The argument that holds the value.
+        value: As given: a share, pixels, or one of `CROP_MODES`.
+
+    Raises:
+        UserError: If it is none of these.
+    """
+    if value is None:
+        return {}
+    if value in CROP_MODES:
+        return {"crop_mode": value, "crop": 1.0}
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    # Not `number <= 0`: NaN has to fail as well.
+    if not 0 < number < math.inf:
+        raise UserError(
+            argument,
+            f"expected a share in (0, 1], pixels above 1, or "
+            f"{' or '.join(CROP_MODES)}; got {value!r}",
+        )
+    kind = "crop" if number <= 1 else "shorter_side"
+    return {"crop_mode": "center", kind: number}
+
+
+def stated_preprocessing(config: "DataConfig | TraceConfig") -> dict[str, Any]:
+    """What options say of the preprocessing; what they leave open isn't in it.
+
+    Args:
+        config: The options.
+
+    Returns:
+        Fields of `autoprune.data.Preprocessing`, "channels", and "shorter_side" for a
+        crop in pixels.
+
+    Raises:
+        UserError: If one of them can't be read.
+    """
+    values: dict[str, Any] = {
+        "size": _size("image_size", config.image_size),
+        "channels": config.channels,
+    }
+    if isinstance(config, DataConfig):
+        values["mean"] = _channel_values("mean", config.mean)
+        values["std"] = _channel_values("std", config.std)
+        values["interpolation"] = config.interpolation
+        values |= _crop("crop", config.crop)
+        if values["std"] is not None and min(values["std"]) <= 0:
+            raise UserError("std", f"must be above 0, got {config.std}")
+    return {name: value for name, value in values.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
     """The network to prune."""
@@ -134,13 +253,23 @@ class TraceConfig(_Excluding):
     """Weights file; groups don't depend on it."""
     n_classes: int = 10
     """Width of the head."""
-    image_size: int | None = None
-    """Side of the input in pixels (None: 32 for the CIFAR networks, else 224)."""
+    image_size: int | str | None = None
+    """Side of the input in pixels, or height x width as in 192x256 (None: what the
+    network says, else 32 for the CIFAR networks and 224 for others).
+    """
+    channels: int | None = None
+    """Channels of the input, 1 for grey (None: what the network reads)."""
     exclude: str = ""
     """Groups or layers that stay whole, as for `autoprune run`."""
 
     def __post_init__(self) -> None:
-        _check_range(self, 1, float("inf"), "n_classes", "image_size")
+        _check_range(self, 1, float("inf"), "n_classes", "channels")
+        _size("image_size", self.image_size)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What the options say of the preprocessing, as in `DataConfig`."""
+        return stated_preprocessing(self)
 
 
 @dataclass(frozen=True)
@@ -178,8 +307,30 @@ class DataConfig:
     and test/ or val/, in each a folder a class. Without test/ and val/ a fifth of the
     training images is kept apart for the test.
     """
-    image_size: int = 224
-    """Side in pixels to which the images of a folder are resized and cropped."""
+    image_size: int | str | None = None
+    """Side in pixels to which images are scaled and cropped, or height x width as in
+    192x256 (None: the network's, else the images' own).
+    """
+    mean: str | None = None
+    """Mean of the channels' values in [0, 1], comma-separated, one for all or one each
+    (None: the network's, else ImageNet's).
+    """
+    std: str | None = None
+    """Deviation of the channels' values in [0, 1], as for mean."""
+    channels: int | None = None
+    """Channels of the images: 1 for grey, 3 for colours, or more (None: what the
+    network reads).
+    """
+    interpolation: str | None = None
+    """How images are scaled: nearest, bilinear, bicubic, lanczos, box or hamming (None:
+    the network's, else bilinear).
+    """
+    crop: float | str | None = None
+    """Share of the scaled image that the crop at the centre keeps, as in 0.875; above
+    1 the shorter side in pixels before the crop, as in 256; squash to scale images to
+    the size whatever their shape; border to keep the whole image within borders (None:
+    the network's, else 1).
+    """
     calibration_images: int | None = None
     """Training images held out for batch-norm statistics of sub-models (None: all
     stored ones of the sample, else 1,000 or a fifteenth of a small dataset).
@@ -205,12 +356,21 @@ class DataConfig:
             self,
             1,
             float("inf"),
-            "image_size",
             *held_out,
+            "channels",
             "max_train_images",
             "max_test_images",
         )
         _check_range(self, 0, LARGEST_SEED, "split_seed")
+        if self.interpolation is not None:
+            _check_choice(self, "interpolation", *INTERPOLATIONS, stage="")
+        # Read for its refusals, before anything slow happens.
+        stated_preprocessing(self)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What the options say of the preprocessing; see `stated_preprocessing`."""
+        return stated_preprocessing(self)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,12 @@ class Results:
     """Who decided: an agent, a baseline, or the source of an allocation."""
     method: str | None = None
     """Published method that set the defaults, if one was named."""
+    preprocessing: dict[str, Any] | None = None
+    """How images become inputs: mean, std, channels, size, interpolation, crop, and
+    where these come from.
+    """
+    remarks: list[str] | None = None
+    """What looked wrong with images or network before anything was done with them."""
     sparse_method: str | None = None
     """How the network was trained sparsely before the search."""
     sparse_strength: float | None = None

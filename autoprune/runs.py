@@ -307,6 +307,7 @@ def new_run(
     settings: Settings,
     out: str | None,
     options: Mapping[str, Any] = MappingProxyType({}),
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[tuple[RunFolder, bool]]:
     """A new run folder with its config, held until the end of the block.
 
@@ -315,6 +316,7 @@ def new_run(
         out: The folder; None for one in runs/ that nobody has.
         options: What else it is started with and decides no result; kept beside the
             settings for a run that goes on.
+        facts: What else its config is to hold, such as what was read of the network.
 
     Yields:
         The run, and whether it is locked; see `autoprune.locks.hold`.
@@ -328,7 +330,8 @@ def new_run(
         # Under the lock: of two processes that were given one folder the second one
         # finds the first one's config.
         check_new(root)
-        config = settings.to_dict() | {"options": dict(options)} | provenance()
+        config = settings.to_dict() | dict(facts)
+        config |= {"options": dict(options)} | provenance()
         try:
             write_text(folder.config, yaml.safe_dump(config, sort_keys=False))
         except UserError:

@@ -11,9 +11,10 @@ from torch import nn
 from autoprune.config import DataConfig
 from autoprune.costs.budget import Budget, BudgetRange
 from autoprune.costs.search_space import SearchSpace
-from autoprune.data.datasets import load
+from autoprune.data.datasets import open_dataset, read_dataset
 from autoprune.data.models import build, embedded_resnet20, prepare_network
 from autoprune.data.places import has_embedded_weights
+from autoprune.data.preprocessing_sources import preprocessing_of
 from autoprune.errors import UserError
 from autoprune.evaluation.importance import importance
 from autoprune.evaluation.proxy import ProxyAccuracy
@@ -50,10 +51,14 @@ def network_named(model: str, data: str) -> NamedNetwork:
         UserError: If the network or the data isn't known, has no trained weights here,
             or the network doesn't answer these images with these classes.
     """
-    splits = load(DataConfig(data=data))
-    network = _trained(model, data, len(splits.classes))
+    config = DataConfig(data=data)
+    dataset = open_dataset(config)
+    n_classes = len(dataset.classes)
+    network = _trained(model, data, n_classes)
+    preprocessing = preprocessing_of(network, config, model, n_classes=n_classes)
+    splits = read_dataset(dataset, config, preprocessing)
     # As a run does it, so that importance is the same to the last bit.
-    network = prepare_network(network, model, splits.example, len(splits.classes))
+    network = prepare_network(network, model, splits.example, n_classes)
     groups = trace(network, splits.example)
     scores = importance("l1", network, groups, splits.train)
     return NamedNetwork(network, groups, ProxyAccuracy(network, groups, scores, splits))

@@ -101,7 +101,7 @@ def cheap_export(finished, monkeypatch):
     """Skips PyTorch's exporter, which takes longer than all else that a small run does."""
     measure_latency = stages.measure_latency
 
-    def copy_onnx(model: nn.Module, example: torch.Tensor, path: Path) -> float:
+    def copy_onnx(model, example, path, metadata) -> float:
         shutil.copy(finished / "model.onnx", path)
         return 0.0
 
@@ -605,7 +605,7 @@ def test_help_answers_without_importing_torch():
         ),
         (
             ["--model", "tests.tiny:demanding"],
-            "can't answer images of shape (1, 3, 16, 16) (Given groups=1",
+            "--channels: the network reads 4, the images have 3; take a folder of images",
         ),
         (["--seed", "-1"], "--seed: must be from 0 to 4294967294, got -1"),
         (

@@ -423,8 +423,10 @@ def test_grey_images_of_16_bits_keep_their_shades(folder):
         Image.fromarray(shades).save(path)
     test = load_folder(folder).test
     red = test.pixels[test.labels == 1]
-    assert (red[..., 0] == round(40_000 / 257)).all()
-    assert (red[..., -1] == 255).all()
+    assert torch.equal(red[..., 0], torch.full_like(red[..., 0], 40_000 / 65_535))
+    assert (red[..., -1] == 1).all()
+    # Those of 8 bits beside them are on the same scale.
+    assert (test.pixels[test.labels == 0][:, 1] == 1).all()
 
 
 def test_images_whose_range_is_not_known_are_refused(folder):

@@ -63,7 +63,11 @@ def replay(options: Namespace) -> None:
     # What a run has of its own network, trained or measured, says nothing of another.
     is_same_network = options.model is None and options.weights is None
     if is_same_network:
-        context = dataclasses.replace(trained, settings=settings)
+        parts = trained.parts
+        # As the run was started with it, unless the options say otherwise now.
+        if settings.data.preprocessing != trained.settings.data.preprocessing:
+            parts = dataclasses.replace(parts, preprocessing=None)
+        context = dataclasses.replace(trained, settings=settings, parts=parts)
     else:
         context = RunContext(settings)
     env = make_env(context)
@@ -354,6 +358,7 @@ def trace(options: Namespace) -> None:
     from autoprune.data.checkpoints import load_weights
     from autoprune.data.models import MODELS, build
     from autoprune.data.places import NONE
+    from autoprune.data.preprocessing_sources import preprocessing_of
     from autoprune.reporting.console import print_trace
     from autoprune.tracing.trace import describe
     from autoprune.tracing.trace import trace as trace_network
@@ -362,11 +367,14 @@ def trace(options: Namespace) -> None:
     model = build(config.model, config.n_classes)
     if config.weights not in (None, NONE):
         load_weights(model, config.weights)
-    size = config.image_size
-    if size is None:
-        # What the CIFAR networks and most others were made for.
-        size = 32 if config.model in MODELS else 224
-    groups = trace_network(model, torch.zeros(1, 3, size, size))
+    preprocessing = preprocessing_of(
+        model, config, config.model, config.weights, config.n_classes
+    )
+    # What the CIFAR networks and most others were made for.
+    usual = (32, 32) if config.model in MODELS else (224, 224)
+    size = preprocessing.size or usual
+    example = torch.zeros(1, preprocessing.channels, *size)
+    groups = trace_network(model, example)
     # The patterns are of names that only a trace gives.
     groups = pin_excluded(groups, config.excluded)
     description = {"model": config.model, **describe(groups)}

@@ -100,7 +100,7 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterat
         UserError: If something is wrong; nothing is written then.
     """
     from autoprune.cli.holding import held, warn_unless
-    from autoprune.pipeline.context import RunContext
+    from autoprune.pipeline.context import Parts, RunContext, stored_preprocessing
     from autoprune.runs import RunFolder, check_new, check_settings, new_run
 
     settings = settings_of(options)
@@ -116,7 +116,8 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterat
             _check_kept_options(options, folder)
             # Measuring the order of blocks anew would take long, and could break a tie
             # otherwise.
-            context = RunContext(settings, blocks=folder.blocks)
+            parts = Parts(preprocessing=stored_preprocessing(folder.read_config()))
+            context = RunContext(settings, blocks=folder.blocks, parts=parts)
             prepare(context)
             yield _begin(context, folder, output, options)
         return
@@ -125,7 +126,8 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterat
     context = RunContext(settings)
     prepare(context)
     kept = _kept_options(options)
-    with new_run(settings, output.out, kept) as (folder, is_locked):
+    facts = {"preprocessing": context.splits.preprocessing.to_dict()}
+    with new_run(settings, output.out, kept, facts) as (folder, is_locked):
         warn_unless(is_locked, folder)
         yield _begin(context, folder, output, options)
 
@@ -133,10 +135,6 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterat
 def _begin(
     context: "RunContext", folder: "RunFolder", output: OutputConfig, options: Namespace
 ) -> Job:
-    from autoprune.reporting.console import say
-
-    for remark in context.remarks:
-        say(remark)
     # Beside the settings, which hold what the method stands for but not its name.
     if options.method:
         folder.add_results(method=options.method)
@@ -221,6 +219,18 @@ def prepare(context: "RunContext") -> None:
         # Made for its refusals and dropped; the search makes its own.
         make_env(context)
     method.check(context)
+
+
+def _is_inspected(job: Job) -> bool:
+    return job.folder.read_results().remarks is not None
+
+
+def _inspect(job: Job) -> None:
+    """Says how images become inputs, and what looks wrong with the dense network."""
+    from autoprune.pipeline.stages import inspect_stage
+    from autoprune.reporting.console import say
+
+    inspect_stage(job.dense, job.folder, say)
 
 
 def _is_trained_sparsely(job: Job) -> bool:
@@ -374,6 +384,8 @@ def _show_loss(advance: Callable[[str], None]) -> Callable[[int, float], None]:
 
 
 STAGES: tuple[Stage, ...] = (
+    # First: whoever reads that the preprocessing is wrong stops the run here.
+    Stage("inspect", ("results.json: remarks",), _is_inspected, _inspect),
     Stage("sparse", ("sparse/",), _is_trained_sparsely, _train_sparsely),
     Stage(
         "decide",

@@ -1,18 +1,28 @@
 """Images from files: folders with one subfolder a class, and grids in one picture."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from autoprune.data.image_fitting import fit_array, fit_image
+from autoprune.data.preprocessing import Preprocessing, checked_pixels
 from autoprune.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+ARRAY_SUFFIX = ".npy"
+"""Ending of NumPy arrays, `(height, width)` or `(height, width, channels)`."""
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ARRAY_SUFFIX,
+)  # fmt: skip
 """Endings of the files that are read, in lower case; others are left out."""
+MODE_16_BITS = "I;16"
+"""What Pillow's modes of 16 bits begin with, all of them grey."""
 TEST_PARTS = ("test", "val", "valid", "validation")
 """Subfolders that may hold the test images; the first that has classes counts."""
 LAYOUT = (
@@ -95,16 +105,60 @@ def _image_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def read_images(files: dict[str, list[Path]], side: int) -> tuple[Tensor, Tensor]:
+class ImageHeader(NamedTuple):
+    """What is known of an image before it is decoded.
+
+    Attributes:
+        height: In pixels.
+        width: In pixels.
+        is_float: Whether its values need more than 8 bits.
+    """
+
+    height: int
+    width: int
+    is_float: bool
+
+
+def read_headers(paths: Sequence[Path]) -> list[ImageHeader]:
+    """The sizes of images, without decoding them.
+
+    Args:
+        paths: The files.
+
+    Raises:
+        UserError: If one is no image; it is named.
+    """
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(_read_header, paths))
+
+
+def _read_header(path: Path) -> ImageHeader:
+    with _naming(path):
+        if path.suffix.lower() == ARRAY_SUFFIX:
+            # Mapped, so that only the header is read.
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
+            height, width = _array_shape(path, values)[:2]
+            return ImageHeader(height, width, values.dtype != np.uint8)
+        with Image.open(path) as image:
+            is_float = image.mode.startswith(MODE_16_BITS)
+            return ImageHeader(image.height, image.width, is_float)
+
+
+def read_images(
+    files: Mapping[str, list[Path]], preprocessing: Preprocessing, is_float: bool
+) -> tuple[Tensor, Tensor]:
     """Reads the images of all classes into memory, one class after the other.
 
     Args:
         files: Class to its files, as from `find_images`.
-        side: Height and width; images are scaled and cropped at the centre. An image of
-            224 pixels takes 150 kB.
+        preprocessing: Of the network, with the size to which images are scaled and
+            cropped. An image of 224 pixels takes 150 kB.
+        is_float: Whether some image needs more than 8 bits; all are kept as floats
+            then, which take four times as much.
 
     Returns:
-        Pixels, uint8 `(n_images, 3, side, side)`, and labels, int64 `(n_images,)`.
+        Pixels `(n_images, channels, height, width)`, uint8 or float32 in [0, 1], and
+        labels, int64 `(n_images,)`.
 
     Raises:
         UserError: If an image can't be read; it is named.
@@ -114,10 +168,15 @@ def read_images(files: dict[str, list[Path]], side: int) -> tuple[Tensor, Tensor
     for label, paths_of_class in enumerate(files.values()):
         paths += paths_of_class
         labels += [label] * len(paths_of_class)
-    pixels = np.empty((len(paths), 3, side, side), np.uint8)
+    assert preprocessing.size is not None, "one array holds images of one size"
+    shape = (len(paths), preprocessing.channels, *preprocessing.size)
+    pixels = np.empty(shape, np.float32 if is_float else np.uint8)
 
     def read(index: int) -> None:
-        pixels[index] = _read_image(paths[index], side)
+        image = _read_image(paths[index], preprocessing)
+        if is_float and image.dtype == np.uint8:
+            image = image.astype(np.float32) / 255
+        pixels[index] = image
 
     # Threads are enough: Pillow decodes without Python's lock.
     with ThreadPoolExecutor() as pool:
@@ -126,21 +185,88 @@ def read_images(files: dict[str, list[Path]], side: int) -> tuple[Tensor, Tensor
     return torch.from_numpy(pixels), torch.tensor(labels)
 
 
-def _read_image(path: Path, side: int) -> np.ndarray:
-    """One image, uint8 `(3, side, side)`."""
-    try:
+def _read_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
+    """One image that fits the network, `(channels, height, width)`."""
+    channels = preprocessing.channels
+    with _naming(path):
+        if path.suffix.lower() == ARRAY_SUFFIX:
+            values = np.load(path, allow_pickle=False)
+            _array_shape(path, values)
+            return fit_array(_planes(path, values, channels), preprocessing)
         with Image.open(path) as image:
             if image.mode in ("I", "F"):
                 raise _unreadable(path, f"mode {image.mode}, whose range isn't known")
-            colours = _eight_bits(image).convert("RGB")
-            fitted = ImageOps.fit(colours, (side, side), Image.Resampling.BILINEAR)
+            # Pillow has no colours of 16 bits, and cuts off what is above 255 where it
+            # converts grey.
+            if image.mode.startswith(MODE_16_BITS):
+                values = np.asarray(image, np.uint16)
+                return fit_array(_planes(path, values, channels), preprocessing)
+            return fit_image(_in_channels(path, image, channels), preprocessing)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns what readers raise for damaged files into an error that names the file."""
+    try:
+        yield
     except UserError:
         # It is a ValueError too, and would lose its reason below.
         raise
-    # What Pillow's readers raise for files that are damaged or no images.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    # What Pillow's and NumPy's readers raise for files that are damaged or no images.
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        Image.DecompressionBombError,
+    ) as error:
         raise _unreadable(path, type(error).__name__) from error
-    return np.asarray(fitted).transpose(2, 0, 1)
+
+
+def _array_shape(path: Path, values: np.ndarray) -> tuple[int, ...]:
+    """Height, width and, where there are several, channels of an array."""
+    if values.ndim not in (2, 3):
+        raise _unreadable(
+            path, f"shape {values.shape}, expected (height, width, channels)"
+        )
+    return values.shape
+
+
+def _planes(path: Path, values: np.ndarray, channels: int) -> np.ndarray:
+    """An array's channels, `(channels, height, width)`: uint8, or float32 in [0, 1].
+
+    Grey is repeated for a network that reads colours; anything else must fit.
+    """
+    planes = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+    if len(planes) == 1 and channels == 3:
+        planes = planes.repeat(3, 0)
+    if len(planes) != channels:
+        raise _unreadable(path, f"{_count(len(planes))}, the network reads {channels}")
+    try:
+        # The one rule for values, whoever hands them in.
+        return checked_pixels(torch.from_numpy(planes.copy())[None])[0].numpy()
+    except (UserError, TypeError) as error:
+        reason = error.reason if isinstance(error, UserError) else str(values.dtype)
+        raise _unreadable(path, reason) from error
+
+
+def _in_channels(path: Path, image: Image.Image, channels: int) -> Image.Image:
+    """An image of 8 bits with the channels that the network reads."""
+    if channels == 1:
+        return image.convert("L")
+    if channels == 3:
+        return image.convert("RGB")
+    if len(image.getbands()) == channels:
+        return image
+    raise _unreadable(
+        path,
+        f"{_count(len(image.getbands()))}, the network reads {channels}; images of "
+        f"several channels may be .npy files, height x width x channels",
+    )
+
+
+def _count(channels: int) -> str:
+    return "1 channel" if channels == 1 else f"{channels} channels"
 
 
 def _unreadable(path: Path, reason: str) -> UserError:
@@ -148,15 +274,6 @@ def _unreadable(path: Path, reason: str) -> UserError:
     return UserError(
         "data", f"can't read image {str(path)!r} ({reason}); replace or remove it"
     )
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16 bits to 8, so that white stays white; other images stay as they are."""
-    if not image.mode.startswith("I;16"):
-        return image
-    # Pillow's own conversion would cut all above 255 off.
-    values = (np.asarray(image, np.uint32) + 128) // 257
-    return Image.fromarray(values.astype(np.uint8))
 
 
 def read_grid(path: Path, side: int = 32) -> Tensor:

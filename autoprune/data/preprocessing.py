@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoprune.config import CROP_MODES, INTERPOLATIONS
 from autoprune.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -23,12 +24,6 @@ too.
 """
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Its deviation."""
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
-"""Pillow's ways of scaling, all but the first antialiased."""
-CROP_MODES = ("center", "squash", "border")
-"""How an image of another shape is made to fit, as timm calls it: cropped at the
-centre, scaled without regard to its shape, or with borders.
-"""
 USUAL = "the usual values (ImageNet's)"
 """Where values come from that nobody stated."""
 LARGEST_16_BITS = 65_535
@@ -47,7 +42,7 @@ class Preprocessing:
         size: Height and width of the inputs in pixels; None for images as they are.
         interpolation: How images are scaled: one of `INTERPOLATIONS`.
         crop: Share of the scaled image's side that the inputs are, in (0, 1].
-        crop_mode: One of `CROP_MODES`.
+        crop_mode: How an image of another shape is made to fit: one of `CROP_MODES`.
         source: Where the values come from, in words.
     """
 

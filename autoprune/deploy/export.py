@@ -45,7 +45,12 @@ ONNX_DEVICES = ("CPUExecutionProvider",)
 """What ONNX Runtime computes on."""
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: Path) -> float:
+def export_onnx(
+    model: nn.Module,
+    example: Tensor,
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+) -> float:
     """Writes a network in evaluation mode as one ONNX file with a free batch size.
 
     The file is run by ONNX Runtime on random images in batches of 1 and 4 before it
@@ -55,6 +60,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path) -> float:
         model: The network; it is left as found.
         example: One input, float32 `(1, 3, height, width)`.
         path: The `.onnx` file to write.
+        metadata: What the file says of itself in its `metadata_props`, such as
+            `autoprune.data.Preprocessing.metadata` gives.
 
     Returns:
         The largest difference from PyTorch's outputs in float32, relative to the
@@ -77,6 +84,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path) -> float:
 
     def write(partial: Path) -> None:
         _to_onnx(plain, example, partial)
+        _add_metadata(partial, metadata or {})
         # Here, so that a file that fails never gets its name.
         errors.append(_relative_error(plain, onnx_session(partial), example))
 
@@ -107,6 +115,18 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
             raise ExportError(
                 f"ONNX can't express this network ({_root_cause(error)})"
             ) from error
+
+
+def _add_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Adds entries to an ONNX file's `metadata_props`."""
+    if not metadata:
+        return
+    import onnx
+
+    network = onnx.load(path)
+    for key, value in metadata.items():
+        network.metadata_props.add(key=key, value=value)
+    onnx.save(network, path)
 
 
 def export_program(model: nn.Module, example: Tensor, path: Path) -> Path:

@@ -9,14 +9,22 @@ from typing import Any
 
 from torch import nn
 
-from autoprune.config import Settings
+from autoprune.config import DataConfig, Settings
 from autoprune.costs.budget import parse_budget
 from autoprune.costs.constraints import pin_excluded, search_limits
 from autoprune.costs.cost import CostTable
 from autoprune.data.checkpoints import load_weights
-from autoprune.data.datasets import Splits, load
+from autoprune.data.datasets import (
+    DATASETS,
+    Dataset,
+    Splits,
+    open_dataset,
+    read_dataset,
+)
 from autoprune.data.models import build, prepare_network
 from autoprune.data.places import weights_named
+from autoprune.data.preprocessing import Preprocessing
+from autoprune.data.preprocessing_sources import preprocessing_of
 from autoprune.deploy.export import load_pruned
 from autoprune.evaluation.image_blocks import ImageBlocks
 from autoprune.evaluation.importance import Importance, importance
@@ -36,6 +44,7 @@ class Parts:
 
     Attributes:
         splits: The images.
+        preprocessing: How images become inputs, as the run was started with it.
         dense: The network with its trained weights.
         model: The network to prune.
         groups: Its groups, what is excluded pinned.
@@ -43,6 +52,7 @@ class Parts:
     """
 
     splits: Splits | None = None
+    preprocessing: Preprocessing | None = None
     dense: nn.Module | None = None
     model: nn.Module | None = None
     groups: Groups | None = None
@@ -81,12 +91,14 @@ class RunContext:
         """
         # The merged config names every option, so a run isn't touched by defaults that
         # another version changes.
-        settings = Settings.from_dict(folder.read_config())
+        config = folder.read_config()
+        settings = Settings.from_dict(config)
+        parts = Parts(preprocessing=stored_preprocessing(config))
         if settings.sparse.method == "none":
-            return cls(settings, blocks=folder.blocks)
+            return cls(settings, blocks=folder.blocks, parts=parts)
         # Reading the plan refuses a run whose sparse training isn't done.
         folder.read_json(folder.sparse / "plan.json")
-        return cls(settings, folder.sparse, folder.blocks)
+        return cls(settings, folder.sparse, folder.blocks, parts)
 
     def after_sparse_training(self, sparse: Path) -> "RunContext":
         """The context whose network is the sparsely trained one.
@@ -104,11 +116,40 @@ class RunContext:
         return RunContext(self.settings, sparse, self.blocks, parts)
 
     @cached_property
+    def _dataset(self) -> Dataset:
+        """The images before they are read; their classes are known already."""
+        return open_dataset(self.settings.data)
+
+    @cached_property
+    def _trained(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """The network with its trained weights, and what to tell of these."""
+        # First, since it is refused without building anything.
+        place = self._place_of_weights
+        model = build(self.settings.network.model, len(self._dataset.classes))
+        remarks = () if place is None else load_weights(model, place)
+        return model, remarks
+
+    @property
+    def _place_of_weights(self) -> str | None:
+        network = self.settings.network
+        return weights_named(network.model, network.weights, self.settings.data.data)
+
+    @cached_property
     def splits(self) -> Splits:
-        """The images."""
+        """The images, made to fit the network."""
         if self.parts.splits is not None:
             return self.parts.splits
-        return load(self.settings.data)
+        preprocessing = self.parts.preprocessing
+        # What a run was started with stays, whatever the network's package says now.
+        if preprocessing is None:
+            preprocessing = preprocessing_of(
+                self._trained[0],
+                self.settings.data,
+                self.settings.network.model,
+                self._place_of_weights,
+                len(self._dataset.classes),
+            )
+        return read_dataset(self._dataset, self.settings.data, preprocessing)
 
     @cached_property
     def dense(self) -> nn.Module:
@@ -120,24 +161,15 @@ class RunContext:
         """
         if self.parts.dense is not None:
             return self.parts.dense
-        return self._loaded[0]
+        classes = self.splits.classes
+        name = self.settings.network.model
+        model, _ = self._trained
+        return prepare_network(model, name, self.splits.example, len(classes))
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What to tell of how images and weights were read, before a run begins."""
-        return (*self.splits.remarks, *self._loaded[1])
-
-    @cached_property
-    def _loaded(self) -> tuple[nn.Module, tuple[str, ...]]:
-        """The dense network, and what to tell of its weights."""
-        network = self.settings.network
-        # First, since it is refused without building anything.
-        place = weights_named(network.model, network.weights, self.settings.data.data)
-        n_classes = len(self.splits.classes)
-        model = build(network.model, n_classes)
-        remarks = () if place is None else load_weights(model, place)
-        model = prepare_network(model, network.model, self.splits.example, n_classes)
-        return model, remarks
+        return (*self.splits.remarks, *self._trained[1])
 
     @cached_property
     def model(self) -> nn.Module:
@@ -348,3 +380,19 @@ class RunContext:
             self.dense,
             blocks,
         )
+
+
+def stored_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
+    """The preprocessing of a run, as it was started.
+
+    Args:
+        config: What its config.yaml holds.
+    """
+    stored = config.get("preprocessing")
+    if stored is not None:
+        return Preprocessing.from_dict(stored)
+    # Runs of earlier versions knew one mean and deviation, and one square size for
+    # folders.
+    data = config["data"]
+    size = None if data["data"] in DATASETS else data["image_size"]
+    return preprocessing_of(None, DataConfig(image_size=size))

@@ -28,6 +28,7 @@ from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import accuracy
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.methods.registry import method_of
+from autoprune.pipeline.remarks import dense_remarks
 from autoprune.reporting.report import write_report
 from autoprune.results import Results
 from autoprune.runs import RunFolder, write_json
@@ -94,6 +95,25 @@ def use_allocation(
     # run looks no further.
     folder.add_results(**context.costs_of(allocation.kept))
     write_json(folder.allocation, allocation.to_json())
+
+
+def inspect_stage(context: RunContext, folder: RunFolder, say: Say) -> None:
+    """Looks at images and dense network before anything is done with them.
+
+    Args:
+        context: The dense network and the images.
+        folder: The run.
+        say: Told how images become inputs, and of everything that looks wrong.
+    """
+    splits = context.splits
+    with timed(folder, "inspect"):
+        say(f"preprocessing: {splits.preprocessing.describe()}")
+        remarks = [*context.remarks, *dense_remarks(context.dense, splits)]
+        for remark in remarks:
+            say(f"warning: {remark}")
+        folder.add_results(
+            preprocessing=splits.preprocessing.to_dict(), remarks=remarks
+        )
 
 
 def sparse_stage(
@@ -352,7 +372,9 @@ def export_stage(context: RunContext, folder: RunFolder, format: str = "onnx") -
         model = load_pruned(folder.pruned)
         if format == "torch":
             return export_program(model, example, folder.program)
-        error = export_onnx(model, example, folder.onnx)
+        splits = context.splits
+        metadata = splits.preprocessing.metadata(splits.classes)
+        error = export_onnx(model, example, folder.onnx, metadata)
     folder.add_results(onnx_max_relative_error=error)
     return folder.onnx
 

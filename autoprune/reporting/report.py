@@ -25,6 +25,7 @@ from autoprune.reporting.rows import (
     group_rows,
     is_chosen,
     point_rows,
+    preprocessing_rows,
     searcher_rows,
     stage_rows,
 )
@@ -72,6 +73,7 @@ def write_report(folder: RunFolder) -> Path:
         facts=fact_rows(results),
         costs=cost_rows(results),
         stages=stage_rows(results),
+        preprocessing=preprocessing_rows(results),
         groups=group_rows(groups, "kept"),
         pinned=group_rows(results.pinned or [], "reason"),
         pareto=pareto,

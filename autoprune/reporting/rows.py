@@ -41,6 +41,28 @@ def fact_rows(results: Results) -> Rows:
     return rows
 
 
+def preprocessing_rows(results: Results) -> Rows:
+    """How images become inputs; empty for runs that don't say.
+
+    Args:
+        results: What the run has decided and measured.
+    """
+    stored = results.preprocessing
+    if stored is None:
+        return []
+    rows = [["Channels", str(stored["channels"])]]
+    for label, key in (("Mean", "mean"), ("Deviation", "std")):
+        rows.append([label, ", ".join(f"{value:g}" for value in stored[key])])
+    for label, key in (("Scaled to", "resize"), ("Cropped to", "size")):
+        height, width = stored[key]
+        rows.append([label, f"{height} x {width} pixels, height x width"])
+    crop = f"{stored['crop_mode']}, {stored['crop']:.4g} of the scaled image"
+    rows.append(["Crop", crop])
+    rows.append(["Interpolation", stored["interpolation"]])
+    rows.append(["Stated by", stored["source"]])
+    return rows
+
+
 def group_rows(groups: list[dict[str, Any]], last: str) -> Rows:
     """Groups, with one more of their columns.
 

@@ -1,0 +1,92 @@
+"""What looks wrong with a dense network before anything is done with it."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.data.images import Images, Splits
+from autoprune.evaluation.evaluate import EvalBatches, in_eval_mode, recalibrate
+
+IMAGES = 500
+"""Training images that the dense network is looked at with."""
+LARGEST_GAIN = 0.05
+"""More accuracy from recalibrated batch norm than that has a reason."""
+SMALLEST_SKILL = 0.1
+"""Share of the way from chance to certainty that a trained network has behind it."""
+
+
+def dense_remarks(dense: nn.Module, splits: Splits) -> list[str]:
+    """What to tell of a network that answers its training images badly.
+
+    A network that was trained with other means, deviations or sizes sees other images
+    than it knows; batch norm that is measured anew hides that, and whatever is done
+    with the network seems to make it better.
+
+    Args:
+        dense: The network, in eval mode; it is left as found.
+        splits: The images, of which only training images are read.
+
+    Returns:
+        None or one remark.
+    """
+    images = _spread(splits.train)
+    is_right = _is_right(dense, images)
+    recalibrated = copy.deepcopy(dense)
+    recalibrate(recalibrated, images.inputs)
+    is_right_then = _is_right(recalibrated, images)
+    before = is_right.float().mean().item()
+    after = is_right_then.float().mean().item()
+    chance = (images.labels.bincount().max() / len(images)).item()
+    limit = _limit_of_chance(chance, len(images))
+    if after > limit and _is_gain(is_right, is_right_then):
+        return [
+            f"the dense network answers {before:.0%} of {len(images)} training images "
+            f"rightly as given, {after:.0%} with batch norm recalibrated: does the "
+            f"preprocessing fit? --mean, --std, --image_size, --crop and "
+            f"--interpolation set it"
+        ]
+    if before <= limit:
+        return [
+            f"the dense network is at chance: it answers {before:.0%} of "
+            f"{len(images)} training images rightly, and {chance:.0%} are of one "
+            f"class; no weights? Give trained ones (--weights), in the order of the "
+            f"classes ({', '.join(splits.classes[:3])}, ...)"
+        ]
+    return []
+
+
+def _spread(images: Images) -> Images:
+    """So many of a split, evenly spread over it, in whatever order it is."""
+    positions = torch.linspace(0, len(images) - 1, min(IMAGES, len(images)))
+    return images[positions.round().long()]
+
+
+@torch.no_grad()
+def _is_right(model: nn.Module, images: Images) -> Tensor:
+    """Whether each image is answered rightly, bool `(n_images,)`."""
+    parts = []
+    with in_eval_mode(model):
+        for batch, _ in EvalBatches(images):
+            parts.append(model(batch.inputs).argmax(1) == batch.labels)
+    return torch.cat(parts)
+
+
+def _limit_of_chance(chance: float, n_images: int) -> float:
+    """Accuracy up to which a network knows nothing that can be measured."""
+    error = math.sqrt(chance * (1 - chance) / n_images)
+    return chance + max(3 * error, SMALLEST_SKILL * (1 - chance))
+
+
+def _is_gain(before: Tensor, after: Tensor) -> bool:
+    """Whether accuracy rose by more than it may, and not by chance.
+
+    Of images that are answered differently, half would change for the better by chance
+    (McNemar's test); three standard errors are asked for.
+    """
+    n_better = (after & ~before).sum().item()
+    n_worse = (before & ~after).sum().item()
+    gain = (n_better - n_worse) / len(before)
+    is_significant = n_better - n_worse > 3 * math.sqrt(n_better + n_worse)
+    return gain > LARGEST_GAIN and is_significant
