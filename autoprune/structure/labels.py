@@ -171,6 +171,36 @@ class LabelBook:
         self.lattices.append(Lattice(distinct, rows, columns))
         return rows[row_of]
 
+    def row_labels(self, labels: Tensor, axes: list[int]) -> Tensor:
+        """One label for all the cells that share a position on some axes.
+
+        Cells `[[1, 2, 3], [4, 5, 6]]` on axes 1 and 2 of `(1, 2, 3)` have the rows 7, 8
+        on axis 1, as `(1, 2, 1)`.
+
+        Args:
+            labels: Of an activation.
+            axes: Some of those along which the labels vary.
+
+        Returns:
+            Labels that vary along `axes` alone, of length 1 on all others.
+        """
+        if not axes:
+            # What is left of all channels is there whichever of them are.
+            return torch.zeros([1] * labels.ndim, dtype=torch.int64)
+        varying = varying_axes(labels)
+        cells = compress(labels)
+        # Rows first, then all other axes as the cells of a row.
+        order = []
+        for axis in [*axes, *(set(varying) - set(axes))]:
+            order.append(varying.index(axis))
+        cells = cells.permute(order)
+        row_shape = cells.shape[: len(axes)]
+        rows = self.factor(cells.reshape(row_shape.numel(), -1))
+        shape = []
+        for axis in range(labels.ndim):
+            shape.append(labels.shape[axis] if axis in axes else 1)
+        return rows.view(row_shape).view(shape)
+
     @property
     def n_joins(self) -> int:
         """How many joins were made; each may change representatives."""

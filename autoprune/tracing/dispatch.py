@@ -15,9 +15,9 @@ from autoprune.tracing.randomness import is_random
 from autoprune.tracing.rules.contractions import (
     attention,
     batched_product,
-    convolution,
     linear,
 )
+from autoprune.tracing.rules.convolutions import convolution
 from autoprune.tracing.rules.movements import (
     copy,
     indexing,
@@ -133,7 +133,7 @@ class LabelDispatchMode(TorchDispatchMode):
         for tensor in tensors:
             if tracer.is_activation(tensor):
                 activations.append(tensor)
-            if tracer.parameter(tensor) is not None:
+            if tracer.views(tensor):
                 has_parameter = True
         # What is multiplied counts, whether or not channels are involved.
         is_multiplying = rule_for(call.func) in MULTIPLYING_RULES
@@ -153,7 +153,7 @@ class LabelDispatchMode(TorchDispatchMode):
         if not is_random(call.func) and not any(map(tracer.is_noise, call.tensors())):
             return
         for out in tensors_in(call.out):
-            if not tracer.is_activation(out) and tracer.parameter(out) is None:
+            if not (tracer.is_activation(out) or tracer.views(out)):
                 tracer.mark_noise(out)
 
     def _alive_labels(self, inputs: list[Tensor], out: object) -> list[Tensor]:

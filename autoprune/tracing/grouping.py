@@ -1,5 +1,6 @@
 """From labels to groups: channels with the same pattern of members form a group."""
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -18,10 +19,15 @@ from autoprune.structure.groups import (
 from autoprune.structure.labels import compress
 from autoprune.tracing.constraint_solver import lattice_factors
 from autoprune.tracing.mac_coverage import with_macs_shares
+from autoprune.tracing.parameter_axes import solve
 from autoprune.tracing.tracer import Tracer
 
 LAYER_TENSORS = (".weight", ".bias", ".in_proj_weight", ".in_proj_bias")
 """Tensors that go by the name of their layer; others have a name of their own."""
+PARAMETRIZATION = re.compile(
+    r"\.parametrizations\.weight\.original\d*$|\.weight_(v|orig)$"
+)
+"""How PyTorch's parametrizations, new and old, call what a weight is computed from."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def derive_groups(tracer: Tracer) -> Groups:
     Returns:
         Prunable and pinned groups, with the tables from which costs follow.
     """
-    representatives = tracer.solve_constraints()
+    representatives = solve(tracer)
     units = _label_units(tracer, representatives)
     reasons = _pinning_reasons(tracer, representatives, units)
     places = []
@@ -309,7 +315,8 @@ def _unique_name(members: list[Member], suffix: str, taken_names: set[str]) -> s
     """
     # Members are in the order of the forward pass.
     first = next((m for m in members if m.role == "produce"), members[0])
-    name = first.tensor
+    # A parametrized weight's name says how it is computed.
+    name = PARAMETRIZATION.sub(".weight", first.tensor)
     if name.endswith(LAYER_TENSORS):
         name = name.rpartition(".")[0]
     # No layer produces it, so it goes by one that reads it.

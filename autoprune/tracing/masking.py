@@ -24,8 +24,10 @@ from autoprune.tracing.dispatch import (
     LabelDispatchMode,
     track_labels,
 )
+from autoprune.tracing.rules.contractions import vector_product, weight_norm
 from autoprune.tracing.rules.norms import (
     axis_scan,
+    batch_norm,
     group_norm,
     layer_norm,
     reduced_axes,
@@ -107,12 +109,36 @@ class _MaskMode(LabelDispatchMode):
             args: Its positional arguments.
             kwargs: Its keyword arguments.
         """
-        run = MASKED.get(rule_for(func))
-        call = Call(self.tracer, func, args, kwargs, None)
+        tracer = self.tracer
+        call = Call(tracer, func, args, kwargs, None)
+        is_channelled = any(map(tracer.is_activation, call.tensors()))
+        table = MASKED if is_channelled else MASKED_PARAMETERS
+        run = table.get(rule_for(func))
         # Constants, such as a mask of positions, have no channels to lose.
-        if run is None or not any(map(self.tracer.is_activation, call.tensors())):
+        if run is None or not (is_channelled or any(map(tracer.views, call.tensors()))):
             return func(*args, **kwargs)
         return run(call, self.is_removed)
+
+
+def removed_elements(tracer: Tracer, tensor: Tensor, is_removed: Tensor) -> Tensor:
+    """Which elements of a tensor go, bool, of length 1 along axes that don't matter.
+
+    Args:
+        tracer: The notebook of the run.
+        tensor: An activation, a parameter, or computed from some.
+        is_removed: Per label of the trace whether its channel is removed.
+    """
+    if tracer.is_activation(tensor):
+        # Thin labels have length 1 where they don't vary.
+        return is_removed[thin(tracer.labels(tensor))]
+    removed = torch.zeros([1] * tensor.ndim, dtype=torch.bool)
+    for view in tracer.views(tensor):
+        for axis, index in view.axes:
+            # Those that the trace hasn't labelled met no sum.
+            labels = tracer.known_axis_labels(view.name, axis)
+            if labels is not None:
+                removed = removed | is_removed[labels[thin(index)]]
+    return removed
 
 
 def _multiply_with_zeros(call: Call, is_removed: Tensor) -> object:
@@ -120,10 +146,8 @@ def _multiply_with_zeros(call: Call, is_removed: Tensor) -> object:
     tracer = call.tracer
 
     def zero_removed(tensor: Tensor) -> Tensor:
-        if not tracer.is_activation(tensor):
-            return tensor
-        # Thin labels have length 1 where they don't vary; the mask broadcasts.
-        return tensor.masked_fill(is_removed[thin(tracer.labels(tensor))], 0)
+        removed = removed_elements(tracer, tensor, is_removed)
+        return tensor.masked_fill(removed, 0) if removed.any() else tensor
 
     return call.func(*call.substitute_tensors(zero_removed), **call.kwargs)
 
@@ -139,8 +163,11 @@ def _remaining_positions(call: Call, axis: int, is_removed: Tensor) -> Tensor:
         axis: On which channels lie.
         is_removed: Per label whether its channel is removed.
     """
-    labels = thin(call.tracer.labels(call.args[0]))
-    lines = is_removed[labels].movedim(axis, -1).flatten(0, -2)
+    x = call.args[0]
+    removed = removed_elements(call.tracer, x, is_removed)
+    lines = removed.movedim(axis, -1).flatten(0, -2)
+    # Of length 1 where it is all the same along the axis.
+    lines = lines.expand(-1, x.shape[axis])
     partly_left = lines[~lines.all(1)]
     if not len(partly_left):
         # All is gone; something has to be computed nonetheless, and nobody reads it.
@@ -150,7 +177,13 @@ def _remaining_positions(call: Call, axis: int, is_removed: Tensor) -> Tensor:
 
 def _channel_axes(call: Call, axes: list[int]) -> list[int]:
     """Those of some axes of the first argument on which channels lie."""
-    varying = varying_axes(call.tracer.labels(call.args[0]))
+    x = call.args[0]
+    if call.tracer.is_activation(x):
+        varying = set(varying_axes(call.tracer.labels(x)))
+    else:
+        varying = set()
+        for view in call.tracer.views(x):
+            varying.update(view.varying_dims)
     return [axis for axis in axes if axis in varying]
 
 
@@ -210,6 +243,18 @@ def _normalise_remaining_groups(call: Call, is_removed: Tensor) -> object:
     return _scatter(out, x.shape, [1], [remaining]), *statistics
 
 
+def _standardise_remaining(call: Call, is_removed: Tensor) -> object:
+    """Batch norm of a weight `(1, n, m)`, each row over what is left of it."""
+    x = call.args[0]
+    others = [axis for axis in range(x.ndim) if axis != 1]
+    axes = _channel_axes(call, others)
+    remaining = [_remaining_positions(call, axis, is_removed) for axis in axes]
+    out, *statistics = call.func(
+        _select(x, axes, remaining), *call.args[1:], **call.kwargs
+    )
+    return _scatter(out, x.shape, axes, remaining), *statistics
+
+
 def _select(x: Tensor, axes: list[int], remaining: list[Tensor]) -> Tensor:
     """A tensor without the removed positions.
 
@@ -251,3 +296,13 @@ MASKED: dict[Rule, Callable[[Call, Tensor], object]] = {
     group_norm: _normalise_remaining_groups,
 }
 """Rule to how its operations run on what is left; all others run at full width."""
+
+MASKED_PARAMETERS: dict[Rule, Callable[[Call, Tensor], object]] = {
+    weight_norm: _multiply_with_zeros,
+    vector_product: _multiply_with_zeros,
+    reduction: _reduce_remaining,
+    axis_scan: _scan_remaining,
+    layer_norm: _normalise_remaining,
+    batch_norm: _standardise_remaining,
+}
+"""The same for operations on parameters alone, from which the code computes weights."""

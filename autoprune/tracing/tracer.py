@@ -4,11 +4,10 @@ Labels ride on the tensors themselves, as an attribute; ids of tensors are reuse
 soon as one is freed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -18,99 +17,19 @@ from autoprune.structure.groups import Layer, named_tensors
 from autoprune.structure.labels import (
     CONSTANT,
     LabelBook,
-    broadcast_labels,
-    labels_on_axis,
     lines,
+    take_at_origin,
     varying_axes,
 )
-from autoprune.tracing.constraint_solver import (
-    lattice_factors,
-    planes,
-    solve_constraints,
-)
+from autoprune.tracing.parameter_views import ParameterView, distinct_views
 
 LABELS = "_autoprune_labels"
 """Attribute of an activation that holds its labels."""
 NOISE = "_autoprune_noise"
 """Attribute of a tensor of random numbers, which are nobody's channels."""
 VIEW = "_autoprune_view"
-"""Attribute of a parameter, or of a view of one, that says which it is."""
-
-
-@dataclass(frozen=True)
-class ParameterView:
-    """A parameter, possibly seen through view operations.
-
-    Attributes:
-        name: Its name in the state dict.
-        shape: Its own shape.
-        index: Per original axis the index along that axis of every element of the view.
-    """
-
-    name: str
-    shape: torch.Size
-    index: tuple[Tensor, ...]
-
-    @classmethod
-    def from_parameter(cls, name: str, tensor: Tensor) -> "ParameterView":
-        """The parameter as it is.
-
-        Args:
-            name: Its name in the state dict.
-            tensor: The parameter or buffer.
-        """
-        index = []
-        for axis, size in enumerate(tensor.shape):
-            # Broadcast, so that a large weight takes no memory here.
-            index.append(broadcast_labels(torch.arange(size), axis, tensor.shape))
-        return cls(name, tensor.shape, tuple(index))
-
-    def apply(self, move: Callable[[Tensor], Tensor]) -> "ParameterView":
-        """The view after one more movement of its elements."""
-        index = tuple(move(axis_index) for axis_index in self.index)
-        return ParameterView(self.name, self.shape, index)
-
-    def original_axis(self, dim: int) -> int | None:
-        """The original axis that lies whole and in order along `dim` of the view.
-
-        None if there is no such axis: a part of one, a permuted one, or two merged.
-        """
-        matches = []
-        for axis, index in enumerate(self.index):
-            line = labels_on_axis(index, dim)
-            # In a slice or a permutation position i isn't channel i any more.
-            if line is not None and torch.equal(line, torch.arange(self.shape[axis])):
-                matches.append(axis)
-        # Axes of length 1 look alike.
-        if dim in matches:
-            return dim
-        return matches[0] if matches else None
-
-    def axis_part(self, dim: int) -> tuple[int, Tensor | None] | None:
-        """The original axis that lies along `dim` of the view, whole or in part.
-
-        Queries' rows of a packed weight `(3 * n, m)` are a part of its axis 0: the
-        positions 0 to n - 1.
-
-        Args:
-            dim: Of the view.
-
-        Returns:
-            The axis, and the positions of it that the view shows, `(n,)`, or None for
-            all of them in order. None where no axis lies along `dim` by itself, or a
-            position appears twice.
-        """
-        axis = self.original_axis(dim)
-        if axis is not None:
-            return axis, None
-        for number, index in enumerate(self.index):
-            line = labels_on_axis(index, dim)
-            # One position could be anything; several say which axis they are on.
-            if line is None or len(line) < 2 or not line.any():
-                continue
-            if len(line.unique()) == len(line):
-                return number, line
-        return None
+"""Attribute of a parameter, or of what is computed from parameters alone, that says
+which they are."""
 
 
 def argument(
@@ -216,6 +135,7 @@ class Tracer:
             these channels.
         bare_parameters: Parameters that the code uses by themselves, with a label for
             each element.
+        ties: Views of several parameters that met, element by element.
     """
 
     model: nn.Module
@@ -230,6 +150,7 @@ class Tracer:
     blank_buffers: dict[int, Tensor] = field(default_factory=dict)
     summed_labels: list[Tensor] = field(default_factory=list)
     bare_parameters: dict[str, Tensor] = field(default_factory=dict)
+    ties: list[tuple[ParameterView, ...]] = field(default_factory=list)
     _path: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -279,18 +200,70 @@ class Tracer:
             for item, item_labels in zip(tensor, labels, strict=True):
                 self.label(item, item_labels)
 
-    def mark_parameter(self, tensor: Tensor, view: ParameterView) -> None:
-        """Marks a tensor as a parameter or a view of one.
+    def mark_parameter(self, tensor: Tensor, *views: ParameterView) -> None:
+        """Marks a tensor as a parameter, a view of one, or as computed from several.
 
         Args:
             tensor: What the code holds.
-            view: Which of the parameter's elements it shows.
+            views: Which elements of which parameters it shows, in its shape.
         """
-        setattr(tensor, VIEW, view)
+        setattr(tensor, VIEW, self.tie(views))
+
+    def tie(self, views: Sequence[ParameterView]) -> tuple[ParameterView, ...]:
+        """Notes that parameters meet, element by element.
+
+        Args:
+            views: Of the parameters, all in one shape.
+
+        Returns:
+            Those that tell something.
+        """
+        distinct = distinct_views(views)
+        if len(distinct) > 1:
+            self.ties.append(distinct)
+        return distinct
+
+    def views(self, tensor: Tensor | None) -> tuple[ParameterView, ...]:
+        """The parameters from which alone a tensor is computed; none for others."""
+        # An operation in place may have made an activation of a parameter's copy.
+        if tensor is None or self.is_activation(tensor):
+            return ()
+        return getattr(tensor, VIEW, ())
 
     def parameter(self, tensor: Tensor | None) -> ParameterView | None:
-        """The parameter behind a tensor, unless it is an activation."""
-        return getattr(tensor, VIEW, None)
+        """The parameter whose elements are those of a tensor, one by one.
+
+        Others may scale it. None for activations, for constants, and for what no
+        parameter has an element each for, such as an outer product.
+        """
+        views = self.views(tensor)
+        # A part of a parameter is one too, as long as nothing else spreads it.
+        if len(views) == 1:
+            return views[0] if views[0].is_complete else None
+        spread = set().union(*(view.varying_dims for view in views))
+        for view in views:
+            if view.is_complete and view.varying_dims == spread:
+                return view
+        return None
+
+    def label_axes(
+        self, tensor: Tensor, dims: Collection[int] | None = None
+    ) -> list[Tensor]:
+        """Labels those axes of a tensor's parameters that lie along some dimensions.
+
+        Args:
+            tensor: A parameter, or computed from some.
+            dims: Which dimensions of it; None for all.
+
+        Returns:
+            The labels of each of those axes.
+        """
+        labelled = []
+        for view in self.views(tensor):
+            for axis, index in view.axes:
+                if dims is None or set(dims) & set(varying_axes(index)):
+                    labelled.append(self.label_axis(view.name, axis))
+        return labelled
 
     def mark_noise(self, tensor: Tensor) -> None:
         """Marks random numbers: of as many as there are, each is like the others."""
@@ -313,11 +286,26 @@ class Tracer:
         """
         if self.is_activation(tensor):
             return getattr(tensor, LABELS)
-        view = self.parameter(tensor)
-        if view is None:
+        views = self.views(tensor)
+        if not views:
             # A scalar that is expanded takes no memory, however large the tensor.
             return torch.full((), CONSTANT, dtype=torch.int64).expand(tensor.shape)
-        return self._element_labels(view.name, view.shape)[view.index]
+        spreads = [self._view_labels(view, tensor.shape) for view in views]
+        axes = [varying_axes(labels) for labels in spreads]
+        # What tells most elements apart speaks for all.
+        main = max(range(len(views)), key=lambda i: len(axes[i]))
+        for labels, met_axes in zip(spreads, axes, strict=True):
+            if labels is spreads[main] or not met_axes:
+                continue
+            if not set(met_axes) <= set(axes[main]):
+                for crossed in (labels, spreads[main]):
+                    self.book.pin(crossed, "is a parameter that crosses another one")
+                continue
+            rows = self.book.row_labels(spreads[main], met_axes).expand(tensor.shape)
+            self.book.join(
+                take_at_origin(rows, met_axes), take_at_origin(labels, met_axes)
+            )
+        return spreads[main]
 
     def _element_labels(self, name: str, shape: torch.Size) -> Tensor:
         """A label for each element of a bare parameter, in its shape."""
@@ -325,6 +313,19 @@ class Tracer:
             labels = self.book.new_labels(shape.numel(), name)
             self.bare_parameters[name] = labels.view(shape)
         return self.bare_parameters[name]
+
+    def _view_labels(self, view: ParameterView, shape: torch.Size) -> Tensor:
+        """Labels for the elements of one view of a parameter."""
+        if view.is_complete:
+            return self._element_labels(view.name, view.shape)[view.index]
+        if len(view.axes) == 1:
+            # The norm of each row of a weight, say: nothing else of it is left.
+            axis, index = view.axes[0]
+            return self.label_axis(view.name, axis)[index]
+        for axis, _ in view.axes:
+            labels = self.label_axis(view.name, axis)
+            self.book.pin(labels, f"sums over a part of {view.name}")
+        return torch.full((), CONSTANT, dtype=torch.int64).expand(shape)
 
     def new_output_labels(self, weight: str, n: int) -> Tensor:
         """Labels for what a weight produces, `(n,)`.
@@ -381,6 +382,17 @@ class Tracer:
                 self.book.join(first_use[0], labels)
         return self.axis_labels[key]
 
+    def known_axis_labels(self, tensor: str, axis: int) -> Tensor | None:
+        """The labels that `label_axis` gave in the trace; None where it gave none.
+
+        Args:
+            tensor: Name of the parameter.
+            axis: Its axis.
+        """
+        is_vector = len(self.shapes[tensor]) == 1
+        purpose = tensor if is_vector else ("axis", tensor, axis)
+        return self.book.labels_by_purpose.get(purpose)
+
     def use(
         self,
         tensor: str,
@@ -410,7 +422,11 @@ class Tracer:
             return
         first_use = self.uses.get(key)
         if first_use is not None:
-            self.book.join(first_use[0], labels)
+            first_labels, first_role = first_use
+            self.book.join(first_labels, labels)
+            # A layer that makes or reads channels says more than a norm that has them.
+            if first_role == "follow":
+                self.uses[key] = (first_labels, role)
             return
         self.uses[key] = (labels, role)
         # Code that cut the axis into parts has asked something of its positions.
@@ -426,81 +442,11 @@ class Tracer:
             role: "produce" or "follow".
         """
         view = self.parameter(tensor)
-        if view is not None:
-            part = view.axis_part(0)
-            if part is None:
-                # Its elements are scattered; each meets what it meets.
-                assert tensor is not None, "it has a view"
-                self.book.join(self.labels(tensor), labels)
-                return
+        part = None if view is None else view.axis_part(0)
+        if view is not None and part is not None:
             axis, positions = part
             self.use(view.name, axis, labels, role, positions)
-        elif tensor is not None and self.is_activation(tensor):
-            # The code computes the vector, from the style of an image for instance.
+        elif tensor is not None and (self.is_activation(tensor) or self.views(tensor)):
+            # The code computes the vector, from the style of an image for instance, or
+            # its elements are scattered; each meets what it meets.
             self.book.join(self.labels(tensor), labels)
-
-    def solve_constraints(self) -> np.ndarray:
-        """Makes all joins, those of bare parameters' axes included.
-
-        Returns:
-            The representative of every label, `(n_labels,)`.
-        """
-        # Only when all joins are made is it known what each element of a bare
-        # parameter met.
-        representatives = solve_constraints(self.book)
-        factors = lattice_factors(self.book, representatives)
-        for name, labels in self.bare_parameters.items():
-            cells = representatives[labels.numpy()]
-            # Cells that lie along one axis are used as they are; on two axes, rows lie
-            # along one and columns along the other.
-            if len(varying_axes(torch.from_numpy(cells))) > 1:
-                cell_planes = planes(cells, factors)
-            else:
-                cell_planes = [torch.from_numpy(cells)]
-            for plane in cell_planes:
-                self._assign_bare_parameter(name, plane, labels)
-        # Those axes have joined further labels, which constraints may have to answer.
-        return solve_constraints(self.book)
-
-    def _assign_bare_parameter(self, name: str, plane: Tensor, labels: Tensor) -> None:
-        """Records on which axis of a bare parameter its channels lie.
-
-        It is the one axis on which its elements stayed apart. A layer scale
-        `(1, 3, 1, 1)` that multiplies channels 4, 5, 6 has the plane 4, 5, 6 along axis
-        1; a table of positions `(1, 2, 3)` that is added to the same channels has it in
-        each of its two rows.
-
-        Args:
-            name: Of the parameter.
-            plane: The representatives of its elements, or their rows or columns.
-            labels: Its elements' own labels, in its shape.
-        """
-        axes = varying_axes(plane)
-        if len(axes) > 1:
-            axes = self._consistent_axes(plane, labels)
-        if len(axes) == 1:
-            # Lines differ where the code read only a part of the parameter.
-            axis_lines = lines(plane, axes[0])
-            self.book.join_lines(axis_lines)
-            self.use(name, axes[0], axis_lines[0], "follow")
-        elif axes:
-            self.book.pin(labels, f"parameter {name} varies along several axes")
-
-    def _consistent_axes(self, plane: Tensor, labels: Tensor) -> list[int]:
-        """The axes along which whatever an element met is the same in every line.
-
-        Elements that met nothing are left aside: a table of positions needn't be read
-        everywhere.
-        """
-        met_nothing = plane == labels
-        consistent = []
-        for axis in varying_axes(plane):
-            axis_lines = lines(torch.where(met_nothing, -1, plane), axis)
-            highest = axis_lines.amax(0)
-            # -1 would be the least of any position, so here it counts as the greatest.
-            unread = axis_lines < 0
-            greatest = torch.iinfo(torch.int64).max
-            lowest = torch.where(unread, greatest, axis_lines).amin(0)
-            if bool((highest <= lowest).all()):
-                consistent.append(axis)
-        return consistent

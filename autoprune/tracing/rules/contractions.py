@@ -1,117 +1,21 @@
-"""Rules of the operations that multiply and sum.
+"""Rules of the operations that multiply and sum, but for convolutions.
 
-These are convolutions, linear layers, products of activations and attention. A weight
-hands out new labels for what it produces; a product of two activations joins the
-channels that it sums over.
+These are linear layers, products of activations and attention. A weight hands out new
+labels for what it produces; a product of two activations joins the channels that it
+sums over.
 """
 
 import torch
 from torch import Tensor
 
-from autoprune.structure.groups import AxisPart, Layer, loses_whole_conv_groups
+from autoprune.structure.groups import AxisPart, Layer
 from autoprune.structure.labels import CONSTANT, broadcast_labels, varying_axes
-from autoprune.tracing.tracer import Call, ParameterView, Tracer
+from autoprune.tracing.parameter_views import ParameterView
+from autoprune.tracing.tracer import Call, Tracer
 
 CROSSED = "multiplies channels with channels"
 NO_CHANNEL = torch.tensor([CONSTANT])
 """What is computed whatever is pruned."""
-
-
-def convolution(call: Call) -> str | None:
-    """A convolution hands out labels for its output.
-
-    A grouped convolution loses whole conv groups, inputs and outputs together, where it
-    has more conv groups than channels in each (a depthwise one always); else the same
-    positions of every conv group, so that groups stay equal.
-    """
-    tracer = call.tracer
-    x = call["input"]
-    view = tracer.parameter(call["weight"])
-    if view is None or not _is_whole_kernel(view):
-        _count_fixed_convolution(call)
-        return "has a weight that is computed from others"
-    if set(varying_axes(tracer.labels(x))) - {0, 1}:
-        _count_fixed_convolution(call)
-        return "slides over channels as over space"
-    n_in = x.shape[1]
-    n_out = call.out.shape[1]
-    n_groups = call["groups"]
-    inputs = tracer.unify_axis(x, 1)
-    outputs = tracer.new_output_labels(view.name, n_out)
-    loses_groups = loses_whole_conv_groups(n_in, n_out, n_groups)
-    if loses_groups:
-        _join_conv_groups(tracer, inputs, outputs, n_groups)
-    else:
-        # With one conv group, a single line, nothing is joined.
-        tracer.book.join_lines(inputs.view(n_groups, -1))
-        tracer.book.join_lines(outputs.view(n_groups, -1))
-    _use_kernel(call, view.name, inputs, outputs, loses_groups)
-    # Where whole conv groups go, the inputs decide as much as the outputs.
-    bias_role = "follow" if loses_groups else "produce"
-    tracer.use_vector(call["bias"], outputs, bias_role)
-    kind = "conv"
-    if loses_groups:
-        kind = "depthwise" if n_groups == n_in else "grouped"
-    tracer.layers.append(_convolution_layer(call, view.name, kind))
-    tracer.label(call.out, broadcast_labels(outputs, 1, call.out.shape))
-    return None
-
-
-def _is_whole_kernel(view: ParameterView) -> bool:
-    """Whether a weight is a parameter as it is, its channel axes in their places."""
-    return view.original_axis(0) == 0 and view.original_axis(1) == 1
-
-
-def _count_fixed_convolution(call: Call) -> None:
-    """Counts the multiply-accumulates of a convolution that stays as it is."""
-    # A transposed convolution applies its kernel at every place of the input.
-    tensor = call["input"] if call["transposed"] else call.out
-    n_products = tensor.numel() * call["weight"].shape[1:].numel()
-    call.tracer.products.append((NO_CHANNEL, n_products))
-
-
-def _convolution_layer(call: Call, name: str, kind: str) -> Layer:
-    """A convolution as costs see it."""
-    x = call["input"]
-    size = tuple((x if call["transposed"] else call.out).shape[2:])
-    # Windows of an image may lie on the batch axis.
-    positions = len(x) * torch.Size(size).numel()
-    # One row high where there is one spatial axis; of three, the last two.
-    height, width = (1, *size)[-2:]
-    return Layer(name, kind, positions, (height, width), call["stride"][0])
-
-
-def _join_conv_groups(
-    tracer: Tracer, inputs: Tensor, outputs: Tensor, n_groups: int
-) -> None:
-    """Joins each conv group's inputs and outputs into one channel."""
-    rows = [outputs.view(n_groups, -1), inputs.view(n_groups, -1)]
-    together = torch.cat(rows, 1)
-    tracer.book.join(together[:, :1].expand_as(together), together)
-
-
-def _use_kernel(
-    call: Call, name: str, inputs: Tensor, outputs: Tensor, loses_groups: bool
-) -> None:
-    """Records which labels meet which axis of a kernel.
-
-    Axis 0 holds all outputs, or all inputs of a transposed convolution. Axis 1 holds
-    the other side's channels of one conv group, so it stays where whole groups go.
-    """
-    first = outputs
-    second = inputs
-    first_role = "produce"
-    second_role = "consume"
-    if call["transposed"]:
-        first, second = second, first
-        first_role, second_role = second_role, first_role
-    if loses_groups:
-        call.tracer.use(name, 0, first, "follow")
-        return
-    call.tracer.use(name, 0, first, first_role)
-    # The conv groups' channels are joined; the first group's speak for all.
-    n_per_group = len(second) // call["groups"]
-    call.tracer.use(name, 1, second[:n_per_group], second_role)
 
 
 def linear(call: Call) -> str | None:
@@ -169,7 +73,7 @@ def _apply_weight(
     positions = x.numel() // x.shape[x_axis]
     if consumed is None or produced is None or consumed[0] == produced[0]:
         # Every element of the view is used once at each position.
-        n_products = positions * weight.index[0].numel()
+        n_products = x.numel() * call.out.shape[out_axis]
         tracer.products.append((NO_CHANNEL, n_products))
         return "regroups the elements of its weight"
     outputs = tracer.new_output_labels(weight.name, call.out.shape[out_axis])
@@ -203,15 +107,24 @@ def batched_product(call: Call) -> str | None:
             addend = tracer.labels(call.args[0]).expand(call.out.shape)
             tracer.book.join(addend, tracer.labels(call.out))
         return failure
-    if has_addend or len(a) > 1:
+    a_view = None if a_view is None else _same_for_all(a_view)
+    b_view = None if b_view is None else _same_for_all(b_view)
+    if has_addend or (a_view is None and b_view is None):
         tracer.products.append((NO_CHANNEL, call.out.numel() * a.shape[2]))
         return "has a weight for each entry of the batch"
     if a_view is not None:
-        # (1, n_out, n_in) @ (1, n_in, n)
+        # (batch, n_out, n_in) @ (batch, n_in, n)
         return _apply_weight(call, b, a_view, x_axis=1, in_axis=2, out_axis=1)
     assert b_view is not None, "one of the two is a parameter"
-    # (1, n, n_in) @ (1, n_in, n_out)
+    # (batch, n, n_in) @ (batch, n_in, n_out)
     return _apply_weight(call, a, b_view, x_axis=2, in_axis=1, out_axis=2)
+
+
+def _same_for_all(view: ParameterView) -> ParameterView | None:
+    """One entry's part of a view `(batch, n, m)`, or None where entries differ."""
+    if 0 in view.varying_dims:
+        return None
+    return view.apply(lambda index: index.narrow(0, 0, 1))
 
 
 def _product(call: Call, a: Tensor, b: Tensor) -> str | None:
@@ -379,3 +292,13 @@ def _merge_heads(labels: Tensor, shape: torch.Size) -> Tensor:
     # A key that all heads share lies on a head axis of length 1.
     spread = labels.expand(*shape[:2], *labels.shape[2:])
     return spread.reshape(-1, *spread.shape[-2:])
+
+
+def vector_product(call: Call) -> str | None:
+    """A matrix or a vector times a vector, as spectral norm multiplies its weight."""
+    return "has no rule for activations"
+
+
+def weight_norm(call: Call) -> str | None:
+    """`v * (g / norm(v))` in one operation."""
+    return "has no rule for activations"

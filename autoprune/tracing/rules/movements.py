@@ -18,7 +18,8 @@ from autoprune.structure.labels import (
     lines,
     varying_axes,
 )
-from autoprune.tracing.tracer import Call, ParameterView, Tracer
+from autoprune.tracing.parameter_views import ParameterView, reshaped
+from autoprune.tracing.tracer import Call, Tracer
 
 MAX_PARTS = 8
 """Into how many parts a cut can divide a channel axis. A cut into more, such as one
@@ -30,22 +31,28 @@ def movement(call: Call) -> str | None:
     tracer = call.tracer
     moved = call.args[0]
     # A user's own operation with this rule may take a list.
-    view = tracer.parameter(moved) if isinstance(moved, Tensor) else None
-    if view is None:
+    views = tracer.views(moved) if isinstance(moved, Tensor) else ()
+    if not views:
         arguments = call.substitute_tensors(tracer.labels)
         tracer.label(call.out, call.func(*arguments, **call.kwargs))
         return None
-    # The view of a parameter stays one, so that a layer may read it transposed.
-    moved_index = []
-    for index in view.index:
-        moved_index.append(call.func(index, *call.args[1:], **call.kwargs))
-    if isinstance(call.out, Tensor):
-        moved_view = ParameterView(view.name, view.shape, tuple(moved_index))
-        tracer.mark_parameter(call.out, moved_view)
-        return None
-    for position, out in enumerate(tensors_in(call.out)):
-        piece = tuple(index[position] for index in moved_index)
-        tracer.mark_parameter(out, ParameterView(view.name, view.shape, piece))
+    # The view of a parameter stays one, so that a layer may read it transposed. Of
+    # several outputs, each index makes as many.
+    moved_views: list[list[ParameterView]] = [[] for _ in tensors_in(call.out)]
+    for view in views:
+        moved_index = []
+        for index in view.index:
+            if index is None:
+                moved_index.append([None] * len(moved_views))
+            else:
+                moved_index.append(
+                    tensors_in(call.func(index, *call.args[1:], **call.kwargs))
+                )
+        for position, of_output in enumerate(moved_views):
+            piece = tuple(pieces[position] for pieces in moved_index)
+            of_output.append(ParameterView(view.name, view.shape, piece))
+    for out, of_output in zip(tensors_in(call.out), moved_views, strict=True):
+        tracer.mark_parameter(out, *of_output)
     return None
 
 
@@ -162,10 +169,10 @@ def reshape(call: Call) -> str | None:
     """
     tracer = call.tracer
     shape = call.out.shape
-    view = tracer.parameter(call.args[0])
-    if view is not None:
-        moved = view.apply(lambda index: index.reshape(shape))
-        tracer.mark_parameter(call.out, moved)
+    views = tracer.views(call.args[0])
+    if views:
+        moved = [view.apply(lambda index: reshaped(index, shape)) for view in views]
+        tracer.mark_parameter(call.out, *moved)
         return None
     before = tracer.labels(call.args[0])
     after = before.reshape(shape)
@@ -179,9 +186,9 @@ def reshape(call: Call) -> str | None:
 def copy(call: Call) -> str | None:
     """Copies and casts keep their labels, and a copied parameter stays a parameter."""
     tracer = call.tracer
-    view = tracer.parameter(call.args[0])
-    if view is not None:
-        tracer.mark_parameter(call.out, view)
+    views = tracer.views(call.args[0])
+    if views:
+        tracer.mark_parameter(call.out, *views)
     else:
         tracer.label(call.out, tracer.labels(call.args[0]))
     return None
@@ -201,6 +208,8 @@ def new_like(call: Call) -> str | None:
     tracer = call.tracer
     if tracer.is_activation(call.args[0]):
         tracer.label(call.out, tracer.labels(call.args[0]))
+    elif tracer.views(call.args[0]):
+        tracer.mark_parameter(call.out, *tracer.views(call.args[0]))
     return None
 
 
@@ -242,9 +251,9 @@ def indexing(call: Call) -> str | None:
             return x[call.args[1]]
         return call.func(x, *call.args[1:], **call.kwargs)
 
-    view = tracer.parameter(data)
-    if view is not None:
-        tracer.mark_parameter(call.out, view.apply(read))
+    views = tracer.views(data)
+    if views:
+        tracer.mark_parameter(call.out, *[view.apply(read) for view in views])
     else:
         tracer.label(call.out, read(tracer.labels(data)))
     return None
@@ -309,10 +318,14 @@ def spatial(call: Call) -> str | None:
         if f"{n}d" in name:
             n_spatial = n
     spatial_axes = set(range(labels.ndim - n_spatial, labels.ndim))
-    if spatial_axes & set(varying_axes(labels)):
-        return "works across channels as across space"
+    varying = set(varying_axes(labels))
     # One pixel's labels are every pixel's, however many there are afterwards.
     corner = labels[(..., *[slice(0, 1)] * n_spatial)]
+    if spatial_axes & varying:
+        if not varying - spatial_axes:
+            return "works across channels as across space"
+        # A linear layer made the map: the pixels of a channel go together.
+        call.tracer.book.join(corner.expand(labels.shape), labels)
     call.tracer.label(out, corner.expand(out.shape))
     return None
 

@@ -5,11 +5,10 @@ to stay for them.
 """
 
 import torch
-from torch import Tensor
 
 from autoprune.structure.groups import loses_whole_conv_groups, tensors_in
-from autoprune.structure.labels import broadcast_labels, compress, varying_axes
-from autoprune.tracing.tracer import Call, Tracer
+from autoprune.structure.labels import broadcast_labels, varying_axes
+from autoprune.tracing.tracer import Call
 
 
 def batch_norm(call: Call) -> str | None:
@@ -43,7 +42,7 @@ def layer_norm(call: Call) -> str | None:
         for axis in varying_axes(labels):
             # Channels on other axes share the vector's values and don't meet them.
             if axis >= first_normalised:
-                line = row_labels(tracer, labels, [axis]).flatten()
+                line = tracer.book.row_labels(labels, [axis]).flatten()
                 tracer.use(view.name, axis - first_normalised, line, "follow")
     tracer.label(tensors_in(call.out)[0], labels)
     return None
@@ -103,7 +102,7 @@ def reduction(call: Call) -> str | None:
     if set(axes) & set(varying):
         tracer.summed_labels.append(labels)
         remaining_axes = [axis for axis in varying if axis not in axes]
-        labels = row_labels(tracer, labels, remaining_axes)
+        labels = tracer.book.row_labels(labels, remaining_axes)
     for out in tensors_in(call.out):
         reduced = labels.expand(x.shape)
         # From the last axis to the first, as `select` renumbers those behind.
@@ -126,35 +125,3 @@ def reduced_axes(call: Call) -> list[int]:
     if isinstance(axes, int):
         axes = [axes]
     return sorted({axis % n_axes for axis in (axes or range(n_axes))})
-
-
-def row_labels(tracer: Tracer, labels: Tensor, axes: list[int]) -> Tensor:
-    """One label for all the cells that share a position on some axes.
-
-    Cells `[[1, 2, 3], [4, 5, 6]]` on axes 1 and 2 of `(1, 2, 3)` have the rows 7, 8 on
-    axis 1, as `(1, 2, 1)`.
-
-    Args:
-        tracer: The notebook of the run.
-        labels: Of an activation.
-        axes: Some of those along which the labels vary.
-
-    Returns:
-        Labels that vary along `axes` alone, of length 1 on all others.
-    """
-    if not axes:
-        # What is left of all channels is there whichever of them are.
-        return torch.zeros([1] * labels.ndim, dtype=torch.int64)
-    varying = varying_axes(labels)
-    cells = compress(labels)
-    # Rows first, then all other axes as the cells of a row.
-    order = []
-    for axis in [*axes, *(set(varying) - set(axes))]:
-        order.append(varying.index(axis))
-    cells = cells.permute(order)
-    row_shape = cells.shape[: len(axes)]
-    rows = tracer.book.factor(cells.reshape(row_shape.numel(), -1))
-    shape = []
-    for axis in range(labels.ndim):
-        shape.append(labels.shape[axis] if axis in axes else 1)
-    return rows.view(row_shape).view(shape)

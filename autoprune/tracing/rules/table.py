@@ -19,9 +19,11 @@ from autoprune.structure.labels import CONSTANT, take_at_origin, varying_axes
 from autoprune.tracing.rules.contractions import (
     attention,
     batched_product,
-    convolution,
     linear,
+    vector_product,
+    weight_norm,
 )
+from autoprune.tracing.rules.convolutions import convolution
 from autoprune.tracing.rules.movements import (
     channel_shuffle,
     concatenation,
@@ -48,7 +50,15 @@ from autoprune.tracing.rules.norms import (
     group_norm,
     layer_norm,
     reduction,
-    row_labels,
+)
+from autoprune.tracing.rules.parameters import (
+    combine,
+    contract_vector,
+    fill_border,
+    normalise_weight,
+    rescale,
+    standardise,
+    summarise,
 )
 from autoprune.tracing.tracer import Call
 
@@ -61,13 +71,17 @@ def apply_rule(call: Call) -> Rule:
     """Applies the operation's rule, or pins what reaches it; returns the rule."""
     tracer = call.tracer
     rule = rule_for(call.func)
-    failure = rule(call)
+    has_activation = any(map(tracer.is_activation, call.tensors()))
+    failure = rule(call) if has_activation else PARAMETER_RULES.get(rule, rule)(call)
     if failure is None:
         return rule
     reason = f"operation {tracer.locate(call.func)} {failure}"
     for tensor in call.tensors():
-        if tracer.is_activation(tensor) or tracer.parameter(tensor) is not None:
+        if tracer.is_activation(tensor):
             tracer.book.pin(tracer.labels(tensor), reason)
+        # By their axes, since a label for each element of a weight takes minutes.
+        for labels in tracer.label_axes(tensor):
+            tracer.book.pin(labels, reason)
     tracer.unsupported.append(reason)
     return rule
 
@@ -111,14 +125,6 @@ def pointwise(call: Call) -> str | None:
     for tensor in call.tensors():
         if tensor.ndim and not tracer.is_noise(tensor):
             operands.append(tensor)
-    has_activation = any(map(tracer.is_activation, operands))
-    has_parameter = any(tracer.parameter(tensor) is not None for tensor in operands)
-    if not has_activation and not has_parameter:
-        return None
-    if not has_activation and len(operands) == 1:
-        # The exponential of a parameter, say; nothing meets it yet.
-        tracer.label(out, tracer.labels(operands[0]).expand(out.shape))
-        return None
     spreads = []
     for tensor in operands:
         spreads.append(tracer.labels(tensor).expand(out.shape))
@@ -158,7 +164,9 @@ def _join_operands(
             tracer.book.join(take_at_origin(spreads[main], met_axes), labels)
         elif set(met_axes) <= set(axes[main]):
             # A value for each head, say, meets cells of heads and width: their rows.
-            rows = row_labels(tracer, spreads[main], met_axes).expand(call.out.shape)
+            rows = tracer.book.row_labels(spreads[main], met_axes).expand(
+                call.out.shape
+            )
             tracer.book.join(take_at_origin(rows, met_axes), labels)
         else:
             return "crosses channels with channels"
@@ -203,6 +211,9 @@ def in_place_copy(call: Call) -> str | None:
 
 RULES: dict[Any, Rule] = {
     # Products. A weight hands out new labels.
+    aten.mv: vector_product,
+    aten.dot: vector_product,
+    aten.vdot: vector_product,
     aten.convolution: convolution,
     aten.addmm: linear,
     aten.mm: linear,
@@ -212,6 +223,7 @@ RULES: dict[Any, Rule] = {
     # Norms and what else reads along an axis without changing the shape.
     aten.native_batch_norm: batch_norm,
     aten._native_batch_norm_legit_no_training: batch_norm,
+    aten._weight_norm_interface: weight_norm,
     aten.native_layer_norm: layer_norm,
     aten._fused_rms_norm: layer_norm,
     aten.native_group_norm: group_norm,
@@ -365,3 +377,16 @@ entry has to be made before `trace` runs, and holds for the whole process. An ex
 rule may fit: `movement` for whatever only moves elements, `spatial`, `reduction`,
 `axis_scan` and `pointwise`.
 """
+
+PARAMETER_RULES: dict[Rule, Rule] = {
+    pointwise: combine,
+    in_place_copy: combine,
+    reduction: summarise,
+    axis_scan: rescale,
+    layer_norm: rescale,
+    batch_norm: standardise,
+    weight_norm: normalise_weight,
+    vector_product: contract_vector,
+    pad: fill_border,
+}
+"""Rule to what stands in for it where no activation is among its operands."""
