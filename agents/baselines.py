@@ -10,12 +10,11 @@ from math import sqrt
 
 import numpy as np
 
-from autoprune.agents.algorithms import check_installed
 from autoprune.agents.rankings import cost_aware, eagleeye, global_ranking
 from autoprune.agents.recorder import LANES, START_STD, Recorder
+from autoprune.agents.searchers import check_installed
 from autoprune.envs.batch import BatchedEpisodes, fixed_policy, uniform_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
-from autoprune.errors import check_known
 
 GRID = 200
 """Steps into which the dynamic program divides the budget."""
@@ -150,39 +149,6 @@ BASELINES: dict[str, Callable[[Recorder], None]] = {
     "eagleeye": eagleeye,
 }
 """Name to what plays the episodes of a recorder."""
-DETERMINISTIC = ("uniform", "sensitivity", "global", "cost_aware")
-"""Baselines that decide by what they measure once: without chance and without search.
-"""
-FOR_RANGES = ("uniform", "random")
-"""Baselines that mean something where every episode has another budget."""
-DEFAULT_BASELINES = ("uniform", "random", "sensitivity")
-"""Baselines that a search is held against unless others are named."""
-
-
-def parse_baselines(text: str | None, agent: str) -> list[str]:
-    """The names in a list such as "uniform,random".
-
-    Args:
-        text: Names with commas between them, "none", or None for the usual ones, which
-            an allocator that decides at once doesn't need.
-        agent: What they are for.
-
-    Returns:
-        The names of baselines, maybe none.
-
-    Raises:
-        UserError: If a name is unknown, with the nearest known ones, or what it needs
-            isn't installed.
-    """
-    if text is None:
-        return [] if agent in DETERMINISTIC else list(DEFAULT_BASELINES)
-    if text == "none":
-        return []
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        check_known("baseline", name, BASELINES, "baselines", ", or none")
-        check_installed(name, "baselines")
-    return names
 
 
 def _spread_levels(allowed: np.ndarray, n_levels: int) -> np.ndarray:

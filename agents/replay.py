@@ -3,7 +3,6 @@
 A policy is a safetensors file and a JSON file; loading one executes no code.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,18 @@ from safetensors.torch import load_file, save_file
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
-from autoprune.agents.algorithms import ALGORITHMS, check_installed
+from autoprune.agents.algorithms import ALGORITHMS
+from autoprune.agents.policy_files import describe_policy
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget
 from autoprune.envs.batch import BatchedEpisodes
 from autoprune.envs.layer_pruning import LayerPruningEnv
-from autoprune.envs.observation import FEATURES, OBSERVATION_SPACE, STATIC, Observer
+from autoprune.envs.observation import (
+    FEATURE_NAMES,
+    OBSERVATION_SPACE,
+    STATIC,
+    Observer,
+)
 from autoprune.errors import UserError
 from autoprune.runs import write_atomically, write_json
 
@@ -130,7 +135,7 @@ class Policy:
         description: dict[str, object] = {
             "algorithm": self.algorithm,
             "policy_kwargs": self.policy_kwargs,
-            "features": _feature_names(),
+            "features": FEATURE_NAMES,
         }
         if self.group_features is not None:
             # A column a feature, by name, so that the file says what they are.
@@ -186,59 +191,6 @@ def _group_features(columns: dict[str, list[float]]) -> np.ndarray:
     if not isinstance(columns, dict) or columns.keys() != set(STATIC):
         raise ValueError(f"kinds that aren't told by {', '.join(STATIC)}")
     return np.column_stack([np.array(columns[name], float) for name in STATIC])
-
-
-def _feature_names() -> list[str]:
-    return [feature.name for feature in FEATURES]
-
-
-def describe_policy(folder: Path, argument: str = "run") -> dict:
-    """Reads the JSON of a saved policy and checks that it can be used here.
-
-    Args:
-        folder: Where `Policy.save` wrote it.
-        argument: The argument that it came by, for messages.
-
-    Returns:
-        `algorithm`, `policy_kwargs`, `features`, maybe `kinds`, and what `save` was
-        told besides.
-
-    Raises:
-        UserError: If there is none, it is damaged, was trained on other observations,
-            or its algorithm isn't installed.
-    """
-    path = folder / "policy.json"
-    if not path.is_file():
-        learners = " or ".join(ALGORITHMS)
-        raise UserError(
-            argument,
-            f"no policy in {str(folder)!r}; baselines learn none, search with "
-            f"agent {learners}",
-        )
-    try:
-        description = json.loads(path.read_text())
-        features = description["features"]
-        algorithm = description["algorithm"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            argument, f"{str(path)!r} is damaged ({error!r}); search anew"
-        ) from error
-    # A policy's inputs are told apart by their place alone.
-    if features != _feature_names():
-        raise UserError(
-            argument,
-            f"the policy in {str(folder)!r} was trained on other observations; "
-            f"train it with this version",
-        )
-    # First, since an algorithm whose package is missing isn't among ALGORITHMS either.
-    check_installed(algorithm, argument)
-    if algorithm not in ALGORITHMS:
-        reason = f"no agent is called {algorithm!r}"
-        raise UserError(
-            argument,
-            f"the policy in {str(folder)!r} is damaged ({reason}); search anew",
-        )
-    return description
 
 
 def make_actor(

@@ -24,11 +24,11 @@ baseline that runs is in `docs/how-to/add-an-agent.md`.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from autoprune.agents.algorithms import ALGORITHMS, check_installed
-from autoprune.agents.baselines import BASELINES, FOR_RANGES
+from autoprune.agents.algorithms import ALGORITHMS
+from autoprune.agents.baselines import BASELINES
 from autoprune.agents.dyna import train_dyna
 from autoprune.agents.finalists import (
     Finalist,
@@ -39,11 +39,11 @@ from autoprune.agents.finalists import (
 from autoprune.agents.policies import starting_policy
 from autoprune.agents.recorder import Episode, Recorder
 from autoprune.agents.replay import Policy
+from autoprune.agents.searchers import check_agent
 from autoprune.agents.training import train
 from autoprune.config import SearchConfig
-from autoprune.costs.budget import Budget, BudgetRange
+from autoprune.costs.budget import BudgetRange
 from autoprune.envs.layer_pruning import LayerPruningEnv
-from autoprune.errors import UserError, check_known
 from autoprune.runs import RunFolder
 
 AGENTS = (*ALGORITHMS, *BASELINES)
@@ -81,33 +81,6 @@ class SearchResult:
     def episodes(self) -> list[Episode]:
         """Every finished episode in order."""
         return self.recorder.episodes
-
-
-def check_agent(
-    agent: str, budget: Budget | BudgetRange, others: Iterable[str] = ()
-) -> None:
-    """Checks that an agent or a baseline can search under a budget here.
-
-    Args:
-        agent: Its name; those of `others` are known too.
-        budget: Most baselines search for a single one.
-        others: Further names.
-
-    Raises:
-        UserError: If there is no such agent, it isn't for such a budget, or what it
-            needs isn't installed.
-    """
-    check_installed(agent, "agent")
-    # Read anew, since a script may have entered its own.
-    check_known("agent", agent, (*ALGORITHMS, *BASELINES, *others))
-    is_for_ranges = agent not in BASELINES or agent in FOR_RANGES
-    if isinstance(budget, BudgetRange) and not is_for_ranges:
-        known = ", ".join((*ALGORITHMS, *FOR_RANGES))
-        raise UserError(
-            "agent",
-            f"{agent} is for one budget, got the range {budget}; for a range "
-            f"take {known}",
-        )
 
 
 def search(

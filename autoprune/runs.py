@@ -329,7 +329,7 @@ def new_run(
     with hold(root, "out") as is_locked:
         # Under the lock: of two processes that were given one folder the second one
         # finds the first one's config.
-        check_new(root)
+        check_free(root)
         config = settings.to_dict() | dict(facts)
         config |= {"options": dict(options)} | provenance()
         try:
@@ -361,7 +361,7 @@ def _make_folder(settings: Settings, out: str | None) -> tuple[Path, bool]:
     return stem_path, is_made
 
 
-def check_new(out: str | Path | None) -> None:
+def check_free(out: str | Path | None) -> None:
     """Checks that a folder holds no run yet.
 
     Args:
@@ -377,7 +377,7 @@ def check_new(out: str | Path | None) -> None:
         )
 
 
-def check_settings(folder: RunFolder, settings: Settings) -> None:
+def check_unchanged(folder: RunFolder, settings: Settings) -> None:
     """Checks that a run was started with the settings that it is to go on with.
 
     Args:

@@ -8,15 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import log2
+from typing import TYPE_CHECKING
 
 import numpy as np
 from gymnasium import spaces
-from torch import Tensor
 
-from autoprune.costs.search_space import SearchSpace
-from autoprune.evaluation.proxy import half
-from autoprune.evaluation.proxy_protocol import Proxy
-from autoprune.structure.groups import Group, Groups
+if TYPE_CHECKING:
+    # So that the names of the features are known without PyTorch.
+    from torch import Tensor
+
+    from autoprune.costs.search_space import SearchSpace
+    from autoprune.evaluation.proxy_protocol import Proxy
+    from autoprune.structure.groups import Group, Groups
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Observer:
             before the first observation.
     """
 
-    def __init__(self, groups: Groups, space: SearchSpace, proxy: Proxy) -> None:
+    def __init__(self, groups: "Groups", space: "SearchSpace", proxy: "Proxy") -> None:
         self.groups = groups
         self.space = space
         self.proxy = proxy
@@ -107,6 +110,8 @@ class Observer:
     @cached_property
     def static(self) -> dict[str, np.ndarray]:
         """What never changes: feature to `(n_groups,)`."""
+        from autoprune.evaluation.proxy import half
+
         # Measured on first use: until then nobody pays for the sensitivity.
         rows = [
             _describe(group, self.groups, self.proxy.importance[group.name])
@@ -164,7 +169,7 @@ def _means_ahead(values: np.ndarray) -> np.ndarray:
     return means
 
 
-def _describe(group: Group, groups: Groups, scores: Tensor) -> dict[str, float]:
+def _describe(group: "Group", groups: "Groups", scores: "Tensor") -> dict[str, float]:
     """What is known of a group without measuring anything; not yet relative.
 
     Args:
@@ -320,6 +325,8 @@ FEATURES: tuple[Feature, ...] = (
     ),
 )
 
+FEATURE_NAMES = [feature.name for feature in FEATURES]
+"""Names of the features, in order."""
 STATIC = tuple(feature.name for feature in FEATURES if feature.is_static)
 """Features that never change."""
 OBSERVATION_SPACE = spaces.Box(0.0, 1.0, (len(FEATURES),), np.float32)

@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from autoprune.agents.algorithms import ALGORITHMS
-from autoprune.agents.baselines import DETERMINISTIC
 from autoprune.agents.recorder import LANES
 from autoprune.agents.search import AGENTS, SearchResult, search
+from autoprune.agents.searchers import DETERMINISTIC
 from autoprune.config import (
     DataConfig,
     NetworkConfig,

@@ -24,7 +24,7 @@ from autoprune.agents.finalists import (
     roll_out,
     roll_out_policy,
 )
-from autoprune.agents.policies import find_policy
+from autoprune.agents.policy_files import find_policy
 from autoprune.agents.replay import Policy
 from autoprune.agents.search import search
 from autoprune.config import (

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from toys import digits_env, fake_env, run_episode, target_env
 
-from autoprune.agents.baselines import BASELINES, DETERMINISTIC, parse_baselines
+from autoprune.agents.baselines import BASELINES
 from autoprune.agents.recorder import Recorder
-from autoprune.agents.search import check_agent
+from autoprune.agents.searchers import DETERMINISTIC, check_agent, parse_baselines
 from autoprune.config import SearchConfig
 from autoprune.costs.budget import Budget
 from autoprune.errors import UserError

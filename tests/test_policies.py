@@ -15,18 +15,14 @@ from safetensors.torch import load_file, save_file
 from test_cli import TINY, failure
 from toys import fake_env, learner_of, some_policy
 
-from autoprune.agents import policies
+from autoprune.agents import policy_files
 from autoprune.agents.algorithms import ALGORITHMS
-from autoprune.agents.policies import (
-    agent_of,
-    find_policy,
-    shipped_policies,
-    shipped_table,
-    starting_policy,
-)
+from autoprune.agents.policies import shipped_table, starting_policy
+from autoprune.agents.policy_files import agent_of, find_policy, shipped_policies
 from autoprune.agents.recorder import START_STD
 from autoprune.agents.replay import Policy, replay
-from autoprune.agents.search import check_agent, search
+from autoprune.agents.search import search
+from autoprune.agents.searchers import check_agent
 from autoprune.cli.main import main
 from autoprune.config import SearchConfig
 from autoprune.costs.budget import Budget
@@ -65,7 +61,7 @@ def home(tmp_path, monkeypatch):
         tmp_path / "shipped" / "vggs", trained_on="vgg16 on digits", budget="macs=50%"
     )
     (tmp_path / "shipped" / "README.md").write_text("no policy")
-    monkeypatch.setattr(policies, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(policy_files, "SHIPPED", tmp_path / "shipped")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "shipped"
@@ -491,7 +487,7 @@ def test_policies_lists_what_is_shipped_and_what_is_wrong_with_it(home, capsys):
 
 
 def test_policies_says_that_none_is_shipped(home, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(policies, "SHIPPED", tmp_path / "nothing")
+    monkeypatch.setattr(policy_files, "SHIPPED", tmp_path / "nothing")
     assert main(["policies", "--json"]) == 0
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("no policy is shipped")

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import fake_env, some_policy, target_env
 
-from autoprune.agents.replay import Policy, describe_policy, replay
+from autoprune.agents.policy_files import describe_policy
+from autoprune.agents.replay import Policy, replay
 from autoprune.agents.training import ALGORITHMS
 from autoprune.envs.observation import FEATURES
 from autoprune.errors import UserError

@@ -17,10 +17,13 @@ from autoprune.cli.options import pick, prune_options
 from autoprune.cli.parser import Parser
 from autoprune.cli.presets import methods_table
 from autoprune.config import NetworkConfig, Settings, TraceConfig
-from autoprune.errors import UserError
+from autoprune.errors import UserError, check_known
 
 if TYPE_CHECKING:
     from autoprune.pipeline.context import RunContext
+
+FORMATS = ("onnx", "torch")
+"""What `export` writes."""
 
 
 def run(options: Namespace) -> None:
@@ -44,32 +47,36 @@ def search(options: Namespace) -> None:
 def replay(options: Namespace) -> None:
     """Lets a learned policy act, on its own network or another, at any budget."""
     # Here and below: what imports torch is imported by the command that needs it, so
-    # that `--help` needn't wait for it.
-    from autoprune.agents.policies import find_policy
+    # that neither `--help` nor who mistyped a name need wait for it.
+    from autoprune.agents.policy_files import describe_policy, find_policy
+    from autoprune.cli.checks import check_settings
+    from autoprune.runs import RunFolder, file_stem, write_json
+
+    place = find_policy(options.policy, "policy")
+    describe_policy(place, "policy")
+    run = RunFolder(place.parent)
+    # Shipped policies, and those in folders of their own, belong to no run.
+    is_of_run = run.policy == place and run.config.is_file()
+    trained_with = Settings.from_dict(run.read_config()) if is_of_run else Settings()
+    settings = _with_given_options(trained_with, options)
+    check_settings(settings)
+
     from autoprune.agents.replay import Policy
     from autoprune.cli.holding import hold_place_of
     from autoprune.cli.search_stage import act, make_env
     from autoprune.pipeline.context import RunContext
     from autoprune.reporting.console import print_results
-    from autoprune.runs import RunFolder, file_stem, write_json
 
-    place = find_policy(options.policy, "policy")
     policy = Policy.load(place, "policy")
-    run = RunFolder(place.parent)
-    # Shipped policies, and those in folders of their own, belong to no run.
-    is_of_run = run.policy == place and run.config.is_file()
-    trained = RunContext.of_run(run) if is_of_run else RunContext(Settings())
-    settings = _with_given_options(trained.settings, options)
+    context = RunContext(settings)
     # What a run has of its own network, trained or measured, says nothing of another.
-    is_same_network = options.model is None and options.weights is None
-    if is_same_network:
+    if is_of_run and options.model is None and options.weights is None:
+        trained = RunContext.of_run(run)
         parts = trained.parts
         # As the run was started with it, unless the options say otherwise now.
         if settings.data.preprocessing != trained.settings.data.preprocessing:
             parts = dataclasses.replace(parts, preprocessing=None)
         context = dataclasses.replace(trained, settings=settings, parts=parts)
-    else:
-        context = RunContext(settings)
     env = make_env(context)
     model = settings.network.model
     budget = str(env.budget)
@@ -187,7 +194,6 @@ def _run_of_allocation(options: Namespace) -> Iterator[stages.Job]:
     """A new run that begins with the allocation of a file."""
     from autoprune.costs.allocation import Allocation
     from autoprune.pipeline.methods.registry import method_of
-    from autoprune.pipeline.stages import keep_order, use_allocation
     from autoprune.runs import RunFolder
 
     path = options.allocation
@@ -203,6 +209,8 @@ def _run_of_allocation(options: Namespace) -> Iterator[stages.Job]:
         method_of(context.settings).check(context)
 
     with stages.start(options, prepare) as job:
+        from autoprune.pipeline.stages import keep_order, use_allocation
+
         stages.run_stages(job, until="sparse")
         # Once more, now for the network that sparse training may have left.
         allocation = Allocation.read(path, job.context.groups)
@@ -283,9 +291,11 @@ def _check_single(options: Namespace, path: Path) -> None:
             f"prune applies one allocation, got the range {options.budget}; leave "
             f"--budget out, the allocation knows its own",
         )
+    if not path.is_file():
+        raise UserError("allocation", f"no file {str(path)!r}")
     # A look at the text is enough: what is no allocation otherwise is refused when it
     # is read.
-    if path.is_file() and '"front"' in path.read_text("utf-8", errors="replace"):
+    if '"front"' in path.read_text("utf-8", errors="replace"):
         raise UserError(
             "allocation",
             f"{str(path)!r} holds a whole front; give one of its points: the "
@@ -316,9 +326,10 @@ def finetune(options: Namespace) -> None:
 def evaluate(options: Namespace) -> None:
     """Accuracy of the dense and the pruned network of RUN on the test split."""
     from autoprune.cli.holding import hold_run
-    from autoprune.pipeline.stages import evaluate_stage
 
     with hold_run(options.run) as job:
+        from autoprune.pipeline.stages import evaluate_stage
+
         evaluate_stage(job.context, job.folder)
         stages.finish(job, options.json)
 
@@ -326,9 +337,11 @@ def evaluate(options: Namespace) -> None:
 def export(options: Namespace) -> None:
     """Writes the pruned network of RUN as ONNX, or as a torch.export program."""
     from autoprune.cli.holding import hold_run
-    from autoprune.pipeline.stages import export_stage, report_stage
 
+    check_known("format", options.format, FORMATS)
     with hold_run(options.run) as job:
+        from autoprune.pipeline.stages import export_stage, report_stage
+
         written = export_stage(job.context, job.folder, options.format)
         # results.json has got a number more, so the page is written anew.
         report_stage(job.folder)
@@ -338,9 +351,10 @@ def export(options: Namespace) -> None:
 def report(options: Namespace) -> None:
     """Writes report.html of RUN from what its folder holds."""
     from autoprune.cli.holding import hold_run
-    from autoprune.pipeline.stages import report_stage
 
     with hold_run(options.run) as job:
+        from autoprune.pipeline.stages import report_stage
+
         _print_file(report_stage(job.folder), options.json)
 
 
@@ -352,6 +366,11 @@ def _print_file(path: Path, as_json: bool) -> None:
 
 def trace(options: Namespace) -> None:
     """Prints the groups of a network, what is pinned and why, and the share of MACs."""
+    from autoprune.data.model_names import check_model
+
+    config = pick(options, TraceConfig)
+    check_model(config.model)
+
     import torch
 
     from autoprune.costs.constraints import pin_excluded
@@ -363,7 +382,6 @@ def trace(options: Namespace) -> None:
     from autoprune.tracing.trace import describe
     from autoprune.tracing.trace import trace as trace_network
 
-    config = pick(options, TraceConfig)
     model = build(config.model, config.n_classes)
     if config.weights not in (None, NONE):
         load_weights(model, config.weights)
@@ -385,6 +403,10 @@ def trace(options: Namespace) -> None:
 
 def data(options: Namespace) -> None:
     """Fetches a dataset and stores it once: cifar10."""
+    from autoprune.names import DATASETS
+
+    DATASETS.check(options.name, "name")
+
     from autoprune.data.fetching import fetch
     from autoprune.reporting.console import say
 

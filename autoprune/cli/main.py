@@ -127,7 +127,7 @@ def _implied_defaults(command: str, options: Namespace) -> dict[str, object]:
     if options.get("method"):
         return method_named(options.method).defaults
     if options.get("policy") and options.get("agent") == SearchConfig.agent:
-        from autoprune.agents.policies import agent_of
+        from autoprune.agents.policy_files import agent_of
 
         return {"agent": agent_of(options.policy)}
     return {}

@@ -4,13 +4,13 @@ import dataclasses
 import shlex
 from typing import Any
 
-from autoprune.agents.baselines import parse_baselines
 from autoprune.agents.finalists import find_front
 from autoprune.agents.pareto import front_to_json
 from autoprune.agents.policies import starting_policy
 from autoprune.agents.recorder import Episode, Recorder
 from autoprune.agents.replay import Policy, replay
 from autoprune.agents.search import SearchResult, search
+from autoprune.agents.searchers import parse_baselines
 from autoprune.config import SearchConfig, Settings
 from autoprune.costs.budget import BudgetRange, parse_budget
 from autoprune.envs.layer_pruning import LayerPruningEnv

@@ -99,21 +99,28 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterat
     Raises:
         UserError: If something is wrong; nothing is written then.
     """
+    from autoprune.cli.checks import check_new, check_settings
     from autoprune.cli.holding import held, warn_unless
-    from autoprune.pipeline.context import Parts, RunContext, stored_preprocessing
-    from autoprune.runs import RunFolder, check_new, check_settings, new_run
+    from autoprune.runs import RunFolder, check_free, check_unchanged, new_run
 
     settings = settings_of(options)
     output = pick(options, OutputConfig)
     # From fast to slow: names in an instant, then network and images. The folder comes
     # last, so that a refused command leaves nothing behind.
-    _check_names(settings, output)
+    check_settings(settings)
+    check_new(settings, output)
     if output.resume and output.out is not None:
         folder = RunFolder.open(output.out, "out")
         # Before anything of it is read, which another process might be changing.
         with held(folder, "out"):
-            check_settings(folder, settings)
+            check_unchanged(folder, settings)
             _check_kept_options(options, folder)
+            from autoprune.pipeline.context import (
+                Parts,
+                RunContext,
+                stored_preprocessing,
+            )
+
             # Measuring the order of blocks anew would take long, and could break a tie
             # otherwise.
             parts = Parts(preprocessing=stored_preprocessing(folder.read_config()))
@@ -122,7 +129,10 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterat
             yield _begin(context, folder, output, options)
         return
     # Once more under the lock; here, so that nobody waits for network and images first.
-    check_new(output.out)
+    check_free(output.out)
+    # Only here, after all that needs no PyTorch.
+    from autoprune.pipeline.context import RunContext
+
     context = RunContext(settings)
     prepare(context)
     kept = _kept_options(options)
@@ -159,31 +169,6 @@ def _check_kept_options(options: Namespace, folder: "RunFolder") -> None:
     for name in ("method", "allocation"):
         if name in stored and name in options and stored[name] != options[name]:
             raise other_than_stored(name, folder, stored[name], options[name])
-
-
-def _check_names(settings: Settings, output: OutputConfig) -> None:
-    """Refuses unknown names and impossible budgets before anything slow happens."""
-    from autoprune.agents.baselines import parse_baselines
-    from autoprune.agents.policies import starting_policy
-    from autoprune.agents.search import check_agent
-    from autoprune.costs.budget import parse_budget
-    from autoprune.envs.rewards import reward_named
-    from autoprune.evaluation.importance import check_criterion
-    from autoprune.pipeline.methods.registry import check_methods, further_agents
-    from autoprune.training.sparse import check_sparse
-
-    search = settings.search
-    # First, since it says which agents masks and blocks have.
-    check_methods(settings)
-    check_agent(search.agent, parse_budget(search.budget), others=further_agents())
-    parse_baselines(output.baselines, search.agent)
-    # After the methods, which say what criteria a granularity has at all.
-    check_criterion(search.criterion)
-    check_sparse(settings.sparse.method)
-    reward_named(search.reward)
-    # A run that goes on has a copy of the policy that it started from.
-    if not output.resume:
-        starting_policy(search.agent, search.policy)
 
 
 def open_run(run: str) -> Job:

@@ -3,10 +3,12 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoprune.errors import UserError
-from autoprune.structure.groups import Groups
+
+if TYPE_CHECKING:
+    from autoprune.structure.groups import Groups
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Allocation:
         }
 
     @classmethod
-    def read(cls, path: str | Path, groups: Groups) -> "Allocation":
+    def read(cls, path: str | Path, groups: "Groups") -> "Allocation":
         """Reads a JSON file and checks it against the network.
 
         Only `kept` is required, so that a person can write such a file by hand.
@@ -70,7 +72,7 @@ class Allocation:
         allocation.check(groups)
         return allocation
 
-    def check(self, groups: Groups) -> None:
+    def check(self, groups: "Groups") -> None:
         """Checks that the allocation fits a network.
 
         Args:
