@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TypeGuard
 
 from autoprune.agents.searchers import check_installed
-from autoprune.envs.observation import FEATURE_NAMES
 from autoprune.errors import UserError, nearest_names
 from autoprune.names import LEARNERS
 from autoprune.runs import RunFolder
@@ -114,6 +113,9 @@ def describe_policy(folder: Path, argument: str = "run") -> dict:
         raise UserError(
             argument, f"{str(path)!r} is damaged ({error!r}); search anew"
         ) from error
+    # Here, since Gymnasium takes a while that most commands needn't wait for.
+    from autoprune.envs.observation import FEATURE_NAMES
+
     # A policy's inputs are told apart by their place alone.
     if features != FEATURE_NAMES:
         raise UserError(

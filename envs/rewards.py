@@ -6,13 +6,9 @@ Higher is better.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from autoprune.errors import check_known
-
-if TYPE_CHECKING:
-    # So that the rewards are known without PyTorch.
-    from autoprune.evaluation.evaluate import Evaluation
+from autoprune.evaluation.evaluate import Evaluation
 
 TIE_BREAK = 0.05
 """Weight of the saved MACs in `weighted_sum`: saving all of a network's MACs counts as
@@ -31,7 +27,7 @@ class Outcome:
         accuracy_floor: Least acceptable proxy accuracy, for `accuracy_guaranteed`.
     """
 
-    evaluation: "Evaluation"
+    evaluation: Evaluation
     macs: int
     macs_dense: int
     accuracy_floor: float

@@ -11,9 +11,8 @@ from autoprune.agents.searchers import check_agent, parse_baselines
 from autoprune.config import OutputConfig, Settings
 from autoprune.costs.budget import parse_budget
 from autoprune.data.model_names import check_model
-from autoprune.envs.rewards import reward_named
 from autoprune.errors import UserError, check_known, nearest_names
-from autoprune.names import CRITERIA, DATASETS, SPARSE_METHODS
+from autoprune.names import CRITERIA, DATASETS, REWARDS, SPARSE_METHODS
 from autoprune.pipeline.methods.registry import check_methods, further_agents
 
 
@@ -38,7 +37,7 @@ def check_settings(settings: Settings) -> None:
         ["none", *SPARSE_METHODS.known],
         "sparse.method",
     )
-    reward_named(search.reward)
+    REWARDS.check(search.reward)
     check_model(settings.network.model)
     check_data(settings.data.data)
 

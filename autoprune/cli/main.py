@@ -7,7 +7,7 @@ imports happen inside its functions, so that `--help` answers at once.
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 
 from jsonargparse import Namespace
@@ -96,10 +96,8 @@ def _flag(command: str | None, argument: str) -> str:
     # is a flag.
     others = [name for name in COMMANDS if name != command]
     for name in [command, *others] if command else others:
-        parser = Parser()
-        COMMANDS[name].options(parser)
         # argparse shows its options nowhere else.
-        for action in parser._actions:
+        for action in _parser_of(name).commands[name]._actions:
             if action.dest == argument:
                 return f"--{argument}" if action.option_strings else argument.upper()
     return argument
@@ -107,12 +105,26 @@ def _flag(command: str | None, argument: str) -> str:
 
 def _parse(arguments: list[str] | None) -> Namespace:
     """The options, read once more where something given sets other defaults."""
-    options = build_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    given = None
+    for word in words:
+        # The options before a command take no values.
+        if not word.startswith("-"):
+            given = word
+            break
+    options = _parser_of(given).parse_args(words)
     defaults = _implied_defaults(options.subcommand, options[options.subcommand])
     if not defaults:
         return options
     # As defaults and in a second pass, so that whatever was typed still counts more.
-    return build_parser(options.subcommand, defaults).parse_args(arguments)
+    return build_parser(given, defaults).parse_args(words)
+
+
+@cache
+def _parser_of(given: str | None) -> Parser:
+    """The parser of a command line, without defaults that follow from what is given."""
+    # Kept, since an error asks it for the names of flags.
+    return build_parser(given)
 
 
 def _implied_defaults(command: str, options: Namespace) -> dict[str, object]:
@@ -147,9 +159,7 @@ def _options_of_run(command: str, root: str) -> dict[str, object]:
     from autoprune.runs import RunFolder
 
     stored = options_of(RunFolder.open(root, "out").read_config())
-    parser = Parser()
-    COMMANDS[command].options(parser)
-    known = {name.lstrip("-") for name in parser.options}
+    known = {name.lstrip("-") for name in _parser_of(command).commands[command].options}
     return {name: value for name, value in stored.items() if name in known}
 
 
@@ -159,7 +169,8 @@ def build_parser(
     """The parser of all commands.
 
     Args:
-        given: The command that is given, where it is known.
+        given: The only command to get its options, since adding all of them takes a
+            while; None, or what is no command, for all.
         defaults: Of its options those whose default follows from the others.
     """
     parser = Parser(
@@ -174,8 +185,8 @@ def build_parser(
     parser.commands = {}
     for name, command in COMMANDS.items():
         subparser = Parser(description=command.help)
-        command.options(subparser)
-        # Other commands may lack these options, which jsonargparse refuses.
+        if name == given or given not in COMMANDS:
+            command.options(subparser)
         if name == given:
             subparser.set_defaults(dict(defaults))
         parser.commands[name] = subparser
