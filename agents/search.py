@@ -6,18 +6,20 @@ How a baseline is added, a searcher that learns no policy:
    while `recorder.remaining` is above 0; `random` in `autoprune.agents.baselines` is an
    example of ten lines. `act` gets the lanes (`BatchedEpisodes`) before each group's
    decision and returns an action in [-1, 1] for each lane.
-2. Enter it into `BASELINES` there; and into `DETERMINISTIC` if it has no chance in it,
-   into `FOR_RANGES` if it works where every episode has another budget.
+2. Enter it into `BASELINES` there and its name into `autoprune.names`; in
+   `autoprune.agents.searchers` into `DETERMINISTIC` if it has no chance in it, into
+   `FOR_RANGES` if it works where every episode has another budget.
 
 How a learner of Stable-Baselines3 is added, an agent:
 
-1. Enter its class into `ALGORITHMS` in `autoprune.agents.algorithms`.
+1. Enter its class into `ALGORITHMS` in `autoprune.agents.algorithms`, and its name into
+   `autoprune.names`.
 2. Write its settings into `agents/hyperparameters/NAME.yaml`.
 3. If it isn't trained as `autoprune.agents.training.train` does it, write a function
    like `train_dyna` and call it in `_run_agent` below.
 
 A package that only this searcher needs goes into `OPTIONAL_PACKAGES` in
-`autoprune.agents.algorithms`. The command line's checks and messages, and the tests
+`autoprune.agents.searchers`. The command line's checks and messages, and the tests
 that every searcher has to pass, take the names from these registries; only the help of
 `--agent`, the docstring of `SearchConfig.agent`, lists them by hand. An example of a
 baseline that runs is in `docs/how-to/add-an-agent.md`.

@@ -12,7 +12,7 @@ from processes import run_python
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
-    {"config", "locks", "provenance", "results", "structure"},
+    {"config", "names", "locks", "provenance", "results", "structure"},
     {"costs", "runs"},
     {"tracing", "data", "reporting"},
     {"evaluation"},

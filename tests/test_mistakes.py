@@ -8,7 +8,7 @@ from processes import run_python
 
 from autoprune import names
 from autoprune.config import Settings
-from autoprune.data.model_names import check_model, registered_models
+from autoprune.data.known_models import check_model, registered_models
 from autoprune.errors import UserError
 
 REGISTRIES = [
@@ -35,6 +35,14 @@ MISTAKES = {
     "run --budgt macs=40%": "did you mean --budget?",
     "run --model resnet21": "unknown model 'resnet21'; did you mean resnet",
     "run --model timm/resnet19": "timm has no model 'resnet19'; did you mean timm/",
+    "run --model tests.tiny:networ": "did you mean tests.tiny:network?",
+    "run --model tests.tiyn:network": "no module 'tiyn'); did you mean 'tiny'?",
+    "run --model nowhere:make": "can't import 'nowhere' (no module 'nowhere')",
+    "run --model ./nowhere.py:make": "no file './nowhere.py'",
+    "run --weights nowhere.pt": "no file 'nowhere.pt'",
+    "run --model resnet56": "give the trained weights of resnet56",
+    "run --model tests.tiny:network --data nowhere": "no dataset 'nowhere'",
+    "trace --weights nowhere.pt": "no file 'nowhere.pt'",
     "run --data cifar11": "no dataset 'cifar11'; did you mean 'cifar10'",
     "run --data nowhere": "no dataset 'nowhere'",
     "run --agent ppa": "unknown agent 'ppa'; did you mean 'ppo'",
@@ -123,11 +131,28 @@ def test_the_names_read_from_sources_are_those_that_the_packages_register():
         "timm/resnet18.a1_in1k",
         # A name of old, which timm replaces with a warning.
         "timm/tv_resnet34",
-        "my.module:make",
+        "tests.tiny:network",
     ],
 )
 def test_a_network_that_can_be_built_is_not_refused_by_its_name(name):
     check_model(name)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("from tests.tiny import *", "network"),
+        ("def __getattr__(name): return name", "anything"),
+        ("globals()['made'] = 1", "made"),
+        ("if True:\n    import torch as made", "made"),
+        ("made: int = 1", "made"),
+        ("for made in [1]: pass", "made"),
+        ("def broken(:", "made"),
+    ],
+)
+def test_a_factory_that_a_source_may_define_is_not_refused(source, name, tmp_path):
+    (tmp_path / "mine.py").write_text(source)
+    check_model(f"{tmp_path}/mine.py:{name}")
 
 
 @pytest.mark.parametrize("name", ["resnet", "timm/resnet1", "timm/", "fcn_resnet50"])

@@ -10,7 +10,8 @@ from autoprune.agents.policy_files import check_start
 from autoprune.agents.searchers import check_agent, parse_baselines
 from autoprune.config import OutputConfig, Settings
 from autoprune.costs.budget import parse_budget
-from autoprune.data.model_names import check_model
+from autoprune.data.known_models import check_model
+from autoprune.data.places import weights_named
 from autoprune.errors import UserError, check_known, nearest_names
 from autoprune.names import CRITERIA, DATASETS, REWARDS, SPARSE_METHODS
 from autoprune.pipeline.methods.registry import check_methods, further_agents
@@ -40,6 +41,8 @@ def check_settings(settings: Settings) -> None:
     REWARDS.check(search.reward)
     check_model(settings.network.model)
     check_data(settings.data.data)
+    network = settings.network
+    weights_named(network.model, network.weights, settings.data.data)
 
 
 def check_new(settings: Settings, output: OutputConfig) -> None:

@@ -366,25 +366,28 @@ def _print_file(path: Path, as_json: bool) -> None:
 
 def trace(options: Namespace) -> None:
     """Prints the groups of a network, what is pinned and why, and the share of MACs."""
-    from autoprune.data.model_names import check_model
+    from autoprune.data.known_models import check_model
+    from autoprune.data.places import NONE, split_weights
 
     config = pick(options, TraceConfig)
     check_model(config.model)
+    weights = None if config.weights == NONE else config.weights
+    if weights is not None:
+        split_weights(weights)
 
     import torch
 
     from autoprune.costs.constraints import pin_excluded
     from autoprune.data.checkpoints import load_weights
     from autoprune.data.models import MODELS, build
-    from autoprune.data.places import NONE
     from autoprune.data.preprocessing_sources import preprocessing_of
     from autoprune.reporting.console import print_trace
     from autoprune.tracing.trace import describe
     from autoprune.tracing.trace import trace as trace_network
 
     model = build(config.model, config.n_classes)
-    if config.weights not in (None, NONE):
-        load_weights(model, config.weights)
+    if weights is not None:
+        load_weights(model, weights)
     preprocessing = preprocessing_of(
         model, config, config.model, config.weights, config.n_classes
     )

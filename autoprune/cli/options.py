@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from jsonargparse import Namespace, set_parsing_settings
 
-from autoprune.cli.parser import Parser, ReadConfig
+from autoprune.cli.parser import Parser
 from autoprune.config import (
     DataConfig,
     DimensionsConfig,
@@ -51,7 +51,7 @@ def search_options(parser: Parser) -> None:
     """Everything that a new run needs: a field of every stage's dataclass."""
     parser.add_argument(
         "--config",
-        action=ReadConfig,
+        action="config",
         help="YAML file with any of these options, or config.yaml of a run.",
     )
     parser.add_argument(

@@ -6,11 +6,10 @@ Imports no torch.
 import re
 import sys
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from autoprune.config import Settings
 from autoprune.errors import nearest_names
@@ -70,6 +69,23 @@ class Parser(ArgumentParser):
         print(f"autoprune: error: {text}", file=sys.stderr)
         sys.exit(2)
 
+    def parse_string(self, content: str, *arguments: Any, **options: Any) -> Namespace:
+        """Takes options from a file's text, or from that of a run's config.yaml.
+
+        Args:
+            content: The text.
+            *arguments: As in jsonargparse.
+            **options: As in jsonargparse.
+        """
+        try:
+            loaded = yaml.safe_load(content)
+        except yaml.YAMLError:
+            # jsonargparse says what is wrong with it.
+            loaded = None
+        if is_config_of_run(loaded):
+            content = yaml.safe_dump(options_of(loaded))
+        return super().parse_string(content, *arguments, **options)
+
     @property
     def options(self) -> list[str]:
         """The options as they are typed, such as "--budget"."""
@@ -105,37 +121,7 @@ def similar_options(name: str, known: Iterable[str]) -> list[str]:
     return [plain[option] if name.startswith("-") else option for option in similar]
 
 
-class ReadConfig(ActionConfigFile):
-    """Reads a file of options, or the config.yaml of a run."""
-
-    def __call__(
-        self,
-        parser: ArgumentParser,
-        cfg: Namespace,
-        values: str,
-        option_string: str | None = None,
-    ) -> None:
-        """Takes the options of a file over.
-
-        Args:
-            parser: Whose options they are.
-            cfg: Where they go.
-            values: The file.
-            option_string: How the option was typed.
-        """
-        path = Path(values)
-        if path.is_file():
-            try:
-                content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (UnicodeDecodeError, yaml.YAMLError):
-                # jsonargparse says what is wrong with it.
-                content = None
-            if is_config_of_run(content):
-                values = yaml.safe_dump(options_of(content))
-        super().__call__(parser, cfg, values, option_string)
-
-
-def is_config_of_run(content: Any) -> bool:
+def is_config_of_run(content: Any) -> TypeGuard[dict[str, Any]]:
     """Whether it is what config.yaml of a run holds, and not options by their names.
 
     Args:

@@ -13,10 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from autoprune.data.factory_sources import EXPECTED, lacks_factory
 from autoprune.data.places import factory_file, split_factory
-from autoprune.errors import UserError, nearest_names
-
-EXPECTED = "expected package.module:factory or ./file.py:factory"
+from autoprune.errors import UserError
 
 
 def build_own(name: str, n_classes: int) -> nn.Module:
@@ -68,9 +67,7 @@ def _import_factory(name: str) -> Callable[..., Any]:
     home, attribute = split_factory(name)
     module = _import_home(name, home)
     if not hasattr(module, attribute):
-        similar = nearest_names(attribute, _callables(module))
-        next_step = f"did you mean {home}:{similar[0]}?" if similar else EXPECTED
-        raise UserError("model", f"{home!r} has no {attribute!r}; {next_step}")
+        raise lacks_factory(home, attribute, _callables(module))
     factory = getattr(module, attribute)
     if isinstance(factory, nn.Module):
         raise UserError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from autoprune.data.checkpoints import load_weights
 from autoprune.data.factories import build_own
+from autoprune.data.known_models import unknown_model, unknown_timm_model
 from autoprune.data.networks import (
     CifarMobileNetV1,
     CifarMobileNetV2,
@@ -19,7 +20,7 @@ from autoprune.data.networks import (
     CifarVGG16,
 )
 from autoprune.data.places import EMBEDDED_WEIGHTS
-from autoprune.errors import UserError, missing_package, nearest_names
+from autoprune.errors import UserError, missing_package
 
 Factory = Callable[..., nn.Module]
 """From a number of classes to a freshly initialised network."""
@@ -80,12 +81,7 @@ def _build_torchvision(name: str, n_classes: int) -> nn.Module:
 
     names = model_names()
     if name not in names:
-        similar = nearest_names(name, names, 3) or ["resnet20"]
-        raise UserError(
-            "model",
-            f"unknown model {name!r}; did you mean {' or '.join(similar)}? "
-            f"Your own: package.module:factory or ./file.py:factory",
-        )
+        raise unknown_model(name, names)
     options = {}
     if name in ("googlenet", "inception_v3"):
         # These two warn about slow initialisation, and their auxiliary heads only exist
@@ -103,9 +99,7 @@ def _build_timm(name: str, n_classes: int) -> nn.Module:
     except ImportError as error:
         raise missing_package("model", f"timm/{name}", "timm") from error
     if not timm.is_model(name):
-        similar = nearest_names(name, timm.list_models(), 3) or ["resnet18"]
-        offered = " or ".join(f"timm/{known}" for known in similar)
-        raise UserError("model", f"timm has no model {name!r}; did you mean {offered}?")
+        raise unknown_timm_model(name, timm.list_models())
     return timm.create_model(name, pretrained=False, num_classes=n_classes)
 
 

@@ -9,6 +9,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from autoprune.data.factory_sources import check_factory
 from autoprune.errors import UserError, missing_package, nearest_names
 from autoprune.names import MODELS
 
@@ -19,9 +20,7 @@ REGISTERED = re.compile(
 
 
 def check_model(name: str) -> None:
-    """Refuses the name of a network that nobody knows.
-
-    A network of one's own passes: it has to be imported to be known.
+    """Refuses a network that nobody knows, or that can't be there.
 
     Args:
         name: As `NetworkConfig.model`.
@@ -29,7 +28,10 @@ def check_model(name: str) -> None:
     Raises:
         UserError: If it is unknown, the nearest names are offered; or timm is missing.
     """
-    if ":" in name or name in MODELS.known:
+    if name in MODELS.known:
+        return
+    if ":" in name:
+        check_factory(name)
         return
     if name.startswith("timm/"):
         _check_timm(name.removeprefix("timm/"))
@@ -54,7 +56,7 @@ def unknown_model(name: str, known: list[str]) -> UserError:
     return UserError(
         "model",
         f"unknown model {name!r}; did you mean {' or '.join(similar)}? "
-        f"Your own: package.module:factory",
+        f"Your own: package.module:factory or ./file.py:factory",
     )
 
 
