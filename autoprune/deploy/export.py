@@ -3,7 +3,6 @@
 What is exported to ONNX is compared with PyTorch before the file gets its name.
 """
 
-import copy
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,8 @@ from autoprune.scaling.depth import remove_blocks
 from autoprune.scaling.resolution import resize_inputs
 from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import tensors_in
-from autoprune.structure.slicing import fit_shapes
+from autoprune.structure.slicing import fit_shapes, own_copy
+from autoprune.structure.wrappers import unwrap
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -160,7 +160,7 @@ def export_program(model: nn.Module, example: Tensor, path: Path) -> Path:
 
 def _plain_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode, float32, contiguous."""
-    plain = copy.deepcopy(model).eval().float()
+    plain = own_copy(unwrap(model)).eval().float()
     return plain.to(memory_format=torch.contiguous_format)
 
 
@@ -268,7 +268,7 @@ def save_pruned(model: nn.Module, folder: Path, plan: Mapping[str, Any]) -> None
     # is written beside them, since it decides how PyTorch sums.
     plain = {}
     channels_last = []
-    for key, value in model.state_dict().items():
+    for key, value in unwrap(model).state_dict().items():
         plain[key] = value.detach().clone(memory_format=torch.contiguous_format)
         if _is_channels_last(value):
             channels_last.append(key)

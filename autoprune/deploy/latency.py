@@ -3,7 +3,6 @@
 Both are measured alternately, so that whatever else runs slows both.
 """
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.deploy.export import ONNX_INPUT, export_onnx, onnx_session
+from autoprune.structure.slicing import own_copy
+from autoprune.structure.wrappers import unwrap
 
 Forward = Callable[[], object]
 """One forward pass on images that are fixed."""
@@ -98,7 +99,7 @@ def _torch_engine(model: nn.Module) -> Engine:
     """A network in PyTorch, channels last."""
     # The layout in which PyTorch convolves fastest on the CPU.
     layout = torch.channels_last
-    network = copy.deepcopy(model).eval().float().to(memory_format=layout)
+    network = own_copy(unwrap(model)).eval().float().to(memory_format=layout)
 
     def bind(images: Tensor) -> Forward:
         images = images.contiguous(memory_format=layout)

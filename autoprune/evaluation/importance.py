@@ -12,7 +12,6 @@ that no layer drowns the others; the scores of the others (`bn_scale`, `apoz`, `
 `hessian`, `lamp`) can be ranked across the network as they are.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,6 +21,8 @@ from torch.nn import functional as F
 from autoprune.data.datasets import Images, seeded
 from autoprune.errors import UserError, check_known
 from autoprune.structure.groups import Group, Groups, Member
+from autoprune.structure.slicing import own_copy
+from autoprune.structure.wrappers import unwrap
 from autoprune.tracing.channel_statistics import mean_channel_statistic
 
 Importance = dict[str, Tensor]
@@ -57,6 +58,7 @@ def importance(
             it can't tell the network's channels apart.
     """
     check_criterion(name)
+    model = unwrap(model)
     with seeded(seed):
         scores = CRITERIA[name](model, groups, images)
     if not scores:
@@ -287,7 +289,7 @@ def _signs(like: Tensor) -> Tensor:
 def _trainable_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode of which every weight has a gradient."""
     # Every one, since filters of frozen layers are scored, too.
-    return copy.deepcopy(model).eval().requires_grad_(True)
+    return own_copy(model).eval().requires_grad_(True)
 
 
 def _zeros(groups: Groups) -> Importance:

@@ -7,7 +7,6 @@ Several candidates are scored at once, each on a core of its own. An allocation 
 scored before is looked up.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +34,8 @@ from autoprune.evaluation.importance import Importance
 from autoprune.evaluation.reconstruction import Reconstruction
 from autoprune.evaluation.workers import available_cores, one_thread_each
 from autoprune.structure.groups import Groups
-from autoprune.structure.slicing import KeptIndices, Slicer, top_channels
+from autoprune.structure.slicing import KeptIndices, Slicer, own_copy, top_channels
+from autoprune.structure.wrappers import unwrap
 
 SENSITIVITY_IMAGES = 64
 """Images on which the damage of half a group is measured."""
@@ -90,7 +90,7 @@ class ProxyAccuracy:
         self.config = config
         self.evaluations = 0
         self._splits = splits
-        dense = copy.deepcopy(model).eval()
+        dense = own_copy(unwrap(model)).eval()
         self._dense = dense.to(memory_format=torch.channels_last)
         self._reference = self._dense if reference is None else reference
         # One reused copy for each worker; unpruned tensors are shared by all.

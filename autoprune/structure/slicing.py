@@ -22,6 +22,7 @@ from autoprune.structure.groups import (
     named_tensors,
     removal_mask,
 )
+from autoprune.structure.wrappers import computed_tensors, unwrap
 
 KeptIndices: TypeAlias = Mapping[str, Tensor]
 """Prunable group to the channels that survive, int64, ascending."""
@@ -57,9 +58,25 @@ def shared_copy(model: nn.Module) -> nn.Module:
     Returns:
         A network whose parameters and buffers are new objects over the same memory.
     """
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [*model.parameters(), *model.buffers(), *computed_tensors(model)]
     # What deepcopy finds in its memo it takes from there, instead of copying it.
     memo = {id(tensor): _alias(tensor) for tensor in tensors}
+    return copy.deepcopy(model, memo)
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """Copies a network with its weights.
+
+    Args:
+        model: The network.
+
+    Returns:
+        A network that shares nothing with it, whatever its modules have kept from the
+        last forward pass.
+    """
+    memo = {}
+    for tensor in computed_tensors(model):
+        memo[id(tensor)] = tensor.detach().clone()
     return copy.deepcopy(model, memo)
 
 
@@ -139,7 +156,8 @@ class Slicer:
     def __init__(self, model: nn.Module, groups: Groups, borrow: bool = False):
         self.groups = groups
         # Two copies: the sub-models' tensors are cut from one and laid into the other.
-        dense = open_attention(shared_copy(model) if borrow else copy.deepcopy(model))
+        model = unwrap(model)
+        dense = open_attention(shared_copy(model) if borrow else own_copy(model))
         self.model = shared_copy(dense)
         self._updates = _attribute_updates(self.model)
         self._cuts, cut_of_axis = _find_cuts(groups)

@@ -14,8 +14,10 @@ from torch._ops import OpOverload
 
 from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import Groups
+from autoprune.structure.inputs import Inputs
 from autoprune.structure.labels import thin
 from autoprune.structure.slicing import shared_copy
+from autoprune.structure.wrappers import run_uncompiled, unwrap
 from autoprune.tracing.dispatch import (
     MULTIPLYING_RULES,
     LabelDispatchMode,
@@ -51,7 +53,7 @@ def mean_channel_statistic(
     """
     assert groups.book is not None, "groups of a trace come with their labels"
     assert groups.units is not None, "groups of a trace say which labels are theirs"
-    network = open_attention(shared_copy(model)).eval()
+    network = open_attention(run_uncompiled(shared_copy(unwrap(model)))).eval()
     n_channels = [group.channels for group in groups.all]
     # One entry more, the last, for what belongs to no group.
     n_entries = sum(n_channels) + 1
@@ -61,7 +63,7 @@ def mean_channel_statistic(
     for batch in inputs.split(BATCH):
         tracer = Tracer(network, groups.book.copy_for_rerun())
         reader = _Reader(tracer, statistic)
-        with track_labels(tracer, batch), reader:
+        with track_labels(tracer, Inputs((batch,))), reader:
             network(batch)
         # A cell counts for its row and for its column.
         for entries in (row_entries, column_entries):

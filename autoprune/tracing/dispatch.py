@@ -10,7 +10,8 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune.structure.groups import tensors_in
-from autoprune.structure.labels import broadcast_labels
+from autoprune.structure.inputs import Inputs
+from autoprune.structure.labels import CONSTANT, broadcast_labels
 from autoprune.tracing.randomness import is_random
 from autoprune.tracing.rules.contractions import (
     attention,
@@ -37,19 +38,20 @@ MULTIPLYING_RULES = (convolution, linear, batched_product, attention)
 
 
 @contextmanager
-def track_labels(tracer: Tracer, example: Tensor) -> Iterator[None]:
-    """Labels the input's channels and tells the tracer which module is running.
+def track_labels(tracer: Tracer, inputs: Inputs) -> Iterator[None]:
+    """Labels the inputs' channels and tells the tracer which module is running.
 
     The model itself isn't touched.
 
     Args:
         tracer: The notebook of the run.
-        example: The network's input, `(batch, channels, ...)`.
+        inputs: What the network gets; floats are `(batch, channels, ...)`. Labels
+            become attributes of these tensors.
     """
-    # Images have three channels, whatever is pruned.
-    channels = tracer.book.new_labels(example.shape[1], "input")
-    tracer.label(example, broadcast_labels(channels, 1, example.shape))
-    tracer.book.pin(channels, "is the network's input")
+    for number, tensor in enumerate(inputs.tensors()):
+        # Integers are token ids or positions, which have no channels.
+        if tensor.is_floating_point():
+            _label_input(tracer, tensor, number)
 
     def enter(module: nn.Module, inputs: object) -> None:
         tracer.enter_module(module)
@@ -71,6 +73,24 @@ def track_labels(tracer: Tracer, example: Tensor) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(is_fastpath_enabled)
         for hook in hooks:
             hook.remove()
+
+
+def _label_input(tracer: Tracer, tensor: Tensor, number: int) -> None:
+    """Labels one input; its channels are pinned.
+
+    Args:
+        tracer: The notebook of the run.
+        tensor: `(batch, channels, ...)`; one of fewer axes has no channels.
+        number: Which of the inputs it is.
+    """
+    if tensor.ndim < 2:
+        labels = torch.full((), CONSTANT, dtype=torch.int64).expand(tensor.shape)
+        tracer.label(tensor, labels)
+        return
+    # Images have three channels, whatever is pruned.
+    channels = tracer.book.new_labels(tensor.shape[1], ("input", number))
+    tracer.label(tensor, broadcast_labels(channels, 1, tensor.shape))
+    tracer.book.pin(channels, "is the network's input")
 
 
 class LabelDispatchMode(TorchDispatchMode):

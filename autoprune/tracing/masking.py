@@ -7,7 +7,6 @@ over what is left. So neither batch norm's shift nor a bias keeps a removed chan
 alive, and what the pruned network must compute comes out without slicing a weight.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,10 @@ from torch._ops import OpOverload
 
 from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import Groups, loses_whole_conv_groups
+from autoprune.structure.inputs import Inputs
 from autoprune.structure.labels import thin, varying_axes
-from autoprune.structure.slicing import KeptIndices
+from autoprune.structure.slicing import KeptIndices, own_copy
+from autoprune.structure.wrappers import run_uncompiled, unwrap
 from autoprune.tracing.dispatch import (
     MULTIPLYING_RULES,
     LabelDispatchMode,
@@ -46,7 +47,8 @@ def mask(model: nn.Module, groups: Groups, kept: KeptIndices) -> nn.Module:
         kept: Prunable group to the surviving channels; groups left out keep all.
     """
     # Closed attention is one operation, in which heads can't be left out.
-    return Masked(open_attention(copy.deepcopy(model)), groups, kept)
+    dense = run_uncompiled(own_copy(unwrap(model)))
+    return Masked(open_attention(dense), groups, kept)
 
 
 class Masked(nn.Module):
@@ -66,12 +68,14 @@ class Masked(nn.Module):
         self.is_removed = groups.removed_labels(kept)
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> object:
+    def forward(self, *positional: Any, **keywords: Any) -> object:
         """The network's output, without gradients."""
         # The book hands out the trace's labels again, so they mean the same channels.
         tracer = Tracer(self.model, self.book.copy_for_rerun())
-        with track_labels(tracer, x), _MaskMode(tracer, self.is_removed):
-            return self.model(x)
+        # Other objects, since labels are attributes of them.
+        inputs = Inputs(positional, keywords).change(Tensor.detach)
+        with track_labels(tracer, inputs), _MaskMode(tracer, self.is_removed):
+            return inputs.run(self.model)
 
 
 class _MaskMode(LabelDispatchMode):

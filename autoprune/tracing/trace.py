@@ -8,13 +8,15 @@ group is then proven: the pruned network equals the masked one.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoprune.costs.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import Group, Groups, tensors_in
+from autoprune.structure.inputs import Example, Inputs
 from autoprune.structure.slicing import shared_copy
+from autoprune.structure.wrappers import run_uncompiled, unwrap
 from autoprune.tracing.dispatch import LabelDispatchMode, track_labels
 from autoprune.tracing.grouping import derive_groups
 from autoprune.tracing.mac_coverage import both_axes_share, prunable_share
@@ -23,14 +25,17 @@ from autoprune.tracing.tracer import Tracer
 from autoprune.tracing.verify import failing_groups
 
 
-def trace(model: nn.Module, example: Tensor, verify: bool = True) -> Groups:
+def trace(model: nn.Module, example: Example, verify: bool = True) -> Groups:
     """Finds the groups of channels that can only be pruned together.
 
     The model is left as found.
 
     Args:
-        model: Any network with one tensor input and float parameters.
-        example: One input, `(batch, 3, height, width)`; only its first sample is used.
+        model: Any network with float parameters; wrappers such as those of several GPUs
+            and of `torch.compile` are taken off.
+        example: One input, `(batch, 3, height, width)`; or a tuple or list of
+            positional inputs, or a dict of inputs by keyword. Of a batch only the first
+            sample is used, see `Inputs.first_sample`; costs are those of what is used.
         verify: Prove every group numerically and pin those that fail. Without it, trust
             the labels.
 
@@ -39,23 +44,26 @@ def trace(model: nn.Module, example: Tensor, verify: bool = True) -> Groups:
 
     Raises:
         UserError: If the network can't run on the example, its path depends on the
-            values of activations, or its parameters aren't finite.
+            values of activations, its parameters aren't finite, or it is held in a form
+            that can't be pruned, such as TorchScript.
     """
-    twin = _private_copy(model)
+    twin = _private_copy(unwrap(model))
+    inputs = Inputs.from_example(example)
+    inputs.check_fits(twin)
     tracer = Tracer(twin)
     # Channels don't depend on how many images there are.
-    sample = example[:1].detach().to("cpu", torch.float32).contiguous()
+    sample = inputs.first_sample().in_float32()
     _run_forward(tracer, sample)
     groups = derive_groups(tracer)
     if not verify:
         return groups
     # What fails keeps all its channels.
-    return groups.with_pins(failing_groups(twin, groups, example[:1]))
+    return groups.with_pins(failing_groups(twin, groups, sample))
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
     """A float32 copy on the CPU in evaluation mode, its attention modules open."""
-    twin = shared_copy(model).eval().cpu().float()
+    twin = run_uncompiled(shared_copy(model)).eval().cpu().float()
     # Channels-last tensors take other kernels (as_strided_), which say nothing about
     # channels.
     twin = twin.to(memory_format=torch.contiguous_format)
@@ -70,16 +78,16 @@ def _private_copy(model: nn.Module) -> nn.Module:
     return open_attention(twin.requires_grad_(False))
 
 
-def _run_forward(tracer: Tracer, example: Tensor) -> None:
-    """Runs the forward pass; the input's channels and the output's are pinned."""
+def _run_forward(tracer: Tracer, inputs: Inputs) -> None:
+    """Runs the forward pass; the inputs' channels and the output's are pinned."""
     try:
         with (
             torch.no_grad(),
             fixed_randomness(),
-            track_labels(tracer, example),
+            track_labels(tracer, inputs),
             LabelDispatchMode(tracer),
         ):
-            output = tracer.model(example)
+            output = inputs.run(tracer.model)
     except UserError:
         raise
     except Exception as error:  # whatever the user's forward raises

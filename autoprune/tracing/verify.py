@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.structure.groups import Group, Groups, named_tensors, tensors_in
+from autoprune.structure.inputs import Inputs
 from autoprune.structure.slicing import Slicer, shared_copy
 from autoprune.tracing.masking import Masked
 from autoprune.tracing.randomness import fixed_randomness
@@ -28,7 +29,7 @@ UNCHANGED = "masking it doesn't change the output"
 UNREPEATABLE = "the network answers the same input differently each time"
 
 
-def failing_groups(model: nn.Module, groups: Groups, example: Tensor) -> dict[str, str]:
+def failing_groups(model: nn.Module, groups: Groups, inputs: Inputs) -> dict[str, str]:
     """Groups whose pruned network isn't the masked one, each with the reason.
 
     Every parameter and buffer is drawn at random for the check, so that zeros of a
@@ -39,12 +40,12 @@ def failing_groups(model: nn.Module, groups: Groups, example: Tensor) -> dict[st
     Args:
         model: The network, its attention open; it is left as found.
         groups: Its trace.
-        example: An input, for its shape.
+        inputs: An example, for the shapes of floats; integers stay.
 
     Returns:
         Name of a group to what is wrong with pruning it.
     """
-    draw = partial(_Check, model, groups, example)
+    draw = partial(_Check, model, groups, inputs)
     check = draw(seed=0)
     if not len(groups) or check.joint_failure(groups) is None:
         return {}
@@ -122,41 +123,47 @@ def _first_failing(check: "_Check", groups: list[Group]) -> int:
 
 
 class _Check:
-    """One draw of random weights and one random input.
+    """One draw of random weights and of random inputs.
 
     Args:
         model: The network; it is left as found.
         groups: Its trace.
-        example: An input, for its shape.
+        inputs: An example, for the shapes of floats; integers stay.
         seed: Of the draw.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups, example: Tensor, seed: int):
+    def __init__(self, model: nn.Module, groups: Groups, inputs: Inputs, seed: int):
         n_parameters = 0
         for tensor in named_tensors(model).values():
             n_parameters += tensor.numel()
         self.is_large = n_parameters > MAX_FLOAT64_PARAMETERS
-        dtype = torch.float32 if self.is_large else torch.float64
+        self.dtype = torch.float32 if self.is_large else torch.float64
         # SFC64 is the fastest of numpy's generators, and there is much to draw.
         self.random = np.random.Generator(np.random.SFC64(seed))
         self.groups = groups
-        self.tolerance = TOLERANCE[dtype]
-        self.twin = copy_with_random_weights(model, self.random, dtype)
-        values = self.random.standard_normal(tuple(example.shape))
-        self.example = torch.from_numpy(values).to(dtype)
+        self.tolerance = TOLERANCE[self.dtype]
+        self.twin = copy_with_random_weights(model, self.random, self.dtype)
+        self.inputs = inputs.change(self._draw_input)
         try:
             self.dense = self._output(self.twin)
         except RuntimeError:  # a forward pass that insists on float32
             self.twin = self.twin.float()
-            self.example = self.example.float()
+            self.inputs = self.inputs.in_float32()
             self.tolerance = TOLERANCE[torch.float32]
             self.dense = self._output(self.twin)
+
+    def _draw_input(self, tensor: Tensor) -> Tensor:
+        """Random values in the shape of a float input; others as they are."""
+        if not tensor.is_floating_point():
+            return tensor
+        values = self.random.standard_normal(tuple(tensor.shape))
+        return torch.from_numpy(values).to(self.dtype)
 
     @torch.no_grad()
     def _output(self, model: nn.Module) -> Tensor:
         """Every tensor that a network returns, as one vector."""
         with fixed_randomness():
-            output = model(self.example)
+            output = self.inputs.run(model)
         tensors = []
         for tensor in tensors_in(output):
             tensors.append(tensor.flatten().double())

@@ -11,6 +11,7 @@ from torch import Tensor
 from autoprune.structure.groups import AxisPart, Layer
 from autoprune.structure.labels import CONSTANT, broadcast_labels, varying_axes
 from autoprune.tracing.parameter_views import ParameterView
+from autoprune.tracing.rules.movements import indexing
 from autoprune.tracing.tracer import Call, Tracer
 
 CROSSED = "multiplies channels with channels"
@@ -90,6 +91,22 @@ def _apply_weight(
     layer = Layer(weight.name, "linear", positions, parts=tuple(parts))
     tracer.layers.append(layer)
     tracer.label(call.out, broadcast_labels(outputs, out_axis, call.out.shape))
+    return None
+
+
+def embedding(call: Call) -> str | None:
+    """A table whose rows are looked up: its columns are the channels that it makes.
+
+    Which rows are read depends on the example, so they are nobody's channels.
+    """
+    tracer = call.tracer
+    view = tracer.parameter(call["weight"])
+    is_computed = tracer.is_activation(call["indices"])
+    if is_computed or view is None or view.original_axis(1) != 1:
+        return indexing(call)
+    outputs = tracer.new_output_labels(view.name, view.shape[1])
+    tracer.use(view.name, 1, outputs, "produce")
+    tracer.label(call.out, broadcast_labels(outputs, call.out.ndim - 1, call.out.shape))
     return None
 
 

@@ -19,6 +19,7 @@ from autoprune.structure.labels import CONSTANT, take_at_origin, varying_axes
 from autoprune.tracing.rules.contractions import (
     attention,
     batched_product,
+    embedding,
     linear,
     vector_product,
     weight_norm,
@@ -268,7 +269,7 @@ RULES: dict[Any, Rule] = {
     aten.index: indexing,
     aten.index_select: indexing,
     aten.gather: indexing,
-    aten.embedding: indexing,
+    aten.embedding: embedding,
     # Operations on the last one to three axes, over which channels may not lie.
     aten.max_pool2d_with_indices: spatial,
     aten.avg_pool2d: spatial,
