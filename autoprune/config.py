@@ -132,11 +132,13 @@ def _size(argument: str, value: int | str | None) -> tuple[int, int] | None:
     return height, width
 
 
-def _channel_values(argument: str, text: str | None) -> tuple[float, ...] | None:
-    """Numbers from "0.5,0.5,0.5" or "0.5"; None for None.
+def _channel_values(
+    argument: str, text: str | float | list[float] | None
+) -> tuple[float, ...] | None:
+    """Numbers from "0.5,0.5,0.5", "0.5" or a list; None for None.
 
     Args:
-        argument: The argument that holds the text.
+        argument: The argument that holds them.
         text: As given.
 
     Raises:
@@ -311,11 +313,11 @@ class DataConfig:
     """Side in pixels to which images are scaled and cropped, or height x width as in
     192x256 (None: the network's, else the images' own).
     """
-    mean: str | None = None
+    mean: str | float | list[float] | None = None
     """Mean of the channels' values in [0, 1], comma-separated, one for all or one each
     (None: the network's, else ImageNet's).
     """
-    std: str | None = None
+    std: str | float | list[float] | None = None
     """Deviation of the channels' values in [0, 1], as for mean."""
     channels: int | None = None
     """Channels of the images: 1 for grey, 3 for colours, or more (None: what the

@@ -115,11 +115,8 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterat
         with held(folder, "out"):
             check_unchanged(folder, settings)
             _check_kept_options(options, folder)
-            from autoprune.pipeline.context import (
-                Parts,
-                RunContext,
-                stored_preprocessing,
-            )
+            from autoprune.data.datasets import stored_preprocessing
+            from autoprune.pipeline.context import Parts, RunContext
 
             # Measuring the order of blocks anew would take long, and could break a tie
             # otherwise.

@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     # What `_HOMES` says at run time, for editors and type checkers.
     from autoprune.data.checkpoints import load_weights, read_state_dict
-    from autoprune.data.datasets import (
-        Images,
-        Splits,
-        batches,
-        carve,
-        load,
-        normalize,
-    )
+    from autoprune.data.datasets import load
+    from autoprune.data.images import Images, Splits, batches, normalize
     from autoprune.data.models import build, model_names
     from autoprune.data.preprocessing import Preprocessing
+    from autoprune.data.preprocessing_sources import preprocessing_of
+    from autoprune.data.splitting import carve
 
 __all__ = [
     "Images",
@@ -32,19 +28,21 @@ __all__ = [
     "load_weights",
     "model_names",
     "normalize",
+    "preprocessing_of",
     "read_state_dict",
 ]
 _HOMES = {
-    "Images": "datasets",
+    "Images": "images",
     "Preprocessing": "preprocessing",
-    "Splits": "datasets",
-    "batches": "datasets",
+    "Splits": "images",
+    "batches": "images",
     "build": "models",
-    "carve": "datasets",
+    "carve": "splitting",
     "load": "datasets",
     "load_weights": "checkpoints",
     "model_names": "models",
-    "normalize": "datasets",
+    "normalize": "images",
+    "preprocessing_of": "preprocessing_sources",
     "read_state_dict": "checkpoints",
 }
 

@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
@@ -41,6 +41,7 @@ __all__ = [
     "open_dataset",
     "read_dataset",
     "seeded",
+    "stored_preprocessing",
     "unknown_dataset_reason",
 ]
 # Images, splits and batches are found here too, beside the datasets that they are of.
@@ -165,6 +166,22 @@ def read_dataset(
         train=splits.train[: config.max_train_images],
         test=splits.test[: config.max_test_images],
     )
+
+
+def stored_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
+    """The preprocessing of a run, as it was started.
+
+    Args:
+        config: What its config.yaml holds.
+    """
+    stored = config.get("preprocessing")
+    if stored is not None:
+        return Preprocessing.from_dict(stored)
+    # Runs of earlier versions knew one mean and deviation, and one square size for
+    # folders.
+    data = config["data"]
+    size = None if data["data"] in DATASETS else data["image_size"]
+    return preprocessing_of(None, DataConfig(image_size=size))
 
 
 def unknown_dataset_reason(name: str) -> str:

@@ -62,9 +62,10 @@ def _fit(
     height, width = preprocessing.scaled_size(image.height, image.width)
     way = Image.Resampling[preprocessing.interpolation.upper()]
     scaled = image.resize((width, height), way)
-    if preprocessing.crop_mode == "border":
-        scaled = _bordered(scaled, preprocessing.size, border)
-    return _cropped(scaled, preprocessing.size)
+    if preprocessing.crop_mode != "border":
+        # What torchvision's crop adds where an image is too small for it.
+        border = 0 if len(scaled.getbands()) == 1 else (0,) * len(scaled.getbands())
+    return _cropped(_bordered(scaled, preprocessing.size, border), preprocessing.size)
 
 
 def _cropped(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -81,6 +82,8 @@ def _bordered(
     """An image in the middle of borders, where it is smaller than a size."""
     height = max(size[0], image.height)
     width = max(size[1], image.width)
+    if (width, height) == image.size:
+        return image
     canvas = Image.new(image.mode, (width, height), border)
     canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     return canvas

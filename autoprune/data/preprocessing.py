@@ -41,7 +41,8 @@ class Preprocessing:
         std: Deviation of each channel, of values in [0, 1].
         size: Height and width of the inputs in pixels; None for images as they are.
         interpolation: How images are scaled: one of `INTERPOLATIONS`.
-        crop: Share of the scaled image's side that the inputs are, in (0, 1].
+        crop: Side of the inputs as a share of the scaled image's, above 0; above 1, as
+            some of timm's networks have it, the image gets a black border.
         crop_mode: How an image of another shape is made to fit: one of `CROP_MODES`.
         source: Where the values come from, in words.
     """
@@ -69,11 +70,8 @@ class Preprocessing:
             raise UserError(
                 "image_size", f"must be at least 1, got {size_text(self.size)}"
             )
-        if not 0 < self.crop <= 1:
-            raise UserError(
-                "crop",
-                f"must be a share above 0 and at most 1, got {self.crop:g}",
-            )
+        if not 0 < self.crop < math.inf:
+            raise UserError("crop", f"must be a share above 0, got {self.crop:g}")
         for argument, value, known in (
             ("interpolation", self.interpolation, INTERPOLATIONS),
             ("crop", self.crop_mode, CROP_MODES),

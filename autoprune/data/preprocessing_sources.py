@@ -298,9 +298,10 @@ def _channels(model: nn.Module | None, sources: Mapping[str, Stated]) -> int:
     if model is None or layer is None:
         n_means = len(options.get("mean", ()))
         return n_means if n_means > 1 else (candidates or [3])[0]
-    candidates += [layer.in_channels, 3]
+    candidates += [layer.in_channels, 3, 1]
     # Most networks: nothing to be tried.
-    if candidates[0] == layer.in_channels:
+    is_usual = candidates[0] in (1, 3)
+    if is_usual and candidates[0] == layer.in_channels:
         return layer.in_channels
     probe = copy.deepcopy(model).eval()
     for channels in candidates:

@@ -9,23 +9,24 @@ from typing import Any
 
 from torch import nn
 
-from autoprune.config import DataConfig, Settings
+from autoprune.config import Settings
 from autoprune.costs.budget import parse_budget
 from autoprune.costs.constraints import pin_excluded, search_limits
 from autoprune.costs.cost import CostTable
 from autoprune.data.checkpoints import load_weights
 from autoprune.data.datasets import (
-    DATASETS,
     Dataset,
     Splits,
     open_dataset,
     read_dataset,
+    stored_preprocessing,
 )
 from autoprune.data.models import build, prepare_network
 from autoprune.data.places import weights_named
 from autoprune.data.preprocessing import Preprocessing
 from autoprune.data.preprocessing_sources import preprocessing_of
 from autoprune.deploy.export import load_pruned
+from autoprune.errors import UserError
 from autoprune.evaluation.image_blocks import ImageBlocks
 from autoprune.evaluation.importance import Importance, importance
 from autoprune.evaluation.proxy import ProxyAccuracy
@@ -191,6 +192,13 @@ class RunContext:
         search = self.settings.search
         if search.granularity != "dimensions":
             return None
+        height, width = self.splits.example.shape[2:]
+        if height != width:
+            raise UserError(
+                "granularity",
+                f"dimensions needs square images, got {height}x{width}; give "
+                f"image_size as one side",
+            )
         fixed = {}
         if parse_budget(search.budget).metric == "params":
             fixed[RESOLUTION] = "smaller images save no parameters"
@@ -380,19 +388,3 @@ class RunContext:
             self.dense,
             blocks,
         )
-
-
-def stored_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
-    """The preprocessing of a run, as it was started.
-
-    Args:
-        config: What its config.yaml holds.
-    """
-    stored = config.get("preprocessing")
-    if stored is not None:
-        return Preprocessing.from_dict(stored)
-    # Runs of earlier versions knew one mean and deviation, and one square size for
-    # folders.
-    data = config["data"]
-    size = None if data["data"] in DATASETS else data["image_size"]
-    return preprocessing_of(None, DataConfig(image_size=size))
