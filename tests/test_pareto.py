@@ -289,7 +289,7 @@ def test_a_run_of_a_range_ends_with_a_network_of_the_knee(
         "random",
     ]
     assert main(["run", *arguments]) == 0
-    folder = tmp_path / "runs" / "tests.tiny-network-macs-30..80-random-1"
+    folder = tmp_path / "runs" / "tests.tiny-network-macs-30..80-random-seed0"
     plan = json.loads((folder / "pruned" / "plan.json").read_text())
     points = json.loads((folder / "pareto.json").read_text())["front"]
     assert plan["stage"] == "finetuned"
