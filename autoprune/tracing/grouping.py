@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from autoprune.structure.groups import (
-    Extent,
     Group,
     Groups,
     Layer,
@@ -17,10 +16,13 @@ from autoprune.structure.groups import (
     named_tensors,
 )
 from autoprune.structure.labels import compress
-from autoprune.tracing.constraint_solver import lattice_factors
+from autoprune.structure.lengths import AttributePlace, Extent, Formula, Length
 from autoprune.tracing.mac_coverage import with_macs_shares
 from autoprune.tracing.parameter_axes import solve
+from autoprune.tracing.size_solver import Values, solve_sizes
+from autoprune.tracing.sizes import ComputedSize, Demand, Source
 from autoprune.tracing.tracer import Tracer
+from autoprune.tracing.units import axis_units, label_units, pinning_reasons
 
 LAYER_TENSORS = (".weight", ".bias", ".in_proj_weight", ".in_proj_bias")
 """Tensors that go by the name of their layer; others have a name of their own."""
@@ -70,15 +72,18 @@ class _Numbering:
         prunable: The same, 0 for pinned groups too.
         channels: Per label the numbers of its channels, counted through all groups in
             order; -1 for none, `(n_labels, 2)`.
+        prunable_of_unit: Per unit the number of its group, 0 for none and for pinned
+            ones, `(n_labels,)`.
     """
 
     names: list[str]
     groups: np.ndarray
     prunable: np.ndarray
     channels: np.ndarray
+    prunable_of_unit: np.ndarray
 
 
-def derive_groups(tracer: Tracer) -> Groups:
+def derive_groups(tracer: Tracer, demands: list[Demand]) -> Groups:
     """The groups of a finished trace.
 
     An example: `stem`, a convolution with three channels on an image of three, whose
@@ -106,13 +111,14 @@ def derive_groups(tracer: Tracer) -> Groups:
 
     Args:
         tracer: The notebook of the forward pass.
+        demands: The sizes that its code asked for.
 
     Returns:
         Prunable and pinned groups, with the tables from which costs follow.
     """
-    representatives = solve(tracer)
-    units = _label_units(tracer, representatives)
-    reasons = _pinning_reasons(tracer, representatives, units)
+    representatives, values = solve_sizes(tracer, demands, solve(tracer))
+    units = label_units(tracer.book, representatives)
+    reasons = pinning_reasons(tracer.book, representatives, units)
     places = []
     for labels, _ in tracer.uses.values():
         places.append(_sorted_places(units[labels.numpy()]))
@@ -145,6 +151,7 @@ def derive_groups(tracer: Tracer) -> Groups:
         book=tracer.book,
         units=torch.from_numpy(numbering.channels),
         unsupported=_unsupported(tracer, representatives, numbering),
+        attributes=_attribute_lengths(values, units, numbering),
     )
     # Shares need to know every layer and every group, hence last.
     return with_macs_shares(result)
@@ -175,30 +182,6 @@ def _whole_layers(
     for together in waiting.values():
         whole += together
     return tuple(whole)
-
-
-def _label_units(tracer: Tracer, representatives: np.ndarray) -> np.ndarray:
-    """Per label the units with which it goes, `(n_labels, 2)`; 0 for none.
-
-    A cell goes with its row or with its column; any other label with its
-    representative alone.
-    """
-    # Factors are known of representatives; every label has its representative's.
-    factors = lattice_factors(tracer.book, representatives)[representatives]
-    alone = np.stack([representatives, np.zeros_like(representatives)], 1)
-    return np.where(factors > 0, factors, alone)
-
-
-def _pinning_reasons(
-    tracer: Tracer, representatives: np.ndarray, units: np.ndarray
-) -> dict[int, str]:
-    """Why units are pinned; a pinned cell pins its row and its column."""
-    reasons = tracer.book.reasons(representatives)
-    for representative, reason in list(reasons.items()):
-        for unit in units[representative]:
-            # The first reason given stays.
-            reasons.setdefault(int(unit), reason)
-    return reasons
 
 
 def _sorted_places(units: np.ndarray) -> _Places:
@@ -368,11 +351,13 @@ def _number(
     is_prunable = [False]
     for group in groups:
         is_prunable.append(group.pinned is None)
+    is_prunable_group = np.array(is_prunable)
     return _Numbering(
         names=[group.name for group in groups],
         groups=groups_of_label,
-        prunable=groups_of_label * np.array(is_prunable)[groups_of_label],
+        prunable=groups_of_label * is_prunable_group[groups_of_label],
         channels=np.where(units > 0, channel_of_unit[units], -1),
+        prunable_of_unit=group_of_unit * is_prunable_group[group_of_unit],
     )
 
 
@@ -387,7 +372,17 @@ def _extent(labels: Tensor, times: int, numbering: _Numbering) -> Extent:
     # Only axes along which labels vary are looked at; the others multiply the count.
     cells = compress(labels)
     times *= labels.numel() // cells.numel()
-    numbers = numbering.prunable[cells.numpy().ravel()]
+    return _count(numbering.prunable[cells.numpy().ravel()], times, numbering)
+
+
+def _count(numbers: np.ndarray, times: int, numbering: _Numbering) -> Extent:
+    """How many elements go with each group, or pair of groups.
+
+    Args:
+        numbers: Of the one or two groups of each element, 0 for none, `(n, 2)`.
+        times: How often each element counts.
+        numbering: The groups' names.
+    """
     # A pair of group numbers as one number, since those are counted much faster.
     base = len(numbering.names) + 1
     codes, counts = np.unique(numbers[:, 0] * base + numbers[:, 1], return_counts=True)
@@ -401,6 +396,49 @@ def _extent(labels: Tensor, times: int, numbering: _Numbering) -> Extent:
         else:
             fixed += times * count
     return Extent(fixed, elements)
+
+
+def _attribute_lengths(
+    values: Values, units: np.ndarray, numbering: _Numbering
+) -> dict[AttributePlace, Length]:
+    """The attributes that change when channels go.
+
+    Args:
+        values: Attribute to what it follows from.
+        units: Those of every label.
+        numbering: The groups of every unit.
+    """
+    lengths = {}
+    for place, source in values.items():
+        length = _length(source, values, units, numbering)
+        if _is_variable(length):
+            lengths[place] = length
+    return lengths
+
+
+def _length(
+    source: Source, values: Values, units: np.ndarray, numbering: _Numbering
+) -> Length:
+    """A size as it follows from what the groups keep."""
+    if isinstance(source, int):
+        return source
+    if isinstance(source, AttributePlace):
+        return _length(values[source], values, units, numbering)
+    if isinstance(source, ComputedSize):
+        left = _length(source.left, values, units, numbering)
+        right = _length(source.right, values, units, numbering)
+        return Formula(source.operation, left, right)
+    if not source.has_channels:
+        return source.dense
+    own = axis_units(source.labels, source.axis, units)
+    return _count(numbering.prunable_of_unit[own], 1, numbering)
+
+
+def _is_variable(length: Length) -> bool:
+    """Whether a size changes when channels go."""
+    if isinstance(length, Formula):
+        return _is_variable(length.left) or _is_variable(length.right)
+    return isinstance(length, Extent) and bool(length.elements)
 
 
 def _sum(extents: list[Extent]) -> Extent:
