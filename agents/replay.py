@@ -26,7 +26,7 @@ from autoprune.envs.observation import (
     Observer,
 )
 from autoprune.errors import UserError
-from autoprune.runs import write_atomically, write_json
+from autoprune.files import DIGEST, digest_of, write_atomically, write_json
 
 SIMILARITY_SCALE = 0.3
 """Distance between two groups' features at which their similarity is exp(-1/2)."""
@@ -186,10 +186,15 @@ class Policy:
         for name, tensor in self.network.state_dict().items():
             # safetensors refuses tensors that share memory, as shared layers do.
             weights[name] = tensor.contiguous().clone()
-        write_atomically(
-            folder / "policy.safetensors", lambda path: save_file(weights, path)
-        )
+        digests: list[str] = []
+
+        def write(partial: Path) -> None:
+            save_file(weights, partial)
+            digests.append(digest_of(partial))
+
+        write_atomically(folder / "policy.safetensors", write)
         description: dict[str, object] = {
+            DIGEST: digests[0],
             "algorithm": self.algorithm,
             "policy_kwargs": self.policy_kwargs,
             "features": FEATURE_NAMES,
@@ -236,7 +241,11 @@ class Policy:
         network = policy_class(
             OBSERVATION_SPACE, action_space, _no_learning, **policy_kwargs
         )
-        network.load_state_dict(load_file(folder / "policy.safetensors"))
+        weights = folder / "policy.safetensors"
+        # Descriptions of earlier versions hold no digest.
+        if DIGEST in description and description[DIGEST] != digest_of(weights):
+            raise ValueError("policy.json is of other weights")
+        network.load_state_dict(load_file(weights))
         group_features = None
         if "kinds" in description:
             group_features = _group_features(description["kinds"])

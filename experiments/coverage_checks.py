@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autoprune.costs.cost import CostTable
-from autoprune.deploy.export import MAX_ONNX_BYTES, WEIGHTS, export_onnx, save_pruned
+from autoprune.deploy.export import MAX_ONNX_BYTES, export_onnx
+from autoprune.deploy.pruned import WEIGHTS, save_pruned
 from autoprune.structure.groups import Groups
 from autoprune.structure.slicing import fit_shapes, prune
 from autoprune.tracing.masking import mask

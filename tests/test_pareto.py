@@ -22,9 +22,9 @@ from autoprune.cli.main import main
 from autoprune.config import SearchConfig
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget
+from autoprune.files import write_json
 from autoprune.reporting.figures import pareto_front, render_svg
 from autoprune.reporting.report import write_report
-from autoprune.runs import write_json
 
 RANGE = "macs=30%..80%"
 SEARCH = [
