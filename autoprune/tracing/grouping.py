@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from autoprune.structure.groups import (
     Group,
@@ -15,14 +14,19 @@ from autoprune.structure.groups import (
     Member,
     named_tensors,
 )
-from autoprune.structure.labels import compress
-from autoprune.structure.lengths import AttributePlace, Extent, Formula, Length
+from autoprune.tracing.extents import (
+    Numbering,
+    attribute_lengths,
+    cell_pairs,
+    count_extent,
+    sum_extents,
+)
 from autoprune.tracing.mac_coverage import with_macs_shares
 from autoprune.tracing.parameter_axes import solve
-from autoprune.tracing.size_solver import Values, solve_sizes
-from autoprune.tracing.sizes import ComputedSize, Demand, Source
+from autoprune.tracing.size_solver import solve_sizes
+from autoprune.tracing.sizes import Demand
 from autoprune.tracing.tracer import Tracer
-from autoprune.tracing.units import axis_units, label_units, pinning_reasons
+from autoprune.tracing.units import label_units, pinning_reasons
 
 LAYER_TENSORS = (".weight", ".bias", ".in_proj_weight", ".in_proj_bias")
 """Tensors that go by the name of their layer; others have a name of their own."""
@@ -59,28 +63,6 @@ class _Family:
     units: np.ndarray
     uses: tuple[int, ...]
     reason: str | None
-
-
-@dataclass(frozen=True)
-class _Numbering:
-    """Which group every label belongs to.
-
-    Attributes:
-        names: Of the groups, in order.
-        groups: Per label the numbers of its one or two groups, counted from 1; 0 for
-            none, `(n_labels, 2)`.
-        prunable: The same, 0 for pinned groups too.
-        channels: Per label the numbers of its channels, counted through all groups in
-            order; -1 for none, `(n_labels, 2)`.
-        prunable_of_unit: Per unit the number of its group, 0 for none and for pinned
-            ones, `(n_labels,)`.
-    """
-
-    names: list[str]
-    groups: np.ndarray
-    prunable: np.ndarray
-    channels: np.ndarray
-    prunable_of_unit: np.ndarray
 
 
 def derive_groups(tracer: Tracer, demands: list[Demand]) -> Groups:
@@ -136,10 +118,12 @@ def derive_groups(tracer: Tracer, demands: list[Demand]) -> Groups:
     # What no prunable group removes is fixed, so only those count here.
     operations = []
     for alive in tracer.operations:
-        operations.append(_sum([_extent(labels, 1, numbering) for labels in alive]))
+        operations.append(
+            sum_extents([count_extent(labels, 1, numbering) for labels in alive])
+        )
     products = []
     for labels, times in tracer.products:
-        products.append(_extent(labels, times, numbering))
+        products.append(count_extent(labels, times, numbering))
     result = Groups(
         all=tuple(groups),
         layers=_whole_layers(tracer.layers, shapes),
@@ -147,11 +131,11 @@ def derive_groups(tracer: Tracer, demands: list[Demand]) -> Groups:
         parameters=frozenset(name for name, _ in tracer.model.named_parameters()),
         operations=tuple(operations),
         products=tuple(products),
-        cells=_cells(numbering),
+        cells=cell_pairs(numbering),
         book=tracer.book,
         units=torch.from_numpy(numbering.channels),
         unsupported=_unsupported(tracer, representatives, numbering),
-        attributes=_attribute_lengths(values, units, numbering),
+        attributes=attribute_lengths(values, units, numbering),
     )
     # Shares need to know every layer and every group, hence last.
     return with_macs_shares(result)
@@ -334,7 +318,7 @@ def _unprunable_reason(
 
 def _number(
     units: np.ndarray, families: list[_Family], groups: list[Group]
-) -> _Numbering:
+) -> Numbering:
     """Numbers groups from 1 and channels from 0, and says which are each label's."""
     n_labels = len(units)
     channel_of_unit = np.full(n_labels, -1)
@@ -352,7 +336,7 @@ def _number(
     for group in groups:
         is_prunable.append(group.pinned is None)
     is_prunable_group = np.array(is_prunable)
-    return _Numbering(
+    return Numbering(
         names=[group.name for group in groups],
         groups=groups_of_label,
         prunable=groups_of_label * is_prunable_group[groups_of_label],
@@ -361,108 +345,8 @@ def _number(
     )
 
 
-def _extent(labels: Tensor, times: int, numbering: _Numbering) -> Extent:
-    """How many of the labelled elements each channel, or pair of channels, keeps.
-
-    Args:
-        labels: Of what is counted.
-        times: How often each element counts.
-        numbering: The groups of every label.
-    """
-    # Only axes along which labels vary are looked at; the others multiply the count.
-    cells = compress(labels)
-    times *= labels.numel() // cells.numel()
-    return _count(numbering.prunable[cells.numpy().ravel()], times, numbering)
-
-
-def _count(numbers: np.ndarray, times: int, numbering: _Numbering) -> Extent:
-    """How many elements go with each group, or pair of groups.
-
-    Args:
-        numbers: Of the one or two groups of each element, 0 for none, `(n, 2)`.
-        times: How often each element counts.
-        numbering: The groups' names.
-    """
-    # A pair of group numbers as one number, since those are counted much faster.
-    base = len(numbering.names) + 1
-    codes, counts = np.unique(numbers[:, 0] * base + numbers[:, 1], return_counts=True)
-    fixed = 0
-    elements: dict[tuple[str, ...], int] = {}
-    for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
-        pair = divmod(code, base)
-        names = tuple(numbering.names[number - 1] for number in pair if number)
-        if names:
-            elements[names] = elements.get(names, 0) + times * count
-        else:
-            fixed += times * count
-    return Extent(fixed, elements)
-
-
-def _attribute_lengths(
-    values: Values, units: np.ndarray, numbering: _Numbering
-) -> dict[AttributePlace, Length]:
-    """The attributes that change when channels go.
-
-    Args:
-        values: Attribute to what it follows from.
-        units: Those of every label.
-        numbering: The groups of every unit.
-    """
-    lengths = {}
-    for place, source in values.items():
-        length = _length(source, values, units, numbering)
-        if _is_variable(length):
-            lengths[place] = length
-    return lengths
-
-
-def _length(
-    source: Source, values: Values, units: np.ndarray, numbering: _Numbering
-) -> Length:
-    """A size as it follows from what the groups keep."""
-    if isinstance(source, int):
-        return source
-    if isinstance(source, AttributePlace):
-        return _length(values[source], values, units, numbering)
-    if isinstance(source, ComputedSize):
-        left = _length(source.left, values, units, numbering)
-        right = _length(source.right, values, units, numbering)
-        return Formula(source.operation, left, right)
-    if not source.has_channels:
-        return source.dense
-    own = axis_units(source.labels, source.axis, units)
-    return _count(numbering.prunable_of_unit[own], 1, numbering)
-
-
-def _is_variable(length: Length) -> bool:
-    """Whether a size changes when channels go."""
-    if isinstance(length, Formula):
-        return _is_variable(length.left) or _is_variable(length.right)
-    return isinstance(length, Extent) and bool(length.elements)
-
-
-def _sum(extents: list[Extent]) -> Extent:
-    """All elements of several tensors together."""
-    fixed = 0
-    elements: dict[tuple[str, ...], int] = defaultdict(int)
-    for extent in extents:
-        fixed += extent.fixed
-        for names, count in extent.elements.items():
-            elements[names] += count
-    return Extent(fixed, dict(elements))
-
-
-def _cells(numbering: _Numbering) -> tuple[tuple[str, str], ...]:
-    """The groups of rows and columns of the same cells."""
-    is_cell = (numbering.groups > 0).all(1)
-    pairs = []
-    for row, column in np.unique(numbering.groups[is_cell], axis=0).tolist():
-        pairs.append((numbering.names[row - 1], numbering.names[column - 1]))
-    return tuple(pairs)
-
-
 def _unsupported(
-    tracer: Tracer, representatives: np.ndarray, numbering: _Numbering
+    tracer: Tracer, representatives: np.ndarray, numbering: Numbering
 ) -> tuple[str, ...]:
     """One line per operation that pinned what reached it: where it is, which groups."""
     lines = []
