@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from autoprune.costs.allocation import Allocation
     from autoprune.costs.budget import Budget
     from autoprune.costs.cost import CostTable
-    from autoprune.deploy.export import export_onnx
-    from autoprune.deploy.pruned import load_pruned, save_pruned
+    from autoprune.deploy.export import export_onnx, load_pruned, save_pruned
     from autoprune.errors import UserError
     from autoprune.evaluation.evaluate import Evaluation
     from autoprune.evaluation.importance import importance
@@ -50,10 +49,10 @@ _HOMES = {
     "UserError": "errors",
     "export_onnx": "deploy.export",
     "importance": "evaluation.importance",
-    "load_pruned": "deploy.pruned",
+    "load_pruned": "deploy.export",
     "mask": "tracing.masking",
     "prune": "structure.slicing",
-    "save_pruned": "deploy.pruned",
+    "save_pruned": "deploy.export",
     "top_channels": "structure.slicing",
     "trace": "tracing.trace",
 }

@@ -12,6 +12,7 @@ from torch import nn
 
 from autoprune.data.checkpoints import load_weights, read_state_dict
 from autoprune.errors import UserError
+from autoprune.structure.wrappers import unwrap
 
 
 def network(width: int = 4) -> nn.Module:
@@ -141,14 +142,15 @@ def test_the_same_tensors_under_two_keys_leave_nothing_to_choose(tmp_path):
     assert_equal(loaded(tmp_path / "c.pt"), weights)
 
 
-def test_a_compiled_network_takes_plain_weights(tmp_path):
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, nn.DataParallel, torch.optim.swa_utils.AveragedModel]
+)
+def test_a_wrapped_network_takes_plain_weights(tmp_path, wrap):
     weights = trained()
     torch.save(weights, tmp_path / "c.pt")
-    model = network()
-    compiled = torch.compile(model)
-    assert isinstance(compiled, nn.Module)
-    load_weights(compiled, tmp_path / "c.pt")
-    assert_equal(model.state_dict(), weights)
+    wrapped = wrap(network())
+    load_weights(wrapped, tmp_path / "c.pt")
+    assert_equal(unwrap(wrapped).state_dict(), weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -12,9 +12,8 @@ from processes import run_python
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
-    {"config", "files", "names", "provenance", "results", "structure"},
-    {"costs", "locks"},
-    {"runs"},
+    {"config", "names", "locks", "provenance", "results", "structure"},
+    {"costs", "runs"},
     {"tracing", "data", "reporting"},
     {"evaluation"},
     {"training", "scaling", "envs"},

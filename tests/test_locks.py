@@ -15,9 +15,8 @@ from autoprune import locks
 from autoprune.cli.main import main
 from autoprune.config import SearchConfig, Settings
 from autoprune.errors import UserError
-from autoprune.files import write_atomically, write_text
 from autoprune.locks import LOCK, claim, hold
-from autoprune.runs import new_run
+from autoprune.runs import new_run, write_atomically, write_text
 
 MANY = 36
 WRITERS = "writers"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from autoprune.data.checkpoint_files import TensorSet, read_sets
 from autoprune.data.places import split_weights
 from autoprune.errors import UserError, nearest_names
+from autoprune.structure.wrappers import unwrap
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts that `torch.compile` and others put into names, at any place."""
@@ -56,7 +57,7 @@ def load_weights(model: nn.Module, place: str | Path) -> tuple[str, ...]:
     `_orig_mod.` of torch.compile, or whatever makes them fit.
 
     Args:
-        model: The network, changed in place.
+        model: The network, changed in place; or one in a wrapper, as `unwrap` knows it.
         place: A `.safetensors` or `torch.save` file, or `FILE:KEY` where several sets
             in it fit: `ckpt.pt:ema`, or `ckpt.pt:state_dict.teacher` for those names of
             `state_dict` that begin with `teacher.`.
@@ -69,6 +70,7 @@ def load_weights(model: nn.Module, place: str | Path) -> tuple[str, ...]:
             code to load; if no set fits (what differs is listed) or several do; or if
             values aren't finite.
     """
+    model = unwrap(model)
     path, key = split_weights(place)
     sets = read_sets(path)
     # Names without wrappers, to those that the network goes by.

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,43 @@ from torch import nn
 from autoprune.data.factory_sources import EXPECTED, lacks_factory
 from autoprune.data.places import factory_file, split_factory
 from autoprune.errors import UserError
+
+
+@dataclass(frozen=True)
+class OwnFactory:
+    """A factory of the user's, as other programs can call it.
+
+    Attributes:
+        folder: Where its module or package lies.
+        module: The module's name, once that folder is on the import path.
+        attribute: The factory's name there.
+        options: What it is called with.
+    """
+
+    folder: Path
+    module: str
+    attribute: str
+    options: dict[str, int]
+
+
+def find_own(name: str, n_classes: int) -> OwnFactory:
+    """Where a factory lies.
+
+    Args:
+        name: `package.module:factory` or `./file.py:factory`.
+        n_classes: Classes of the data.
+
+    Raises:
+        UserError: As for `build_own`.
+    """
+    factory = _import_factory(name)
+    home, attribute = split_factory(name)
+    path = factory_file(home)
+    if path is None:
+        folder, module = _folder_of(home), home
+    else:
+        folder, module = _package_of(path.resolve())
+    return OwnFactory(folder, module, attribute, _options(factory, n_classes))
 
 
 def build_own(name: str, n_classes: int) -> nn.Module:
@@ -116,16 +154,9 @@ def _look_first_in(folder: str) -> None:
 def _import_file(path: Path) -> ModuleType:
     """The module in a file; modules beside it can be imported by it."""
     path = path.resolve()
-    folder = path.parent
-    parts = [path.stem]
-    # Inside of a package it is that package's module, so that its relative imports
-    # work.
-    while (folder / "__init__.py").is_file():
-        parts.insert(0, folder.name)
-        folder = folder.parent
+    folder, name = _package_of(path)
     _look_first_in(str(folder))
-    name = ".".join(parts)
-    if len(parts) > 1:
+    if "." in name:
         module = importlib.import_module(name)
         if _lies_in(module, path):
             return module
@@ -148,6 +179,30 @@ def _import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _folder_of(home: str) -> Path:
+    """The folder from which an imported module can be imported by its name."""
+    file = sys.modules[home].__file__
+    # What Python itself brings has no file, and is found from everywhere.
+    if file is None:
+        return Path.cwd()
+    path = Path(file).resolve()
+    n_above = home.count(".") + (path.name == "__init__.py")
+    return path.parents[n_above]
+
+
+def _package_of(path: Path) -> tuple[Path, str]:
+    """The folder to import a file from, and its module's name there.
+
+    Inside of a package it is that package's module, so that its relative imports work.
+    """
+    folder = path.parent
+    parts = [] if path.name == "__init__.py" else [path.stem]
+    while (folder / "__init__.py").is_file():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    return folder, ".".join(parts)
 
 
 def _lies_in(module: ModuleType, path: Path) -> bool:

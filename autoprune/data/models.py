@@ -6,6 +6,7 @@ torchvision classifier, or the result of a factory of the user's own.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,14 +83,23 @@ def _build_torchvision(name: str, n_classes: int) -> nn.Module:
     names = model_names()
     if name not in names:
         raise unknown_model(name, names)
-    options = {}
+    options = torchvision_options(name, n_classes)
+    return torchvision.models.get_model(name, **options)
+
+
+def torchvision_options(name: str, n_classes: int) -> dict[str, Any]:
+    """What torchvision's `get_model` is called with, for an untrained classifier.
+
+    Args:
+        name: The classifier's name there.
+        n_classes: Width of its head.
+    """
+    options: dict[str, Any] = {"weights": None, "num_classes": n_classes}
     if name in ("googlenet", "inception_v3"):
         # These two warn about slow initialisation, and their auxiliary heads only exist
         # for training.
-        options = {"aux_logits": False, "init_weights": False}
-    return torchvision.models.get_model(
-        name, weights=None, num_classes=n_classes, **options
-    )
+        options |= {"aux_logits": False, "init_weights": False}
+    return options
 
 
 def _build_timm(name: str, n_classes: int) -> nn.Module:

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from autoprune.config import Settings
-from autoprune.files import write_text
 from autoprune.reporting.figures import (
     allocation_bars,
     loss_curve,
@@ -32,7 +31,7 @@ from autoprune.reporting.rows import (
 )
 from autoprune.reporting.wording import percent_text, plural, score_text
 from autoprune.results import Results
-from autoprune.runs import RunFolder
+from autoprune.runs import RunFolder, write_text
 
 TRAININGS = {
     "sparse epoch": "sparse training",

@@ -25,7 +25,6 @@ from autoprune.costs.search_space import SearchSpace
 from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import accuracy
 from autoprune.pipeline.context import RunContext
-from autoprune.pipeline.diverging import explained
 from autoprune.pipeline.methods.base import PruningMethod
 from autoprune.pipeline.methods.channels import ChannelDecision, sliced
 from autoprune.runs import RunFolder
@@ -116,14 +115,9 @@ class Dimensions(PruningMethod[DimensionDecision]):
         choice = _Choice(context)
         # A point is logged as soon as it is measured. So a kill costs part of one
         # training, and that goes on after its last epoch.
-        dimensions = context.settings.dimensions
-        training = {"epochs": dimensions.epochs, "lr": dimensions.lr}
-        known = {}
-        for event in folder.events("point"):
-            # Points compare only where all were trained alike. Earlier versions, which
-            # didn't log how, never let that change.
-            if event.get("training", training) == training:
-                known[event["number"]] = Point(**event["point"])
+        known = {
+            event["number"]: Point(**event["point"]) for event in folder.events("point")
+        }
         points = []
         for number, kept in enumerate(choice.plan()):
             checkpoint = folder.checkpoints / f"point-{number}.pt"
@@ -132,13 +126,7 @@ class Dimensions(PruningMethod[DimensionDecision]):
             if point is None:
                 reached = _measure(context, kept, folder, checkpoint)
                 point = Point(**asdict(choice.shares(kept)), accuracy=reached)
-                folder.append(
-                    "point",
-                    number=number,
-                    kept=kept,
-                    point=asdict(point),
-                    training=training,
-                )
+                folder.append("point", number=number, kept=kept, point=asdict(point))
             points.append(point)
             # Only after the log has the point: a kill between the two leaves a file too
             # many and no training to repeat.
@@ -323,8 +311,7 @@ def _measure(
     train = context.splits.train
     seed = settings.search.seed
     # Taught by the dense network, as the fine-tuning is that this one stands for.
-    with explained(folder, "dimensions"):
-        finetune(network, train, config, seed, context.dense, checkpoint)
+    finetune(network, train, config, seed, context.dense, checkpoint)
     # Images that no training has seen; the test split must wait until all is decided.
     return accuracy(network, context.splits.selection)
 
