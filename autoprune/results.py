@@ -141,9 +141,11 @@ class Results:
     def summary(self) -> dict[str, Any]:
         """What is known so far without the long tables, for a line of JSON."""
         values = self.to_json()
-        return {
-            name: value for name, value in values.items() if not isinstance(value, list)
-        }
+        summary = {}
+        for name, value in values.items():
+            if name == "remarks" or not isinstance(value, list):
+                summary[name] = value
+        return summary
 
     def updated(self, **changes: Any) -> "Results":
         """These results with some fields changed; None takes a field out.

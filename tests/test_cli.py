@@ -43,6 +43,7 @@ from autoprune.config import (
 from autoprune.data import models
 from autoprune.data.datasets import Images
 from autoprune.deploy.export import load_pruned
+from autoprune.deploy.latency import Latency
 from autoprune.errors import ExportError
 from autoprune.evaluation.evaluate import accuracy
 from autoprune.pipeline import stages
@@ -195,6 +196,31 @@ def test_json_prints_the_contracted_keys_as_the_last_line(finished_run):
     contract |= {"accuracy", "latency_ms", "latency_ms_dense", "episodes"}
     contract |= {"evaluations", "seconds_search", "seconds_total"}
     assert contract - results.keys() == set()
+
+
+def test_a_quiet_command_prints_its_results_and_nothing_else(
+    finished, tmp_path, capsys, monkeypatch
+):
+    slow = [Latency("torch", 1, 1, 1.0, 1.5)]
+    monkeypatch.setattr(stages, "measure_latency", lambda *arguments: slow)
+    shutil.copytree(finished, tmp_path / "run")
+    RunFolder(tmp_path / "run").forget("latency")
+    again = ["run", "--resume", "--out", str(tmp_path / "run"), "--json"]
+    assert main([*again, "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    remark = "the pruned network is not faster in torch at batch 1"
+    assert any(
+        remark in line for line in json.loads(printed.out.splitlines()[-1])["remarks"]
+    )
+    # The page begins it with a capital letter.
+    assert remark[1:] in (tmp_path / "run" / "report.html").read_text()
+    assert main([*again, "-v"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.endswith(": done already")] == [
+        f"{stage.name}: done already" for stage in STAGES
+    ]
+    assert "--quiet: goes with no --verbose" in failure(capsys, *again, "-q", "-v")
 
 
 def test_trace_json_describes_groups_and_their_reasons(capsys):

@@ -2,7 +2,12 @@
 operations, the shares of MACs.
 """
 
-from autoprune.reporting.console import print_trace
+import pytest
+
+from autoprune.deploy.latency import Latency
+from autoprune.pipeline.remarks import speed_remarks
+from autoprune.reporting.console import print_results, print_trace, progress, say
+from autoprune.reporting.verbosity import ProgressLines, Verbosity, verbosity
 
 SHARES = (
     "share of MACs: 87.5% in layers that can shrink, 80.0% in layers that can on both "
@@ -114,3 +119,90 @@ def test_unknown_operations_get_one_line_each(capsys):
 
 def test_the_last_line_sums_up_the_shares_of_macs(capsys):
     assert printed(capsys, group("a"))[-1] == SHARES
+
+
+class Clock:
+    """Seconds that go on only when they are told to."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_progress_is_a_line_now_and_then_with_what_is_done_and_the_time_left():
+    clock, lines = Clock(), []
+    steps = ProgressLines("dyna", 300, lines.append, pause=30, clock=clock)
+    for step in range(300):
+        clock.now += 1
+        steps.advance(f"best {step}")
+    steps.finish()
+    assert lines[0] == "dyna: 30/300, 4 min 30 s left, best 29"
+    assert lines[-2] == "dyna: 270/300, 30 s left, best 269"
+    assert lines[-1] == "dyna: best 299 (300/300 in 5 min 0 s)"
+    # One every half minute, the last one in the place of the tenth.
+    assert len(lines) == 10
+
+
+def test_a_pause_within_a_step_is_no_step():
+    clock, lines = Clock(), []
+    steps = ProgressLines("ppo", 2, lines.append, pause=5, clock=clock)
+    clock.now += 60
+    steps.advance("comparing", 0)
+    assert lines == ["ppo: 0/2, comparing"]
+    steps.advance("one")
+    assert len(lines) == 1, "too soon for another one"
+
+
+@pytest.mark.parametrize(
+    ("level", "said"),
+    [
+        (Verbosity.QUIET, []),
+        (Verbosity.NORMAL, ["usual", "job: two (2/2 in 0 s)"]),
+        (
+            Verbosity.VERBOSE,
+            ["usual", "detail", "job: 1/2, 0 s left, one", "job: two (2/2 in 0 s)"],
+        ),
+    ],
+)
+def test_a_command_says_as_much_as_it_was_asked_to(level, said, capsys):
+    token = verbosity.set(level)
+    try:
+        say("usual")
+        say("detail", Verbosity.VERBOSE)
+        with progress("job", 2) as advance:
+            advance("one")
+            advance("two")
+    finally:
+        verbosity.reset(token)
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == said
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(("epochs", "is_shown"), [(0, False), (3, True)])
+def test_a_network_that_was_not_fine_tuned_has_no_such_row(epochs, is_shown, capsys):
+    accuracies = {"accuracy_dense": 0.9, "accuracy_pruned": 0.7, "accuracy": 0.8}
+    print_results({"model": "net", "finetune_epochs": epochs, **accuracies})
+    printed = capsys.readouterr().out
+    assert ("test accuracy, fine-tuned" in printed) == is_shown
+    assert "test accuracy, not fine-tuned" in printed
+
+
+def test_whatever_is_not_faster_is_remarked_on_with_both_times(capsys):
+    rows = [
+        Latency("torch", 1, 1, 2.0, 1.0),
+        Latency("torch", 64, 1, 2.0, 1.99),
+        Latency("onnxruntime", 1, 1, 2.0, 2.5),
+    ]
+    remarks = speed_remarks(rows)
+    assert remarks == [
+        "the pruned network is not faster in torch at batch 64: 1.99 ms, dense 2.00 ms",
+        "the pruned network is not faster in onnxruntime at batch 1: 2.50 ms, dense "
+        "2.00 ms",
+    ]
+    print_results({"remarks": remarks})
+    assert capsys.readouterr().out.splitlines() == [
+        "remarks:",
+        *(f"  {remark}" for remark in remarks),
+    ]

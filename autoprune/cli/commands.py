@@ -237,7 +237,7 @@ def _check_alone(options: Namespace) -> None:
     defaults = dict(parser.get_defaults().items())
     for name, value in options.items():
         # A default that was typed looks like one that wasn't, so it passes.
-        if name in ("run", "json") or value == defaults[name]:
+        if name not in defaults or name in ("run", "json") or value == defaults[name]:
             continue
         raise UserError(
             name,

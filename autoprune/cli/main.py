@@ -25,6 +25,7 @@ from autoprune.cli.options import (
     run_options,
     search_options,
     trace_options,
+    verbosity_options,
 )
 from autoprune.cli.parser import Parser, options_of
 from autoprune.cli.presets import method_named
@@ -36,6 +37,7 @@ from autoprune.errors import (
     in_one_line,
     needs_run_extra,
 )
+from autoprune.reporting.verbosity import Verbosity, verbosity
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = _parse(arguments)
         command = options.subcommand
+        _set_verbosity(options[command])
         COMMANDS[command].run(options[command])
         return 0
     # A full disk or a missing permission is no bug, so it gets a line and no traceback.
@@ -78,6 +81,17 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def _set_verbosity(options: Namespace) -> None:
+    if options.quiet and options.verbose:
+        raise UserError("quiet", "goes with no --verbose; give one of them")
+    level = Verbosity.NORMAL
+    if options.quiet:
+        level = Verbosity.QUIET
+    elif options.verbose:
+        level = Verbosity.VERBOSE
+    verbosity.set(level)
 
 
 def _flag(command: str | None, argument: str) -> str:
@@ -187,6 +201,7 @@ def build_parser(
         subparser = Parser(description=command.help)
         if name == given or given not in COMMANDS:
             command.options(subparser)
+            verbosity_options(subparser)
         if name == given:
             subparser.set_defaults(dict(defaults))
         parser.commands[name] = subparser

@@ -128,6 +128,22 @@ def _json_option(parser: Parser) -> None:
     )
 
 
+def verbosity_options(parser: Parser) -> None:
+    """How much a command says."""
+    parser.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="Print results and errors only.",
+    )
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="Print every step, and every stage with its time.",
+    )
+
+
 def pick(options: Namespace, config: type[Config]) -> Config:
     """The dataclass that a command's flat options describe.
 

@@ -3,6 +3,7 @@
 Part of the composition root: heavy imports happen inside the functions.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,11 +77,20 @@ def run_stages(job: Job, *, until: str | None = None) -> None:
         job: The run.
         until: Name of the last stage; None for all.
     """
+    from autoprune.reporting.console import say
+    from autoprune.reporting.verbosity import Verbosity
+    from autoprune.reporting.wording import duration_text
+
     for stage in STAGES:
         # Asked of the folder and never remembered, since the folder is all that a
         # killed run leaves.
-        if not stage.is_done(job):
+        if stage.is_done(job):
+            say(f"{stage.name}: done already", Verbosity.VERBOSE)
+        else:
+            started = time.monotonic()
             stage.run(job)
+            took = duration_text(time.monotonic() - started)
+            say(f"{stage.name}: done in {took}", Verbosity.VERBOSE)
         if stage.name == until:
             return
 
@@ -316,6 +326,10 @@ def finetune(job: Job) -> None:
     from autoprune.reporting.console import progress
 
     epochs = job.settings.finetune.epochs_for(len(job.context.splits.train))
+    if not epochs:
+        # The stage is done at once, and nothing was trained that could be told of.
+        finetune_stage(job.context, job.folder, lambda epoch, loss: None)
+        return
     with progress("fine-tune", epochs) as advance:
         finetune_stage(job.context, job.folder, _show_loss(advance))
 

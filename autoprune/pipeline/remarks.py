@@ -1,12 +1,14 @@
-"""What looks wrong with a dense network before anything is done with it."""
+"""What looks wrong with a dense network, or with what pruning made of it."""
 
 import copy
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.data.images import Images, Splits
+from autoprune.deploy.latency import Latency
 from autoprune.evaluation.evaluate import EvalBatches, in_eval_mode, recalibrate
 
 IMAGES = 500
@@ -15,6 +17,10 @@ LARGEST_GAIN = 0.05
 """More accuracy from recalibrated batch norm than that has a reason."""
 SMALLEST_SKILL = 0.1
 """Share of the way from chance to certainty that a trained network has behind it."""
+NOT_FASTER = "the pruned network is not faster"
+"""How the remarks on speed begin."""
+LEAST_GAIN = 0.02
+"""Share of the dense network's time; a smaller gain can't be told from chance."""
 
 
 def dense_remarks(dense: nn.Module, splits: Splits) -> list[str]:
@@ -90,3 +96,22 @@ def _is_gain(before: Tensor, after: Tensor) -> bool:
     gain = (n_better - n_worse) / len(before)
     is_significant = n_better - n_worse > 3 * math.sqrt(n_better + n_worse)
     return gain > LARGEST_GAIN and is_significant
+
+
+def speed_remarks(latencies: Sequence[Latency]) -> list[str]:
+    """Where the pruned network isn't faster than the dense one.
+
+    Args:
+        latencies: What was measured of both.
+
+    Returns:
+        A remark for each engine and batch size at which it isn't.
+    """
+    remarks = []
+    for row in latencies:
+        if row.pruned_ms > (1 - LEAST_GAIN) * row.dense_ms:
+            remarks.append(
+                f"{NOT_FASTER} in {row.engine} at batch {row.batch}: "
+                f"{row.pruned_ms:.2f} ms, dense {row.dense_ms:.2f} ms"
+            )
+    return remarks

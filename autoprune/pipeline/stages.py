@@ -28,7 +28,7 @@ from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import accuracy
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.methods.registry import method_of
-from autoprune.pipeline.remarks import dense_remarks
+from autoprune.pipeline.remarks import NOT_FASTER, dense_remarks, speed_remarks
 from autoprune.reporting.report import write_report
 from autoprune.results import Results
 from autoprune.runs import RunFolder, write_json
@@ -260,6 +260,8 @@ def _replace_pruned(
     # In this order a kill leaves a run that measures or exports once more than it had
     # to, but never numbers or files of another network.
     folder.forget(*forgotten)
+    # Its times are forgotten too.
+    _keep_speed_remarks(folder, [])
     for exported in (folder.onnx, folder.program):
         exported.unlink(missing_ok=True)
     save_pruned(model, folder.pruned, plan)
@@ -406,6 +408,16 @@ def latency_stage(context: RunContext, folder: RunFolder, batch: int) -> None:
         latency_ms=shipped[0].pruned_ms,
         latency_ms_dense=shipped[0].dense_ms,
     )
+    _keep_speed_remarks(folder, speed_remarks(rows))
+
+
+def _keep_speed_remarks(folder: RunFolder, remarks: list[str]) -> None:
+    """Puts remarks on the pruned network's speed in the place of earlier ones."""
+    known = folder.read_results().remarks or []
+    others = [remark for remark in known if not remark.startswith(NOT_FASTER)]
+    # Without remarks a run hasn't looked at its images yet, and has to be left so.
+    if known or remarks:
+        folder.add_results(remarks=[*others, *remarks])
 
 
 def report_stage(folder: RunFolder) -> Path:

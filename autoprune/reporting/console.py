@@ -16,6 +16,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from autoprune.reporting.verbosity import (
+    SECONDS_BETWEEN_LINES,
+    ProgressLines,
+    Verbosity,
+    verbosity,
+)
+
 COSTS = (
     ("MACs", "macs", 1e6, "M"),
     ("parameters", "params", 1e3, "k"),
@@ -37,16 +44,23 @@ SHARES = {
 """Shares of the MACs in a trace's description, and what they say."""
 
 
-def say(text: str) -> None:
-    """Prints one line of progress."""
-    print(text, file=sys.stderr, flush=True)
+def say(text: str, least: Verbosity = Verbosity.NORMAL) -> None:
+    """Prints one line of progress.
+
+    Args:
+        text: The line.
+        least: Of a command that is less verbose it isn't printed.
+    """
+    if verbosity.get() >= least:
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     """Shows a bar with the time left.
 
-    Without a terminal the last text is printed once, at the end.
+    Without a terminal a line now and then takes its place, and a verbose command gets a
+    line for each step.
 
     Args:
         title: What is going on.
@@ -58,6 +72,20 @@ def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     """
     # Beside the results: those on stdout may be piped into a file.
     console = Console(stderr=True)
+    is_verbose = verbosity.get() == Verbosity.VERBOSE
+    if console.is_terminal and not is_verbose:
+        is_hidden = verbosity.get() == Verbosity.QUIET
+        with _bar(console, is_hidden) as bar:
+            task = bar.add_task(title, total=total, note="")
+            yield lambda text, steps=1: bar.update(task, advance=steps, note=text)
+        return
+    pause = 0.0 if is_verbose else SECONDS_BETWEEN_LINES
+    lines = ProgressLines(title, total, say, pause)
+    yield lines.advance
+    lines.finish()
+
+
+def _bar(console: Console, is_hidden: bool) -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -66,19 +94,7 @@ def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    note = ""
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=total, note="")
-
-        def advance(text: str, steps: int = 1) -> None:
-            nonlocal note
-            note = text
-            bar.update(task, advance=steps, note=text)
-
-        yield advance
-    # A log gets one line instead of a bar that is drawn over and over.
-    if not console.is_terminal:
-        say(f"{title}: {note}")
+    return Progress(*columns, console=console, disable=is_hidden)
 
 
 def print_results(results: dict) -> None:
@@ -105,6 +121,7 @@ def print_results(results: dict) -> None:
     # A run that was interrupted before it decided anything has nothing to compare.
     if table.row_count:
         _print_table(table, 100)
+    _print_list("remarks", results.get("remarks", []))
 
 
 def _add_accuracies(table: Table, results: dict) -> None:
@@ -113,7 +130,8 @@ def _add_accuracies(table: Table, results: dict) -> None:
         dense = f"{results['accuracy_dense']:.2%}"
         pruned = f"{results['accuracy_pruned']:.2%}"
         table.add_row("test accuracy, not fine-tuned", dense, pruned, "")
-        if "accuracy" in results:
+        # Without epochs nothing was fine-tuned.
+        if "accuracy" in results and results.get("finetune_epochs") != 0:
             change = results["accuracy"] - results["accuracy_dense"]
             table.add_row(
                 "test accuracy, fine-tuned",
