@@ -30,12 +30,15 @@ from autoprune.config import (
     TraceConfig,
 )
 from autoprune.data import Images, Preprocessing, Splits, carve, load, normalize
+from autoprune.data.datasets import stored_preprocessing
 from autoprune.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from autoprune.data.preprocessing_sources import crop_share, preprocessing_of
 from autoprune.deploy import latency
 from autoprune.errors import UserError
+from autoprune.pipeline import context
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.remarks import dense_remarks
+from autoprune.reporting.report import write_report
 from autoprune.runs import RunFolder
 
 CLASSES = ("blue", "green", "red")
@@ -749,3 +752,28 @@ def test_a_run_its_report_and_its_onnx_file_measure_what_ten_lines_measure(
     assert accuracy_of(answer, inputs, labels) == pytest.approx(
         results.accuracy_pruned, abs=1e-6
     )
+    # What the run was started with stays, whatever network and package say later.
+    monkeypatch.setattr(context, "preprocessing_of", None)
+    reopened = RunContext.of_run(folder).splits
+    assert reopened.preprocessing.to_dict() == stored
+
+
+def test_a_run_of_an_earlier_version_keeps_its_square_size_and_imagenets_values():
+    config = {"data": {"data": "photos", "image_size": 64}}
+    found = stored_preprocessing(config)
+    assert found.size == (64, 64)
+    assert (found.mean, found.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    # Which said nothing of datasets by name.
+    config["data"]["data"] = "sample"
+    assert stored_preprocessing(config).size is None
+
+
+def test_the_report_shows_remarks_first_and_the_preprocessing(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(yaml.safe_dump(Settings().to_dict()))
+    stored = Preprocessing(size=(24, 32), crop=0.8, source="the options").to_dict()
+    folder.add_results(remarks=["it looks wrong"], preprocessing=stored)
+    page = write_report(folder).read_text()
+    assert page.index("It looks wrong.") < page.index("Cost before and after")
+    for text in ("0.485, 0.456, 0.406", "24 x 32", "30 x 40", "the options"):
+        assert text in page

@@ -169,8 +169,8 @@ def check_answers(model: nn.Module, name: str, example: Tensor, n_classes: int) 
         shape = tuple(example.shape)
         raise UserError(
             "model",
-            f"{name} can't answer images of shape {shape} ({reason}); --image_size and "
-            f"--channels give other ones",
+            f"{name} can't answer images of shape {shape} ({reason}); see image_size "
+            f"and channels",
         ) from error
     answered = type(answers).__name__
     if isinstance(answers, Tensor):

@@ -124,7 +124,7 @@ def _for_each_channel(
         raise UserError(
             field,
             f"expected 1 value or {channels}, one for each channel that the network "
-            f"reads, got {len(values)}; --channels says how many there are",
+            f"reads, got {len(values)}; channels says how many there are",
         )
     return (round(sum(values) / len(values), 4),) * channels
 
@@ -135,7 +135,7 @@ def _crop_of_side(size: tuple[int, int] | None, shorter_side: float) -> float:
         raise UserError(
             "crop",
             f"{shorter_side:g} pixels before the crop need the size after it; give "
-            f"--image_size, or a share such as 0.875",
+            f"image_size, or a share such as 0.875",
         )
     return crop_share(min(size), shorter_side)
 
@@ -186,7 +186,7 @@ def _of_pretrained_cfg(model: nn.Module) -> dict[str, Stated]:
     if config is None:
         return {}
     # timm's networks hold a dict; its own class of configs can become one.
-    values = config if isinstance(config, Mapping) else vars(config)
+    values = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
     if values.get("input_size"):
         values = TIMMS_DEFAULTS | {
             name: value for name, value in values.items() if value is not None
