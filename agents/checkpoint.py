@@ -12,7 +12,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from autoprune.errors import UserError
-from autoprune.runs import write_state
+from autoprune.files import write_state
 
 COUNTERS = (
     "num_timesteps",

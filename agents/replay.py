@@ -26,7 +26,7 @@ from autoprune.envs.observation import (
     Observer,
 )
 from autoprune.errors import UserError
-from autoprune.runs import write_atomically, write_json
+from autoprune.files import DIGEST, digest_of, write_atomically, write_json
 
 SIMILARITY_SCALE = 0.3
 """Distance between two groups' features at which their similarity is exp(-1/2)."""
@@ -40,6 +40,45 @@ MIN_MEAN_SIMILARITY = 0.5
 
 
 @dataclass(frozen=True)
+class Home:
+    """The network that a policy was trained on, to be known again.
+
+    Attributes:
+        network: As `Observer.network`.
+        groups: Names of the groups that the policy decided.
+    """
+
+    network: str
+    groups: tuple[str, ...]
+
+    @classmethod
+    def of(cls, observer: Observer) -> "Home | None":
+        """The network of an observer; None where it doesn't know its network.
+
+        Args:
+            observer: The network's observer.
+        """
+        if observer.network is None:
+            return None
+        return cls(observer.network, tuple(observer.group_names))
+
+    def knows(self, observer: Observer) -> np.ndarray:
+        """Which groups of a network are those that the policy decided, `(n_groups,)`.
+
+        By name, since a network's own groups keep theirs, whatever they measure: under
+        another budget, criterion or proxy the features of the same group differ.
+
+        Args:
+            observer: The network's observer.
+        """
+        is_same_network = observer.network == self.network
+        known = [
+            is_same_network and name in self.groups for name in observer.group_names
+        ]
+        return np.array(known, bool)
+
+
+@dataclass(frozen=True)
 class Policy:
     """A learned map from observation to action.
 
@@ -50,12 +89,14 @@ class Policy:
         group_features: Features that never change of the groups that it was trained
             on, as `Observer.group_features`, `(n_groups, n_static)`; None if they are
             unknown.
+        home: The network that it was trained on; None if that is unknown.
     """
 
     algorithm: str
     network: BasePolicy
     policy_kwargs: dict
     group_features: np.ndarray | None = None
+    home: "Home | None" = None
 
     @classmethod
     def from_learner(
@@ -63,7 +104,7 @@ class Policy:
         algorithm: str,
         learner: BaseAlgorithm,
         policy_kwargs: dict,
-        group_features: np.ndarray | None = None,
+        observer: Observer | None = None,
     ) -> "Policy":
         """Takes the policy out of a learner; later updates of the learner change it.
 
@@ -71,9 +112,17 @@ class Policy:
             algorithm: Name of the agent, a key of `ALGORITHMS`.
             learner: The learner.
             policy_kwargs: What the learner built its policy with.
-            group_features: As the attribute.
+            observer: Of the network that it learned on, if that is to be known again.
         """
-        return cls(algorithm, learner.policy, policy_kwargs, group_features)
+        if observer is None:
+            return cls(algorithm, learner.policy, policy_kwargs)
+        return cls(
+            algorithm,
+            learner.policy,
+            policy_kwargs,
+            observer.group_features,
+            Home.of(observer),
+        )
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """The deterministic action for an observation.
@@ -91,9 +140,10 @@ class Policy:
         """How much each group of a network resembles one of the policy's training.
 
         Networks extrapolate wildly, so `make_actor` takes this as the weight of the
-        policy's action. With d the distance of a group's features to the nearest known
-        ones it is exp(-(d / 0.3)^2 / 2), and 1 up to d = 0.05. Three groups at distance
-        0.01, 0.3 and 0.9 have 1, 0.61 and 0.01.
+        policy's action. The groups that it was trained on have 1. Of the others, with d
+        the distance of a group's features to the nearest known ones, it is
+        exp(-(d / 0.3)^2 / 2), and 1 up to d = 0.05. Three groups at distance 0.01, 0.3
+        and 0.9 have 1, 0.61 and 0.01.
 
         Args:
             observer: The network's observer.
@@ -104,11 +154,18 @@ class Policy:
         """
         if self.group_features is None:
             return np.ones(len(observer.groups))
+        is_known = np.zeros(len(observer.groups), bool)
+        if self.home is not None:
+            is_known = self.home.knows(observer)
+        # Here, since the features of a network are partly measured.
+        if is_known.all():
+            return np.ones(len(observer.groups))
         differences = observer.group_features[:, None] - self.group_features
         # Of every group the nearest one of the training counts, however many there are.
         nearest = np.linalg.norm(differences, axis=-1).min(1)
         fading = np.exp(-0.5 * (nearest / SIMILARITY_SCALE) ** 2)
-        return np.where(nearest <= SAME_GROUP_DISTANCE, 1.0, fading)
+        is_known |= nearest <= SAME_GROUP_DISTANCE
+        return np.where(is_known, 1.0, fading)
 
     def mean_similarity(self, observer: Observer) -> float:
         """The mean of `similarity` over a network's groups, within [0, 1]."""
@@ -129,10 +186,15 @@ class Policy:
         for name, tensor in self.network.state_dict().items():
             # safetensors refuses tensors that share memory, as shared layers do.
             weights[name] = tensor.contiguous().clone()
-        write_atomically(
-            folder / "policy.safetensors", lambda path: save_file(weights, path)
-        )
+        digests: list[str] = []
+
+        def write(partial: Path) -> None:
+            save_file(weights, partial)
+            digests.append(digest_of(partial))
+
+        write_atomically(folder / "policy.safetensors", write)
         description: dict[str, object] = {
+            DIGEST: digests[0],
             "algorithm": self.algorithm,
             "policy_kwargs": self.policy_kwargs,
             "features": FEATURE_NAMES,
@@ -141,6 +203,11 @@ class Policy:
             # A column a feature, by name, so that the file says what they are.
             columns = self.group_features.T.tolist()
             description["kinds"] = dict(zip(STATIC, columns, strict=True))
+        if self.home is not None:
+            description["home"] = {
+                "network": self.home.network,
+                "groups": list(self.home.groups),
+            }
         write_json(folder / "policy.json", description | about)
 
     @classmethod
@@ -174,11 +241,19 @@ class Policy:
         network = policy_class(
             OBSERVATION_SPACE, action_space, _no_learning, **policy_kwargs
         )
-        network.load_state_dict(load_file(folder / "policy.safetensors"))
+        weights = folder / "policy.safetensors"
+        # Descriptions of earlier versions hold no digest.
+        if DIGEST in description and description[DIGEST] != digest_of(weights):
+            raise ValueError("policy.json is of other weights")
+        network.load_state_dict(load_file(weights))
         group_features = None
         if "kinds" in description:
             group_features = _group_features(description["kinds"])
-        return cls(algorithm, network, policy_kwargs, group_features)
+        home = None
+        if "home" in description:
+            told = description["home"]
+            home = Home(str(told["network"]), tuple(told["groups"]))
+        return cls(algorithm, network, policy_kwargs, group_features, home)
 
 
 def _no_learning(progress: float) -> float:

@@ -350,5 +350,4 @@ def policy_of(name: str, learner: BaseAlgorithm, start: Policy | None = None) ->
     kwargs = start.policy_kwargs if start else hyperparameters(name)["policy_kwargs"]
     lanes = learner.get_env()
     assert isinstance(lanes, SB3VecEnv), "make_learner gave it one"
-    group_features = lanes.env.observer.group_features
-    return Policy.from_learner(name, learner, kwargs, group_features)
+    return Policy.from_learner(name, learner, kwargs, lanes.env.observer)

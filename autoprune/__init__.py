@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from autoprune.costs.allocation import Allocation
     from autoprune.costs.budget import Budget
     from autoprune.costs.cost import CostTable
-    from autoprune.deploy.export import export_onnx, load_pruned, save_pruned
+    from autoprune.deploy.export import export_onnx
+    from autoprune.deploy.pruned import load_pruned, save_pruned
     from autoprune.errors import UserError
     from autoprune.evaluation.evaluate import Evaluation
     from autoprune.evaluation.importance import importance
@@ -49,10 +50,10 @@ _HOMES = {
     "UserError": "errors",
     "export_onnx": "deploy.export",
     "importance": "evaluation.importance",
-    "load_pruned": "deploy.export",
+    "load_pruned": "deploy.pruned",
     "mask": "tracing.masking",
     "prune": "structure.slicing",
-    "save_pruned": "deploy.export",
+    "save_pruned": "deploy.pruned",
     "top_channels": "structure.slicing",
     "trace": "tracing.trace",
 }

@@ -43,6 +43,26 @@ class UserError(ValueError):
         self.reason = reason
 
 
+class DivergedError(UserError):
+    """A training led to numbers that aren't finite, and was stopped.
+
+    Args:
+        what: What isn't finite, and when.
+        rate: The highest learning rate of the training.
+
+    Attributes:
+        what: See above.
+        rate: See above.
+    """
+
+    def __init__(self, what: str, rate: float):
+        super().__init__(
+            "lr", f"the training diverged: {what}; lower the rate, which was {rate:g}"
+        )
+        self.what = what
+        self.rate = rate
+
+
 class ExportError(RuntimeError):
     """The network can't be exported so that it computes the same.
 

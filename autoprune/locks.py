@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autoprune.errors import UserError
+from autoprune.files import PARTIAL, unwritable
 
 if sys.platform == "win32":
     fcntl = None
@@ -24,8 +25,6 @@ LOCK = ".lock"
 It stays when the process ends: a lock belongs to the open file and not to its name, so
 removing the name would let two processes in.
 """
-PARTIAL = ".partial"
-"""What the names of files hold that are still being written."""
 
 
 def claim(stem: Path) -> Path:
@@ -81,11 +80,14 @@ def hold(root: Path, argument: str) -> Iterator[bool]:
                 partial.unlink(missing_ok=True)
         yield is_locked
     finally:
-        if is_locked:
-            # So that nobody is told of a process that has ended.
-            os.ftruncate(descriptor, 0)
-            _unlock(descriptor)
-        os.close(descriptor)
+        try:
+            if is_locked:
+                # So that nobody is told of a process that has ended.
+                os.ftruncate(descriptor, 0)
+        finally:
+            if is_locked:
+                _unlock(descriptor)
+            os.close(descriptor)
 
 
 def _lock(descriptor: int, root: Path, argument: str) -> bool:
@@ -132,21 +134,3 @@ def _holder(descriptor: int) -> str:
         # It has the lock and is about to write its name.
         return "another process"
     return f"process {pid} on {host} since {since}"
-
-
-def unwritable(path: Path, error: OSError) -> UserError:
-    """The error for a place that can't be written.
-
-    Args:
-        path: The file or folder.
-        error: What the system says.
-
-    Returns:
-        The error, to be raised.
-    """
-    reason = error.strerror or str(error)
-    return UserError(
-        None,
-        f"can't write {str(path)!r} ({reason}); choose another folder or free some "
-        f"space",
-    )

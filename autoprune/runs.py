@@ -1,13 +1,8 @@
-"""The run folder: every artefact's name, and atomic writes.
+"""The run folder: every artefact's name, its results and its log."""
 
-Nothing half-written stays behind.
-"""
-
-import io
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,80 +15,18 @@ import yaml
 
 from autoprune.config import Settings
 from autoprune.errors import UserError
-from autoprune.locks import PARTIAL, claim, hold, unwritable
+from autoprune.files import (
+    DIGEST,
+    PLAN,
+    WEIGHTS,
+    digest_of,
+    unwritable,
+    write_json,
+    write_text,
+)
+from autoprune.locks import claim, hold
 from autoprune.provenance import provenance
 from autoprune.results import Results
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary neighbour of a path, then renames it into place.
-
-    Args:
-        path: The file to be written; its folder is made where it is missing.
-        write: Gets the temporary path, of the same suffix.
-
-    Raises:
-        UserError: If the disk is full or the folder can't be written; the temporary
-            file is removed.
-    """
-    # A name that no other writer has: of two at once each renames a whole file.
-    writer = f"{os.getpid()}-{secrets.token_hex(4)}"
-    partial = path.with_name(f".{path.name}.{writer}{PARTIAL}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    finally:
-        if partial.exists():
-            partial.unlink()
-
-
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint that `torch.load(weights_only=True)` reads, atomically.
-
-    Args:
-        path: The file.
-        state: Nested plain data and tensors.
-
-    Raises:
-        UserError: As `write_atomically`.
-    """
-    import torch
-
-    # In memory first: on a full disk torch.save itself raises a RuntimeError that names
-    # neither file nor reason.
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getvalue()
-    write_atomically(path, lambda partial: partial.write_bytes(content))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes text as UTF-8, atomically.
-
-    Args:
-        path: The file.
-        text: Its content.
-
-    Raises:
-        UserError: As `write_atomically`.
-    """
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes plain data as indented JSON, atomically.
-
-    Args:
-        path: The file.
-        value: What it shall hold.
-
-    Raises:
-        UserError: As `write_atomically`.
-    """
-    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 class Artefact:
@@ -214,6 +147,23 @@ class RunFolder:
                 "run", f"{str(path)!r} is damaged ({error}); start the run anew"
             ) from error
 
+    def holds_network(self, place: Path) -> bool:
+        """Whether weights and plan of a network lie in a folder and belong together.
+
+        Args:
+            place: The folder, one of the run's.
+
+        Raises:
+            UserError: If the plan is damaged.
+        """
+        plan = place / PLAN
+        weights = place / WEIGHTS
+        if not plan.exists() or not weights.exists():
+            return False
+        digest = self.read_json(plan).get(DIGEST)
+        # Plans of earlier versions hold none.
+        return digest is None or digest == digest_of(weights)
+
     def read_results(self) -> Results:
         """What results.json holds so far; nothing before the first stage is done.
 
@@ -270,9 +220,14 @@ class RunFolder:
             event: Kind of the log's lines.
             on_epoch: Called next, with the finished epochs and the mean loss.
         """
+        last = None
+        for entry in self.events(event):
+            last = entry["epoch"], entry["loss"]
 
         def finished(epoch: int, loss: float) -> None:
-            self.append(event, epoch=epoch, loss=loss)
+            # A training that goes on tells of its last epoch once more.
+            if (epoch, loss) != last:
+                self.append(event, epoch=epoch, loss=loss)
             on_epoch(epoch, loss)
 
         return finished
@@ -375,22 +330,6 @@ def check_free(out: str | Path | None) -> None:
             "out",
             f"{str(out)!r} holds a run already; resume it, or choose another folder",
         )
-
-
-def check_unchanged(folder: RunFolder, settings: Settings) -> None:
-    """Checks that a run was started with the settings that it is to go on with.
-
-    Args:
-        folder: The run.
-        settings: As asked for now.
-
-    Raises:
-        UserError: If others were asked for.
-    """
-    stored = Settings.from_dict(folder.read_config()).arguments
-    for name, value in settings.arguments.items():
-        if stored[name] != value:
-            raise other_than_stored(name, folder, stored[name], value)
 
 
 def other_than_stored(

@@ -151,7 +151,7 @@ class LayerPruningEnv(gymnasium.Env):
         # Refuses a budget that can't be reached before networks are scored for it.
         self.target_of(tightest)
         self.proxy = suited_proxy(proxy, self.space, self.budget) if is_named else proxy
-        self.observer = Observer(self.groups, self.space, self.proxy)
+        self.observer = Observer(self.groups, self.space, self.proxy, model)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.observation_space = OBSERVATION_SPACE
         # An episode from the start, so that `target` and `bounds` mean something.

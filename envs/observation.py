@@ -4,6 +4,7 @@ Everything is a share, a rank, or relative to the network's own mean or largest.
 names the network, so that a policy can be carried to another one.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from gymnasium import spaces
 
 if TYPE_CHECKING:
     # So that the names of the features are known without PyTorch.
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from autoprune.costs.search_space import SearchSpace
     from autoprune.evaluation.proxy_protocol import Proxy
@@ -72,12 +73,21 @@ class Observer:
         proxy: Its importance, whose spread tells how much the weakest channels matter,
             and its sensitivity. The latter has to be measured, so it isn't asked for
             before the first observation.
+        model: The network itself, by whose weights it is known again; None where nobody
+            will ask.
     """
 
-    def __init__(self, groups: "Groups", space: "SearchSpace", proxy: "Proxy") -> None:
+    def __init__(
+        self,
+        groups: "Groups",
+        space: "SearchSpace",
+        proxy: "Proxy",
+        model: "nn.Module | None" = None,
+    ) -> None:
         self.groups = groups
         self.space = space
         self.proxy = proxy
+        self.model = model
         self.dense_cost = space.cost(space.costs.dense)
 
     def observe(self, state: State) -> np.ndarray:
@@ -98,6 +108,28 @@ class Observer:
         most = self.space.cost(_with_rest(state, self.space.costs.dense))
         least = self.space.cost(_with_rest(state, self.space.low))
         return (most - least) / self.dense_cost
+
+    @cached_property
+    def network(self) -> str | None:
+        """Identifies the network with its weights, as 16 hexadecimal digits.
+
+        Unlike the features it doesn't depend on how candidates are scored, on the
+        budget or on what is excluded. None if the network isn't known.
+        """
+        if self.model is None:
+            return None
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            # Counters of batches change without the network.
+            if tensor.is_floating_point():
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(_bytes_of(tensor))
+        return digest.hexdigest()[:16]
+
+    @property
+    def group_names(self) -> list[str]:
+        """The names of the groups, in order."""
+        return [group.name for group in self.groups]
 
     @property
     def group_features(self) -> np.ndarray:
@@ -135,6 +167,14 @@ class Observer:
             "damage_rank": _rank(damage / np.maximum(saved, 1)),
             "sensitivity_ahead": _relative(damage, _means_ahead(damage)),
         }
+
+
+def _bytes_of(tensor: "Tensor") -> bytes:
+    """The numbers of a tensor in a row, however they lie in memory."""
+    import torch
+
+    # As bytes, since numpy has no bfloat16.
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _relative(values: np.ndarray, parts: np.ndarray | None = None) -> np.ndarray:

@@ -48,9 +48,10 @@ from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.evaluation.evaluate import accuracy, recalibrate
+from autoprune.files import write_json
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.methods.channels import sliced
-from autoprune.runs import RunFolder, write_json
+from autoprune.runs import RunFolder
 from autoprune.training.loop import finetune
 from experiments.rival_proxies import cut_by_layer, macs_of
 from experiments.script import run

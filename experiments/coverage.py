@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoprune.runs import write_text
+from autoprune.files import write_text
 from experiments.coverage_networks import FAMILIES, Network, networks
 from experiments.coverage_report import report
 from experiments.tables import read_table, write_table

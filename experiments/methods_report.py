@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from autoprune.cli.presets import METHODS
-from autoprune.runs import write_text
+from autoprune.files import write_text
 from experiments.tables import read_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"

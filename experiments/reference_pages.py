@@ -25,8 +25,8 @@ from autoprune.cli.options import Parser
 from autoprune.envs.observation import feature_table
 from autoprune.envs.rewards import REWARDS
 from autoprune.evaluation.importance import CRITERIA
+from autoprune.files import write_text
 from autoprune.results import Results
-from autoprune.runs import write_text
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -35,8 +35,9 @@ from autoprune.config import (
 )
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.evaluation.proxy import SENSITIVITY_IMAGES
+from autoprune.files import write_text
 from autoprune.pipeline.context import RunContext
-from autoprune.runs import RunFolder, write_text
+from autoprune.runs import RunFolder
 from experiments.script import run
 from experiments.tables import fill_table, mean_and_spread, rows_for_summary
 

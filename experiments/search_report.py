@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autoprune.runs import write_text
+from autoprune.files import write_text
 from experiments.tables import mean_and_spread, read_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"

@@ -11,7 +11,7 @@ import torch
 
 from autoprune.evaluation.precision import has_fast_bf16
 from autoprune.evaluation.workers import available_cores
-from autoprune.runs import write_text
+from autoprune.files import write_text
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

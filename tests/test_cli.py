@@ -26,9 +26,10 @@ from torch import nn
 
 from autoprune.cli import stages as run_stages_home
 from autoprune.cli.main import COMMANDS, build_parser, main
+from autoprune.cli.opening import open_run
 from autoprune.cli.options import settings_of
 from autoprune.cli.parser import options_of
-from autoprune.cli.stages import STAGES, Stage, open_run, run_stages
+from autoprune.cli.stages import STAGES, Stage, run_stages
 from autoprune.config import (
     DimensionsConfig,
     FinetuneConfig,
@@ -42,8 +43,8 @@ from autoprune.config import (
 )
 from autoprune.data import models
 from autoprune.data.datasets import Images
-from autoprune.deploy.export import load_pruned
 from autoprune.deploy.latency import Latency
+from autoprune.deploy.pruned import load_pruned
 from autoprune.errors import ExportError
 from autoprune.evaluation.evaluate import accuracy
 from autoprune.pipeline import stages
@@ -440,7 +441,7 @@ def test_an_allocation_that_was_killed_goes_on_from_its_folder_alone(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "save_pruned", killed)
+        patch.setattr(stages, "replace_pruned", killed)
         assert main(begun) == 130
     kept = json.loads((folder / "allocation.json").read_text())["kept"]
     # The run has its own copy.

@@ -17,6 +17,7 @@ from autoprune.costs.cost import CostTable
 from autoprune.deploy.export import export_onnx
 from autoprune.structure.groups import Groups, tensors_in
 from autoprune.structure.slicing import fit_shapes, prune
+from autoprune.tracing.masking import mask
 from autoprune.tracing.trace import describe, trace
 
 WIDTH = 8
@@ -171,9 +172,14 @@ class Block(nn.Module):
         return self.head(self.block(self.stem(x)))
 
 
-def test_sizes_written_in_the_code_pin_what_they_split_and_nothing_else():
-    groups = trace(randomise(Block("split")).eval(), images(1, 8))
-    inner = {"stem", "block.m.0.cv1.conv", "block.m.0.cv2.conv", "block.cv2.conv"}
-    assert set(groups.channels) == inner
-    (split,) = [group for group in groups.pinned if group.name.startswith("block")]
-    assert "split" in split.pinned
+def test_sizes_in_attributes_follow_what_is_left_of_what_they_split():
+    model, x = randomise(Block("split")).eval(), images(1, 8)
+    groups = trace(model, x)
+    assert set(groups.reasons.values()) == {
+        "is the network's input",
+        "feeds the network's output",
+    }
+    kept = random_kept(groups, 0)
+    pruned, masked = prune(model, groups, kept), mask(model, groups, kept)
+    torch.testing.assert_close(pruned(x), masked(x))
+    assert pruned.block.c == pruned.block.m[0].cv1.conv.in_channels

@@ -3,6 +3,7 @@ loaded.
 """
 
 import copy
+import hashlib
 import json
 
 import numpy as np
@@ -20,10 +21,9 @@ from autoprune.deploy.export import (
     ExportError,
     export_onnx,
     export_program,
-    load_pruned,
     onnx_session,
-    save_pruned,
 )
+from autoprune.deploy.pruned import load_pruned, save_pruned
 from autoprune.errors import UserError
 
 EXAMPLE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -291,9 +291,42 @@ def test_weights_that_are_a_pickle_are_refused(saved):
 
 
 def rewrite(folder, change) -> None:
+    """Changes the weights, and the plan's digest with them."""
     weights = load_file(folder / "weights.safetensors")
     change(weights)
     save_file(weights, folder / "weights.safetensors")
+    plan = json.loads((folder / "plan.json").read_text())
+    content = (folder / "weights.safetensors").read_bytes()
+    plan["weights_sha256"] = hashlib.sha256(content).hexdigest()
+    (folder / "plan.json").write_text(json.dumps(plan))
+
+
+def test_a_plan_knows_its_weights_from_others_of_the_same_shapes(saved):
+    plan = json.loads((saved / "plan.json").read_text())
+    content = (saved / "weights.safetensors").read_bytes()
+    assert plan["weights_sha256"] == hashlib.sha256(content).hexdigest()
+    rewrite(saved, lambda weights: weights["conv1.weight"].mul_(2))
+    load_pruned(saved)
+    (saved / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(
+        UserError, match=r"don't belong together \(the plan is of other weights\)"
+    ):
+        load_pruned(saved)
+    # Plans of earlier versions don't say.
+    del plan["weights_sha256"]
+    (saved / "plan.json").write_text(json.dumps(plan))
+    load_pruned(saved)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_network_that_is_not_finite_replaces_no_other(saved, value):
+    before = {path: path.read_bytes() for path in saved.iterdir()}
+    sick = sliced_resnet20()
+    with torch.no_grad():
+        sick.bn1.weight[0] = value
+    with pytest.raises(UserError, match=r"bn1\.weight in .* holds NaN or infinite"):
+        save_pruned(sick, saved, PLAN)
+    assert before == {path: path.read_bytes() for path in saved.iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from processes import run_python
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
-    {"config", "names", "locks", "provenance", "results", "structure"},
-    {"costs", "runs"},
+    {"config", "files", "names", "provenance", "results", "structure"},
+    {"costs", "locks"},
+    {"runs"},
     {"tracing", "data", "reporting"},
     {"evaluation"},
     {"training", "scaling", "envs"},

@@ -15,8 +15,9 @@ from autoprune import locks
 from autoprune.cli.main import main
 from autoprune.config import SearchConfig, Settings
 from autoprune.errors import UserError
+from autoprune.files import write_atomically, write_text
 from autoprune.locks import LOCK, claim, hold
-from autoprune.runs import new_run, write_atomically, write_text
+from autoprune.runs import new_run
 
 MANY = 36
 WRITERS = "writers"

@@ -15,7 +15,7 @@ from autoprune.cli.main import main
 from autoprune.cli.presets import METHODS, methods_table
 from autoprune.config import Settings
 from autoprune.costs.allocation import Allocation
-from autoprune.deploy.export import load_pruned
+from autoprune.deploy.pruned import load_pruned
 from autoprune.pipeline import stages
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.methods import trained

@@ -22,9 +22,9 @@ from autoprune.cli.main import main
 from autoprune.config import SearchConfig
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget
+from autoprune.files import write_json
 from autoprune.reporting.figures import pareto_front, render_svg
 from autoprune.reporting.report import write_report
-from autoprune.runs import write_json
 
 RANGE = "macs=30%..80%"
 SEARCH = [
@@ -289,7 +289,7 @@ def test_a_run_of_a_range_ends_with_a_network_of_the_knee(
         "random",
     ]
     assert main(["run", *arguments]) == 0
-    folder = tmp_path / "runs" / "tests.tiny-network-macs-30..80-random-1"
+    folder = tmp_path / "runs" / "tests.tiny-network-macs-30..80-random-seed0"
     plan = json.loads((folder / "pruned" / "plan.json").read_text())
     points = json.loads((folder / "pareto.json").read_text())["front"]
     assert plan["stage"] == "finetuned"

@@ -9,12 +9,24 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import fake_env, some_policy, target_env
+from toys import (
+    FakeProxy,
+    chain,
+    fake_env,
+    fake_proxy,
+    some_policy,
+    target_env,
+    traced,
+)
 
-from autoprune.agents.policy_files import describe_policy
-from autoprune.agents.replay import Policy, replay
-from autoprune.agents.training import ALGORITHMS
-from autoprune.envs.observation import FEATURES
+from autoprune.agents.policy_files import describe_policy, shipped_policies
+from autoprune.agents.recorder import Recorder
+from autoprune.agents.replay import Home, Policy, replay
+from autoprune.agents.sb3_env import RecordedVecEnv
+from autoprune.agents.training import ALGORITHMS, make_learner, policy_of
+from autoprune.config import SearchConfig
+from autoprune.envs.layer_pruning import LayerPruningEnv
+from autoprune.envs.observation import FEATURES, Observer
 from autoprune.errors import UserError
 
 
@@ -176,3 +188,75 @@ def test_damaged_policy_is_refused_in_one_line(saved, damage):
     ) as caught:
         Policy.load(saved)
     assert "\n" not in str(caught.value)
+
+
+def scored_otherwise(name: str, seed: int, **options) -> LayerPruningEnv:
+    """An environment of a network whose channels and groups are judged otherwise."""
+    model, groups, _ = traced(name)
+    generator = torch.Generator().manual_seed(seed)
+    proxy = ScoredOtherwise(groups, fake_proxy(name).example, lambda kept: 1.0)
+    for group in groups:
+        proxy.importance[group.name] = torch.rand(group.channels, generator=generator)
+    proxy.damage = torch.rand(len(groups), generator=generator).numpy()
+    return LayerPruningEnv(model, groups, proxy, **options)
+
+
+class ScoredOtherwise(FakeProxy):
+    damage: np.ndarray
+
+    @property
+    def sensitivity(self) -> np.ndarray:
+        return self.damage
+
+
+def trained_on(env: LayerPruningEnv) -> Policy:
+    """A policy of a learner on a network, as a run keeps it."""
+    recorder = Recorder(env, SearchConfig())
+    learner = make_learner("ppo", RecordedVecEnv(recorder), len(env.groups), 0)
+    return policy_of("ppo", learner)
+
+
+@pytest.mark.parametrize(
+    "budget", ["macs=30%", "macs=50%", "macs=80%", "macs=30%..80%", "params=40%"]
+)
+def test_on_its_own_network_a_policy_is_trusted_wholly_however_candidates_are_scored(
+    budget, tmp_path
+):
+    trained_on(fake_env("wide")).save(tmp_path)
+    policy = Policy.load(tmp_path)
+    for seed in range(3):
+        env = scored_otherwise("wide", seed, budget=budget)
+        # Its features alone would tell a stranger.
+        assert replace(policy, home=None).mean_similarity(env.observer) < 1
+        assert policy.mean_similarity(env.observer) == 1
+
+
+def test_a_policy_does_not_take_other_weights_or_other_networks_for_its_own():
+    policy = trained_on(fake_env("wide"))
+    for env in (scored_otherwise("three", 0), scored_otherwise("chain", 0)):
+        assert policy.mean_similarity(env.observer) < 1
+    env = scored_otherwise("wide", 0)
+    other = chain(16, 40, 24, 48, 32, seed=1)
+    stranger = Observer(env.groups, env.space, env.proxy, other)
+    assert stranger.group_names == env.observer.group_names
+    assert stranger.network != env.observer.network
+    assert policy.mean_similarity(stranger) < 1
+
+
+def test_of_its_own_network_a_policy_knows_the_groups_that_it_decided():
+    env = scored_otherwise("wide", 0)
+    left_out = env.groups.with_pins({env.observer.group_names[1]: "user asked"})
+    proxy = FakeProxy(left_out, env.proxy.example, lambda kept: 1.0)
+    model, _, _ = traced("wide")
+    policy = trained_on(LayerPruningEnv(model, left_out, proxy))
+    similarity = policy.similarity(env.observer)
+    assert similarity[1] < 1
+    assert (np.delete(similarity, 1) == 1).all()
+
+
+def test_a_shipped_policy_is_trusted_on_the_network_that_comes_with_it():
+    env = LayerPruningEnv("resnet20", budget="macs=30%")
+    for folder in shipped_policies().values():
+        policy = Policy.load(folder)
+        assert policy.home == Home.of(env.observer)
+        assert policy.mean_similarity(env.observer) == 1

@@ -12,6 +12,7 @@ import yaml
 
 from autoprune.config import Settings
 from autoprune.errors import UserError
+from autoprune.files import write_json, write_text
 from autoprune.reporting.figures import (
     allocation_bars,
     loss_curve,
@@ -20,7 +21,7 @@ from autoprune.reporting.figures import (
     reward_curve,
 )
 from autoprune.reporting.report import write_report
-from autoprune.runs import RunFolder, write_json, write_text
+from autoprune.runs import RunFolder
 
 SEARCHED = {
     "run": "runs/one",

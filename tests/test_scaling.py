@@ -27,7 +27,7 @@ from autoprune.config import (
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.cost import CostTable
 from autoprune.data.datasets import Images
-from autoprune.deploy.export import load_pruned
+from autoprune.deploy.pruned import load_pruned
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import (

@@ -72,9 +72,16 @@ def test_of_groups_that_fail_only_together_one_is_pinned():
 
 def test_equal_counts_that_the_labels_cannot_see_are_found():
     # With the same share for all groups they would pass.
-    groups = traced(lambda widths: widths[0] == widths[5])
+    groups = traced(lambda widths: abs(widths[0] - widths[5]) < 1)
     assert {"convs.0", "convs.5"}.isdisjoint(groups.channels)
     assert len(groups) == len(WIDTHS) - 2
+
+
+def test_widths_that_the_code_compares_go_together():
+    groups = traced(lambda widths: widths[0] == widths[5])
+    assert len(groups) == len(WIDTHS) - 1
+    joint = groups["convs.0"]
+    assert {"convs.0.weight", "convs.5.weight"} <= {m.tensor for m in joint.members}
 
 
 def test_large_networks_are_proven_in_float32(monkeypatch):

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from autoprune.data.datasets import Images
-from autoprune.deploy.export import export_onnx, save_pruned
+from autoprune.deploy.export import export_onnx
+from autoprune.deploy.pruned import save_pruned
 from autoprune.errors import UserError
 from autoprune.evaluation.importance import importance
 from autoprune.structure.slicing import prune

@@ -1,7 +1,7 @@
 """What can be refused before PyTorch is imported: names, budgets, folders and files.
 
 Importing PyTorch takes seconds, and whoever mistyped a name shouldn't wait for it. What
-only network and images can tell is checked by `autoprune.cli.stages.prepare`.
+only network and images can tell is checked by `autoprune.cli.opening.prepare`.
 """
 
 from pathlib import Path

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from autoprune.cli import stages
+from autoprune.cli import opening, stages
 from autoprune.cli.options import pick, prune_options
 from autoprune.cli.parser import Parser
 from autoprune.cli.presets import methods_table
@@ -28,7 +28,7 @@ FORMATS = ("onnx", "torch")
 
 def run(options: Namespace) -> None:
     """The whole job: search, prune, fine-tune, evaluate, export, report."""
-    with stages.start(options, stages.prepare) as job:
+    with opening.start(options, opening.prepare) as job:
         stages.run_stages(job)
         stages.finish(job, options.json)
     if job.failed is not None:
@@ -39,7 +39,7 @@ def run(options: Namespace) -> None:
 
 def search(options: Namespace) -> None:
     """Up to the allocation: an agent or baseline searches, the best is chosen."""
-    with stages.start(options, stages.prepare) as job:
+    with opening.start(options, opening.prepare) as job:
         stages.run_stages(job, until="decide")
         stages.finish(job, options.json)
 
@@ -50,7 +50,7 @@ def replay(options: Namespace) -> None:
     # that neither `--help` nor who mistyped a name need wait for it.
     from autoprune.agents.policy_files import describe_policy, find_policy
     from autoprune.cli.checks import check_settings
-    from autoprune.runs import RunFolder, file_stem, write_json
+    from autoprune.runs import RunFolder, file_stem
 
     place = find_policy(options.policy, "policy")
     describe_policy(place, "policy")
@@ -62,8 +62,8 @@ def replay(options: Namespace) -> None:
     check_settings(settings)
 
     from autoprune.agents.replay import Policy
-    from autoprune.cli.holding import hold_place_of
     from autoprune.cli.search_stage import act, make_env
+    from autoprune.files import write_json
     from autoprune.pipeline.context import RunContext
     from autoprune.reporting.console import print_results
 
@@ -88,7 +88,7 @@ def replay(options: Namespace) -> None:
         first = "replay" if is_of_run else place.name
         path = home / f"{file_stem(first, model, budget)}.json"
     # From before the work, so that it isn't done in vain.
-    with hold_place_of(path):
+    with opening.hold_place_of(path):
         written, results, words = act(policy, context, env)
         write_json(path, written)
     name = run.root.name if is_of_run else place.name
@@ -175,11 +175,10 @@ def prune(options: Namespace) -> None:
 @contextmanager
 def _decided_run(options: Namespace) -> Iterator[stages.Job]:
     """The run that `prune RUN` goes on with."""
-    from autoprune.cli.holding import hold_run
     from autoprune.pipeline.methods.registry import method_of
 
     _check_alone(options)
-    with hold_run(options.run) as job:
+    with opening.hold_run(options.run) as job:
         if not method_of(job.settings).is_decided(job.folder):
             raise UserError(
                 "run",
@@ -208,7 +207,7 @@ def _run_of_allocation(options: Namespace) -> Iterator[stages.Job]:
         Allocation.read(path, context.groups)
         method_of(context.settings).check(context)
 
-    with stages.start(options, prepare) as job:
+    with opening.start(options, prepare) as job:
         from autoprune.pipeline.stages import keep_order, use_allocation
 
         stages.run_stages(job, until="sparse")
@@ -306,15 +305,13 @@ def _check_single(options: Namespace, path: Path) -> None:
 
 def finetune(options: Namespace) -> None:
     """Fine-tunes the pruned network of RUN, or goes on with that."""
-    from autoprune.cli.holding import hold_run
-
-    with hold_run(options.run) as job:
-        if options.epochs is not None:
-            settings = job.settings
-            config = dataclasses.replace(settings.finetune, epochs=options.epochs)
-            settings = dataclasses.replace(settings, finetune=config)
-            # In memory only: config.yaml keeps what the run was started with.
-            job.dense = dataclasses.replace(job.dense, settings=settings)
+    with opening.hold_run(options.run) as job:
+        given = {"epochs": options.epochs, "lr": options.finetune.lr}
+        settings = job.settings
+        config = _replace_given(settings.finetune, given)
+        settings = dataclasses.replace(settings, finetune=config)
+        # In memory only: config.yaml keeps what the run was started with.
+        job.dense = dataclasses.replace(job.dense, settings=settings)
         if not options.resume:
             # A finished training leaves its checkpoint, and with it this one would end
             # at once.
@@ -325,9 +322,7 @@ def finetune(options: Namespace) -> None:
 
 def evaluate(options: Namespace) -> None:
     """Accuracy of the dense and the pruned network of RUN on the test split."""
-    from autoprune.cli.holding import hold_run
-
-    with hold_run(options.run) as job:
+    with opening.hold_run(options.run) as job:
         from autoprune.pipeline.stages import evaluate_stage
 
         evaluate_stage(job.context, job.folder)
@@ -336,10 +331,8 @@ def evaluate(options: Namespace) -> None:
 
 def export(options: Namespace) -> None:
     """Writes the pruned network of RUN as ONNX, or as a torch.export program."""
-    from autoprune.cli.holding import hold_run
-
     check_known("format", options.format, FORMATS)
-    with hold_run(options.run) as job:
+    with opening.hold_run(options.run) as job:
         from autoprune.pipeline.stages import export_stage, report_stage
 
         written = export_stage(job.context, job.folder, options.format)
@@ -350,9 +343,7 @@ def export(options: Namespace) -> None:
 
 def report(options: Namespace) -> None:
     """Writes report.html of RUN from what its folder holds."""
-    from autoprune.cli.holding import hold_run
-
-    with hold_run(options.run) as job:
+    with opening.hold_run(options.run) as job:
         from autoprune.pipeline.stages import report_stage
 
         _print_file(report_stage(job.folder), options.json)

@@ -240,6 +240,12 @@ def finetune_options(parser: Parser) -> None:
         help="Epochs (default: as the run was started).",
     )
     parser.add_argument(
+        "--finetune.lr",
+        type=float | None,
+        default=None,
+        help="Highest learning rate (default: as the run was started).",
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="Go on after the last finished epoch."
     )
 

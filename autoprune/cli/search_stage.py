@@ -14,10 +14,11 @@ from autoprune.agents.searchers import parse_baselines
 from autoprune.config import SearchConfig, Settings
 from autoprune.costs.budget import BudgetRange, parse_budget
 from autoprune.envs.layer_pruning import LayerPruningEnv
+from autoprune.files import write_json
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.stages import timed, use_allocation
 from autoprune.reporting.console import print_front, progress, say
-from autoprune.runs import RunFolder, write_json
+from autoprune.runs import RunFolder
 
 
 def make_env(context: RunContext) -> LayerPruningEnv:

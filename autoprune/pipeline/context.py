@@ -25,7 +25,7 @@ from autoprune.data.models import build, prepare_network
 from autoprune.data.places import weights_named
 from autoprune.data.preprocessing import Preprocessing
 from autoprune.data.preprocessing_sources import preprocessing_of
-from autoprune.deploy.export import load_pruned
+from autoprune.deploy.pruned import load_pruned
 from autoprune.errors import UserError
 from autoprune.evaluation.image_blocks import ImageBlocks
 from autoprune.evaluation.importance import Importance, importance

@@ -11,39 +11,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import parse_budget
-from autoprune.deploy.export import (
-    export_onnx,
-    export_program,
-    load_pruned,
-    save_pruned,
-)
+from autoprune.deploy.export import export_onnx, export_program
 from autoprune.deploy.latency import measure_latency
+from autoprune.deploy.pruned import load_pruned, save_pruned
 from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import accuracy
+from autoprune.files import write_json
 from autoprune.pipeline.context import RunContext
+from autoprune.pipeline.diverging import explained
 from autoprune.pipeline.methods.registry import method_of
-from autoprune.pipeline.remarks import NOT_FASTER, dense_remarks, speed_remarks
+from autoprune.pipeline.pruned_folder import (
+    keep_speed_remarks,
+    read_plan,
+    replace_pruned,
+)
+from autoprune.pipeline.remarks import dense_remarks, speed_remarks
 from autoprune.reporting.report import write_report
 from autoprune.results import Results
-from autoprune.runs import RunFolder, write_json
+from autoprune.runs import RunFolder
 from autoprune.training.loop import EpochCallback, finetune
 from autoprune.training.sparse import SPARSE
 
 Say = Callable[[str], None]
-MEASURED = (
-    "accuracy",
-    "latency",
-    "latency_ms",
-    "latency_ms_dense",
-    "onnx_max_relative_error",
-)
-"""Fields of the results that say something of the network in `pruned/`."""
 
 
 @contextmanager
@@ -141,16 +135,17 @@ def sparse_stage(
         model = copy.deepcopy(context.dense)
         # Inside of the timing, as it may need the trace.
         share = _sparse_share(context)
-        finetune(
-            model,
-            context.splits.train,
-            config,
-            settings.search.seed,
-            context.dense,
-            folder.checkpoints / "sparse.pt",
-            folder.logging("sparse epoch", on_epoch),
-            method.callback(context.channel_groups, strength, share),
-        )
+        with explained(folder, "sparse", "sparse.strength"):
+            finetune(
+                model,
+                context.splits.train,
+                config,
+                settings.search.seed,
+                context.dense,
+                folder.checkpoints / "sparse.pt",
+                folder.logging("sparse epoch", on_epoch),
+                method.callback(context.channel_groups, strength, share),
+            )
         folder.add_results(
             sparse_method=settings.sparse.method,
             sparse_strength=strength,
@@ -235,8 +230,7 @@ def prune_stage(
         pruned = method.build(context, decision)
         plan = context.network_plan | {"stage": "pruned"} | decision.plan(context)
         # Fine-tuning starts over from another network, so its numbers go as well.
-        forgotten = (*MEASURED, "accuracy_pruned", "finetune_epochs")
-        _replace_pruned(folder, pruned, plan, forgotten)
+        replace_pruned(folder, pruned, plan, "accuracy_pruned")
         # Without zeros, since masks make no tensor smaller.
         before = _count_nonzero(context.model)
         after = _count_nonzero(pruned)
@@ -245,38 +239,6 @@ def prune_stage(
 
 def _count_nonzero(model: nn.Module) -> int:
     return sum(int(parameter.count_nonzero()) for parameter in model.parameters())
-
-
-def _replace_pruned(
-    folder: RunFolder,
-    model: nn.Module,
-    plan: dict[str, Any],
-    forgotten: tuple[str, ...] = MEASURED,
-) -> None:
-    """Writes another network into `pruned/`.
-
-    What was measured of, or exported from, the one before goes first.
-    """
-    # In this order a kill leaves a run that measures or exports once more than it had
-    # to, but never numbers or files of another network.
-    folder.forget(*forgotten)
-    # Its times are forgotten too.
-    _keep_speed_remarks(folder, [])
-    for exported in (folder.onnx, folder.program):
-        exported.unlink(missing_ok=True)
-    save_pruned(model, folder.pruned, plan)
-
-
-def read_plan(folder: RunFolder) -> dict[str, Any]:
-    """The plan beside the pruned weights; its "stage" is "pruned" or "finetuned".
-
-    Args:
-        folder: The run.
-
-    Raises:
-        UserError: If nothing is pruned yet.
-    """
-    return folder.read_json(folder.pruned / "plan.json")
 
 
 def finetune_stage(
@@ -302,19 +264,26 @@ def finetune_stage(
         # settings must not train on top.
         decision = method.load(context, folder)
         model = method.build(context, decision)
-        finetune(
-            model,
-            train,
-            settings.finetune,
-            settings.search.seed,
-            context.dense,
-            folder.finetune_checkpoint,
-            folder.logging("epoch", on_epoch),
-            method.callback(decision),
-        )
-        # The network comes last: its plan then says that fine-tuning is done.
+        # A run whose fine-tuning is over goes on with nothing; it is tuned anew.
+        is_over = plan["stage"] == "finetuned"
+        command = "finetune" if is_over else "run --resume --out"
+        with explained(folder, "finetune", command=command):
+            finetune(
+                model,
+                train,
+                settings.finetune,
+                settings.search.seed,
+                context.dense,
+                folder.finetune_checkpoint,
+                folder.logging("epoch", on_epoch),
+                method.callback(decision),
+            )
+        # Its plan then says that fine-tuning is done.
+        finetuned = plan | {"stage": "finetuned", "epochs": epochs}
+        replace_pruned(folder, model, finetuned)
+        # What the plan says, for readers of the results. After a kill before this the
+        # evaluation writes it.
         folder.add_results(finetune_epochs=epochs)
-        _replace_pruned(folder, model, plan | {"stage": "finetuned", "epochs": epochs})
 
 
 def evaluate_stage(context: RunContext, folder: RunFolder) -> Results:
@@ -345,6 +314,7 @@ def evaluate_stage(context: RunContext, folder: RunFolder) -> Results:
         }
         if plan["stage"] == "finetuned":
             scores["accuracy"] = accuracy(load_pruned(folder.pruned), test)
+            scores["finetune_epochs"] = plan["epochs"]
     # All in one write: after a kill there is either no accuracy, and the stage runs
     # again, or every one.
     return folder.add_results(**scores)
@@ -408,16 +378,7 @@ def latency_stage(context: RunContext, folder: RunFolder, batch: int) -> None:
         latency_ms=shipped[0].pruned_ms,
         latency_ms_dense=shipped[0].dense_ms,
     )
-    _keep_speed_remarks(folder, speed_remarks(rows))
-
-
-def _keep_speed_remarks(folder: RunFolder, remarks: list[str]) -> None:
-    """Puts remarks on the pruned network's speed in the place of earlier ones."""
-    known = folder.read_results().remarks or []
-    others = [remark for remark in known if not remark.startswith(NOT_FASTER)]
-    # Without remarks a run hasn't looked at its images yet, and has to be left so.
-    if known or remarks:
-        folder.add_results(remarks=[*others, *remarks])
+    keep_speed_remarks(folder, speed_remarks(rows))
 
 
 def report_stage(folder: RunFolder) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from autoprune.config import Settings
+from autoprune.files import write_text
 from autoprune.reporting.figures import (
     allocation_bars,
     loss_curve,
@@ -31,7 +32,7 @@ from autoprune.reporting.rows import (
 )
 from autoprune.reporting.wording import percent_text, plural, score_text
 from autoprune.results import Results
-from autoprune.runs import RunFolder, write_text
+from autoprune.runs import RunFolder
 
 TRAININGS = {
     "sparse epoch": "sparse training",

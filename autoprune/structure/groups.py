@@ -14,6 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.structure.labels import LabelBook
+from autoprune.structure.lengths import (
+    AttributePlace,
+    Extent,
+    Length,
+    evaluate_length,
+)
 
 
 @dataclass(frozen=True)
@@ -145,26 +151,6 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Extent:
-    """How many elements of something there are, and with which prunable groups they go.
-
-    Attributes:
-        fixed: Elements that no group removes.
-        elements: Group to the elements that its channels hold in the dense network, all
-            of them together; a pair of groups (rows and columns of cells, such as
-            attention's heads and their width) to those of all its cells.
-    """
-
-    fixed: int
-    elements: dict[tuple[str, ...], int]
-
-    @property
-    def dense(self) -> int:
-        """All elements of the dense network."""
-        return self.fixed + sum(self.elements.values())
-
-
-@dataclass(frozen=True)
 class Groups:
     """The groups of one network in the order of its forward pass.
 
@@ -186,6 +172,8 @@ class Groups:
             `(n_labels, 2)`, counted through all groups in order; -1 for none.
         unsupported: Operations without a rule, each with the module that uses it and
             the groups that it pins.
+        attributes: Sizes that the network's modules keep for their code, each with how
+            it follows what the groups keep.
     """
 
     all: tuple[Group, ...]
@@ -199,6 +187,7 @@ class Groups:
     book: LabelBook | None = field(default=None, repr=False, compare=False)
     units: Tensor | None = field(default=None, repr=False, compare=False)
     unsupported: tuple[str, ...] = ()
+    attributes: Mapping[AttributePlace, Length] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self._prunable)
@@ -305,6 +294,22 @@ class Groups:
         masks.append(torch.zeros(1, dtype=torch.bool))
         # A cell goes with its row or with its column, hence `any`.
         return torch.cat(masks)[self.units].any(1)
+
+    def attribute_values(self, kept: Mapping[str, Tensor]) -> dict[AttributePlace, int]:
+        """What the sizes that modules keep for their code are after pruning.
+
+        Args:
+            kept: Prunable group to the channels that it keeps; those left out keep all.
+        """
+        counts = {name: len(channels) for name, channels in kept.items()}
+        dense = {group.name: group.channels for group in self.all}
+        # A pinned group keeps all, whatever somebody says of it.
+        for name in self.reasons:
+            counts[name] = dense[name]
+        values = {}
+        for place, length in self.attributes.items():
+            values[place] = evaluate_length(length, dense, counts)
+        return values
 
     @property
     def fingerprint(self) -> str:

@@ -180,14 +180,7 @@ class Slicer:
         Returns:
             The same object at every call, valid until the next.
         """
-        # Few groups, many positions: what goes is looked up once for each group.
-        masks = {}
-        for group in self.groups:
-            if group.name in kept:
-                mask = removal_mask(group, kept)
-                # Axes that lose nothing needn't be selected from.
-                if mask.any():
-                    masks[group.name] = mask
+        masks = self._removal_masks(kept)
         # Few kinds of cuts, many tensors: the indices are made once for all of them.
         survivors = [cut.survivors(masks) for cut in self._cuts]
         for piece in self._pieces:
@@ -203,7 +196,23 @@ class Slicer:
             _assign(piece.module, piece.attribute, tensor)
         for update in self._updates:
             update()
+        # Few networks keep sizes that no setter knows of.
+        if self.groups.attributes:
+            for place, value in self.groups.attribute_values(kept).items():
+                place.write(self.model, value)
         return self.model
+
+    def _removal_masks(self, kept: KeptIndices) -> dict[str, Tensor]:
+        """Group to which of its channels go, for those that lose any."""
+        # Few groups, many positions: what goes is looked up once for each group.
+        masks = {}
+        for group in self.groups:
+            if group.name in kept:
+                mask = removal_mask(group, kept)
+                # Axes that lose nothing needn't be selected from.
+                if mask.any():
+                    masks[group.name] = mask
+        return masks
 
 
 def _find_cuts(groups: Groups) -> tuple[list[_Cut], dict[tuple[str, int], int]]:

@@ -6,21 +6,27 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from autoprune.structure.groups import (
-    Extent,
     Group,
     Groups,
     Layer,
     Member,
     named_tensors,
 )
-from autoprune.structure.labels import compress
-from autoprune.tracing.constraint_solver import lattice_factors
+from autoprune.tracing.extents import (
+    Numbering,
+    attribute_lengths,
+    cell_pairs,
+    count_extent,
+    sum_extents,
+)
 from autoprune.tracing.mac_coverage import with_macs_shares
 from autoprune.tracing.parameter_axes import solve
+from autoprune.tracing.size_solver import solve_sizes
+from autoprune.tracing.sizes import Demand
 from autoprune.tracing.tracer import Tracer
+from autoprune.tracing.units import label_units, pinning_reasons
 
 LAYER_TENSORS = (".weight", ".bias", ".in_proj_weight", ".in_proj_bias")
 """Tensors that go by the name of their layer; others have a name of their own."""
@@ -59,26 +65,7 @@ class _Family:
     reason: str | None
 
 
-@dataclass(frozen=True)
-class _Numbering:
-    """Which group every label belongs to.
-
-    Attributes:
-        names: Of the groups, in order.
-        groups: Per label the numbers of its one or two groups, counted from 1; 0 for
-            none, `(n_labels, 2)`.
-        prunable: The same, 0 for pinned groups too.
-        channels: Per label the numbers of its channels, counted through all groups in
-            order; -1 for none, `(n_labels, 2)`.
-    """
-
-    names: list[str]
-    groups: np.ndarray
-    prunable: np.ndarray
-    channels: np.ndarray
-
-
-def derive_groups(tracer: Tracer) -> Groups:
+def derive_groups(tracer: Tracer, demands: list[Demand]) -> Groups:
     """The groups of a finished trace.
 
     An example: `stem`, a convolution with three channels on an image of three, whose
@@ -106,13 +93,14 @@ def derive_groups(tracer: Tracer) -> Groups:
 
     Args:
         tracer: The notebook of the forward pass.
+        demands: The sizes that its code asked for.
 
     Returns:
         Prunable and pinned groups, with the tables from which costs follow.
     """
-    representatives = solve(tracer)
-    units = _label_units(tracer, representatives)
-    reasons = _pinning_reasons(tracer, representatives, units)
+    representatives, values = solve_sizes(tracer, demands, solve(tracer))
+    units = label_units(tracer.book, representatives)
+    reasons = pinning_reasons(tracer.book, representatives, units)
     places = []
     for labels, _ in tracer.uses.values():
         places.append(_sorted_places(units[labels.numpy()]))
@@ -130,10 +118,12 @@ def derive_groups(tracer: Tracer) -> Groups:
     # What no prunable group removes is fixed, so only those count here.
     operations = []
     for alive in tracer.operations:
-        operations.append(_sum([_extent(labels, 1, numbering) for labels in alive]))
+        operations.append(
+            sum_extents([count_extent(labels, 1, numbering) for labels in alive])
+        )
     products = []
     for labels, times in tracer.products:
-        products.append(_extent(labels, times, numbering))
+        products.append(count_extent(labels, times, numbering))
     result = Groups(
         all=tuple(groups),
         layers=_whole_layers(tracer.layers, shapes),
@@ -141,10 +131,11 @@ def derive_groups(tracer: Tracer) -> Groups:
         parameters=frozenset(name for name, _ in tracer.model.named_parameters()),
         operations=tuple(operations),
         products=tuple(products),
-        cells=_cells(numbering),
+        cells=cell_pairs(numbering),
         book=tracer.book,
         units=torch.from_numpy(numbering.channels),
         unsupported=_unsupported(tracer, representatives, numbering),
+        attributes=attribute_lengths(values, units, numbering),
     )
     # Shares need to know every layer and every group, hence last.
     return with_macs_shares(result)
@@ -175,30 +166,6 @@ def _whole_layers(
     for together in waiting.values():
         whole += together
     return tuple(whole)
-
-
-def _label_units(tracer: Tracer, representatives: np.ndarray) -> np.ndarray:
-    """Per label the units with which it goes, `(n_labels, 2)`; 0 for none.
-
-    A cell goes with its row or with its column; any other label with its
-    representative alone.
-    """
-    # Factors are known of representatives; every label has its representative's.
-    factors = lattice_factors(tracer.book, representatives)[representatives]
-    alone = np.stack([representatives, np.zeros_like(representatives)], 1)
-    return np.where(factors > 0, factors, alone)
-
-
-def _pinning_reasons(
-    tracer: Tracer, representatives: np.ndarray, units: np.ndarray
-) -> dict[int, str]:
-    """Why units are pinned; a pinned cell pins its row and its column."""
-    reasons = tracer.book.reasons(representatives)
-    for representative, reason in list(reasons.items()):
-        for unit in units[representative]:
-            # The first reason given stays.
-            reasons.setdefault(int(unit), reason)
-    return reasons
 
 
 def _sorted_places(units: np.ndarray) -> _Places:
@@ -351,7 +318,7 @@ def _unprunable_reason(
 
 def _number(
     units: np.ndarray, families: list[_Family], groups: list[Group]
-) -> _Numbering:
+) -> Numbering:
     """Numbers groups from 1 and channels from 0, and says which are each label's."""
     n_labels = len(units)
     channel_of_unit = np.full(n_labels, -1)
@@ -368,63 +335,18 @@ def _number(
     is_prunable = [False]
     for group in groups:
         is_prunable.append(group.pinned is None)
-    return _Numbering(
+    is_prunable_group = np.array(is_prunable)
+    return Numbering(
         names=[group.name for group in groups],
         groups=groups_of_label,
-        prunable=groups_of_label * np.array(is_prunable)[groups_of_label],
+        prunable=groups_of_label * is_prunable_group[groups_of_label],
         channels=np.where(units > 0, channel_of_unit[units], -1),
+        prunable_of_unit=group_of_unit * is_prunable_group[group_of_unit],
     )
 
 
-def _extent(labels: Tensor, times: int, numbering: _Numbering) -> Extent:
-    """How many of the labelled elements each channel, or pair of channels, keeps.
-
-    Args:
-        labels: Of what is counted.
-        times: How often each element counts.
-        numbering: The groups of every label.
-    """
-    # Only axes along which labels vary are looked at; the others multiply the count.
-    cells = compress(labels)
-    times *= labels.numel() // cells.numel()
-    numbers = numbering.prunable[cells.numpy().ravel()]
-    # A pair of group numbers as one number, since those are counted much faster.
-    base = len(numbering.names) + 1
-    codes, counts = np.unique(numbers[:, 0] * base + numbers[:, 1], return_counts=True)
-    fixed = 0
-    elements: dict[tuple[str, ...], int] = {}
-    for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
-        pair = divmod(code, base)
-        names = tuple(numbering.names[number - 1] for number in pair if number)
-        if names:
-            elements[names] = elements.get(names, 0) + times * count
-        else:
-            fixed += times * count
-    return Extent(fixed, elements)
-
-
-def _sum(extents: list[Extent]) -> Extent:
-    """All elements of several tensors together."""
-    fixed = 0
-    elements: dict[tuple[str, ...], int] = defaultdict(int)
-    for extent in extents:
-        fixed += extent.fixed
-        for names, count in extent.elements.items():
-            elements[names] += count
-    return Extent(fixed, dict(elements))
-
-
-def _cells(numbering: _Numbering) -> tuple[tuple[str, str], ...]:
-    """The groups of rows and columns of the same cells."""
-    is_cell = (numbering.groups > 0).all(1)
-    pairs = []
-    for row, column in np.unique(numbering.groups[is_cell], axis=0).tolist():
-        pairs.append((numbering.names[row - 1], numbering.names[column - 1]))
-    return tuple(pairs)
-
-
 def _unsupported(
-    tracer: Tracer, representatives: np.ndarray, numbering: _Numbering
+    tracer: Tracer, representatives: np.ndarray, numbering: Numbering
 ) -> tuple[str, ...]:
     """One line per operation that pinned what reached it: where it is, which groups."""
     lines = []

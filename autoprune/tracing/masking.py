@@ -25,6 +25,7 @@ from autoprune.tracing.dispatch import (
     LabelDispatchMode,
     track_labels,
 )
+from autoprune.tracing.pruned_sizes import PrunedSizes
 from autoprune.tracing.rules.contractions import vector_product, weight_norm
 from autoprune.tracing.rules.norms import (
     axis_scan,
@@ -35,6 +36,7 @@ from autoprune.tracing.rules.norms import (
     reduction,
 )
 from autoprune.tracing.rules.table import Rule, rule_for
+from autoprune.tracing.sizes import sized_attributes
 from autoprune.tracing.tracer import Call, Tracer
 
 
@@ -66,6 +68,7 @@ class Masked(nn.Module):
         self.model = model
         self.book = groups.book
         self.is_removed = groups.removed_labels(kept)
+        self.attributes = groups.attribute_values(kept)
 
     @torch.no_grad()
     def forward(self, *positional: Any, **keywords: Any) -> object:
@@ -74,7 +77,14 @@ class Masked(nn.Module):
         tracer = Tracer(self.model, self.book.copy_for_rerun())
         # Other objects, since labels are attributes of them.
         inputs = Inputs(positional, keywords).change(Tensor.detach)
-        with track_labels(tracer, inputs), _MaskMode(tracer, self.is_removed):
+        channels = _MaskMode(tracer, self.is_removed)
+        sizes = PrunedSizes(tracer, lambda: channels.is_removed, self.attributes)
+        with (
+            track_labels(tracer, inputs),
+            sized_attributes(self.model, sizes),
+            channels,
+            sizes,
+        ):
             return inputs.run(self.model)
 
 

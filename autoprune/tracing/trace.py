@@ -21,6 +21,8 @@ from autoprune.tracing.dispatch import LabelDispatchMode, track_labels
 from autoprune.tracing.grouping import derive_groups
 from autoprune.tracing.mac_coverage import both_axes_share, prunable_share
 from autoprune.tracing.randomness import fixed_randomness
+from autoprune.tracing.size_notes import NotingMode
+from autoprune.tracing.sizes import Demand, sized_attributes
 from autoprune.tracing.tracer import Tracer
 from autoprune.tracing.verify import failing_groups
 
@@ -53,8 +55,8 @@ def trace(model: nn.Module, example: Example, verify: bool = True) -> Groups:
     tracer = Tracer(twin)
     # Channels don't depend on how many images there are.
     sample = inputs.first_sample().in_float32()
-    _run_forward(tracer, sample)
-    groups = derive_groups(tracer)
+    demands = _run_forward(tracer, sample)
+    groups = derive_groups(tracer, demands)
     if not verify:
         return groups
     # What fails keeps all its channels.
@@ -78,14 +80,25 @@ def _private_copy(model: nn.Module) -> nn.Module:
     return open_attention(twin.requires_grad_(False))
 
 
-def _run_forward(tracer: Tracer, inputs: Inputs) -> None:
-    """Runs the forward pass; the inputs' channels and the output's are pinned."""
+def _run_forward(tracer: Tracer, inputs: Inputs) -> list[Demand]:
+    """Runs the forward pass; the inputs' channels and the output's are pinned.
+
+    Args:
+        tracer: The notebook of the run.
+        inputs: The network's inputs, one sample of each.
+
+    Returns:
+        The sizes that the code asked for, in order.
+    """
+    sizes = NotingMode(tracer)
     try:
         with (
             torch.no_grad(),
             fixed_randomness(),
             track_labels(tracer, inputs),
+            sized_attributes(tracer.model, sizes),
             LabelDispatchMode(tracer),
+            sizes,
         ):
             output = inputs.run(tracer.model)
     except UserError:
@@ -99,6 +112,7 @@ def _run_forward(tracer: Tracer, inputs: Inputs) -> None:
         ) from error
     for tensor in tensors_in(output):
         tracer.book.pin(tracer.labels(tensor), "feeds the network's output")
+    return sizes.demands
 
 
 def describe(groups: Groups) -> dict[str, Any]:

@@ -136,6 +136,8 @@ class Tracer:
         bare_parameters: Parameters that the code uses by themselves, with a label for
             each element.
         ties: Views of several parameters that met, element by element.
+        is_cut_by_attribute: Whether the running operation cuts at a place that an
+            attribute of a module says, which can follow what is left.
     """
 
     model: nn.Module
@@ -151,6 +153,7 @@ class Tracer:
     summed_labels: list[Tensor] = field(default_factory=list)
     bare_parameters: dict[str, Tensor] = field(default_factory=dict)
     ties: list[tuple[ParameterView, ...]] = field(default_factory=list)
+    is_cut_by_attribute: bool = False
     _path: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

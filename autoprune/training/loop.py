@@ -20,12 +20,19 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from autoprune.config import FinetuneConfig
 from autoprune.data.datasets import Images, batches, seeded
-from autoprune.errors import UserError
+from autoprune.errors import DivergedError
+from autoprune.evaluation.evaluate import in_eval_mode
 from autoprune.evaluation.precision import training_autocast
-from autoprune.runs import write_state
+from autoprune.structure.groups import tensors_in
+from autoprune.training.checkpoint import Checkpoint, Progress, training_of
 
 EpochCallback: TypeAlias = Callable[[int, float], None]
-"""Is told the number of finished epochs and the mean training loss of the last one."""
+"""Is told the number of finished epochs and the mean training loss of the last one.
+
+A training that goes on tells of its last finished epoch once more.
+"""
+N_CHECKED = 8
+"""Images on which a network has to answer with finite numbers after each epoch."""
 
 
 class TrainingCallback:
@@ -125,7 +132,10 @@ def finetune(
         The same network.
 
     Raises:
-        UserError: If the checkpoint is damaged, or is of a training of another length.
+        DivergedError: At the first loss that isn't finite, or where weights or answers
+            aren't; the checkpoint is removed and `model` of no use any more.
+        UserError: If the checkpoint is damaged, or is of a training of another length
+            or with other settings.
     """
     callback = callback or TrainingCallback()
     # Convolutions on the CPU are fastest where a pixel's channels lie side by side.
@@ -145,25 +155,38 @@ def finetune(
         nesterov=config.momentum > 0,
     )
     schedule = LambdaLR(optimizer, _annealing(n_steps, config.warmup))
-    n_finished = _resume(checkpoint, epochs, model, optimizer, schedule, callback)
+    progress = Progress(model, optimizer, schedule, callback)
+    keeper = Checkpoint(checkpoint, training_of(config, epochs, seed))
+    n_finished, loss = keeper.restore(progress)
+    if loss is not None:
+        # A kill may have come after the checkpoint and before anybody was told.
+        on_epoch(n_finished, loss)
     # After resuming, so that the callback sees the weights that will be trained.
     callback.begin(model, n_steps, config)
 
     for epoch in range(n_finished, epochs):
-        # A seed for each epoch, so that a resumed training draws what an uninterrupted
-        # one would. The factor keeps the epochs of one seed apart from those of others.
-        with seeded(seed * 100_003 + epoch):
-            loss = _train_epoch(
-                model,
-                batches(images, config.batch_size, seed, epoch, config.flip),
-                optimizer,
-                schedule,
-                config,
-                teacher,
-                callback,
-            )
+        try:
+            # A seed for each epoch, so that a resumed training draws what an
+            # uninterrupted one would. The factor keeps the epochs of one seed apart
+            # from those of others.
+            with seeded(seed * 100_003 + epoch):
+                loss = _train_epoch(
+                    model,
+                    batches(images, config.batch_size, seed, epoch, config.flip),
+                    optimizer,
+                    schedule,
+                    config,
+                    teacher,
+                    callback,
+                )
+        except FloatingPointError as error:
+            # Where this rate leads is known by now; with another one a training starts
+            # over, and nothing of this one may be in its way.
+            keeper.remove()
+            when = f"in epoch {epoch + 1} of {epochs}"
+            raise DivergedError(f"{error} {when}", config.lr_for(n_steps)) from error
         # Before anybody is told, so that whoever stops the training then loses nothing.
-        _save(checkpoint, epoch + 1, epochs, model, optimizer, schedule, callback)
+        keeper.save(progress, epoch + 1, loss)
         on_epoch(epoch + 1, loss)
     return model.eval()
 
@@ -177,8 +200,14 @@ def _train_epoch(
     teacher: nn.Module | None,
     callback: TrainingCallback,
 ) -> float:
-    """Trains on every batch once and returns the mean loss."""
+    """Trains on every batch once and returns the mean loss.
+
+    Raises:
+        FloatingPointError: At the first loss, weight or answer that isn't finite; its
+            message says which of them.
+    """
     losses = []
+    inputs = None
     for inputs, labels in epoch_batches:
         # The schedule moves once a batch; torch calls whatever it counts epochs.
         step = schedule.last_epoch
@@ -186,15 +215,42 @@ def _train_epoch(
         # Only the forward pass: gradients follow its precision by themselves.
         with training_autocast(config.bf16):
             loss = batch_loss(model, inputs, labels, config, teacher)
+        # Detached, or every batch's graph would stay in memory for the whole epoch.
+        losses.append(loss.detach())
+        # Before it reaches the weights, which would all be lost with one step.
+        if not losses[-1].isfinite():
+            raise FloatingPointError(f"the loss is {losses[-1].item()}")
         optimizer.zero_grad()
         loss.backward()
         callback.before_step(model, step)
         optimizer.step()
         callback.after_step(model, step)
         schedule.step()
-        # Detached, or every batch's graph would stay in memory for the whole epoch.
-        losses.append(loss.detach())
+        _check_weights(model)
+    assert inputs is not None, "an epoch has one batch at least"
+    _check_answers(model, inputs)
     return torch.stack(losses).mean().item()
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raises a `FloatingPointError` unless all weights are finite."""
+    # A finite loss can have a gradient that isn't. One norm over all of them costs a
+    # thousandth of a step; it also ends where the weights' squares do.
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    if not torch.nn.utils.get_total_norm(parameters).isfinite():
+        raise FloatingPointError("the weights are not finite")
+
+
+@torch.no_grad()
+def _check_answers(model: nn.Module, inputs: Tensor) -> None:
+    """Raises a `FloatingPointError` unless what the network answers is finite.
+
+    In eval mode it reads running statistics, which no training loss shows.
+    """
+    with in_eval_mode(model):
+        answers = tensors_in(model(inputs[:N_CHECKED]))
+    if not all(answer.isfinite().all() for answer in answers):
+        raise FloatingPointError("the network's answers are not finite")
 
 
 def batch_loss(
@@ -313,69 +369,3 @@ def constant_pull(
     sum_of_rates = config.lr_for(n_steps) * sum_of_factors
     # The floor is for a learning rate of 0, with which nothing moves anyway.
     return total * (1 - momentum) / max(sum_of_rates, 1e-12)
-
-
-def _save(
-    checkpoint: Path | None,
-    n_finished: int,
-    epochs: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: LambdaLR,
-    callback: TrainingCallback,
-) -> None:
-    """Writes all that `_resume` needs to go on; nothing without a file's name."""
-    if checkpoint is None:
-        return
-    state = {
-        "epoch_of": (n_finished, epochs),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": schedule.last_epoch,
-        "callback": callback.state_dict(),
-    }
-    write_state(checkpoint, state)
-
-
-def _resume(
-    checkpoint: Path | None,
-    epochs: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: LambdaLR,
-    callback: TrainingCallback,
-) -> int:
-    """Takes over a checkpoint, if there is one; returns the number of finished epochs.
-
-    Of a training of another length nothing can be used: its learning rates are others.
-    """
-    if checkpoint is None or not checkpoint.exists():
-        return 0
-    try:
-        # Without unpickling objects: a file may come from anywhere.
-        state = torch.load(checkpoint, weights_only=True)
-        n_finished, planned = state["epoch_of"]
-        # Another length is no damage: it has an error of its own, below.
-        if planned == epochs:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            # All that the schedule has to know; the rate is with the optimizer.
-            schedule.last_epoch = state["step"]
-            # Checkpoints of earlier versions call the callback's state "plug".
-            key = "plug" if "plug" in state else "callback"
-            callback.load_state_dict(state[key])
-    except Exception as error:  # torch raises a dozen types for a damaged file
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            "run",
-            f"can't use checkpoint {str(checkpoint)!r} ({reason}); delete it to "
-            f"start over",
-        ) from error
-    if planned != epochs:
-        raise UserError(
-            "run",
-            f"checkpoint {str(checkpoint)!r} is of a training of another length "
-            f"(epochs {planned}, asked for "
-            f"{epochs}); ask for {planned} again, or delete it to start over",
-        )
-    return n_finished

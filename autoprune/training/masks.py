@@ -21,7 +21,7 @@ from autoprune.config import FinetuneConfig
 from autoprune.costs.cost import CostTable
 from autoprune.data.datasets import seeded
 from autoprune.errors import UserError, check_known
-from autoprune.runs import write_atomically
+from autoprune.files import write_atomically
 from autoprune.structure.groups import Groups
 from autoprune.training.loop import TrainingCallback
 from autoprune.training.unit_scores import SCORE_TRANSFORMS, UNIT_SCORES, Axes

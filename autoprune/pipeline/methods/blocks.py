@@ -9,9 +9,10 @@ from autoprune.costs.budget import parse_budget
 from autoprune.costs.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import recalibrate
+from autoprune.files import write_json
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.methods.base import PruningMethod
-from autoprune.runs import RunFolder, write_json
+from autoprune.runs import RunFolder
 from autoprune.scaling.depth import (
     removable_blocks,
     remove_blocks,

@@ -10,9 +10,10 @@ from autoprune.config import Settings
 from autoprune.costs.allocation import Allocation
 from autoprune.evaluation.evaluate import recalibrate, score
 from autoprune.evaluation.reconstruction import Reconstruction
+from autoprune.files import write_json
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.methods.base import PruningMethod
-from autoprune.runs import RunFolder, write_json
+from autoprune.runs import RunFolder
 from autoprune.structure.slicing import prune, top_channels
 
 

@@ -25,6 +25,7 @@ from autoprune.costs.search_space import SearchSpace
 from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import accuracy
 from autoprune.pipeline.context import RunContext
+from autoprune.pipeline.diverging import explained
 from autoprune.pipeline.methods.base import PruningMethod
 from autoprune.pipeline.methods.channels import ChannelDecision, sliced
 from autoprune.runs import RunFolder
@@ -115,9 +116,14 @@ class Dimensions(PruningMethod[DimensionDecision]):
         choice = _Choice(context)
         # A point is logged as soon as it is measured. So a kill costs part of one
         # training, and that goes on after its last epoch.
-        known = {
-            event["number"]: Point(**event["point"]) for event in folder.events("point")
-        }
+        dimensions = context.settings.dimensions
+        training = {"epochs": dimensions.epochs, "lr": dimensions.lr}
+        known = {}
+        for event in folder.events("point"):
+            # Points compare only where all were trained alike. Earlier versions, which
+            # didn't log how, never let that change.
+            if event.get("training", training) == training:
+                known[event["number"]] = Point(**event["point"])
         points = []
         for number, kept in enumerate(choice.plan()):
             checkpoint = folder.checkpoints / f"point-{number}.pt"
@@ -126,7 +132,13 @@ class Dimensions(PruningMethod[DimensionDecision]):
             if point is None:
                 reached = _measure(context, kept, folder, checkpoint)
                 point = Point(**asdict(choice.shares(kept)), accuracy=reached)
-                folder.append("point", number=number, kept=kept, point=asdict(point))
+                folder.append(
+                    "point",
+                    number=number,
+                    kept=kept,
+                    point=asdict(point),
+                    training=training,
+                )
             points.append(point)
             # Only after the log has the point: a kill between the two leaves a file too
             # many and no training to repeat.
@@ -311,7 +323,8 @@ def _measure(
     train = context.splits.train
     seed = settings.search.seed
     # Taught by the dense network, as the fine-tuning is that this one stands for.
-    finetune(network, train, config, seed, context.dense, checkpoint)
+    with explained(folder, "dimensions"):
+        finetune(network, train, config, seed, context.dense, checkpoint)
     # Images that no training has seen; the test split must wait until all is decided.
     return accuracy(network, context.splits.selection)
 

@@ -16,10 +16,11 @@ from torch import nn
 from autoprune.config import Settings
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import Budget, parse_budget
-from autoprune.deploy.export import load_pruned, save_pruned
+from autoprune.deploy.pruned import load_pruned, save_pruned
 from autoprune.evaluation.evaluate import recalibrate
 from autoprune.evaluation.importance import Importance, importance
 from autoprune.pipeline.context import RunContext
+from autoprune.pipeline.diverging import explained
 from autoprune.pipeline.methods.base import Decision, PruningMethod
 from autoprune.pipeline.methods.channels import ChannelDecision
 from autoprune.pipeline.methods.masks import MaskDecision, masks_within
@@ -174,17 +175,18 @@ class Trained(PruningMethod[TrainedDecision]):
             return
         settings = context.settings
         training = self.pruner.prepare(context, self.method.load(context, folder))
-        finetune(
-            training.model,
-            context.splits.train,
-            settings.removal_training,
-            settings.search.seed,
-            # The teacher is the network before any training of this run.
-            context.dense,
-            folder.checkpoints / "removal.pt",
-            folder.logging("removal epoch", on_epoch),
-            training.callback,
-        )
+        with explained(folder, "removal", "removal.strength"):
+            finetune(
+                training.model,
+                context.splits.train,
+                settings.removal_training,
+                settings.search.seed,
+                # The teacher is the network before any training of this run.
+                context.dense,
+                folder.checkpoints / "removal.pt",
+                folder.logging("removal epoch", on_epoch),
+                training.callback,
+            )
         merged, remaining = training.finish(training.model)
         decision = TrainedDecision(remaining, folder.merged, self.name)
         # What the training settled replaces what was planned: an allocation that ResRep
@@ -212,7 +214,7 @@ class Trained(PruningMethod[TrainedDecision]):
 
 
 def _is_trained(folder: RunFolder) -> bool:
-    return (folder.merged / "plan.json").exists()
+    return folder.holds_network(folder.merged)
 
 
 class Gradual:

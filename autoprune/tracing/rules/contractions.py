@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from autoprune.structure.groups import AxisPart, Layer
-from autoprune.structure.labels import CONSTANT, broadcast_labels, varying_axes
+from autoprune.structure.labels import (
+    CONSTANT,
+    broadcast_labels,
+    compress,
+    varying_axes,
+)
 from autoprune.tracing.parameter_views import ParameterView
 from autoprune.tracing.rules.movements import indexing
 from autoprune.tracing.tracer import Call, Tracer
@@ -124,11 +129,13 @@ def batched_product(call: Call) -> str | None:
             addend = tracer.labels(call.args[0]).expand(call.out.shape)
             tracer.book.join(addend, tracer.labels(call.out))
         return failure
+    if has_addend:
+        tracer.products.append((NO_CHANNEL, call.out.numel() * a.shape[2]))
+        return "adds to a product with a weight"
     a_view = None if a_view is None else _same_for_all(a_view)
     b_view = None if b_view is None else _same_for_all(b_view)
-    if has_addend or (a_view is None and b_view is None):
-        tracer.products.append((NO_CHANNEL, call.out.numel() * a.shape[2]))
-        return "has a weight for each entry of the batch"
+    if a_view is None and b_view is None:
+        return _apply_table(call, a, b)
     if a_view is not None:
         # (batch, n_out, n_in) @ (batch, n_in, n)
         return _apply_weight(call, b, a_view, x_axis=1, in_axis=2, out_axis=1)
@@ -142,6 +149,45 @@ def _same_for_all(view: ParameterView) -> ParameterView | None:
     if 0 in view.varying_dims:
         return None
     return view.apply(lambda index: index.narrow(0, 0, 1))
+
+
+def _apply_table(call: Call, a: Tensor, b: Tensor) -> str | None:
+    """A parameter with a matrix for each entry of the batch: relative positions, say.
+
+    Queries `(n_rows, n, k)` times a table `(n_rows, k, m)` of a vector for each pair of
+    rows: where `k` is the width of a head, the vectors lose the same places; what comes
+    out has a value for each head, which goes when the head does.
+
+    Args:
+        call: The product.
+        a: Its first operand, `(batch, n, k)`.
+        b: Its second one, `(batch, k, m)`.
+    """
+    tracer = call.tracer
+    x = tracer.labels(a)
+    table = tracer.labels(b)
+    is_swapped = tracer.parameter(a) is not None
+    if is_swapped:
+        if tracer.parameter(b) is not None:
+            return "has a weight for each entry of the batch"
+        x, table = table.transpose(1, 2), x.transpose(1, 2)
+    varying = varying_axes(x)
+    met_axes = [axis for axis in varying if axis != 1]
+    if met_axes:
+        # The activation's axes 0 and 2 are the table's 0 and 1.
+        met = tracer.book.row_labels(x, met_axes).expand(x.shape)[:, 0, :, None]
+        tracer.book.join(met.expand(table.shape), table)
+    if 2 in varying:
+        tracer.summed_labels.append(x)
+    # What comes out is there for the rows of what was summed over.
+    out_axes = [axis for axis in varying if axis != 2]
+    shape = (*x.shape[:2], table.shape[2])
+    out = tracer.book.row_labels(x, out_axes)[:, :, :1].expand(shape)
+    tracer.label(call.out, out.transpose(1, 2) if is_swapped else out)
+    cells = compress(x)
+    n_products = x.numel() * table.shape[2]
+    tracer.products.append((cells, n_products // cells.numel()))
+    return None
 
 
 def _product(call: Call, a: Tensor, b: Tensor) -> str | None:

@@ -119,7 +119,7 @@ def slicing(call: Call) -> str | None:
         if step > 1:
             constraint = (Constraint.GRID, line.view(-1, step))
             tracer.book.constraints.append(constraint)
-        elif n // unit <= MAX_PARTS:
+        elif n // unit <= MAX_PARTS and not tracer.is_cut_by_attribute:
             constraint = (Constraint.PARTS, line.view(-1, unit))
             tracer.book.constraints.append(constraint)
     return None

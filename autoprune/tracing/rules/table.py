@@ -169,6 +169,13 @@ def _join_operands(
                 call.out.shape
             )
             tracer.book.join(take_at_origin(rows, met_axes), labels)
+        elif not tracer.is_activation(operands[i]):
+            # A table with a row for each token meets the columns of cells, say; on the
+            # axis of the tokens nothing is met.
+            shared = sorted(set(met_axes) & set(axes[main]))
+            rows = tracer.book.row_labels(spreads[main], shared).expand(call.out.shape)
+            if shared:
+                tracer.book.join(take_at_origin(rows, met_axes), labels)
         else:
             return "crosses channels with channels"
     tracer.label(call.out, spreads[main])

@@ -1,0 +1,96 @@
+"""Networks written by hand: sizes that the code computes follow what is left."""
+
+import pytest
+import torch
+from nets import counted_macs, difference, random_kept, randomise
+from own_code import (
+    ATTENTIONS,
+    HEADS,
+    WIDTH,
+    PartialConvolution,
+    Tokens,
+    example,
+    networks,
+)
+
+from autoprune.costs.cost import CostTable
+from autoprune.structure.slicing import prune
+from autoprune.tracing.mac_coverage import both_axes_share
+from autoprune.tracing.masking import mask
+from autoprune.tracing.trace import trace
+
+SIZE = 32
+NETWORKS = networks()
+
+
+def prepare(name):
+    """A network with random weights in double precision, and its trace."""
+    model = randomise(networks()[name].double()).eval()
+    return model, trace(model, example().double())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_left_computes_what_the_masked_network_does(name):
+    model, groups = prepare(name)
+    x = example().double()
+    assert len(groups) > 0
+    for seed in range(2):
+        kept = random_kept(groups, seed, max_sparsity=0.5)
+        pruned = prune(model, groups, kept)
+        masked = mask(model, groups, kept)
+        assert difference(pruned(x), masked(x)) < 1e-9
+        assert difference(masked(x), model(x)) > 1e-6
+        counts = {group: len(channels) for group, channels in kept.items()}
+        assert CostTable(groups).macs(counts) == counted_macs(pruned, SIZE)
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_heads_and_widths_of_attention_written_by_hand_can_go(kind):
+    model = Tokens(kind)
+    groups = trace(model.eval(), example())
+    # All that stays is the patches' input and the head's output.
+    assert both_axes_share(groups) > 0.5
+    assert set(groups.reasons.values()) <= {
+        "is the network's input",
+        "feeds the network's output",
+    }
+
+
+def test_the_number_of_heads_in_an_attribute_is_that_of_the_heads_left():
+    model, groups = prepare("FreeWidth")
+    heads = next(name for name in groups.channels if name.endswith("qkv:heads"))
+    pruned = prune(model, groups, {heads: torch.tensor([0, 2])})
+    assert [block.heads for block in pruned.blocks] == [HEADS - 1, HEADS]
+    assert [block.heads for block in model.blocks] == [HEADS, HEADS]
+
+
+def test_parts_of_a_split_follow_what_is_left_of_each():
+    model, groups = prepare("PartialConvolution")
+    kept = random_kept(groups, 1, max_sparsity=0.6)
+    pruned = prune(model, groups, kept)
+    n_convolved = pruned.conv.in_channels
+    assert n_convolved < WIDTH // 4 or pruned.dim_rest < WIDTH - WIDTH // 4
+    assert pruned.dim_conv == n_convolved
+    assert pruned.dim_rest == pruned.stem.out_channels - n_convolved
+
+
+class Literal(PartialConvolution):
+    """The sizes of the split are numbers in the code."""
+
+    def forward(self, x):
+        first, rest = torch.split(self.stem(x).relu(), [3, 9], dim=1)
+        x = torch.cat((self.conv(first).relu(), rest), 1)
+        return self.head(x.mean((2, 3)))
+
+
+def test_numbers_in_the_code_pin_what_they_split_and_nothing_else():
+    groups = trace(randomise(Literal()).eval(), example())
+    assert set(groups.channels) == {"conv"}
+    reasons = [groups.reasons[name] for name in groups.reasons if "stem" in name]
+    assert any("the pruned network doesn't run" in reason for reason in reasons)
+
+
+def test_tracing_leaves_the_attributes_plain_integers():
+    model = Tokens(ATTENTIONS[0])
+    trace(model.eval(), example())
+    assert type(model.blocks[0].num_heads) is int
