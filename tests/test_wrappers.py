@@ -79,7 +79,8 @@ def test_wrapped_networks_are_pruned_like_the_network_inside(name, tmp_path):
     data = Images(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4) % 2)
     scores = importance("taylor", wrapped, groups, data)
     torch.testing.assert_close(scores, importance("taylor", net, groups, data))
-    save_pruned(wrapped, tmp_path, {"model": "x", "n_classes": 2})
+    plan = {"model": "x", "n_classes": 2}
+    save_pruned(wrapped, tmp_path, plan, dense=chain())
     assert (tmp_path / "weights.safetensors").is_file()
 
 
