@@ -8,9 +8,11 @@ where a module class of your own comes in.
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
 from autoprune.structure.attention import OpenMultiheadAttention
 from autoprune.structure.groups import loses_whole_conv_groups
@@ -25,6 +27,24 @@ The module is Any, since each entry takes modules of its own class only.
 """
 
 
+def _weight_shape(module: nn.Module) -> torch.Size:
+    """The shape of a layer's weight, also where it is computed from others."""
+    if parametrize.is_parametrized(module, "weight"):
+        computed = module.get_submodule("parametrizations.weight")
+        was_training = computed.training
+        # In training, spectral norm's vectors would move whenever somebody looks.
+        computed.eval()
+        with torch.no_grad():
+            shape = computed().shape
+        computed.train(was_training)
+        return shape
+    # Older norms compute the weight anew before each forward pass.
+    for name in ("weight_v", "weight_orig", "weight"):
+        if name in module._parameters:
+            return module.get_parameter(name).shape
+    raise AssertionError("a layer has a weight")
+
+
 def _conv_setter(module: _ConvNd) -> Update:
     """Channels and groups of a convolution, from its weight."""
     loses_groups = loses_whole_conv_groups(
@@ -36,10 +56,10 @@ def _conv_setter(module: _ConvNd) -> Update:
 
     def update() -> None:
         # Groups first, since the other axis counts the channels of one group only.
+        first, per_group = _weight_shape(module)[:2]
         if loses_groups:
-            module.groups = module.weight.shape[0] // channels_per_group
-        first = module.weight.shape[0]
-        second = module.weight.shape[1] * module.groups
+            module.groups = first // channels_per_group
+        second = per_group * module.groups
         if module.transposed:
             module.in_channels = first
             module.out_channels = second
@@ -94,7 +114,33 @@ def _linear_setter(module: nn.Linear) -> Update:
 
     def update() -> None:
         # `(out, in)`, the other way round than in the constructor.
-        module.out_features, module.in_features = module.weight.shape
+        module.out_features, module.in_features = _weight_shape(module)
+
+    return update
+
+
+def _recurrent_setter(module: nn.RNNBase) -> Update:
+    """Widths of a stack of recurrent layers, from its first layer's weights."""
+    n_gates = len(module.get_parameter("weight_ih_l0")) // module.hidden_size
+
+    def update() -> None:
+        n_rows, module.input_size = module.get_parameter("weight_ih_l0").shape
+        module.hidden_size = n_rows // n_gates
+        if module.proj_size:
+            module.proj_size = len(module.get_parameter("weight_hr_l0"))
+        # On GPUs the weights lie in one piece of memory, which is made anew.
+        module.flatten_parameters()
+
+    return update
+
+
+def _recurrent_cell_setter(module: nn.RNNCellBase) -> Update:
+    """Widths of a recurrent cell, from its weights."""
+
+    def update() -> None:
+        # `(n_gates * hidden, hidden)`
+        module.hidden_size = module.weight_hh.shape[1]
+        module.input_size = module.weight_ih.shape[1]
 
     return update
 
@@ -157,6 +203,8 @@ ATTRIBUTE_SETTERS: dict[type[nn.Module] | str, AttributeSetter] = {
     nn.LayerNorm: _layer_norm_setter,
     nn.GroupNorm: _group_norm_setter,
     nn.Linear: _linear_setter,
+    nn.RNNBase: _recurrent_setter,
+    nn.RNNCellBase: _recurrent_cell_setter,
     OpenMultiheadAttention: _attention_setter,
     "torchvision.models.vision_transformer.VisionTransformer": (
         _vision_transformer_setter

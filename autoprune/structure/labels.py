@@ -319,6 +319,16 @@ def thin(labels: Tensor) -> Tensor:
     return labels[tuple(whole if stride else first for stride in labels.stride())]
 
 
+def look_up(line: Tensor, index: Tensor) -> Tensor:
+    """`line[index]` that leaves axes at stride 0 where the index has it.
+
+    Args:
+        line: `(n,)`.
+        index: Positions in it, of any shape.
+    """
+    return line[thin(index)].expand(index.shape)
+
+
 def compress(labels: Tensor) -> Tensor:
     """Drops the axes along which labels are constant."""
     return take_at_origin(labels, varying_axes(labels))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune.structure.groups import tensors_in
@@ -27,13 +28,21 @@ from autoprune.tracing.rules.movements import (
     slicing,
     split,
 )
+from autoprune.tracing.rules.recurrent import cell, recurrent, whole_operation
 from autoprune.tracing.rules.table import apply_rule, rule_for
 from autoprune.tracing.tracer import Call, Tracer
 
 MOVING_RULES = (movement, reshape, copy, split, slicing, indexing)
 """Rules of operations that compute nothing: their outputs take no memory of their own,
 or none that lasts."""
-MULTIPLYING_RULES = (convolution, linear, batched_product, attention)
+MULTIPLYING_RULES = (
+    convolution,
+    linear,
+    batched_product,
+    attention,
+    recurrent,
+    cell,
+)
 """Rules of operations that cost multiply-accumulates."""
 
 
@@ -107,6 +116,19 @@ class LabelDispatchMode(TorchDispatchMode):
     def __init__(self, tracer: Tracer):
         super().__init__()
         self.tracer = tracer
+        self._whole_operations = _WholeOperations(self)
+        self._is_inside_whole = False
+
+    def __enter__(self) -> "LabelDispatchMode":
+        """Runs what follows under the mode."""
+        self._whole_operations.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Ends that."""
+        super().__exit__(*error)
+        self._whole_operations.__exit__(*error)
 
     def __torch_dispatch__(
         self,
@@ -118,10 +140,30 @@ class LabelDispatchMode(TorchDispatchMode):
         """Runs one operation, then moves labels from its inputs to its outputs."""
         # PyTorch passes None where there are no keyword arguments.
         kwargs = kwargs or {}
+        if self._is_inside_whole:
+            return func(*args, **kwargs)
         out = self.execute(func, args, kwargs)
         call = Call(self.tracer, func, args, kwargs, out)
         self._move_labels(call)
         self._follow_noise(call)
+        return out
+
+    def run_whole(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> object:
+        """Runs an operation that consists of others, which move no labels.
+
+        Args:
+            func: The ATen overload.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+        """
+        self._is_inside_whole = True
+        try:
+            out = self.execute(func, args, kwargs)
+        finally:
+            self._is_inside_whole = False
+        self._move_labels(Call(self.tracer, func, args, kwargs, out))
         return out
 
     def execute(
@@ -186,3 +228,29 @@ class LabelDispatchMode(TorchDispatchMode):
             if self.tracer.is_activation(tensor):
                 alive[id(tensor)] = tensor
         return [self.tracer.labels(tensor) for tensor in alive.values()]
+
+
+class _WholeOperations(TorchFunctionMode):
+    """Catches functions of `torch` that PyTorch takes apart before dispatch.
+
+    Args:
+        dispatch: The mode that runs them as one operation each.
+    """
+
+    def __init__(self, dispatch: LabelDispatchMode):
+        super().__init__()
+        self.dispatch = dispatch
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Calls a function, or runs the operation that stands for it."""
+        kwargs = kwargs or {}
+        overload = whole_operation(func, args)
+        if overload is None:
+            return func(*args, **kwargs)
+        return self.dispatch.run_whole(overload, args, kwargs)

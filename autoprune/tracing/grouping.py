@@ -31,9 +31,10 @@ from autoprune.tracing.units import label_units, pinning_reasons
 LAYER_TENSORS = (".weight", ".bias", ".in_proj_weight", ".in_proj_bias")
 """Tensors that go by the name of their layer; others have a name of their own."""
 PARAMETRIZATION = re.compile(
-    r"\.parametrizations\.weight\.original\d*$|\.weight_(v|orig)$"
+    r"\.parametrizations\.weight\.original\d*$|\.weight_(v|orig|ih|ih_l0)$"
 )
-"""How PyTorch's parametrizations, new and old, call what a weight is computed from."""
+"""How PyTorch's parametrizations, new and old, call what a weight is computed from, and
+its recurrent layers their first one."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.structure.labels import lines, varying_axes
+from autoprune.structure.labels import lines, look_up, varying_axes
 from autoprune.tracing.constraint_solver import (
     lattice_factors,
     planes,
@@ -61,7 +61,7 @@ def _spread_over_ties(tracer: Tracer) -> None:
                 for axis, index in view.axes:
                     use = tracer.uses.get((view.name, axis))
                     if use is not None:
-                        _tie(tracer, tie, representatives[use[0]][index])
+                        _tie(tracer, tie, look_up(representatives[use[0]], index))
 
 
 def _tie(tracer: Tracer, tie: tuple[ParameterView, ...], labels: Tensor) -> None:

@@ -18,6 +18,7 @@ from autoprune.structure.labels import (
     CONSTANT,
     LabelBook,
     lines,
+    look_up,
     take_at_origin,
     varying_axes,
 )
@@ -324,7 +325,7 @@ class Tracer:
         if len(view.axes) == 1:
             # The norm of each row of a weight, say: nothing else of it is left.
             axis, index = view.axes[0]
-            return self.label_axis(view.name, axis)[index]
+            return look_up(self.label_axis(view.name, axis), index)
         for axis, _ in view.axes:
             labels = self.label_axis(view.name, axis)
             self.book.pin(labels, f"sums over a part of {view.name}")

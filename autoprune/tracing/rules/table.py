@@ -61,6 +61,7 @@ from autoprune.tracing.rules.parameters import (
     standardise,
     summarise,
 )
+from autoprune.tracing.rules.recurrent import cell, packing, recurrent
 from autoprune.tracing.tracer import Call
 
 aten = torch.ops.aten
@@ -228,6 +229,14 @@ RULES: dict[Any, Rule] = {
     aten.bmm: batched_product,
     aten.baddbmm: batched_product,
     aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    # Recurrent layers, each as a whole; see `recurrent.WHOLE`.
+    **dict.fromkeys((aten.gru, aten.lstm, aten.rnn_tanh, aten.rnn_relu), recurrent),
+    aten.gru_cell: cell,
+    aten.lstm_cell: cell,
+    aten.rnn_tanh_cell: cell,
+    aten.rnn_relu_cell: cell,
+    aten._pack_padded_sequence: packing,
+    aten._pad_packed_sequence: packing,
     # Norms and what else reads along an axis without changing the shape.
     aten.native_batch_norm: batch_norm,
     aten._native_batch_norm_legit_no_training: batch_norm,
