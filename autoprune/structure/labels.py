@@ -10,8 +10,9 @@ lattice; `autoprune.tracing.constraint_solver` makes all lattices agree.
 """
 
 from collections.abc import Collection, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,6 +106,46 @@ class LabelBook:
             labels_by_purpose=dict(self.labels_by_purpose),
             lattices=list(self.lattices),
         )
+
+    def copy_for_second_pass(self) -> "LabelBook":
+        """A book for a pass in another mode, with the same labels and joins.
+
+        What the pass adds leaves this one as it is.
+        """
+        return replace(
+            self,
+            labels_by_purpose=dict(self.labels_by_purpose),
+            constraints=list(self.constraints),
+            lattices=list(self.lattices),
+            _edges=list(self._edges),
+            _pins=list(self._pins),
+        )
+
+    def take_pins(self, other: "LabelBook") -> None:
+        """Takes the pins of a copy in place of one's own, which are among them.
+
+        Args:
+            other: From `copy_for_second_pass`; labels that only it has are left out.
+        """
+        self._pins = []
+        for labels, reason in other._pins:
+            self._pins.append((labels[labels < self.n_labels], reason))
+
+    def drop_repeated_constraints(self, first: "LabelBook") -> None:
+        """Drops what a second pass has asked for just as the first one did.
+
+        Args:
+            first: The book of which this one is a copy.
+        """
+        n_first = len(first.constraints)
+        known = {_constraint_key(*item) for item in first.constraints}
+        more = []
+        for item in self.constraints[n_first:]:
+            key = _constraint_key(*item)
+            if key not in known:
+                known.add(key)
+                more.append(item)
+        self.constraints[n_first:] = more
 
     def join(self, a: Tensor, b: Tensor) -> None:
         """Makes the channels behind two label tensors the same, position by position.
@@ -269,6 +310,12 @@ class LabelBook:
             if given == reason:
                 pinned.update(np.unique(representatives[labels]).tolist())
         return pinned
+
+
+def _constraint_key(constraint: Constraint, labels: Tensor) -> tuple[Any, ...]:
+    """Equal for constraints that say the same of the same labels."""
+    # Tensors compare elementwise and don't hash; their bytes do.
+    return constraint, tuple(labels.shape), labels.numpy().tobytes()
 
 
 def distinct_pairs(a: Tensor, b: Tensor) -> np.ndarray:

@@ -64,6 +64,17 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def copy_buffers(network: nn.Module) -> None:
+    """Gives a shared copy buffers of its own, which its code may write into.
+
+    Args:
+        network: The copy.
+    """
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.clone()
+
+
 def own_copy(model: nn.Module) -> nn.Module:
     """Copies a network with its weights.
 

@@ -251,6 +251,8 @@ def _groups(
         reason = family.reason or _unprunable_reason(
             members, len(family.units), first in read_units
         )
+        if reason is None and _runs_in_training_only(members, tracer):
+            reason = "runs in training only"
         groups.append(Group(name, len(family.units), tuple(members), reason))
     return groups
 
@@ -317,6 +319,14 @@ def _unprunable_reason(
     return "is a single channel" if n_channels < 2 else None
 
 
+def _runs_in_training_only(members: list[Member], tracer: Tracer) -> bool:
+    """Whether no layer that evaluation runs holds a group's channels.
+
+    Without them the network would be as slow as before.
+    """
+    return all(member.tensor in tracer.training_tensors for member in members)
+
+
 def _number(
     units: np.ndarray, families: list[_Family], groups: list[Group]
 ) -> Numbering:
@@ -357,4 +367,4 @@ def _unsupported(
         numbers = np.unique(numbering.groups[pinned])
         names = [numbering.names[number - 1] for number in numbers if number]
         lines.append(f"{reason}; it pins {', '.join(names) or 'nothing'}")
-    return tuple(lines)
+    return (*lines, *tracer.notes)

@@ -31,7 +31,8 @@ def solve(tracer: Tracer) -> np.ndarray:
     representatives = solve_constraints(tracer.book)
     factors = lattice_factors(tracer.book, representatives)
     for name, labels in tracer.bare_parameters.items():
-        cells = representatives[labels.numpy()]
+        # A single number has no axes, but is an array like the others.
+        cells = np.asarray(representatives[labels.numpy()])
         # Cells that lie along one axis are used as they are; on two axes, rows lie
         # along one and columns along the other.
         if len(varying_axes(torch.from_numpy(cells))) > 1:

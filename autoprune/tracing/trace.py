@@ -15,7 +15,7 @@ from autoprune.errors import UserError
 from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import Group, Groups, tensors_in
 from autoprune.structure.inputs import Example, Inputs
-from autoprune.structure.slicing import shared_copy
+from autoprune.structure.slicing import copy_buffers, shared_copy
 from autoprune.structure.wrappers import run_uncompiled, unwrap
 from autoprune.tracing.dispatch import LabelDispatchMode, track_labels
 from autoprune.tracing.grouping import derive_groups
@@ -24,6 +24,12 @@ from autoprune.tracing.randomness import fixed_randomness
 from autoprune.tracing.size_notes import NotingMode
 from autoprune.tracing.sizes import Demand, sized_attributes
 from autoprune.tracing.tracer import Tracer
+from autoprune.tracing.training_mode import (
+    depends_on_mode,
+    merge_training,
+    training_tracer,
+    watch_reads,
+)
 from autoprune.tracing.verify import failing_groups
 
 
@@ -55,17 +61,24 @@ def trace(model: nn.Module, example: Example, verify: bool = True) -> Groups:
     tracer = Tracer(twin)
     # Channels don't depend on how many images there are.
     sample = inputs.first_sample().in_float32()
-    demands = _run_forward(tracer, sample)
-    groups = derive_groups(tracer, demands)
+    with watch_reads(twin) as reads:
+        demands = _run_forward(tracer, sample)
+    more_demands = None
+    if depends_on_mode(twin, reads):
+        more_demands = _add_training(tracer, inputs)
+    groups = derive_groups(tracer, [*demands, *(more_demands or [])])
     if not verify:
         return groups
     # What fails keeps all its channels.
-    return groups.with_pins(failing_groups(twin, groups, sample))
+    return groups.with_pins(
+        failing_groups(twin, groups, sample, more_demands is not None)
+    )
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
     """A float32 copy on the CPU in evaluation mode, its attention modules open."""
     twin = run_uncompiled(shared_copy(model)).eval().cpu().float()
+    copy_buffers(twin)
     # Channels-last tensors take other kernels (as_strided_), which say nothing about
     # channels.
     twin = twin.to(memory_format=torch.contiguous_format)
@@ -78,6 +91,29 @@ def _private_copy(model: nn.Module) -> nn.Module:
                 f"finite network",
             )
     return open_attention(twin.requires_grad_(False))
+
+
+def _add_training(tracer: Tracer, inputs: Inputs) -> list[Demand] | None:
+    """Adds what the network does in training mode alone.
+
+    Args:
+        tracer: That of the evaluation pass.
+        inputs: The example.
+
+    Returns:
+        The sizes that the code asked for, or None where it did nothing more.
+    """
+    training = training_tracer(tracer)
+    try:
+        demands = _run_forward(training, inputs.first_sample().in_float32())
+    except UserError as error:
+        reason = error.reason.partition(";")[0]
+        tracer.notes.append(
+            f"the training mode can't be traced with this example ({reason}), so what "
+            f"runs in training only keeps its shape"
+        )
+        return None
+    return demands if merge_training(tracer, training) else None
 
 
 def _run_forward(tracer: Tracer, inputs: Inputs) -> list[Demand]:

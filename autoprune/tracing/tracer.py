@@ -139,6 +139,9 @@ class Tracer:
         ties: Views of several parameters that met, element by element.
         is_cut_by_attribute: Whether the running operation cuts at a place that an
             attribute of a module says, which can follow what is left.
+        training_tensors: Names of parameters and buffers that only the training mode
+            uses.
+        notes: Lines for people that pin nothing.
     """
 
     model: nn.Module
@@ -155,6 +158,8 @@ class Tracer:
     bare_parameters: dict[str, Tensor] = field(default_factory=dict)
     ties: list[tuple[ParameterView, ...]] = field(default_factory=list)
     is_cut_by_attribute: bool = False
+    training_tensors: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
     _path: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -361,6 +366,16 @@ class Tracer:
         if len(axis_lines) > 1:
             self.book.join_lines(axis_lines)
         return axis_lines[0]
+
+    @property
+    def used_tensors(self) -> set[str]:
+        """Names of the parameters and buffers that met anything."""
+        names = set(self.bare_parameters)
+        for name, _ in self.uses:
+            names.add(name)
+        for tie in self.ties:
+            names.update(view.name for view in tie)
+        return names
 
     def label_axis(self, tensor: str, axis: int) -> Tensor:
         """Labels for the positions of a parameter's axis, before anything meets it.

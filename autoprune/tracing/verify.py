@@ -12,6 +12,7 @@ from autoprune.structure.inputs import Inputs
 from autoprune.structure.slicing import Slicer, shared_copy
 from autoprune.tracing.masking import Masked
 from autoprune.tracing.randomness import fixed_randomness
+from autoprune.tracing.training_mode import set_mode
 
 # float64 agrees to about 1e-13, float32 to 1e-5; a wrong index or a channel kept alive
 # by its bias shows at 1e-3 and above.
@@ -29,7 +30,9 @@ UNCHANGED = "masking it doesn't change the output"
 UNREPEATABLE = "the network answers the same input differently each time"
 
 
-def failing_groups(model: nn.Module, groups: Groups, inputs: Inputs) -> dict[str, str]:
+def failing_groups(
+    model: nn.Module, groups: Groups, inputs: Inputs, with_training: bool = False
+) -> dict[str, str]:
     """Groups whose pruned network isn't the masked one, each with the reason.
 
     Every parameter and buffer is drawn at random for the check, so that zeros of a
@@ -41,11 +44,12 @@ def failing_groups(model: nn.Module, groups: Groups, inputs: Inputs) -> dict[str
         model: The network, its attention open; it is left as found.
         groups: Its trace.
         inputs: An example, for the shapes of floats; integers stay.
+        with_training: Whether the training mode has to be right as well.
 
     Returns:
         Name of a group to what is wrong with pruning it.
     """
-    draw = partial(_Check, model, groups, inputs)
+    draw = partial(_Check, model, groups, inputs, with_training)
     check = draw(seed=0)
     if not len(groups) or check.joint_failure(groups) is None:
         return {}
@@ -129,10 +133,19 @@ class _Check:
         model: The network; it is left as found.
         groups: Its trace.
         inputs: An example, for the shapes of floats; integers stay.
+        with_training: Whether the training mode's outputs count as well.
         seed: Of the draw.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups, inputs: Inputs, seed: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Groups,
+        inputs: Inputs,
+        with_training: bool,
+        seed: int,
+    ):
+        self.modes = (False, True) if with_training else (False,)
         n_parameters = 0
         for tensor in named_tensors(model).values():
             n_parameters += tensor.numel()
@@ -161,12 +174,14 @@ class _Check:
 
     @torch.no_grad()
     def _output(self, model: nn.Module) -> Tensor:
-        """Every tensor that a network returns, as one vector."""
-        with fixed_randomness():
-            output = self.inputs.run(model)
+        """Every tensor that a network returns, in all modes, as one vector."""
         tensors = []
-        for tensor in tensors_in(output):
-            tensors.append(tensor.flatten().double())
+        for is_training in self.modes:
+            set_mode(model, is_training)
+            with fixed_randomness():
+                output = self.inputs.run(model)
+            for tensor in tensors_in(output):
+                tensors.append(tensor.flatten().double())
         return torch.cat(tensors)
 
     def random_parts(

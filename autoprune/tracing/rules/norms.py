@@ -115,6 +115,31 @@ def reduction(call: Call) -> str | None:
     return None
 
 
+def loss(call: Call) -> str | None:
+    """A loss compares predictions with targets, channel by channel.
+
+    Networks that are given targets compute it themselves.
+    """
+    tracer = call.tracer
+    prediction, target = call.args[:2]
+    labels = tracer.labels(prediction)
+    tracer.book.join(labels, tracer.labels(target).expand(labels.shape))
+    if call.out.shape != prediction.shape:
+        labels = torch.zeros((), dtype=torch.int64).expand(call.out.shape)
+    tracer.label(call.out, labels)
+    return None
+
+
+def class_loss(call: Call) -> str | None:
+    """A loss in which targets are numbers of classes, so that all classes stay."""
+    tracer = call.tracer
+    tracer.book.pin(tracer.labels(call.args[0]), "is compared with classes by number")
+    for out in tensors_in(call.out):
+        labels = torch.zeros((), dtype=torch.int64).expand(out.shape)
+        tracer.label(out, labels)
+    return None
+
+
 def reduced_axes(call: Call) -> list[int]:
     """The axes over which a reduction runs, ascending."""
     n_axes = call.args[0].ndim

@@ -48,8 +48,10 @@ from autoprune.tracing.rules.movements import (
 from autoprune.tracing.rules.norms import (
     axis_scan,
     batch_norm,
+    class_loss,
     group_norm,
     layer_norm,
+    loss,
     reduction,
 )
 from autoprune.tracing.rules.parameters import (
@@ -330,6 +332,15 @@ RULES: dict[Any, Rule] = {
     aten.hardswish: pointwise,
     aten.hardswish_: pointwise,
     aten._prelu_kernel: pointwise,
+    # Losses, in networks that are given targets.
+    aten.nll_loss_forward: class_loss,
+    aten.nll_loss2d_forward: class_loss,
+    aten.mse_loss: loss,
+    aten.smooth_l1_loss: loss,
+    aten.huber_loss: loss,
+    aten.soft_margin_loss: loss,
+    aten.binary_cross_entropy: loss,
+    aten.binary_cross_entropy_with_logits: loss,
     # Random numbers, by an activation's shape or its values.
     aten.rand_like: new_like,
     aten.randn_like: new_like,
