@@ -208,6 +208,26 @@ class SharedQuery(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
+class OneKey(nn.Module):
+    """One key and one value for all heads, as in MobileNetV4."""
+
+    def __init__(self, dim: int = WIDTH):
+        super().__init__()
+        self.num_heads = HEADS
+        self.key_dim = 5
+        self.query = nn.Linear(dim, HEADS * 5)
+        self.key = nn.Linear(dim, 5)
+        self.value = nn.Linear(dim, 6)
+        self.proj = nn.Linear(HEADS * 6, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, _ = x.shape
+        q = self.query(x).view(B, N, self.num_heads, self.key_dim).transpose(1, 2)
+        k, v = self.key(x).unsqueeze(1), self.value(x).unsqueeze(1)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, N, -1))
+
+
 class Tokens(nn.Module):
     """A vision transformer around an attention."""
 
@@ -323,6 +343,7 @@ ATTENTIONS = (
     RelativePositions,
     Rotary,
     SharedQuery,
+    OneKey,
 )
 OTHERS = (
     PartialConvolution,

@@ -285,11 +285,16 @@ class MultiQuery(nn.Module):
         return self.head(x.transpose(1, 2).flatten(2).mean(1))
 
 
-def test_attention_with_one_key_for_all_heads_is_pinned_and_the_rest_pruned():
+def test_attention_with_one_key_for_all_heads_loses_widths_and_no_heads_of_the_code():
     model, x = randomise(MultiQuery()).eval(), images(1, 8)
     groups = trace(model, x)
-    assert groups.channels == {"stem": WIDTH}
-    assert len(groups.unsupported) == 1
-    assert "multiplies channels with channels; it pins" in groups.unsupported[0]
-    costs, pruned = CostTable(groups), prune(model, groups, {"stem": torch.arange(5)})
-    assert costs.params({"stem": 5}) == sum(p.numel() for p in pruned.parameters())
+    # The code says how many heads there are, and how wide queries are.
+    assert groups.channels == {"stem": WIDTH, "value:width": 4}
+    kept = {"stem": torch.arange(5), "value:width": torch.tensor([0, 3])}
+    pruned = prune(model, groups, kept)
+    torch.testing.assert_close(
+        outputs(pruned, x), outputs(mask(model, groups, kept), x)
+    )
+    counts = {"stem": 5, "value:width": 2}
+    n_params = sum(p.numel() for p in pruned.parameters())
+    assert CostTable(groups).params(counts) == n_params

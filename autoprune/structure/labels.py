@@ -242,6 +242,25 @@ class LabelBook:
             shape.append(labels.shape[axis] if axis in axes else 1)
         return rows.view(row_shape).view(shape)
 
+    def cross(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Cells that go with the row or with the column that they are computed from.
+
+        Args:
+            rows: Labels `(n_rows,)`.
+            columns: Labels `(n_columns,)`.
+
+        Returns:
+            Labels `(n_rows, n_columns)`; the same for the same rows and columns.
+        """
+        for known in self.lattices:
+            is_known = torch.equal(known.rows, rows)
+            if is_known and torch.equal(known.columns, columns):
+                return known.cells
+        cells = self.new_labels(rows.numel() * columns.numel())
+        cells = cells.view(len(rows), len(columns))
+        self.lattices.append(Lattice(cells, rows, columns))
+        return cells
+
     @property
     def n_joins(self) -> int:
         """How many joins were made; each may change representatives."""

@@ -243,8 +243,7 @@ def product(tracer: Tracer, a: Tensor, b: Tensor) -> Tensor | None:
         cells = NO_CHANNEL
         out = None
     elif is_summed:
-        is_batched = 0 in a_axes or 0 in b_axes
-        cells, out = _sum_channels(tracer, a, b, is_batched)
+        cells, out = _sum_channels(tracer, a, b, 0 in a_axes, 0 in b_axes)
     elif b_passes:
         cells, out = _pass_channels(
             tracer, b.narrow(1, 0, 1), a[:, 0, 0], 2, 0 in b_axes, 0 in a_axes
@@ -265,7 +264,7 @@ def product(tracer: Tracer, a: Tensor, b: Tensor) -> Tensor | None:
 
 
 def _sum_channels(
-    tracer: Tracer, a: Tensor, b: Tensor, is_batched: bool
+    tracer: Tracer, a: Tensor, b: Tensor, is_a_batched: bool, is_b_batched: bool
 ) -> tuple[Tensor, Tensor]:
     """Channels lie on the summed axis, and on the batch axis at most.
 
@@ -273,18 +272,30 @@ def _sum_channels(
         tracer: The notebook of the run.
         a: Labels of the first operand.
         b: Labels of the second one.
-        is_batched: Whether channels lie on the batch axis too, as heads do.
+        is_a_batched: Whether channels of the first lie on the batch axis too, as heads
+            do.
+        is_b_batched: Whether channels of the second do.
 
     Returns:
         The channels that are multiplied, and the product's labels, to be expanded.
     """
     cells = a[:, 0, :]
-    tracer.book.join(cells, b[:, :, 0])
+    others = b[:, :, 0]
+    if is_b_batched and not is_a_batched:
+        cells, others = others, cells
     tracer.summed_labels.append(cells)
-    if not is_batched:
+    if not (is_a_batched or is_b_batched):
+        tracer.book.join(cells, others)
         # The sum over all channels is there whichever of them are left.
         return cells[0], torch.zeros((1, 1, 1), dtype=torch.int64)
-    return cells, tracer.book.factor(cells)[:, None, None]
+    heads = tracer.book.factor(cells)
+    if is_a_batched != is_b_batched:
+        # One key for all heads: its channels are the places of each head's width.
+        tracer.book.join(tracer.book.factor(cells.T), others[0])
+        tracer.summed_labels.append(others[0])
+    else:
+        tracer.book.join(cells, others)
+    return cells, heads[:, None, None]
 
 
 def _pass_channels(
@@ -294,7 +305,7 @@ def _pass_channels(
     outer_axis: int,
     is_batched: bool,
     is_gate_batched: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Channels of one operand lie on its outer axis, and so on the product's.
 
     Args:
@@ -306,16 +317,18 @@ def _pass_channels(
         is_gate_batched: Whether the gate's do.
 
     Returns:
-        The channels that are multiplied, and the product's labels, or None where none
-        describe it.
+        The channels that are multiplied, and the product's labels.
     """
     cells = passing.squeeze(3 - outer_axis)
     if is_batched:
         # A gate that goes takes its row of cells with it, and the other way round.
         tracer.book.join(tracer.book.factor(cells), gate)
         return cells, passing
-    # One gate after the other for the same channels: each output is a pair of both.
-    return cells[0], None if is_gate_batched else passing
+    if is_gate_batched:
+        # One value for all heads: what comes out has a cell for each head and channel.
+        cells = tracer.book.cross(gate, cells[0])
+        return cells, cells.unsqueeze(3 - outer_axis)
+    return cells[0], passing
 
 
 def attention(call: Call) -> str | None:
