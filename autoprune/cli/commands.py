@@ -349,6 +349,31 @@ def report(options: Namespace) -> None:
         _print_file(report_stage(job.folder), options.json)
 
 
+def compare(options: Namespace) -> None:
+    """Compares finished runs: a table, and a page with all of them on one plot."""
+    from autoprune.reporting.comparison import (
+        HEADERS,
+        comparison_rows,
+        differences,
+        open_runs,
+        write_comparison,
+    )
+    from autoprune.reporting.console import print_comparison
+
+    runs = open_runs(options.runs)
+    path = Path(options.runs[0]).parent / "comparison.html"
+    if options.out is not None:
+        path = Path(options.out)
+    write_comparison(runs, path)
+    differing = differences(runs)
+    print_comparison(HEADERS, comparison_rows(runs), differing)
+    print(f"page: {path}")
+    if options.json:
+        rows = [run.to_json() for run in runs]
+        summary = {"runs": rows, "differences": differing, "page": str(path)}
+        print(json.dumps(summary))
+
+
 def _print_file(path: Path, as_json: bool) -> None:
     print(path)
     if as_json:

@@ -16,6 +16,7 @@ from autoprune import __version__
 from autoprune.cli import commands
 from autoprune.cli.memory import keep_freed_memory
 from autoprune.cli.options import (
+    compare_options,
     data_options,
     export_options,
     finetune_options,
@@ -237,6 +238,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(commands.evaluate, run_options),
     "export": Command(commands.export, export_options),
     "report": Command(commands.report, run_options),
+    "compare": Command(commands.compare, compare_options),
     "trace": Command(commands.trace, trace_options),
     "data": Command(commands.data, data_options),
     "policies": Command(commands.policies, list_options),

@@ -256,6 +256,20 @@ def export_options(parser: Parser) -> None:
     parser.add_argument("--format", type=str, default="onnx", help="onnx or torch.")
 
 
+def compare_options(parser: Parser) -> None:
+    """Finished runs, the page's file."""
+    parser.add_argument(
+        "runs", nargs="+", type=str, help="Folders of two or more finished runs."
+    )
+    parser.add_argument(
+        "--out",
+        type=str | None,
+        default=None,
+        help="File for the page (default: comparison.html beside the first run).",
+    )
+    _json_option(parser)
+
+
 def list_options(parser: Parser) -> None:
     """Nothing but the form of the answer."""
     _json_option(parser)

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -170,6 +170,31 @@ def print_front(pareto: dict) -> None:
 
 def _nearest_in_cost(points: list[dict], share: float) -> dict:
     return min(points, key=lambda point: abs(point["share"] - share))
+
+
+def print_comparison(
+    headers: Sequence[str], rows: list[list[str]], differing: dict[str, list]
+) -> None:
+    """Prints runs beside each other, and the settings in which they differ.
+
+    Args:
+        headers: The columns.
+        rows: A row a run.
+        differing: Setting to its value in each run.
+    """
+    table = Table()
+    for place, heading in enumerate(headers):
+        # Names and the like read from the left, numbers from the right.
+        justify = "left" if place in (1, 2, 3) else "right"
+        table.add_column(heading, justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _print_table(table, 160)
+    lines = []
+    for name, values in differing.items():
+        shown = ["null" if value is None else str(value) for value in values]
+        lines.append(f"{name}: {', '.join(shown)}")
+    _print_list("settings that differ, in the order of the runs", lines)
 
 
 def print_policies(policies: list[dict]) -> None:

@@ -99,6 +99,57 @@ def pareto_front(
     return figure
 
 
+def accuracy_cost(
+    points: Sequence[tuple[float, float]], dense: Mapping[str, float], metric: str
+) -> Figure:
+    """Runs as numbered dots, accuracy against cost; dense networks as dashed lines.
+
+    Args:
+        points: Share of the cost left and accuracy of each run, in [0, 1]; they are
+            numbered from 1.
+        dense: Label to accuracy of each dense network.
+        metric: What is counted, for the axis.
+    """
+    figure, axes = _new_axes(3.8, left=0.1, right=0.8)
+    shares, accuracies = 100 * np.array(points).T
+    for accuracy in dense.values():
+        axes.axhline(100 * accuracy, color=MUTED, linewidth=1.2, linestyle="--")
+    axes.plot(shares, accuracies, "o", color=ACCENT, markersize=7)
+    # Room for numbers beside the outermost dots.
+    axes.margins(0.08, 0.12)
+    for place, numbers in _near_ones(axes, shares, accuracies).items():
+        axes.annotate(
+            ", ".join(map(str, numbers)),
+            place,
+            (6, 6),
+            textcoords="offset points",
+            color=INK,
+            fontsize=SMALL,
+        )
+    axes.set_xlabel(f"share of {metric} left, %")
+    axes.set_ylabel("accuracy, %")
+    _label_at_right(axes, {name: 100 * value for name, value in dense.items()}, {})
+    return figure
+
+
+def _near_ones(
+    axes: Axes, shares: np.ndarray, accuracies: np.ndarray
+) -> dict[tuple[float, float], list[int]]:
+    """Dots that lie so close that they share a label, by the first one's place."""
+    width = np.ptp(axes.get_xlim())
+    height = np.ptp(axes.get_ylim())
+    groups: dict[tuple[float, float], list[int]] = {}
+    for number, (x, y) in enumerate(zip(shares, accuracies, strict=True), 1):
+        for place in groups:
+            is_near = abs(x - place[0]) < 0.03 * width
+            if is_near and abs(y - place[1]) < LABEL_GAP * height:
+                groups[place].append(number)
+                break
+        else:
+            groups[float(x), float(y)] = [number]
+    return groups
+
+
 def _ring(axes: Axes, x: float, y: float) -> None:
     """Rings one point of a Pareto front and calls it chosen."""
     axes.plot(

@@ -14,6 +14,15 @@ def percent_text(value: float, digits: int = 2) -> str:
     return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
+def points_text(change: float) -> str:
+    """A change of an accuracy in percentage points, with its sign.
+
+    Args:
+        change: The change, 1 for all.
+    """
+    return f"{100 * change:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
 def count_text(value: int) -> str:
     """A count with commas between thousands."""
     return f"{value:,}"
