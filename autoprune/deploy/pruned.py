@@ -75,6 +75,8 @@ def save_pruned(
         with torch.random.fork_rng(devices=[]):
             dense = models.build(plan["model"], plan["n_classes"])
     plan["modules"] = find_changes(dense, model)
+    # First, since it goes with the weights before as well as with these.
+    write_text(folder / LOADER, loader_source(plan))
     metadata = {"channels_last": " ".join(channels_last)}
     digests: list[str] = []
 
@@ -83,7 +85,6 @@ def save_pruned(
         digests.append(digest_of(partial))
 
     write_atomically(folder / WEIGHTS, write)
-    write_text(folder / LOADER, loader_source(plan))
     write_json(folder / PLAN, plan | {DIGEST: digests[0]})
 
 

@@ -4,6 +4,7 @@
 `CLASSES` as the network at hand needs them.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,11 @@ def load(network: nn.Module | None = None) -> nn.Module:
         if "class" in change:
             # The module keeps its parameters; only which code runs is exchanged.
             network.get_submodule(name).__class__ = CLASSES[change["class"]]
-    weights = read_weights(HERE / "weights.safetensors")
+    path = HERE / "weights.safetensors"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if plan["weights_sha256"] != digest:
+        raise ValueError(f"plan.json in {HERE} is of other weights: copy both again")
+    weights = read_weights(path)
     for name, tensor in weights.items():
         _lay(network, name, tensor)
     lacking = sorted(network.state_dict().keys() - weights.keys())

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from autoprune.config import Settings
-from autoprune.files import write_text
+from autoprune.files import PLAN, write_text
 from autoprune.reporting.figures import (
     allocation_bars,
     loss_curve,
@@ -30,6 +30,7 @@ from autoprune.reporting.rows import (
     searcher_rows,
     stage_rows,
 )
+from autoprune.reporting.usage import Snippet, usage_snippets
 from autoprune.reporting.wording import percent_text, plural, score_text
 from autoprune.results import Results
 from autoprune.runs import RunFolder
@@ -75,6 +76,7 @@ def write_report(folder: RunFolder) -> Path:
         costs=cost_rows(results),
         stages=stage_rows(results),
         preprocessing=preprocessing_rows(results),
+        usage=_usage(folder, results),
         groups=group_rows(groups, "kept"),
         pinned=group_rows(results.pinned or [], "reason"),
         pareto=pareto,
@@ -91,6 +93,14 @@ def write_report(folder: RunFolder) -> Path:
     )
     write_text(folder.report, html)
     return folder.report
+
+
+def _usage(folder: RunFolder, results: Results) -> list[Snippet]:
+    """Ways to use the pruned network, as soon as there is one."""
+    plan = folder.pruned / PLAN
+    if not plan.exists():
+        return []
+    return usage_snippets(results, folder.read_json(plan), folder.onnx.exists())
 
 
 def _with_settings(results: Results, folder: RunFolder) -> Results:
