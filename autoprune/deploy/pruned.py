@@ -59,21 +59,21 @@ def save_pruned(
         UserError: If a weight is NaN or infinite, or the folder can't be written;
             nothing is written then.
     """
-    # safetensors holds row-major tensors that share no memory. Which were channels last
-    # is written beside them, since it decides how PyTorch sums.
-    plain = {}
-    channels_last = []
-    for key, value in unwrap(model).state_dict().items():
-        plain[key] = value.detach().clone(memory_format=torch.contiguous_format)
-        if _is_channels_last(value):
-            channels_last.append(key)
-    # Before a file is touched: what can't be read again must not replace what can.
-    _check_finite(plain, folder / WEIGHTS)
     plan = dict(plan)
     if dense is None:
         # A factory may draw numbers, which saving mustn't disturb.
         with torch.random.fork_rng(devices=[]):
             dense = models.build(plan["model"], plan["n_classes"])
+    # safetensors holds row-major tensors that share no memory. Which were channels last
+    # is written beside them, since it decides how PyTorch sums.
+    plain = {}
+    channels_last = []
+    for key, value in _saved_tensors(unwrap(model), unwrap(dense)).items():
+        plain[key] = value.detach().clone(memory_format=torch.contiguous_format)
+        if _is_channels_last(value):
+            channels_last.append(key)
+    # Before a file is touched: what can't be read again must not replace what can.
+    _check_finite(plain, folder / WEIGHTS)
     plan["modules"] = find_changes(dense, model)
     # First, since it goes with the weights before as well as with these.
     write_text(folder / LOADER, loader_source(plan))
@@ -86,6 +86,16 @@ def save_pruned(
 
     write_atomically(folder / WEIGHTS, write)
     write_json(folder / PLAN, plan | {DIGEST: digests[0]})
+
+
+def _saved_tensors(model: nn.Module, dense: nn.Module) -> dict[str, Tensor]:
+    """The state dict, and what pruning changed of the buffers that it leaves out."""
+    tensors = dict(model.state_dict())
+    shapes = {name: buffer.shape for name, buffer in dense.named_buffers()}
+    for name, buffer in model.named_buffers():
+        if name not in tensors and buffer.shape != shapes.get(name, buffer.shape):
+            tensors[name] = buffer
+    return tensors
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -127,7 +137,12 @@ def load_pruned(folder: str | Path) -> nn.Module:
     if plan.get("image_size"):
         model = resize_inputs(model, plan["image_size"])
     model = open_attention(model)
-    _check_fit(model.state_dict(), weights, folder, plan["model"])
+    expected = dict(model.state_dict())
+    for key, buffer in model.named_buffers():
+        # Of those that a state dict leaves out, only some were saved.
+        if key in weights:
+            expected[key] = buffer
+    _check_fit(expected, weights, folder, plan["model"])
     fit_shapes(model, weights)
     # Plans of earlier versions hold none; what setters know is set by now.
     set_attributes(model, plan.get("modules", {}))

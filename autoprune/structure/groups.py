@@ -402,6 +402,9 @@ def tensors_in(value: object) -> list[Tensor]:
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, as in the state dict.
 
+    Buffers that the state dict leaves out, such as a bias that is always zero, come
+    last.
+
     Args:
         model: The network.
 
@@ -412,7 +415,8 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     # With variables, since detached tensors would be new objects for each name.
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    saved = model.state_dict(keep_vars=True)
+    for name, tensor in [*saved.items(), *model.named_buffers()]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             tensors[name] = tensor

@@ -279,11 +279,15 @@ def fit_shapes(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
     Args:
         model: The dense network, or one of another width.
-        state_dict: Name to value of each of its parameters and buffers.
+        state_dict: Name to value of each of its parameters and buffers; of buffers that
+            its own state dict leaves out, those that have another shape.
     """
     # Made first: they note what only the shapes before can tell.
     updates = _attribute_updates(open_attention(model))
+    left_out = _owners(model).keys() - model.state_dict().keys()
     for name, (module, attribute) in _owners(model).items():
+        if name in left_out and name not in state_dict:
+            continue
         # A copy, so that training the network leaves the caller's tensors alone.
         _assign(module, attribute, state_dict[name].clone())
     for update in updates:
@@ -291,9 +295,10 @@ def fit_shapes(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """State dict name to the module and attribute that hold the tensor."""
+    """Name of a parameter or buffer to the module and attribute that hold it."""
     owners = {}
-    for name in model.state_dict():
+    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    for name in dict.fromkeys([*model.state_dict(), *buffers]):
         path, _, attribute = name.rpartition(".")
         owners[name] = model.get_submodule(path), attribute
     return owners

@@ -12,6 +12,8 @@ The *representative* of a joined set is its smallest label; two labels are the s
 channel where their representatives are equal.
 """
 
+from collections import Counter
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -287,8 +289,10 @@ def _balanced_sets(excess: np.ndarray) -> list[list[int]]:
     while queues:
         balanced_set: list[int] = []
         total = np.zeros(excess.shape[1], np.int64)
+        taken: Counter[tuple[int, ...]] = Counter()
         while queues and (not balanced_set or total.any()):
-            step = _nearest_step(queues, total)
+            step = _nearest_step(queues, total, taken)
+            taken[step] += 1
             balanced_set.append(queues[step].pop())
             total = total + step
             if not queues[step]:
@@ -298,19 +302,23 @@ def _balanced_sets(excess: np.ndarray) -> list[list[int]]:
 
 
 def _nearest_step(
-    queues: dict[tuple[int, ...], list[int]], total: np.ndarray
+    queues: dict[tuple[int, ...], list[int]],
+    total: np.ndarray,
+    taken: Counter[tuple[int, ...]],
 ) -> tuple[int, ...]:
     """The kind of row that brings a sum nearest to zero.
 
-    Of kinds that come equally near, the one whose next row has the highest number.
+    Of kinds that come equally near, one that the set has fewest of: with four parts, a
+    set is one row of each. Of those, the one whose next row has the highest number.
 
     Args:
         queues: Excess to the rows that have it.
         total: The sum, `(n_parts - 1,)`.
+        taken: How many rows of each kind the set has.
     """
 
-    def rank(step: tuple[int, ...]) -> tuple[int, int]:
+    def rank(step: tuple[int, ...]) -> tuple[int, int, int]:
         distance = np.abs(total + step).sum()
-        return distance, -queues[step][-1]
+        return distance, taken[step], -queues[step][-1]
 
     return min(queues, key=rank)

@@ -24,9 +24,10 @@ class NotingMode(SizeMode):
             args: Its positional arguments.
             kwargs: Its keyword arguments.
         """
-        if func is not Tensor.__getitem__:
+        where = CUTS.get(func)
+        if where is None:
             return func(*args, **kwargs)
-        self.tracer.is_cut_by_attribute = _is_cut_by_attribute(args[1])
+        self.tracer.is_cut_by_attribute = where(*args, **kwargs)
         try:
             return func(*args, **kwargs)
         finally:
@@ -107,7 +108,7 @@ def _note_indexing(sizes: SizeMode, out: Tensor, x: Tensor, index: Any) -> None:
             return
 
 
-def _is_cut_by_attribute(index: Any) -> bool:
+def _has_sliced_by_attribute(x: Tensor, index: Any) -> bool:
     """Whether all the slices of an index end where attributes of modules say."""
     ends: list[Any] = []
     for item in index if isinstance(index, tuple) else (index,):
@@ -115,6 +116,11 @@ def _is_cut_by_attribute(index: Any) -> bool:
             # 0 is where every axis begins.
             ends += [end for end in (item.start, item.stop) if end]
     return bool(ends) and all(map(_is_attribute, ends))
+
+
+def _has_split_by_attribute(x: Tensor, split_size: Any, dim: int = 0) -> bool:
+    """Whether attributes of modules say how long each part of a split is."""
+    return isinstance(split_size, list | tuple) and all(map(_is_attribute, split_size))
 
 
 def _is_attribute(value: object) -> bool:
@@ -166,3 +172,9 @@ NOTES: dict[Callable[..., Any], Callable[..., None]] = {
     functional.conv3d: _note_conv_groups,
 }
 """Function of PyTorch to what notes which sizes it was given."""
+CUTS: dict[Callable[..., Any], Callable[..., bool]] = {
+    Tensor.__getitem__: _has_sliced_by_attribute,
+    Tensor.split: _has_split_by_attribute,
+    torch.split: _has_split_by_attribute,
+}
+"""Function of PyTorch that cuts, to whether attributes alone say where."""

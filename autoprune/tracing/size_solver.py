@@ -32,8 +32,8 @@ from autoprune.tracing.units import (
 N_TRIALS = 4
 """Random choices of channels with which a demand is tried. Lengths are sums of counts;
 two that differ agree by chance now and then, hardly four times."""
-MAX_ROUNDS = 8
-"""Joins for one demand can break another; so many times all are looked at again."""
+MAX_ROUNDS = 100
+"""So often all demands are looked at again; joins for one can break another."""
 
 Values: TypeAlias = dict[AttributePlace, Source]
 """Attribute to what it follows from."""
@@ -65,9 +65,15 @@ def solve_sizes(
         trials = _Trials(tracer, representatives)
         values = _attribute_values(demands)
         n_joins = tracer.book.n_joins
+        tied: set[int] = set()
         for demand in demands:
-            if not trials.hold(demand, values):
+            if trials.hold(demand, values):
+                continue
+            # What was just tied may hold by now; the next round tells.
+            units = trials.units_of(demand)
+            if not tied & units:
                 _tie(tracer, demand, values, trials.units)
+                tied |= units
         if tracer.book.n_joins == n_joins:
             break
         representatives = solve_constraints(tracer.book)
@@ -112,6 +118,14 @@ class _Trials:
         if source.operation == "floordiv" and not right.all():
             return None
         return OPERATIONS[source.operation](left, right)
+
+    def units_of(self, demand: Demand) -> set[int]:
+        """The units on the axis that has to be as long as the code says."""
+        if not isinstance(demand.length, AxisSize) or not demand.length.has_channels:
+            return set()
+        axis = demand.length
+        own = axis_units(axis.labels, axis.axis, self.units)
+        return set(own.ravel().tolist()) - {0}
 
     def _axis_length(self, axis: AxisSize) -> np.ndarray:
         """How long an activation's axis is in each trial."""

@@ -11,6 +11,7 @@ demands still hold when channels go.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -38,7 +39,7 @@ class AxisSize:
     axis: int
     dense: int
 
-    @property
+    @cached_property
     def has_channels(self) -> bool:
         """Whether channels lie on the axis; else its length is the same for ever."""
         return self.axis in varying_axes(self.labels)
@@ -311,11 +312,20 @@ class SizeMode(TorchFunctionMode):
 
         Args:
             size: What the code gave; -1 and None are no size.
-            out: What came out.
+            out: What came out, an activation or a view of a parameter.
             axis: Its axis.
         """
-        if isinstance(size, Size) and self.tracer.is_activation(out):
+        if not isinstance(size, Size):
+            return
+        if self.tracer.is_activation(out):
             self.demand(size, self.axis_of(out, axis))
+            return
+        view = self.tracer.parameter(out)
+        original = None if view is None else view.original_axis(axis % out.ndim)
+        # A layer scale that is seen as `(self.dim, 1, 1)`, say.
+        if view is not None and original is not None:
+            labels = self.tracer.label_axis(view.name, original)
+            self.demand(size, AxisSize(labels, 0, len(labels)))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from autoprune.structure.labels import LabelBook, thin
+from autoprune.structure.labels import LabelBook, lines
 from autoprune.tracing.constraint_solver import lattice_factors
 
 
@@ -54,19 +54,19 @@ def axis_units(labels: Tensor, axis: int, units: np.ndarray) -> np.ndarray:
         axis: Which axis.
         units: Those of every label, `(n_labels, 2)`.
     """
-    cells = units[thin(labels).movedim(axis, 0).flatten(1).numpy()]
-    found = np.zeros((len(cells), 2), np.int64)
-    for position, own in enumerate(cells):
-        distinct = np.unique(own, axis=0)
-        if len(distinct) == 1:
-            found[position] = distinct[0]
-            continue
-        # What all cells share takes them all; a cell's other unit takes it alone.
-        shared = set(distinct[0].tolist()) - {0}
-        for pair in distinct[1:]:
-            shared &= set(pair.tolist())
-        if len(shared) == 1:
-            found[position, 0] = shared.pop()
+    cells = units[lines(labels, axis).T.numpy()]
+    # All cells of a position share the unit that takes them all; another one that a
+    # cell has takes it alone.
+    first = cells[:, 0]
+    found = np.zeros_like(first)
+    n_found = np.zeros(len(first), np.int64)
+    for side in (0, 1):
+        candidate = first[:, side]
+        has_it = (cells == candidate[:, None, None]).any(2).all(1)
+        is_shared = has_it & (candidate > 0)
+        positions = is_shared.nonzero()[0]
+        found[positions, n_found[positions]] = candidate[positions]
+        n_found[positions] += 1
     return found
 
 

@@ -77,6 +77,9 @@ def split(call: Call) -> str | None:
     # What unequal parts keep is the code's own choice, which only the proof can test.
     if len(parts) < 2 or len({part.shape for part in parts}) > 1:
         return None
+    # Sizes in attributes follow what is left of each part.
+    if tracer.is_cut_by_attribute:
+        return None
     axis = call["dim"] % parts[0].ndim
     if axis in varying_axes(tracer.labels(call.args[0])):
         rows = compress(torch.stack(parts)).reshape(len(parts), -1)
