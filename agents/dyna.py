@@ -138,7 +138,11 @@ def train_dyna(
     if log is not None:
         shutil.rmtree(log / "dyna", ignore_errors=True)
     seed = recorder.config.seed
-    learner = cast(PPO, make_learner("dyna", model_env, len(env.groups), seed, log))
+    changes = recorder.config.hyperparameters
+    learner = make_learner(
+        "dyna", model_env, len(env.groups), seed, log, changes=changes
+    )
+    learner = cast(PPO, learner)
     recorder.predict_rewards = model_env.predict_rewards
     warm_start = _make_warm_start(start, env) if start is not None else None
     while recorder.remaining:
@@ -154,7 +158,7 @@ def train_dyna(
         recorder.on_pause("practising for all budgets")
         _practise(learner, PRACTICE, _FadingRate())
     learner.logger.close()
-    return policy_of("dyna", learner)
+    return policy_of("dyna", learner, changes=changes)
 
 
 def _practise(learner: PPO, updates: int, *callbacks: BaseCallback) -> None:

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from autoprune.agents.algorithms import ALGORITHMS
 from autoprune.agents.baselines import BASELINES
 from autoprune.agents.dyna import train_dyna
+from autoprune.agents.events import episode_events
 from autoprune.agents.finalists import (
     Finalist,
     choose_finalists,
@@ -42,12 +43,18 @@ from autoprune.agents.policies import starting_policy
 from autoprune.agents.recorder import Episode, Recorder
 from autoprune.agents.replay import Policy
 from autoprune.agents.searchers import check_agent
+from autoprune.agents.settings import check_hyperparameters
 from autoprune.agents.training import train
 from autoprune.config import SearchConfig
 from autoprune.costs.budget import BudgetRange
 from autoprune.envs.layer_pruning import LayerPruningEnv
+from autoprune.errors import UserError
 from autoprune.runs import RunFolder
 
+OwnAgent = Callable[[Recorder], Policy | None]
+"""Plays a recorder's episodes, as the functions in `BASELINES` do; returns the policy
+that it has learned, if any.
+"""
 AGENTS = (*ALGORITHMS, *BASELINES)
 """Whoever can search: what `--agent` may name."""
 
@@ -91,6 +98,7 @@ def search(
     folder: RunFolder | None = None,
     on_episode: Callable[[Episode], None] = lambda episode: None,
     on_pause: Callable[[str], None] = lambda what: None,
+    agent: OwnAgent | None = None,
 ) -> SearchResult:
     """Runs one agent or baseline and chooses among its finalists.
 
@@ -103,18 +111,36 @@ def search(
         folder: Run folder for log, checkpoint and TensorBoard events.
         on_episode: Called after each episode, for progress.
         on_pause: Called with what is done where no episode ends for a while.
+        agent: An agent of one's own, in the place of the one that `config` names: it
+            plays the recorder's episodes, and may return a policy.
 
     Raises:
-        UserError: If the agent is unknown, a checkpoint is damaged, or the policy to
-            start from can't be used.
+        UserError: If the agent is unknown or plays no episode, a checkpoint is damaged,
+            or a hyperparameter or the policy to start from can't be used.
     """
-    check_agent(config.agent, env.budget)
+    if agent is None:
+        check_agent(config.agent, env.budget)
+        check_hyperparameters(config.agent, config.hyperparameters, bool(config.policy))
     started = time.perf_counter()
-    recorder = Recorder(env, config, folder, on_episode, on_pause)
     # Scores that a resumed search gets back from its log are none of the proxy's, so
     # they are counted in below.
     evaluations_before = env.proxy.evaluations
-    policy = _run_agent(recorder, config, folder)
+    with episode_events(folder, env) as write_events:
+
+        def note_episode(episode: Episode) -> None:
+            write_events(episode)
+            on_episode(episode)
+
+        recorder = Recorder(env, config, folder, note_episode, on_pause)
+        if agent is None:
+            policy = _run_agent(recorder, config, folder)
+        else:
+            policy = agent(recorder)
+    if not recorder.episodes:
+        raise UserError(
+            "agent",
+            "it played no episode; call recorder.run_episodes while recorder.remaining",
+        )
     recorder.on_pause("comparing the best")
     front: list[Finalist] = []
     uniform: list[Finalist] = []

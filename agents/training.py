@@ -7,13 +7,13 @@ whole-episode returns, since the only reward comes at the end.
 """
 
 import math
+from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, configure
@@ -27,15 +27,7 @@ from autoprune.agents.checkpoint import restore_learner, save_learner
 from autoprune.agents.recorder import LANES, START_STD, Recorder
 from autoprune.agents.replay import Policy, make_actor
 from autoprune.agents.sb3_env import RecordedVecEnv, SB3VecEnv
-
-
-def hyperparameters(name: str) -> dict:
-    """The settings of an algorithm, from `agents/hyperparameters/NAME.yaml`.
-
-    `from_a_policy` among them says what differs for a learner that starts from one.
-    """
-    path = Path(__file__).parent / "hyperparameters" / f"{name}.yaml"
-    return yaml.safe_load(path.read_text())
+from autoprune.agents.settings import hyperparameters
 
 
 def make_learner(
@@ -45,6 +37,7 @@ def make_learner(
     seed: int,
     log: Path | None = None,
     start: Policy | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> BaseAlgorithm:
     """A learner whose deterministic policy is uniform pruning, or the one given.
 
@@ -55,8 +48,9 @@ def make_learner(
         seed: Seed of weights and exploration.
         log: Folder of TensorBoard events; the learner's go into one of its name.
         start: A trained policy of the same class to start from.
+        changes: As for `hyperparameters`.
     """
-    settings = hyperparameters(name)
+    settings = hyperparameters(name, changes)
     differences = settings.pop("from_a_policy", {})
     if start is not None:
         settings["policy_kwargs"] = start.policy_kwargs
@@ -97,7 +91,8 @@ def _with_schedule(settings: dict, n_steps: int, n_lanes: int) -> dict:
     updates_per_step = settings.pop("updates_per_step", None)
     if updates_per_step is None:
         # On-policy: an update after each batch of episodes.
-        batch_size = n_lanes * n_steps // settings.pop("n_minibatches")
+        # At least two steps: a single one has no advantage beside others.
+        batch_size = max(2, n_lanes * n_steps // settings.pop("n_minibatches"))
         return settings | {"n_steps": n_steps, "batch_size": batch_size}
     # Off-policy: the same rhythm, and n-step returns as long as an episode.
     return settings | {
@@ -306,7 +301,9 @@ def train(
     # At least two: of a single step no advantage can be told.
     n_lanes = min(LANES, max(2, config.episodes))
     lanes = RecordedVecEnv(recorder, n_lanes, warm_start)
-    learner = make_learner(name, lanes, n_steps, config.seed, log, start)
+    learner = make_learner(
+        name, lanes, n_steps, config.seed, log, start, config.hyperparameters
+    )
     n_done = 0
     if checkpoint is not None and checkpoint.exists():
         n_done = restore_learner(learner, checkpoint)
@@ -321,14 +318,14 @@ def train(
         )
     # Events are written by a thread of their own, which ends here.
     learner.logger.close()
-    return policy_of(name, learner, start)
+    return policy_of(name, learner, start, config.hyperparameters)
 
 
 def _callbacks(
     name: str, recorder: Recorder, checkpoint: Path | None
 ) -> list[BaseCallback]:
     """What is called while an algorithm learns."""
-    settings = hyperparameters(name)
+    settings = hyperparameters(name, recorder.config.hyperparameters)
     callbacks: list[BaseCallback] = [
         ExecutedAction(),
         Checkpoints(recorder, checkpoint),
@@ -339,15 +336,23 @@ def _callbacks(
     return callbacks
 
 
-def policy_of(name: str, learner: BaseAlgorithm, start: Policy | None = None) -> Policy:
+def policy_of(
+    name: str,
+    learner: BaseAlgorithm,
+    start: Policy | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Policy:
     """The policy of a learner.
 
     Args:
         name: A key of `ALGORITHMS`.
         learner: A learner on an `SB3VecEnv`.
         start: The policy that it was made from, if any.
+        changes: As for `hyperparameters`.
     """
-    kwargs = start.policy_kwargs if start else hyperparameters(name)["policy_kwargs"]
+    kwargs = hyperparameters(name, changes)["policy_kwargs"]
+    if start:
+        kwargs = start.policy_kwargs
     lanes = learner.get_env()
     assert isinstance(lanes, SB3VecEnv), "make_learner gave it one"
     return Policy.from_learner(name, learner, kwargs, lanes.env.observer)

@@ -628,6 +628,11 @@ class SearchConfig(_Excluding):
     agent along. One that knows less than half of the network only leads the first ten
     episodes.
     """
+    hyperparameters: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Settings of a learning agent that count instead of those in its file, one by one,
+    as in --hyperparameters.learning_rate 1e-4, or a YAML file of them. Each agent's are
+    in agents/hyperparameters/.
+    """
     episodes: int = 300
     """Allocations to try; each is one evaluation."""
     seed: int = 0

@@ -19,10 +19,10 @@ from autoprune.agents.recorder import Recorder
 from autoprune.agents.replay import Policy, replay
 from autoprune.agents.sb3_env import RecordedVecEnv
 from autoprune.agents.search import search
+from autoprune.agents.settings import hyperparameters
 from autoprune.agents.training import (
     ALGORITHMS,
     ExecutedAction,
-    hyperparameters,
     make_learner,
     train,
 )

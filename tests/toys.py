@@ -16,7 +16,8 @@ from autoprune.agents.dyna import ModelEnv
 from autoprune.agents.recorder import Recorder
 from autoprune.agents.replay import Policy
 from autoprune.agents.sb3_env import RecordedVecEnv
-from autoprune.agents.training import hyperparameters, make_learner
+from autoprune.agents.settings import hyperparameters
+from autoprune.agents.training import make_learner
 from autoprune.config import DataConfig, FinetuneConfig, ProxyConfig, SearchConfig
 from autoprune.costs.budget import Budget
 from autoprune.data.datasets import Splits, load

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from autoprune.agents.policy_files import check_start
 from autoprune.agents.searchers import check_agent, parse_baselines
+from autoprune.agents.settings import check_hyperparameters
 from autoprune.config import OutputConfig, Settings
 from autoprune.costs.budget import parse_budget
 from autoprune.data.known_models import check_model
@@ -56,9 +57,11 @@ def check_new(settings: Settings, output: OutputConfig) -> None:
         UserError: For the first thing that is wrong.
     """
     parse_baselines(output.baselines, settings.search.agent)
+    search = settings.search
+    check_hyperparameters(search.agent, search.hyperparameters, bool(search.policy))
     # A run that goes on has a copy of the policy that it started from.
     if not output.resume:
-        check_start(settings.search.agent, settings.search.policy)
+        check_start(search.agent, search.policy)
 
 
 def check_data(name: str) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from pathlib import Path
 from types import MappingProxyType
 
 from jsonargparse import Namespace
@@ -120,7 +121,7 @@ def _flag(command: str | None, argument: str) -> str:
 
 def _parse(arguments: list[str] | None) -> Namespace:
     """The options, read once more where something given sets other defaults."""
-    words = sys.argv[1:] if arguments is None else arguments
+    words = _with_hyperparameters(sys.argv[1:] if arguments is None else arguments)
     given = None
     for word in words:
         # The options before a command take no values.
@@ -133,6 +134,23 @@ def _parse(arguments: list[str] | None) -> Namespace:
         return options
     # As defaults and in a second pass, so that whatever was typed still counts more.
     return build_parser(given, defaults).parse_args(words)
+
+
+def _with_hyperparameters(words: list[str]) -> list[str]:
+    """A command line with a file of hyperparameters replaced by what it holds.
+
+    So the run's config has them, whatever becomes of the file.
+    """
+    option = "--hyperparameters"
+    replaced = []
+    for place, word in enumerate(words):
+        before, equals, value = word.partition("=")
+        if before == option and equals and Path(value).is_file():
+            word = f"{option}={Path(value).read_text(encoding='utf-8')}"
+        elif place and words[place - 1] == option and Path(word).is_file():
+            word = Path(word).read_text(encoding="utf-8")
+        replaced.append(word)
+    return replaced
 
 
 @cache

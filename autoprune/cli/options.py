@@ -39,6 +39,7 @@ ACTS_ONLY: set[str | int] = {
     "granularity",
     "agent",
     "policy",
+    "hyperparameters",
     "episodes",
     "seed",
     "finalists",

@@ -146,8 +146,8 @@ def _search_with_progress(
     folder.root.mkdir(parents=True, exist_ok=True)
     config = context.settings.search
     if agent != config.agent:
-        # A baseline starts from no policy.
-        config = dataclasses.replace(config, agent=agent, policy="")
+        # What is left out is for the agent alone.
+        config = dataclasses.replace(config, agent=agent, policy="", hyperparameters={})
     is_range = isinstance(env.budget, BudgetRange)
     best = float("-inf")
     with progress(agent, config.episodes) as advance:
