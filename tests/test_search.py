@@ -143,8 +143,8 @@ def fewer_updates(monkeypatch):
     """
     usual = training.hyperparameters
 
-    def fewer(name):
-        settings = usual(name)
+    def fewer(name, changes=None):
+        settings = usual(name, changes)
         if "updates_per_step" in settings:
             settings["updates_per_step"] = 1
         return settings
