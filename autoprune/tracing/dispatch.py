@@ -19,7 +19,7 @@ from autoprune.tracing.rules.contractions import (
     batched_product,
     linear,
 )
-from autoprune.tracing.rules.convolutions import convolution
+from autoprune.tracing.rules.convolutions import convolution, deformable_convolution
 from autoprune.tracing.rules.movements import (
     copy,
     indexing,
@@ -37,6 +37,7 @@ MOVING_RULES = (movement, reshape, copy, split, slicing, indexing)
 or none that lasts."""
 MULTIPLYING_RULES = (
     convolution,
+    deformable_convolution,
     linear,
     batched_product,
     attention,

@@ -26,6 +26,7 @@ from autoprune.tracing.dispatch import (
     track_labels,
 )
 from autoprune.tracing.pruned_sizes import PrunedSizes
+from autoprune.tracing.rules.along_axes import distances
 from autoprune.tracing.rules.contractions import vector_product, weight_norm
 from autoprune.tracing.rules.norms import (
     axis_scan,
@@ -304,6 +305,7 @@ def _scatter(
 
 MASKED: dict[Rule, Callable[[Call, Tensor], object]] = {
     **dict.fromkeys(MULTIPLYING_RULES, _multiply_with_zeros),
+    distances: _multiply_with_zeros,
     reduction: _reduce_remaining,
     axis_scan: _scan_remaining,
     layer_norm: _normalise_remaining,

@@ -1,5 +1,7 @@
 """Rules of convolutions: kernels that are parameters, or the same for every channel."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,31 @@ def convolution(call: Call) -> str | None:
     return None
 
 
+def deformable_convolution(call: Call) -> str | None:
+    """A convolution that reads at places which another layer has computed.
+
+    Dai et al. 2017, Deformable Convolutional Networks. Offsets and their weights lie on
+    channels that mean places of the kernel, so none of those can go.
+    """
+    tracer = call.tracer
+    for name in ("offset", "mask"):
+        reason = "tells a deformable convolution its places"
+        tracer.book.pin(tracer.labels(call[name]), reason)
+    n_groups = call["offset_groups"]
+    channels = tracer.unify_axis(call["input"], 1)
+    # Each group of channels has places of its own, and stays as large as the others.
+    tracer.book.join_lines(channels.view(n_groups, -1))
+    return convolution(call)
+
+
+def _option(call: Call, name: str, default: Any) -> Any:
+    """An argument that not every convolution has."""
+    try:
+        return call[name]
+    except KeyError:
+        return default
+
+
 def _convolve_without_parameter(call: Call) -> str | None:
     """A convolution whose kernel is no parameter, or not as a whole.
 
@@ -88,7 +115,7 @@ def _share_kernel(call: Call, axis: int) -> None:
     channels = tracer.unify_axis(call["input"], axis)
     n_each = call.out.shape[axis] // len(channels)
     outputs = channels.repeat_interleave(n_each)
-    tensor = call["input"] if call["transposed"] else call.out
+    tensor = call["input"] if _option(call, "transposed", False) else call.out
     n_products = tensor.numel() * call["weight"].shape[1:].numel()
     tracer.products.append((outputs, n_products // len(outputs)))
     if axis == 1:
@@ -99,7 +126,7 @@ def _share_kernel(call: Call, axis: int) -> None:
 def _count_fixed_convolution(call: Call) -> None:
     """Counts the multiply-accumulates of a convolution that stays as it is."""
     # A transposed convolution applies its kernel at every place of the input.
-    tensor = call["input"] if call["transposed"] else call.out
+    tensor = call["input"] if _option(call, "transposed", False) else call.out
     n_products = tensor.numel() * call["weight"].shape[1:].numel()
     call.tracer.products.append((NO_CHANNEL, n_products))
 
@@ -107,12 +134,14 @@ def _count_fixed_convolution(call: Call) -> None:
 def _convolution_layer(call: Call, name: str, kind: str) -> Layer:
     """A convolution as costs see it."""
     x = call["input"]
-    size = tuple((x if call["transposed"] else call.out).shape[2:])
+    size = tuple((x if _option(call, "transposed", False) else call.out).shape[2:])
     # Windows of an image may lie on the batch axis.
     positions = len(x) * torch.Size(size).numel()
     # One row high where there is one spatial axis; of three, the last two.
     height, width = (1, *size)[-2:]
-    return Layer(name, kind, positions, (height, width), call["stride"][0])
+    # A deformable one has a stride for each axis under a name of its own.
+    stride = _option(call, "stride_h", None) or call["stride"][0]
+    return Layer(name, kind, positions, (height, width), stride)
 
 
 def _join_conv_groups(
@@ -143,7 +172,7 @@ def _use_kernel(
     second = inputs
     first_role = "produce"
     second_role = "consume"
-    if call["transposed"]:
+    if _option(call, "transposed", False):
         first, second = second, first
         first_role, second_role = second_role, first_role
     first_axis = view.original_axis(0)

@@ -26,6 +26,10 @@ MAX_PARTS = 8
 channel of many, is hardly computed from the width."""
 
 
+ORDERED = "depends on the order of channels"
+"""Why channels stay over which an operation runs."""
+
+
 def movement(call: Call) -> str | None:
     """Operations that only move data are executed on the labels themselves."""
     tracer = call.tracer
@@ -244,6 +248,8 @@ def indexing(call: Call) -> str | None:
     # A mask of booleans decides by its values how many elements there are.
     if any(tensor.dtype == torch.bool for tensor in positions):
         call.refuse()
+    if positions and call.func.overloadpacket is torch.ops.aten.gather:
+        return addressing(call)
     if positions:
         return "reads at positions that are computed"
     is_embedding = call.func.overloadpacket is torch.ops.aten.embedding
@@ -259,6 +265,36 @@ def indexing(call: Call) -> str | None:
         tracer.mark_parameter(call.out, *[view.apply(read) for view in views])
     else:
         tracer.label(call.out, read(tracer.labels(data)))
+    return None
+
+
+def addressing(call: Call) -> str | None:
+    """Reading and writing at positions along one axis: `gather`, `scatter`.
+
+    Positions and values are as many as the channels, so all go together.
+    """
+    tracer = call.tracer
+    x = call.args[0]
+    axis = call["dim"] % x.ndim
+    main = tracer.labels(x)
+    for tensor in call.tensors():
+        labels = tracer.labels(tensor)
+        if axis in varying_axes(labels) and tensor.ndim == x.ndim:
+            return ORDERED
+    # `index_add` has one list of positions for all.
+    others = [tensor for tensor in list(call.tensors())[1:] if tensor.ndim == x.ndim]
+    first = main.narrow(axis, 0, 1)
+    for tensor in others:
+        labels = tracer.labels(tensor).narrow(axis, 0, 1)
+        is_known = tracer.is_activation(tensor) or labels.any()
+        for other in varying_axes(first):
+            if labels.shape[other] != first.shape[other]:
+                return "writes into a part of the channels"
+        if is_known or tensor.is_floating_point():
+            met = [axis for axis in varying_axes(first) if labels.shape[axis] > 1]
+            if met:
+                tracer.book.join(labels.expand(first.shape), first)
+    tracer.label(call.out, first.expand(call.out.shape))
     return None
 
 

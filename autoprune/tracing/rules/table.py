@@ -9,6 +9,7 @@ this module, says how.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,16 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from autoprune.structure.labels import CONSTANT, take_at_origin, varying_axes
+from autoprune.tracing.rules.along_axes import (
+    along,
+    distances,
+    overlapping_windows,
+    position_of,
+    sampling,
+    triangle,
+    windows,
+    writing,
+)
 from autoprune.tracing.rules.contractions import (
     attention,
     batched_product,
@@ -24,8 +35,9 @@ from autoprune.tracing.rules.contractions import (
     vector_product,
     weight_norm,
 )
-from autoprune.tracing.rules.convolutions import convolution
+from autoprune.tracing.rules.convolutions import convolution, deformable_convolution
 from autoprune.tracing.rules.movements import (
+    addressing,
     channel_shuffle,
     concatenation,
     constant,
@@ -96,7 +108,7 @@ def rule_for(func: OpOverload) -> Rule:
     It is the one in the table, else PyTorch's pointwise tag decides, else `unknown`.
     All overloads of an operation have one rule.
     """
-    rule = RULES.get(func.overloadpacket)
+    rule = RULES.get(func.overloadpacket) or FOREIGN_RULES.get(func._schema.name)
     if rule is None:
         rule = pointwise if torch.Tag.pointwise in func.tags else unknown
     return rule
@@ -203,6 +215,11 @@ def _main_operand(call: Call, operands: list[Tensor], axes: list[list[int]]) -> 
     return max(range(len(operands)), key=rank)
 
 
+def pointwise_with_buffer(call: Call) -> str | None:
+    """An elementwise operation that returns something for its gradient as well."""
+    return pointwise(replace(call, out=call.out[0]))
+
+
 def in_place_copy(call: Call) -> str | None:
     """`copy_` fills a blank buffer with the source's labels.
 
@@ -250,6 +267,8 @@ RULES: dict[Any, Rule] = {
     aten._log_softmax: axis_scan,
     aten._safe_softmax: axis_scan,
     aten.cumsum: axis_scan,
+    aten.cumprod: axis_scan,
+    aten.logcumsumexp: axis_scan,
     # Movements of data.
     aten.constant_pad_nd: pad,
     aten.view: reshape,
@@ -274,6 +293,7 @@ RULES: dict[Any, Rule] = {
     aten.unsqueeze: movement,
     aten.squeeze: movement,
     aten.flip: movement,
+    aten.rot90: movement,
     aten.unbind: movement,
     aten.repeat: movement,
     aten.unfold: movement,
@@ -305,9 +325,37 @@ RULES: dict[Any, Rule] = {
     aten._upsample_bilinear2d_aa: spatial,
     aten._upsample_bicubic2d_aa: spatial,
     aten.upsample_nearest3d: spatial,
+    aten.upsample_trilinear3d: spatial,
+    aten._upsample_nearest_exact1d: spatial,
+    aten._upsample_nearest_exact3d: spatial,
     aten.reflection_pad1d: spatial,
     aten.reflection_pad2d: spatial,
+    aten.reflection_pad3d: spatial,
+    aten.replication_pad1d: spatial,
     aten.replication_pad2d: spatial,
+    aten.replication_pad3d: spatial,
+    aten.adaptive_max_pool3d: spatial,
+    aten.fractional_max_pool2d: spatial,
+    aten.fractional_max_pool3d: spatial,
+    aten.max_unpool2d: spatial,
+    aten.max_unpool3d: spatial,
+    aten.grid_sampler_2d: sampling,
+    aten.grid_sampler_3d: sampling,
+    # Operations along axes that they name, over which channels may not lie.
+    **dict.fromkeys((aten.sort, aten.topk, aten.cummax, aten.cummin), along),
+    **dict.fromkeys((aten._fft_r2c, aten._fft_c2c, aten._fft_c2r), along),
+    aten.argmax: position_of,
+    aten.argmin: position_of,
+    aten.tril: triangle,
+    aten.triu: triangle,
+    aten.scatter: addressing,
+    aten.scatter_add: addressing,
+    aten.index_add: addressing,
+    aten.index_put: writing,
+    aten.index_put_: writing,
+    aten.im2col: windows,
+    aten.col2im: overlapping_windows,
+    aten._cdist_forward: distances,
     # Regroupings between channels and pixels, and of channels.
     aten.as_strided_: restride,
     aten.pixel_shuffle: pixel_shuffle,
@@ -328,6 +376,14 @@ RULES: dict[Any, Rule] = {
     aten.logsumexp: reduction,
     aten.linalg_vector_norm: reduction,
     aten.norm: reduction,
+    aten.std_mean: reduction,
+    aten.prod: reduction,
+    aten.any: reduction,
+    aten.all: reduction,
+    aten.aminmax: reduction,
+    aten.median: reduction,
+    aten.kthvalue: reduction,
+    aten.mode: reduction,
     # PyTorch forgot to tag these as pointwise.
     aten.hardswish: pointwise,
     aten.hardswish_: pointwise,
@@ -341,6 +397,7 @@ RULES: dict[Any, Rule] = {
     aten.soft_margin_loss: loss,
     aten.binary_cross_entropy: loss,
     aten.binary_cross_entropy_with_logits: loss,
+    aten.log_sigmoid_forward: pointwise_with_buffer,
     # Random numbers, by an activation's shape or its values.
     aten.rand_like: new_like,
     aten.randn_like: new_like,
@@ -405,6 +462,11 @@ entry has to be made before `trace` runs, and holds for the whole process. An ex
 rule may fit: `movement` for whatever only moves elements, `spatial`, `reduction`,
 `axis_scan` and `pointwise`.
 """
+
+FOREIGN_RULES: dict[str, Rule] = {
+    "torchvision::deform_conv2d": deformable_convolution,
+}
+"""The same for other libraries' operations, by name, so that none is imported here."""
 
 PARAMETER_RULES: dict[Rule, Rule] = {
     pointwise: combine,
