@@ -228,7 +228,7 @@ def _train_epoch(
         schedule.step()
         _check_weights(model)
     assert inputs is not None, "an epoch has one batch at least"
-    _check_answers(model, inputs)
+    _check_network(model, inputs)
     return torch.stack(losses).mean().item()
 
 
@@ -242,11 +242,14 @@ def _check_weights(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _check_answers(model: nn.Module, inputs: Tensor) -> None:
-    """Raises a `FloatingPointError` unless what the network answers is finite.
+def _check_network(model: nn.Module, inputs: Tensor) -> None:
+    """Raises a `FloatingPointError` unless a network and its answers are finite.
 
     In eval mode it reads running statistics, which no training loss shows.
     """
+    for name, buffer in model.named_buffers():
+        if not buffer.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite")
     with in_eval_mode(model):
         answers = tensors_in(model(inputs[:N_CHECKED]))
     if not all(answer.isfinite().all() for answer in answers):
