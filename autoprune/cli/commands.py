@@ -309,9 +309,10 @@ def finetune(options: Namespace) -> None:
         given = {"epochs": options.epochs, "lr": options.finetune.lr}
         settings = job.settings
         config = _replace_given(settings.finetune, given)
-        settings = dataclasses.replace(settings, finetune=config)
-        # In memory only: config.yaml keeps what the run was started with.
-        job.dense = dataclasses.replace(job.dense, settings=settings)
+        if config != settings.finetune:
+            settings = dataclasses.replace(settings, finetune=config)
+            # In memory only: config.yaml keeps what the run was started with.
+            job.dense = dataclasses.replace(job.dense, settings=settings)
         if not options.resume:
             # A finished training leaves its checkpoint, and with it this one would end
             # at once.

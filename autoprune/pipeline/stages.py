@@ -34,6 +34,7 @@ from autoprune.pipeline.remarks import dense_remarks, speed_remarks
 from autoprune.reporting.report import write_report
 from autoprune.results import Results
 from autoprune.runs import RunFolder
+from autoprune.training.checkpoint import Checkpoint, training_of
 from autoprune.training.loop import EpochCallback, finetune
 from autoprune.training.sparse import SPARSE
 
@@ -229,6 +230,12 @@ def prune_stage(
         decision = method.load(context, folder)
         pruned = method.build(context, decision)
         plan = context.network_plan | {"stage": "pruned"} | decision.plan(context)
+        # `finetune RUN` may have left the checkpoint of a training with other settings
+        # than the run's, which would be in the way of fine-tuning.
+        tuning = context.settings.finetune
+        epochs = tuning.epochs_for(len(context.splits.train))
+        training = training_of(tuning, epochs, context.settings.search.seed)
+        Checkpoint(folder.finetune_checkpoint, training).remove_other()
         # Fine-tuning starts over from another network, so its numbers go as well.
         replace_pruned(folder, pruned, plan, "accuracy_pruned")
         # Without zeros, since masks make no tensor smaller.

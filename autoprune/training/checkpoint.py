@@ -104,10 +104,9 @@ class Checkpoint:
         if self.path is None or not self.path.exists():
             return 0, None
         try:
-            # Without unpickling objects: a file may come from anywhere.
-            state = torch.load(self.path, weights_only=True)
-            n_finished, planned = state["epoch_of"]
-            stored = state.get("training", {}) | {"epochs": planned}
+            state = self._read()
+            n_finished, _ = state["epoch_of"]
+            stored = state["training"]
             # Another training is no damage: it has an error of its own, below.
             if not self._differences(stored):
                 progress.model.load_state_dict(state["model"])
@@ -126,6 +125,26 @@ class Checkpoint:
             ) from error
         self._check_same(stored)
         return n_finished, state.get("loss")
+
+    def _read(self) -> dict[str, Any]:
+        """What the file holds."""
+        assert self.path is not None, "asked for by those who have a file"
+        # Without unpickling objects: a file may come from anywhere.
+        state = torch.load(self.path, weights_only=True)
+        # Those of earlier versions know no more of their training than its length.
+        _, planned = state["epoch_of"]
+        return state | {"training": state.get("training", {}) | {"epochs": planned}}
+
+    def remove_other(self) -> None:
+        """Removes the file if it is of another training than this, or damaged."""
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            is_other = bool(self._differences(self._read()["training"]))
+        except Exception:  # torch raises a dozen types for a damaged file
+            is_other = True
+        if is_other:
+            self.remove()
 
     def remove(self) -> None:
         """Removes the file, if there is one."""
