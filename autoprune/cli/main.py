@@ -203,7 +203,7 @@ def build_parser(
 
     Args:
         given: The only command to get its options, since adding all of them takes a
-            while; None, or what is no command, for all.
+            while; None for all.
         defaults: Of its options those whose default follows from the others.
     """
     parser = Parser(
@@ -218,7 +218,7 @@ def build_parser(
     parser.commands = {}
     for name, command in COMMANDS.items():
         subparser = Parser(description=command.help)
-        if name == given or given not in COMMANDS:
+        if given is None or name == given:
             command.options(subparser)
             verbosity_options(subparser)
         if name == given:

@@ -7,8 +7,6 @@ from typing import Any
 
 from autoprune.config import Settings
 from autoprune.errors import UserError
-from autoprune.reporting.figures import accuracy_cost, render_svg
-from autoprune.reporting.pages import render_page
 from autoprune.reporting.wording import (
     NOTHING,
     duration_text,
@@ -195,6 +193,8 @@ def write_comparison(runs: Sequence[FinishedRun], path: Path) -> None:
         runs: The runs.
         path: The page's file.
     """
+    from autoprune.reporting.pages import render_page
+
     differing = differences(runs)
     setting_rows = []
     for name, values in differing.items():
@@ -254,6 +254,9 @@ def _facts(runs: Sequence[FinishedRun]) -> list[list[str]]:
 
 
 def _figure(runs: Sequence[FinishedRun]) -> str:
+    # Here, since matplotlib takes a while that a refusal needn't wait for.
+    from autoprune.reporting.figures import accuracy_cost, render_svg
+
     metric = _metric(runs)
     points = [(run.share(metric), run.number("accuracy")) for run in runs]
     dense = {}
