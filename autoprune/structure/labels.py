@@ -262,6 +262,11 @@ class LabelBook:
         return cells
 
     @property
+    def n_pins(self) -> int:
+        """How many times something was pinned."""
+        return len(self._pins)
+
+    @property
     def n_joins(self) -> int:
         """How many joins were made; each may change representatives."""
         return len(self._edges)

@@ -29,9 +29,9 @@ from autoprune.tracing.units import (
     removed_units,
 )
 
-N_TRIALS = 4
+N_TRIALS = 8
 """Random choices of channels with which a demand is tried. Lengths are sums of counts;
-two that differ agree by chance now and then, hardly four times."""
+two that differ agree by chance now and then, hardly eight times."""
 MAX_ROUNDS = 100
 """So often all demands are looked at again; joins for one can break another."""
 
@@ -64,7 +64,7 @@ def solve_sizes(
     for _ in range(MAX_ROUNDS):
         trials = _Trials(tracer, representatives)
         values = _attribute_values(demands)
-        n_joins = tracer.book.n_joins
+        n_changes = tracer.book.n_joins + tracer.book.n_pins
         tied: set[int] = set()
         for demand in demands:
             if trials.hold(demand, values):
@@ -74,7 +74,7 @@ def solve_sizes(
             if not tied & units:
                 _tie(tracer, demand, values, trials.units)
                 tied |= units
-        if tracer.book.n_joins == n_joins:
+        if tracer.book.n_joins + tracer.book.n_pins == n_changes:
             break
         representatives = solve_constraints(tracer.book)
     return representatives, values
@@ -102,10 +102,11 @@ class _Trials:
             values: Attribute to what it follows from.
 
         Returns:
-            The lengths, or None where one can't be computed.
+            The lengths, NaN in trials that leave nothing to divide by; or None where
+            one follows from an attribute of which nothing is known.
         """
         if isinstance(source, int):
-            return np.full(N_TRIALS, source)
+            return np.full(N_TRIALS, float(source))
         if isinstance(source, AttributePlace):
             return self.length(values[source], values) if source in values else None
         if isinstance(source, AxisSize):
@@ -115,8 +116,9 @@ class _Trials:
         if left is None or right is None:
             return None
         # An axis of which a trial left nothing divides nothing.
-        if source.operation == "floordiv" and not right.all():
-            return None
+        divisor = np.where(right == 0, np.nan, right)
+        if source.operation == "floordiv":
+            right = divisor
         return OPERATIONS[source.operation](left, right)
 
     def units_of(self, demand: Demand) -> set[int]:
@@ -133,9 +135,9 @@ class _Trials:
             if axis.has_channels:
                 own = axis_units(axis.labels, axis.axis, self.units)
                 is_gone = self.is_removed[:, own].any(2)
-                self._lengths[axis] = (~is_gone).sum(1)
+                self._lengths[axis] = (~is_gone).sum(1).astype(np.float64)
             else:
-                self._lengths[axis] = np.full(N_TRIALS, axis.dense)
+                self._lengths[axis] = np.full(N_TRIALS, float(axis.dense))
         return self._lengths[axis]
 
     def hold(self, demand: Demand, values: Values) -> bool:
@@ -145,7 +147,8 @@ class _Trials:
         if says is None or length is None:
             # What can't be computed can't be mended; the proof has the last word.
             return True
-        return bool((says * demand.n_parts == length).all())
+        difference = says * demand.n_parts - length
+        return not np.nan_to_num(difference).any()
 
 
 def _attribute_values(demands: list[Demand]) -> Values:
@@ -159,17 +162,46 @@ def _attribute_values(demands: list[Demand]) -> Values:
     """
     values: Values = {}
     # Sizes of axes without channels, such as an image's, say nothing of those with.
-    for must_have_channels in (True, False):
-        for demand in demands:
-            for source, length in (
-                (demand.source, demand.length),
-                (demand.length, demand.source),
-            ):
-                unknown = [item for item in _attributes(source) if item not in values]
-                has_channels = bool(_channel_axes(length, values))
-                if len(unknown) == 1 and (has_channels or not must_have_channels):
-                    _solve_for(source, length, demand.n_parts, values)
+    _solve_demands(demands, values, must_have_channels=True)
+    # Of `dim // n_paths` with both unknown, the divisor is taken to stay.
+    for demand in demands:
+        for attribute, dense in _divisors(demand.source):
+            values.setdefault(attribute, dense)
+    _solve_demands(demands, values, must_have_channels=True)
+    _solve_demands(demands, values, must_have_channels=False)
     return values
+
+
+def _solve_demands(
+    demands: list[Demand], values: Values, must_have_channels: bool
+) -> None:
+    """Finds the attributes that a demand with no other unknown tells of.
+
+    Args:
+        demands: In the order of the forward pass.
+        values: The known attributes; those that are found are added.
+        must_have_channels: Leave demands aside in which nothing can go.
+    """
+    for demand in demands:
+        for source, length in (
+            (demand.source, demand.length),
+            (demand.length, demand.source),
+        ):
+            unknown = [item for item in _attributes(source) if item not in values]
+            has_channels = bool(_channel_axes(length, values))
+            if len(unknown) == 1 and (has_channels or not must_have_channels):
+                _solve_for(source, length, demand.n_parts, values)
+
+
+def _divisors(source: Source) -> list[tuple[AttributePlace, int]]:
+    """The attributes by which a computed size divides, with what they are."""
+    if not isinstance(source, ComputedSize):
+        return []
+    divisors = _divisors(source.left) + _divisors(source.right)
+    is_divided = source.operation == "floordiv"
+    if is_divided and isinstance(source.right, AttributePlace):
+        divisors.append((source.right, source.dense[1]))
+    return divisors
 
 
 def _solve_for(source: Source, length: Source, n_parts: int, values: Values) -> None:
@@ -256,6 +288,7 @@ def _tie(tracer: Tracer, demand: Demand, values: Values, units: np.ndarray) -> N
     """Joins the channels of an axis with those from which the code computes its length.
 
     Any pairing makes them equally many; positions that code counts alike are joined.
+    Where one of the two never changes, the channels of the other are pinned.
 
     Args:
         tracer: The notebook of the forward pass.
@@ -263,10 +296,19 @@ def _tie(tracer: Tracer, demand: Demand, values: Values, units: np.ndarray) -> N
         values: Attribute to what it follows from.
         units: Those of every label, `(n_labels, 2)`.
     """
-    for axis in _channel_axes(demand.length, values):
-        for source in _channel_axes(demand.source, values):
+    axes = _channel_axes(demand.length, values)
+    sources = _channel_axes(demand.source, values)
+    for axis in axes:
+        for source in sources:
             if source is not axis and _tie_axes(tracer, source, axis, units):
                 return
+    if axes and sources:
+        return
+    # What has to be as long as something that never changes keeps all its channels.
+    for axis in [*axes, *sources]:
+        own = axis_units(axis.labels, axis.axis, units)
+        reason = "has to be as long as something that stays"
+        tracer.book.pin(torch.from_numpy(own[own > 0]), reason)
 
 
 def _tie_axes(
