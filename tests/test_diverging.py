@@ -262,3 +262,21 @@ def test_a_training_with_finished_epochs_keeps_its_settings(
     # What the search made use of never changes.
     folder.finetune_checkpoint.unlink()
     assert main([*resume, "--seed", "7"]) == 2
+
+
+def test_an_allocation_is_pruned_to_after_sparse_training_has_diverged(
+    pruned_run, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    network_options = RUN[: RUN.index("--agent")]
+    begin = ["prune", "--allocation", str(pruned_run / "allocation.json")]
+    options = [*network_options, *TRAININGS["sparse"], "--sparse.lr", "1e30"]
+    assert main([*begin, *options, "--out", str(folder)]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    # `run` would search, as nothing is decided yet.
+    told = re.search(r"autoprune (prune --resume --out \S+ --sparse\.lr 0\.01)$", line)
+    assert told is not None
+    assert main(told[1].split()) == 0
+    kept = json.loads((pruned_run / "allocation.json").read_text())["kept"]
+    assert json.loads((folder / "allocation.json").read_text())["kept"] == kept
+    assert all(p.isfinite().all() for p in load_pruned(folder / "pruned").parameters())

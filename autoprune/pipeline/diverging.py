@@ -12,7 +12,7 @@ MODERATE = 0.01
 
 @contextmanager
 def explained(
-    folder: RunFolder, stage: str, others: str = "", command: str = "run --resume --out"
+    folder: RunFolder, stage: str, others: str = "", command: str | None = None
 ) -> Iterator[None]:
     """Names the options of a training that diverges in the block.
 
@@ -22,7 +22,7 @@ def explained(
         folder: The run.
         stage: Stage of the settings that holds the training's rate.
         others: A further option that may be at fault.
-        command: What goes on with the run, up to its folder.
+        command: What goes on with the run, up to its folder; None for what resumes it.
 
     Raises:
         UserError: If the training diverged.
@@ -36,6 +36,15 @@ def explained(
         raise UserError(
             argument,
             f"the training diverged: {error.what} at a rate of {error.rate:g}; nothing "
-            f"was overwritten, go on with a lower one{also}: autoprune {command} "
-            f"{folder.root} --{argument} {rate:g}",
+            f"was overwritten, go on with a lower one{also}: autoprune "
+            f"{command or _resuming(folder)} {folder.root} --{argument} {rate:g}",
         ) from error
+
+
+def _resuming(folder: RunFolder) -> str:
+    """The command that resumes a run, up to its folder."""
+    options = folder.read_config().get("options", {})
+    # `run` would search where an allocation was given that isn't the run's own yet.
+    if options.get("allocation") and not folder.allocation.exists():
+        return "prune --resume --out"
+    return "run --resume --out"

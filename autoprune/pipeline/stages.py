@@ -273,7 +273,7 @@ def finetune_stage(
         model = method.build(context, decision)
         # A run whose fine-tuning is over goes on with nothing; it is tuned anew.
         is_over = plan["stage"] == "finetuned"
-        command = "finetune" if is_over else "run --resume --out"
+        command = "finetune" if is_over else None
         with explained(folder, "finetune", command=command):
             finetune(
                 model,
