@@ -48,7 +48,7 @@ def test_all_groups_pass_where_the_code_takes_any_width():
 
 @pytest.mark.parametrize("fixed", [[0], [3], [0, 5], [1, 2, 4]])
 def test_groups_that_cannot_run_alone_are_found_among_others(fixed):
-    groups = traced(lambda widths: all(widths[i] == WIDTHS[i] for i in fixed))
+    groups = traced(lambda widths: all(int(widths[i]) == WIDTHS[i] for i in fixed))
     assert set(groups.channels) == {
         f"convs.{i}" for i in range(len(WIDTHS)) if i not in fixed
     }
@@ -60,7 +60,9 @@ def test_groups_that_cannot_run_alone_are_found_among_others(fixed):
 
 
 def test_of_groups_that_fail_only_together_one_is_pinned():
-    groups = traced(lambda widths: widths[1] == WIDTHS[1] or widths[4] == WIDTHS[4])
+    groups = traced(
+        lambda widths: int(widths[1]) == WIDTHS[1] or int(widths[4]) == WIDTHS[4]
+    )
     assert len(groups) == len(WIDTHS) - 1
     (pinned,) = [
         group for group in groups.pinned if group.name in ("convs.1", "convs.4")
@@ -82,6 +84,12 @@ def test_widths_that_the_code_compares_go_together():
     assert len(groups) == len(WIDTHS) - 1
     joint = groups["convs.0"]
     assert {"convs.0.weight", "convs.5.weight"} <= {m.tensor for m in joint.members}
+
+
+def test_a_width_that_the_code_compares_with_a_number_stays():
+    groups = traced(lambda widths: widths[3] == WIDTHS[3])
+    assert len(groups) == len(WIDTHS) - 1
+    assert "has to be as long as" in groups.reasons["convs.3"]
 
 
 def test_large_networks_are_proven_in_float32(monkeypatch):
