@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
+from torch.utils.tensorboard import SummaryWriter
 
 from autoprune.agents.recorder import Episode
 from autoprune.costs.budget import BudgetRange
@@ -33,9 +34,6 @@ def episode_events(
     if folder is None:
         yield lambda episode: None
         return
-    # Here, since it takes a while and a search without a folder needs none.
-    from torch.utils.tensorboard import SummaryWriter
-
     place = folder.tensorboard / "episodes"
     # A resumed search is told its earlier episodes once more.
     shutil.rmtree(place, ignore_errors=True)
