@@ -214,15 +214,15 @@ ATTRIBUTE_SETTERS: dict[type[nn.Module] | str, AttributeSetter] = {
 }
 """Module class, or its full name, to what keeps its attributes true after pruning.
 
-A class of your own needs an entry if its code reads a width, a number of heads or the
-like from an attribute instead of from a tensor. For example, an attention that splits
-its channels with `x.unflatten(-1, (self.n_heads, -1))`, and whose buffer `scale` has
-one value for each head:
+A class of your own needs an entry where tracing doesn't see which size its code reads:
+integers in attributes, and in lists and tuples there, follow by themselves. For
+example, an attention that splits its channels with `x.unflatten(-1,
+(self.config["heads"], -1))`, and whose buffer `scale` has one value for each head:
 
 ```python
 def heads(module):
     def update():
-        module.n_heads = len(module.scale)
+        module.config = {"heads": len(module.scale)}
 
     return update
 
