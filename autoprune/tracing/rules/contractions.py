@@ -349,8 +349,10 @@ def attention(call: Call) -> str | None:
     if mask is not None and varying_axes(tracer.labels(mask)):
         # A learned bias of the logits has a value for each head.
         heads = weights.view(*out.shape[:2], *weights.shape[1:])
-        mask_labels = tracer.labels(mask).expand(heads.shape)
-        tracer.book.join(heads[..., 0, 0], mask_labels[..., 0, 0])
+        mask_labels = tracer.labels(mask).expand(heads.shape).flatten(2)
+        # Pairs of tokens share values; each different one is joined once.
+        mask_labels = mask_labels.unique(dim=2)
+        tracer.book.join(heads[..., 0, :1].expand(mask_labels.shape), mask_labels)
     labels = product(tracer, weights, value)
     if labels is None:
         return CROSSED
