@@ -228,6 +228,32 @@ class OneKey(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(B, N, -1))
 
 
+class CachedTable(BiasTable):
+    """LeViT's way: the table is looked up once in evaluation, and kept."""
+
+    def __init__(self, dim: int = WIDTH):
+        super().__init__(dim)
+        self.cache: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode:
+            self.cache = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, _ = x.shape
+        if self.training or "bias" not in self.cache:
+            bias = self.table.t()[:, self.index]
+            self.cache["bias"] = bias if self.training else bias.detach()
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        weights = (q * self.scale @ k.transpose(-2, -1) + self.cache["bias"]).softmax(
+            -1
+        )
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
 class Tokens(nn.Module):
     """A vision transformer around an attention."""
 
@@ -344,6 +370,7 @@ ATTENTIONS = (
     Rotary,
     SharedQuery,
     OneKey,
+    CachedTable,
 )
 OTHERS = (
     PartialConvolution,

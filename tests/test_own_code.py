@@ -83,6 +83,17 @@ class Literal(PartialConvolution):
         return self.head(x.mean((2, 3)))
 
 
+def test_what_a_network_keeps_of_evaluation_is_not_taken_for_constant():
+    model = randomise(networks()["CachedTable"].double()).eval()
+    x = example().double()
+    model(x)
+    groups = trace(model, x)
+    kept = random_kept(groups, 0, max_sparsity=0.5)
+    pruned = prune(model, groups, kept)
+    assert difference(pruned(x), mask(model, groups, kept)(x)) < 1e-9
+    assert not any(module.training for module in pruned.modules())
+
+
 def test_numbers_in_the_code_pin_what_they_split_and_nothing_else():
     groups = trace(randomise(Literal()).eval(), example())
     assert set(groups.channels) == {"conv"}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from autoprune.structure.attention import is_instance_of, open_attention
 from autoprune.structure.attribute_setters import ATTRIBUTE_SETTERS, Update
+from autoprune.structure.caches import drop_caches
 from autoprune.structure.groups import (
     Groups,
     named_tensors,
@@ -61,7 +62,9 @@ def shared_copy(model: nn.Module) -> nn.Module:
     tensors = [*model.parameters(), *model.buffers(), *computed_tensors(model)]
     # What deepcopy finds in its memo it takes from there, instead of copying it.
     memo = {id(tensor): _alias(tensor) for tensor in tensors}
-    return copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo)
+    drop_caches(twin)
+    return twin
 
 
 def copy_buffers(network: nn.Module) -> None:
@@ -211,6 +214,8 @@ class Slicer:
         if self.groups.attributes:
             for place, value in self.groups.attribute_values(kept).items():
                 place.write(self.model, value)
+        # Another sub-model may have run since.
+        drop_caches(self.model)
         return self.model
 
     def _removal_masks(self, kept: KeptIndices) -> dict[str, Tensor]:

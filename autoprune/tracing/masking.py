@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from autoprune.structure.attention import open_attention
+from autoprune.structure.caches import drop_caches
 from autoprune.structure.groups import Groups, loses_whole_conv_groups
 from autoprune.structure.inputs import Inputs
 from autoprune.structure.labels import thin, varying_axes
@@ -74,6 +75,7 @@ class Masked(nn.Module):
     @torch.no_grad()
     def forward(self, *positional: Any, **keywords: Any) -> object:
         """The network's output, without gradients."""
+        drop_caches(self.model)
         # The book hands out the trace's labels again, so they mean the same channels.
         tracer = Tracer(self.model, self.book.copy_for_rerun())
         # Other objects, since labels are attributes of them.
