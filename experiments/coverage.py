@@ -3,6 +3,8 @@
     python -m experiments.coverage           every network without a row, then the page
     python -m experiments.coverage --family timm --only swin    some of them
     python -m experiments.coverage --only resnet18 --again      measure rows anew
+    python -m experiments.coverage --parts autoprune --before 2026-11-30
+                                             rows of autoprune from before that day anew
     python -m experiments.coverage --report                     only write the page
 
 The page is docs/coverage.md. Every network is measured in a process of its own (memory,
@@ -20,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from autoprune.files import write_text
@@ -34,24 +37,29 @@ DOCUMENT = ROOT / "docs" / "coverage.md"
 
 @dataclass(frozen=True)
 class Part:
-    """One of the two that measure a network.
+    """One of those that measure a network, each in a process of its own.
 
     Attributes:
+        prefix: How its columns begin; empty where no other part's beginning fits.
         limit_s: Seconds that its process may take.
         limit_gib: Memory that it may take.
         failures: The column for what went wrong.
         filled: A column that is always filled.
+        measured: The column for the time of the measurement, in UTC.
     """
 
+    prefix: str
     limit_s: int
     limit_gib: int
     failures: str
     filled: str
+    measured: str
 
 
 PARTS = {
-    "autoprune": Part(4 * 3600, 18, "failures", "seconds"),
-    "torch-pruning": Part(1800, 18, "tp_failure", "tp_runs"),
+    "autoprune": Part("", 4 * 3600, 18, "failures", "seconds", "measured"),
+    "onnx": Part("onnx_", 3600, 18, "onnx_failure", "onnx_seconds", "onnx_measured"),
+    "torch-pruning": Part("tp_", 1800, 18, "tp_failure", "tp_runs", "tp_measured"),
 }
 RIVAL_LIMIT_S = 120
 """CPU seconds that Torch-Pruning may take for a network."""
@@ -79,16 +87,21 @@ FIELDS = (
     "counted_on",
     "reload",
     "step",
-    "onnx_error",
     "failures",
     "seconds",
     "commit",
+    "measured",
+    "onnx_error",
+    "onnx_failure",
+    "onnx_seconds",
+    "onnx_measured",
     "tp_runs",
     "tp_right",
     "tp_error",
     "tp_seconds",
     "tp_params_ratio",
     "tp_failure",
+    "tp_measured",
 )
 
 
@@ -110,6 +123,12 @@ def main() -> None:
     parser.add_argument(
         "--again", action="store_true", help="measure networks that have a row, too"
     )
+    parser.add_argument(
+        "--before",
+        default="",
+        metavar="TIME",
+        help="measure networks whose row is from before this time, too, in UTC",
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--one", metavar="FAMILY/NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -117,8 +136,8 @@ def main() -> None:
         return measure_here(args.parts[0], Network(*args.one.split("/")))
     for network in [] if args.report else networks(args.family, args.only):
         for part in args.parts:
-            if args.again or not is_known(network, part):
-                store(network, measure_apart(part, network))
+            if args.again or not is_known(network, part, args.before):
+                store(network, part, measure_apart(part, network))
     write_text(DOCUMENT, report(read_table(TABLE)))
 
 
@@ -147,6 +166,10 @@ def measurements(part: str, network: Network) -> Iterator[dict]:
         from experiments.coverage_checks import make_case, measure
 
         return measure(make_case(network))
+    if part == "onnx":
+        from experiments.coverage_checks import make_case, measure_onnx
+
+        return measure_onnx(make_case(network))
     from experiments.coverage_torch_pruning import compare
 
     return compare(network, RIVAL_LIMIT_S)
@@ -172,6 +195,8 @@ def measure_apart(part: str, network: Network) -> dict:
         part,
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    # Before the measurement: the tree may move on while it runs.
+    known = origin(part)
     ends = []
     try:
         done = subprocess.run(
@@ -189,6 +214,18 @@ def measure_apart(part: str, network: Network) -> dict:
     except subprocess.TimeoutExpired as stopped:
         printed = (stopped.stdout or b"").decode()
         ends.append(f"process stopped after {limits.limit_s} s")
+    return known | columns_in(printed, part, ends)
+
+
+def columns_in(printed: str, part: str, ends: list[str]) -> dict:
+    """The columns that a process has printed.
+
+    Args:
+        printed: Lines, of which some are JSON.
+        part: A key of `PARTS`.
+        ends: What its end tells about failures.
+    """
+    limits = PARTS[part]
     columns = {limits.filled: "no"}
     failures = []
     for line in printed.splitlines():
@@ -199,6 +236,16 @@ def measure_apart(part: str, network: Network) -> dict:
                 failures.append(entries.pop(limits.failures))
             columns |= entries
     columns[limits.failures] = "; ".join(failures + ends)
+    return columns
+
+
+def origin(part: str) -> dict:
+    """Columns for when a part measures, and for what.
+
+    Args:
+        part: A key of `PARTS`.
+    """
+    columns = {PARTS[part].measured: now()}
     if part == "autoprune":
         columns["commit"] = commit()
     return columns
@@ -211,15 +258,24 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def is_known(network: Network, part: str) -> bool:
+def now() -> str:
+    """The time of a measurement, which orders as text."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def is_known(network: Network, part: str, since: str = "") -> bool:
     """Whether the table holds one part of a network's row.
 
     Args:
         network: The network.
         part: A key of `PARTS`.
+        since: Rows from before this time don't count.
     """
-    filled = PARTS[part].filled
-    return any(row[filled] for row in read_table(TABLE) if is_of(row, network))
+    columns = PARTS[part]
+    for row in read_table(TABLE):
+        if is_of(row, network) and row[columns.measured]:
+            return row[columns.measured] >= since
+    return False
 
 
 def is_of(row: dict, network: Network) -> bool:
@@ -232,11 +288,12 @@ def is_of(row: dict, network: Network) -> bool:
     return (row["family"], row["builder"]) == (network.family, network.name)
 
 
-def store(network: Network, columns: dict) -> None:
+def store(network: Network, part: str, columns: dict) -> None:
     """Puts columns into a network's row, atomically, and says what it holds.
 
     Args:
         network: The network.
+        part: A key of `PARTS`; the columns of the others stay.
         columns: What one part has measured.
     """
     rows = []
@@ -247,7 +304,7 @@ def store(network: Network, columns: dict) -> None:
         elif not known:
             known = row
     entry = {"family": network.family, "builder": network.name}
-    entry |= _of_other_part(known, columns) | columns
+    entry |= _of_other_parts(known, part) | columns
     rows.append(entry)
     order = {(n.family, n.name): place for place, n in enumerate(networks())}
     rows.sort(key=lambda r: order.get((r["family"], r["builder"]), len(order)))
@@ -259,14 +316,17 @@ def store(network: Network, columns: dict) -> None:
     print(" ".join(shown), flush=True)
 
 
-def _of_other_part(row: dict, columns: dict) -> dict:
-    """What the other part has left in a row."""
-    is_rival = "tp_runs" in columns
-    kept = {}
-    for name, value in row.items():
-        if name.startswith("tp_") != is_rival:
-            kept[name] = value
-    return kept
+def _of_other_parts(row: dict, part: str) -> dict:
+    """What the other parts have left in a row."""
+    return {name: value for name, value in row.items() if _part_of(name) != part}
+
+
+def _part_of(column: str) -> str:
+    """The part that a column belongs to."""
+    for part, limits in PARTS.items():
+        if limits.prefix and column.startswith(limits.prefix):
+            return part
+    return "autoprune"
 
 
 if __name__ == "__main__":

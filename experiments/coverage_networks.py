@@ -11,9 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
-from torchvision.models.detection import backbone_utils
 
 from autoprune.data import models
+from experiments import (
+    coverage_detection,
+    coverage_transformers,
+    coverage_weights,
+)
 
 SEGMENTATION = (
     "lraspp_mobilenet_v3_large",
@@ -23,14 +27,6 @@ SEGMENTATION = (
     "fcn_resnet101",
     "deeplabv3_resnet101",
 )
-BACKBONES: dict[str, Callable[[], nn.Module]] = {
-    "mobilenet_v3_large_fpn": lambda: backbone_utils.mobilenet_backbone(
-        backbone_name="mobilenet_v3_large", fpn=True, weights=None
-    ),
-    "resnet50_fpn": lambda: backbone_utils.resnet_fpn_backbone(
-        backbone_name="resnet50", weights=None
-    ),
-}
 # Small variants, one or two of each family, small ones first.
 TIMM = (
     "lcnet_050",
@@ -137,7 +133,14 @@ TIMM = (
     "halonet26t",
     "lambda_resnet26t",
 )
-FAMILIES = ("torchvision", "segmentation", "detection", "timm")
+FAMILIES = (
+    "torchvision",
+    "segmentation",
+    "detection",
+    "timm",
+    "transformers",
+    "computed weights",
+)
 # Smallest legal inputs; 64 pixels elsewhere.
 TORCHVISION_SIZES = {"inception_v3": 75, "maxvit": 224, "vit_": 224}
 
@@ -157,6 +160,8 @@ class Network:
         """Height and width of the smallest input that the network takes."""
         if self.family == "timm":
             return _timm_size(model)
+        if self.family == "transformers":
+            return coverage_transformers.image_size(model)
         for prefix, size in TORCHVISION_SIZES.items():
             if self.name.startswith(prefix):
                 return size
@@ -338,14 +343,18 @@ def _timm_size(model: nn.Module) -> int:
 NAMES: dict[str, Callable[[], list[str]]] = {
     "torchvision": _torchvision_names,
     "segmentation": lambda: list(SEGMENTATION),
-    "detection": lambda: list(BACKBONES),
+    "detection": coverage_detection.names,
     "timm": lambda: list(TIMM),
+    "transformers": coverage_transformers.names,
+    "computed weights": coverage_weights.names,
 }
 BUILDERS: dict[str, Callable[[str], nn.Module]] = {
     "torchvision": lambda name: models.build(name, n_classes=1000),
     "segmentation": lambda name: torchvision_models.get_model(
         name, weights=None, weights_backbone=None
     ),
-    "detection": lambda name: BACKBONES[name](),
+    "detection": coverage_detection.build,
     "timm": lambda name: models.build(f"timm/{name}", n_classes=1000),
+    "transformers": coverage_transformers.build,
+    "computed weights": coverage_weights.build,
 }

@@ -1,6 +1,7 @@
 """Writes the text of docs/coverage.md from experiments/results/coverage.csv."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,25 @@ TARGETS = (
     ("vit|swin|convnext|deit", 0.95),
     ("", 0.90),
 )
+# Networks whose trace shouldn't take more than three times that of a plain sibling.
+SIBLINGS = {
+    ("computed weights", "resnet18 weight_norm"): ("computed weights", "resnet18"),
+    ("computed weights", "resnet18 spectral_norm"): ("computed weights", "resnet18"),
+    ("computed weights", "resnet18 standardised"): ("computed weights", "resnet18"),
+    ("computed weights", "mobilenet_v2 weight_norm"): (
+        "computed weights",
+        "mobilenet_v2",
+    ),
+    ("transformers", "resnet"): ("computed weights", "resnet18"),
+    ("transformers", "deit"): ("transformers", "vit"),
+    ("transformers", "dinov2"): ("transformers", "vit"),
+    ("transformers", "beit"): ("transformers", "vit"),
+    ("transformers", "beit_relative"): ("transformers", "vit"),
+    ("timm", "resnetv2_50x1_bit"): ("timm", "resnetv2_50"),
+    ("timm", "nf_resnet50"): ("timm", "resnetv2_50"),
+    ("timm", "convnextv2_atto"): ("timm", "convnext_atto"),
+    ("timm", "swinv2_tiny_window8_256"): ("timm", "swin_tiny_patch4_window7_224"),
+}
 INTRODUCTION = Path(__file__).parent / "pages" / "coverage.md"
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "network": lambda row: row["builder"],
@@ -27,10 +47,10 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
         percent(row["both_axes_macs_share"]) + (" **<**" if is_short(row) else "")
     ),
     "removable": lambda row: percent(row["removable_macs_share"]),
-    "error": lambda row: row["error"] or "**no**",
+    "error": lambda row: row["error"] or ("refused" if is_refused(row) else "**no**"),
     "zeroed": lambda row: (
         "-"
-        if row["zeroed_error"] == "not comparable"
+        if row["zeroed_error"] == "not comparable" or is_refused(row)
         else row["zeroed_error"] or "**no**"
     ),
     "in": lambda row: row["dtype"].replace("float", "f"),
@@ -41,6 +61,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "TP runs": lambda row: row["tp_runs"],
     "TP right": lambda row: row["tp_right"],
     "TP s": lambda row: row["tp_seconds"],
+    "measured": lambda row: day(row["measured"]),
 }
 PASSES: dict[str, Callable[[dict], bool]] = {
     "traced": lambda row: row["groups"] not in ("", "0"),
@@ -53,6 +74,14 @@ PASSES: dict[str, Callable[[dict], bool]] = {
     "share as wanted": lambda row: not is_short(row),
     "TP runs": lambda row: row["tp_runs"] == "yes",
     "TP right": lambda row: row["tp_right"] == "yes",
+}
+
+
+# By which column a check is known to have been made, where it isn't the first part's.
+MEASURED = {
+    "ONNX": "onnx_measured",
+    "TP runs": "tp_measured",
+    "TP right": "tp_measured",
 }
 
 
@@ -69,6 +98,8 @@ def report(rows: list[dict]) -> str:
         INTRODUCTION.read_text(encoding="utf-8"),
         "## Networks that pass\n",
         table(["family", "networks", *PASSES], totals),
+        *siblings(rows),
+        *ages(families),
     ]
     for family, chosen in families.items():
         cells = [[column(row) for column in COLUMNS.values()] for row in chosen]
@@ -77,8 +108,52 @@ def report(rows: list[dict]) -> str:
 
 
 def counts(rows: list[dict]) -> list[str]:
-    """For each check the number of networks that pass."""
-    return [str(sum(map(passes, rows))) for passes in PASSES.values()]
+    """For each check the number of networks that pass, of those that were measured."""
+    cells = []
+    for name, passes in PASSES.items():
+        measured = [row for row in rows if row[MEASURED.get(name, "measured")]]
+        of = "" if len(measured) == len(rows) else f" of {len(measured)}"
+        cells.append(f"{sum(map(passes, measured))}{of}")
+    return cells
+
+
+def siblings(rows: list[dict]) -> list[str]:
+    """How long some traces take, and those of their plain siblings."""
+    known = {(row["family"], row["builder"]): row for row in rows}
+    lines = []
+    for network, plain in SIBLINGS.items():
+        seconds = [known.get(n, {}).get("trace_seconds") for n in (network, plain)]
+        if all(seconds):
+            ratio = float(seconds[0] or 0) / float(seconds[1] or 1)
+            lines.append([" ".join(network), " ".join(plain), *seconds, f"{ratio:.1f}"])
+    header = ["network", "plain sibling", "trace s", "its trace s", "ratio"]
+    title = "## Traces beside those of plain siblings\n"
+    return [title, table(header, lines)] if lines else []
+
+
+def ages(families: dict[str, list[dict]]) -> list[str]:
+    """On which days the parts were measured, and which rows are of an earlier tracer.
+
+    Args:
+        families: Family to its rows.
+    """
+    lines = []
+    for family, rows in families.items():
+        cells = [family]
+        for column in ("measured", "onnx_measured", "tp_measured"):
+            days = Counter(day(row[column]) or "not yet" for row in rows)
+            cells.append(", ".join(f"{days[each]} on {each}" for each in sorted(days)))
+        lines.append([cell.replace("on not yet", "not yet") for cell in cells])
+    every = [row for rows in families.values() for row in rows]
+    newest = max((day(row["measured"]) for row in every), default="")
+    header = ["family", "shares and checks", "ONNX", "Torch-Pruning"]
+    parts = ["## When what was measured\n", table(header, lines)]
+    for family, rows in families.items():
+        old = [row["builder"] for row in rows if day(row["measured"]) < newest]
+        if old:
+            which = ", ".join(old) if len(old) < len(rows) else "all"
+            parts.append(f"Of an earlier tracer, in {family}: {which}.\n")
+    return parts
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
@@ -99,7 +174,9 @@ def remarks(rows: list[dict]) -> list[str]:
     for row in rows:
         if row["failures"]:
             lines.append([row["builder"], "fails", row["failures"]])
-        if is_short(row):
+        if row["onnx_failure"]:
+            lines.append([row["builder"], "ONNX", row["onnx_failure"]])
+        if is_short(row) and not is_refused(row):
             what = f"short of {percent(target(row))}; pinned"
             lines.append([row["builder"], what, summarised(row["reasons"])])
         if row["tp_failure"]:
@@ -132,11 +209,28 @@ def summarised(reasons: str) -> str:
 
 
 def missed(row: dict) -> str:
-    """The checks after the first that the network doesn't pass."""
+    """The checks after the first that the network doesn't pass, or that wait."""
+    if is_refused(row):
+        return "-"
     missing = [
-        name for name in ("costs", "reload", "step", "ONNX") if not PASSES[name](row)
+        name
+        for name in ("costs", "reload", "step", "ONNX")
+        if row[MEASURED.get(name, "measured")] and not PASSES[name](row)
     ]
-    return f"**not {', '.join(missing)}**" if missing else ""
+    parts = [f"**not {', '.join(missing)}**"] if missing else []
+    if not row["onnx_measured"]:
+        parts.append("ONNX not yet")
+    return "; ".join(parts)
+
+
+def is_refused(row: dict) -> bool:
+    """Whether the network can't be traced; the reason is among the failures."""
+    return bool(row["measured"]) and row["groups"] == ""
+
+
+def day(time: str) -> str:
+    """The day of a time of measurement."""
+    return time[:10]
 
 
 def target(row: dict) -> float:
