@@ -142,6 +142,18 @@ def test_images_are_prepared_to_the_last_bit_as_the_run_did(
     )
 
 
+@pytest.mark.parametrize(
+    ("data", "folder"), [("mine", "mine/train"), ("digits", "photos/train")]
+)
+def test_ranges_are_measured_on_the_runs_own_images_where_these_lie_in_a_folder(
+    data, folder
+):
+    results = Results(run="r", data=data, preprocessing=HALF.to_dict())
+    snippets = usage_snippets(results, {"classes": ["a"]}, has_onnx=True)
+    (code,) = [snippet.code for snippet in snippets if snippet.key == "quantise"]
+    assert f"Path({folder!r})" in code
+
+
 def test_many_channels_are_read_from_arrays(tmp_path):
     preprocessing = Preprocessing((0.5,) * 5, (0.25,) * 5, (6, 4))
     values = np.random.default_rng(0).integers(0, 256, (6, 4, 5), np.uint8)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autoprune.names import DATASETS
 from autoprune.results import Results
 
 MAX_CALIBRATION_IMAGES = 300
@@ -144,7 +145,9 @@ class Images(CalibrationDataReader):
         return next(self.inputs, None)
 
 
-paths = [path for path in sorted(Path({images!r}).rglob("*.*")) if path.is_file()]
+endings = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".npy")
+paths = sorted(Path({images!r}).rglob("*"))
+paths = [path for path in paths if path.suffix.lower() in endings]
 # Evenly over the classes, which lie in folders.
 paths = paths[:: max(1, len(paths) // {most})]
 quantize_static({onnx!r}, {quantised!r}, Images(paths), per_channel=True)
@@ -153,7 +156,7 @@ quantize_static({onnx!r}, {quantised!r}, Images(paths), per_channel=True)
 
 def _calibration_folder(data: str | None) -> str:
     """Where training images lie; for a dataset by name, where to put some."""
-    is_folder = data is not None and "/" in data
+    is_folder = data is not None and data not in DATASETS.known
     return f"{data}/train" if is_folder else "photos/train"
 
 
