@@ -235,3 +235,7 @@ def test_without_a_network_the_largest_set_is_read_and_rivals_are_refused(tmp_pa
     with pytest.raises(UserError, match="several sets of weights: net, ema"):
         read_state_dict(path)
     assert_equal(read_state_dict(f"{path}:ema"), trained(2))
+    with pytest.raises(UserError, match=r"no weights 'emma'; did you mean 'ema'\? It"):
+        read_state_dict(f"{path}:emma")
+    torch.save(prefixed("module._orig_mod.", weights), path)
+    assert_equal(read_state_dict(path), weights)

@@ -102,13 +102,16 @@ def read_state_dict(place: str | Path) -> dict[str, Tensor]:
     path, key = split_weights(place)
     sets = read_sets(path)
     if key is not None:
-        sets = [found for found in sets if (found.key or TOP) == key] or sets
+        chosen = [found for found in sets if (found.key or TOP) == key]
+        if not chosen:
+            raise _unknown_key(path, key, {found.key or TOP for found in sets})
+        sets = chosen
     largest = max(len(found.tensors) for found in sets)
     # Beside weights there are few tensors: counters, states of generators.
     rivals = [found for found in sets if 2 * len(found.tensors) >= largest]
     if len(rivals) > 1:
         raise _ambiguous(path, [found.key or TOP for found in rivals])
-    tensors = rivals[0].tensors
+    tensors = {_plain(name): value for name, value in rivals[0].tensors.items()}
     prefix = "module."
     # Only if all have it: a network may have a submodule of that name.
     while all(name.startswith(prefix) for name in tensors):
@@ -154,12 +157,17 @@ def _with_key(path: Path, matches: list[_Match], key: str) -> list[_Match]:
     chosen = chosen or [match for match in matches if match.key == key]
     if chosen:
         return chosen
-    known = sorted({match.label for match in matches})
+    raise _unknown_key(path, key, {match.label for match in matches})
+
+
+def _unknown_key(path: Path, key: str, labels: set[str]) -> UserError:
+    """The error for a key that a file doesn't have."""
+    known = sorted(labels)
     similar = nearest_names(key, known)
-    question = f"; did you mean {similar[0]!r}?" if similar else ";"
-    raise UserError(
+    question = f" did you mean {similar[0]!r}?" if similar else ""
+    return UserError(
         "weights",
-        f"{str(path)!r} holds no weights {key!r}{question} It holds: {_listed(known)}",
+        f"{str(path)!r} holds no weights {key!r};{question} It holds: {_listed(known)}",
     )
 
 
