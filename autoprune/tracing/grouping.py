@@ -26,7 +26,9 @@ from autoprune.tracing.parameter_axes import solve
 from autoprune.tracing.size_solver import solve_sizes
 from autoprune.tracing.sizes import Demand
 from autoprune.tracing.tracer import Tracer
+from autoprune.tracing.training_mode import AttributeReads
 from autoprune.tracing.units import label_units, pinning_reasons
+from autoprune.tracing.unread_attributes import Boundaries, follow_unread
 
 LAYER_TENSORS = (".weight", ".bias", ".in_proj_weight", ".in_proj_bias")
 """Tensors that go by the name of their layer; others have a name of their own."""
@@ -66,7 +68,12 @@ class _Family:
     reason: str | None
 
 
-def derive_groups(tracer: Tracer, demands: list[Demand]) -> Groups:
+def derive_groups(
+    tracer: Tracer,
+    demands: list[Demand],
+    boundaries: Boundaries,
+    reads: AttributeReads,
+) -> Groups:
     """The groups of a finished trace.
 
     An example: `stem`, a convolution with three channels on an image of three, whose
@@ -95,12 +102,15 @@ def derive_groups(tracer: Tracer, demands: list[Demand]) -> Groups:
     Args:
         tracer: The notebook of the forward pass.
         demands: The sizes that its code asked for.
+        boundaries: What entered and left its modules.
+        reads: The attributes that its code has read.
 
     Returns:
         Prunable and pinned groups, with the tables from which costs follow.
     """
     representatives, values = solve_sizes(tracer, demands, solve(tracer))
     units = label_units(tracer.book, representatives)
+    values |= follow_unread(tracer, boundaries, reads, units)
     reasons = pinning_reasons(tracer.book, representatives, units)
     places = []
     for labels, _ in tracer.uses.values():

@@ -340,7 +340,7 @@ def sized_attributes(model: nn.Module, sizes: SizeMode) -> Iterator[None]:
     """
     before: list[tuple[nn.Module, str, Any]] = []
     for path, module in model.named_modules():
-        if _has_setter(module):
+        if has_setter(module):
             continue
         for name, value in list(vars(module).items()):
             sized = _sized(value, path, name, sizes)
@@ -354,8 +354,12 @@ def sized_attributes(model: nn.Module, sizes: SizeMode) -> Iterator[None]:
             vars(module)[name] = value
 
 
-def _has_setter(module: nn.Module) -> bool:
-    """Whether a module's sizes follow its tensors already."""
+def has_setter(module: nn.Module) -> bool:
+    """Whether a module's sizes follow its tensors already.
+
+    Args:
+        module: The module.
+    """
     if isinstance(module, OpenAttention):
         return True
     return any(is_instance_of(module, known) for known in ATTRIBUTE_SETTERS)

@@ -25,11 +25,13 @@ from autoprune.tracing.size_notes import NotingMode
 from autoprune.tracing.sizes import Demand, sized_attributes
 from autoprune.tracing.tracer import Tracer
 from autoprune.tracing.training_mode import (
+    AttributeReads,
     depends_on_mode,
     merge_training,
     training_tracer,
     watch_reads,
 )
+from autoprune.tracing.unread_attributes import note_boundaries
 from autoprune.tracing.verify import failing_groups
 
 
@@ -61,12 +63,13 @@ def trace(model: nn.Module, example: Example, verify: bool = True) -> Groups:
     tracer = Tracer(twin)
     # Channels don't depend on how many images there are.
     sample = inputs.first_sample().in_float32()
-    with watch_reads(twin) as reads:
+    with watch_reads(twin) as reads, note_boundaries(tracer) as boundaries:
         demands = _run_forward(tracer, sample)
     more_demands = None
     if depends_on_mode(twin, reads):
-        more_demands = _add_training(tracer, inputs)
-    groups = derive_groups(tracer, [*demands, *(more_demands or [])])
+        more_demands = _add_training(tracer, inputs, reads)
+    demands += more_demands or []
+    groups = derive_groups(tracer, demands, boundaries, reads)
     if not verify:
         return groups
     # What fails keeps all its channels.
@@ -93,19 +96,23 @@ def _private_copy(model: nn.Module) -> nn.Module:
     return open_attention(twin.requires_grad_(False))
 
 
-def _add_training(tracer: Tracer, inputs: Inputs) -> list[Demand] | None:
+def _add_training(
+    tracer: Tracer, inputs: Inputs, reads: AttributeReads
+) -> list[Demand] | None:
     """Adds what the network does in training mode alone.
 
     Args:
         tracer: That of the evaluation pass.
         inputs: The example.
+        reads: The attributes that evaluation has read; those of training are added.
 
     Returns:
         The sizes that the code asked for, or None where it did nothing more.
     """
     training = training_tracer(tracer)
     try:
-        demands = _run_forward(training, inputs.first_sample().in_float32())
+        with watch_reads(training.model) as training_reads:
+            demands = _run_forward(training, inputs.first_sample().in_float32())
     except UserError as error:
         reason = error.reason.partition(";")[0]
         tracer.notes.append(
@@ -113,6 +120,7 @@ def _add_training(tracer: Tracer, inputs: Inputs) -> list[Demand] | None:
             f"runs in training only keeps its shape"
         )
         return None
+    reads |= training_reads
     return demands if merge_training(tracer, training) else None
 
 
