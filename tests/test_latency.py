@@ -28,6 +28,13 @@ class Logging(nn.Module):
         return x
 
 
+def measured(log: list) -> list:
+    """A log without the passes at its beginning that find out what the inputs are."""
+    while len(log) > 1 and log[1][0] == "dense":
+        log.pop(0)
+    return log
+
+
 def network(width: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, width, 3),
@@ -61,6 +68,7 @@ def test_dense_and_pruned_take_turns_in_evaluation_mode():
     dense, pruned = Logging("dense", log), Logging("pruned", log)
     rows = measure_latency(dense, pruned, EXAMPLE, batch_sizes=(1, 3), seconds=0.05)
     assert [row.engine for row in rows] == ["torch", "torch"]
+    log = measured(log)
     assert [name for name, *_ in log] == ["dense", "pruned"] * (len(log) // 2)
     assert {batch for _, batch, *_ in log} == {1, 3}
     assert not any(training for *_, training, _ in log)
@@ -79,4 +87,5 @@ def test_the_time_is_bounded(seconds):
         batch_sizes=(1,),
         seconds=seconds,
     )
+    log = measured(log)
     assert len(log) == 4 if seconds == 0 else len(log) > 4

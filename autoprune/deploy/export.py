@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from autoprune.deploy.signature import Signature, signature_of
 from autoprune.errors import ExportError
 from autoprune.files import write_atomically
 from autoprune.structure.groups import tensors_in
+from autoprune.structure.inputs import Example, Inputs
 from autoprune.structure.slicing import own_copy
 from autoprune.structure.wrappers import unwrap
 
@@ -28,26 +30,27 @@ MAX_ONNX_BYTES = 1_500_000_000
 ONNX is a protobuf message, which ends at 2 GB; networks near that would need a second
 file for their weights.
 """
-ONNX_INPUT = "images"
-"""Name of the input in an ONNX file."""
 ONNX_DEVICES = ("CPUExecutionProvider",)
 """What ONNX Runtime computes on."""
 
 
 def export_onnx(
     model: nn.Module,
-    example: Tensor,
+    example: Example,
     path: Path,
     metadata: Mapping[str, str] | None = None,
 ) -> float:
-    """Writes a network in evaluation mode as one ONNX file with a free batch size.
+    """Writes a network in evaluation mode as one ONNX file.
 
-    The file is run by ONNX Runtime on random images in batches of 1 and 4 before it
-    gets its name.
+    The first axis is free where the network runs with two lengths of it, as a batch
+    does. The one input of an image network is called "images"; others are called like
+    the parameters of `forward`. The file is run by ONNX Runtime on random inputs, in
+    batches of 1 and 4 where these are free, before it gets its name.
 
     Args:
         model: The network; it is left as found.
-        example: One input, float32 `(1, 3, height, width)`.
+        example: One input, `(1, 3, height, width)` for instance; or several, as `trace`
+            takes them.
         path: The `.onnx` file to write.
         metadata: What the file says of itself in its `metadata_props`, such as
             `autoprune.data.Preprocessing.metadata` gives.
@@ -60,8 +63,8 @@ def export_onnx(
         ExportError: If the network can't be expressed, is too large, or differs by more
             than 1e-4. A file that was at `path` before stays there.
     """
-    plain = _plain_copy(model)
-    example = _two_images(example)
+    plain = plain_copy(model)
+    signature = signature_of(plain, example)
     # Before the export, which takes long for large networks.
     size = sum(tensor.nbytes for tensor in plain.state_dict().values())
     if size > MAX_ONNX_BYTES:
@@ -72,16 +75,16 @@ def export_onnx(
     errors: list[float] = []
 
     def write(partial: Path) -> None:
-        _to_onnx(plain, example, partial)
+        _to_onnx(plain, signature, partial)
         _add_metadata(partial, metadata or {})
         # Here, so that a file that fails never gets its name.
-        errors.append(_relative_error(plain, onnx_session(partial), example))
+        errors.append(_relative_error(plain, onnx_session(partial), signature))
 
     write_atomically(path, write)
     return errors[0]
 
 
-def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+def _to_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
     """Runs PyTorch's exporter, without its warnings."""
     with warnings.catch_warnings():
         # About the exporter's own dependencies and passes; nothing in them concerns the
@@ -91,14 +94,15 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
         try:
             torch.onnx.export(
                 model,
-                (example,),
+                signature.inputs.positional,
                 path,
+                kwargs=signature.inputs.keywords,
                 dynamo=True,
                 verbose=False,
                 external_data=False,
-                input_names=[ONNX_INPUT],
-                output_names=_output_names(model, example),
-                dynamic_shapes=_free_batch(),
+                input_names=signature.input_names,
+                output_names=signature.output_names,
+                dynamic_shapes=signature.dynamic_shapes,
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(
@@ -118,12 +122,12 @@ def _add_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     onnx.save(network, path)
 
 
-def export_program(model: nn.Module, example: Tensor, path: Path) -> Path:
-    """Writes a network as a `torch.export` program with a free batch size.
+def export_program(model: nn.Module, example: Example, path: Path) -> Path:
+    """Writes a network as a `torch.export` program, its batch size free.
 
     Args:
         model: The network; it is left as found.
-        example: One input, float32 `(1, 3, height, width)`.
+        example: Its inputs, as for `export_onnx`.
         path: The `.pt2` file to write.
 
     Returns:
@@ -133,10 +137,14 @@ def export_program(model: nn.Module, example: Tensor, path: Path) -> Path:
         ExportError: If the network can't be expressed; a file that was at `path` before
             stays there.
     """
-    plain = _plain_copy(model)
+    plain = plain_copy(model)
+    signature = signature_of(plain, example)
     try:
         program = torch.export.export(
-            plain, (_two_images(example),), dynamic_shapes=_free_batch()
+            plain,
+            signature.inputs.positional,
+            signature.inputs.keywords,
+            dynamic_shapes=signature.dynamic_shapes,
         )
     # torch raises a dozen types for what its compiler can't follow.
     except Exception as error:
@@ -147,33 +155,14 @@ def export_program(model: nn.Module, example: Tensor, path: Path) -> Path:
     return path
 
 
-def _plain_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, float32, contiguous."""
-    plain = own_copy(unwrap(model)).eval().float()
-    return plain.to(memory_format=torch.contiguous_format)
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode on the CPU, float32, contiguous.
 
-
-def _two_images(example: Tensor) -> Tensor:
-    """The example twice, `(2, 3, height, width)`.
-
-    Exporters take the batch size of an example that holds a single image for a
-    constant.
+    Args:
+        model: The network; it is left as found.
     """
-    return example.detach().float().contiguous().repeat(2, 1, 1, 1)
-
-
-def _free_batch() -> tuple[dict[int, Any]]:
-    """Tells exporters that the first axis of the one input may have any length."""
-    return ({0: torch.export.Dim("batch")},)
-
-
-@torch.no_grad()
-def _output_names(model: nn.Module, example: Tensor) -> list[str]:
-    """Names for the outputs of an ONNX file: "logits", or numbers if there are more."""
-    n_outputs = len(tensors_in(model(example)))
-    if n_outputs == 1:
-        return ["logits"]
-    return [f"output_{number}" for number in range(n_outputs)]
+    plain = own_copy(unwrap(model)).eval().cpu().float()
+    return plain.to(memory_format=torch.contiguous_format)
 
 
 def _root_cause(error: BaseException) -> str:
@@ -187,7 +176,7 @@ def _root_cause(error: BaseException) -> str:
 
 @torch.no_grad()
 def _relative_error(
-    model: nn.Module, session: "onnxruntime.InferenceSession", example: Tensor
+    model: nn.Module, session: "onnxruntime.InferenceSession", signature: Signature
 ) -> float:
     """The largest difference between PyTorch's and ONNX Runtime's outputs.
 
@@ -196,36 +185,67 @@ def _relative_error(
     generator = torch.Generator().manual_seed(0)
     errors: list[float] = []
     # One and several images: code may treat a batch of one differently.
-    for batch in (1, 4):
-        images = torch.randn(batch, *example.shape[1:], generator=generator)
-        outputs = tensors_in(model(images))
-        for expected, values in zip(outputs, _run(session, images), strict=True):
-            # Where all outputs are 0, only 0 is right.
-            tiny = torch.finfo(torch.float32).tiny
-            scale = expected.abs().max().clamp_min(tiny)
-            difference = (expected - torch.from_numpy(values)).abs().max()
-            errors.append((difference / scale).item())
+    for batch in (1, 4) if signature.has_batch else (1,):
+        inputs = signature.samples(batch, generator)
+        outputs = tensors_in(inputs.run(model))
+        found = _run(session, signature, inputs)
+        for expected, values in zip(outputs, found, strict=True):
+            if expected.numel():
+                errors.append(_difference(expected, torch.from_numpy(values)))
     # Not `max(errors) > limit`: a NaN has to fail as well.
     if not all(error <= MAX_RELATIVE_ERROR for error in errors):
         raise ExportError(
             f"the ONNX network differs from PyTorch by {max(errors):.1e}; the limit is "
             f"{MAX_RELATIVE_ERROR:.0e}"
         )
-    return max(errors)
+    # All outputs may be empty.
+    return max(errors, default=0.0)
 
 
-def _run(session: "onnxruntime.InferenceSession", images: Tensor) -> Sequence[Any]:
+def _difference(expected: Tensor, found: Tensor) -> float:
+    """The largest difference of one output, relative to its largest value."""
+    if not expected.is_floating_point():
+        # Booleans can't be subtracted.
+        expected = expected.float()
+        found = found.float()
+    # Where all outputs are 0, only 0 is right.
+    scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((expected - found).abs().max() / scale).item()
+
+
+def _run(
+    session: "onnxruntime.InferenceSession", signature: Signature, inputs: Inputs
+) -> Sequence[Any]:
     """The outputs of an ONNX network, numpy arrays."""
     try:
-        return session.run(None, {ONNX_INPUT: images.numpy()})
+        return session.run(None, feed(session, signature.input_names, inputs))
     # ONNX Runtime's errors have no common class.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(
-            f"the ONNX network doesn't run on a batch of {len(images)} ({reason}); "
-            f"where the code takes the batch size "
+            f"the ONNX network doesn't run on a batch of {len(inputs.tensors()[0])} "
+            f"({reason}); where the code takes the batch size "
             "from len(x), the export fixes it: write x.shape[0]"
         ) from error
+
+
+def feed(
+    session: "onnxruntime.InferenceSession", names: Sequence[str], inputs: Inputs
+) -> dict[str, Any]:
+    """What ONNX Runtime wants to be given: arrays by the names of inputs.
+
+    Args:
+        session: The network.
+        names: Of all inputs, in order.
+        inputs: The tensors.
+    """
+    # An input that nothing reads isn't in the file.
+    wanted = {item.name for item in session.get_inputs()}
+    arrays = {}
+    for name, tensor in zip(names, inputs.tensors(), strict=True):
+        if name in wanted:
+            arrays[name] = tensor.numpy()
+    return arrays
 
 
 def onnx_session(path: Path) -> "onnxruntime.InferenceSession":
