@@ -17,5 +17,7 @@ def drop_caches(model: nn.Module) -> None:
         return
     modes = [module.training for module in modules]
     model.train()
+    # Back by the same way, since a module may note its mode elsewhere too.
+    model.train(modes[0])
     for module, is_training in zip(modules, modes, strict=True):
         module.training = is_training
