@@ -281,7 +281,7 @@ class LayerScale(nn.Module):
 
 
 class NoRule(nn.Module):
-    """A running maximum over channels, which no rule covers."""
+    """Channels whose norms are limited, which no rule covers."""
 
     def __init__(self):
         super().__init__()
@@ -293,7 +293,7 @@ class NoRule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(
-            pooled(F.relu(self.body(torch.cummax(self.stem(x), 1).values)))
+            pooled(F.relu(self.body(torch.renorm(self.stem(x), 2, 1, 1.0))))
         )
 
 
@@ -594,7 +594,7 @@ NETS: dict[str, Net] = {
         NoRule,
         {"body": 4},
         macs=STEM6 + AREA * K * 6 * 4 + 4 * CLASSES,
-        pinned={"stem": "operation cummax in NoRule has no rule"},
+        pinned={"stem": "operation renorm in NoRule has no rule"},
     ),
     "spatial_attention": Net(
         SpatialAttention,

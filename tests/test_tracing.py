@@ -299,20 +299,20 @@ def test_users_rule_teaches_an_operation(monkeypatch):
         def forward(self, x):
             x = F.relu(self.bn1(self.conv1(x)))
             return self.head(
-                pooled(torch.cummax(F.relu(self.bn2(self.conv2(x))), 3).values)
+                pooled(torch.renorm(F.relu(self.bn2(self.conv2(x))), 2, 1, 1.0))
             )
 
     model = randomise(Flipped()).eval()
     untaught = trace(model, images(1, 8))
     assert untaught.channels == {"conv1": 6}
     assert untaught.unsupported == (
-        "operation cummax in Flipped has no rule; it pins conv2",
+        "operation renorm in Flipped has no rule; it pins conv2",
     )
 
-    def along_space(call) -> None:
-        call.tracer.label(call.out[0], call.tracer.labels(call.args[0]))
+    def channel_by_channel(call) -> None:
+        call.tracer.label(call.out, call.tracer.labels(call.args[0]))
 
-    monkeypatch.setitem(table.RULES, aten.cummax, along_space)
+    monkeypatch.setitem(table.RULES, aten.renorm, channel_by_channel)
     taught = trace(model, images(1, 8))
     assert taught.channels == {"conv1": 6, "conv2": 8}
     assert not taught.unsupported

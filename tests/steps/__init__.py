@@ -45,15 +45,17 @@ from steps.moves import (
     Upsample,
     Write,
 )
+from steps.weights import Blur, Computed, OtherRank, Recurrent, ToMap
 
 STEPS: tuple[type[Step], ...] = (
     Conv, Conv, Conv, Conv, Residual, Add, Add, Concat, Depthwise, Act, Norm, Split, Pool, Upsample, SqueezeExcite,
     Linear, Flatten, Transposed, Twice, Siamese, Shuffle, PixelShuffle, Pad, Scale, Broadcast, Modulate, Gated,
     ConvNeXt, SpatialGate, Maxout, ChannelPad, SpaceMoves, Attention, ChannelOrder, AcrossChannels, Write, Matmul,
+    Computed, Computed, Blur, Recurrent, ToMap, OtherRank,
 )  # fmt: skip
 """Simplest first; those that networks are mostly made of come several times."""
 
-ANY_VALUE = (Linear,)
+ANY_VALUE = (Linear, ToMap)
 """Steps whose first operand may be a vector as well as a map; a modulation's second
 may, too.
 """

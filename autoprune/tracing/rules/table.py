@@ -437,17 +437,16 @@ RULES: dict[Any, Rule] = {
 }
 """ATen operation to its rule; the one place where an operation is added.
 
-For an operation that PyTorch lists as `aten::cummax`, say:
+For an operation that PyTorch lists as `aten::renorm`, say:
 
     from autoprune.tracing.rules.table import RULES
 
 
-    def along_space(call):
-        for out in call.out:
-            call.tracer.label(out, call.tracer.labels(call.args[0]))
+    def channel_by_channel(call):
+        call.tracer.label(call.out, call.tracer.labels(call.args[0]))
 
 
-    RULES[torch.ops.aten.cummax] = along_space
+    RULES[torch.ops.aten.renorm] = channel_by_channel
 
 The key is the operation without its overload, since one rule serves all of them. The
 rule gets an `autoprune.tracing.tracer.Call`: arguments by position, `call.args[0]`, or
@@ -459,8 +458,8 @@ by the schema's names, `call["dim"]`; the result in `call.out`. With `call.trace
 
 It returns None, or why it can't tell, as the end of a sentence: "regroups elements". An
 entry has to be made before `trace` runs, and holds for the whole process. An existing
-rule may fit: `movement` for whatever only moves elements, `spatial`, `reduction`,
-`axis_scan` and `pointwise`.
+rule may fit: `movement` for whatever only moves elements, `spatial`, `along`,
+`reduction`, `axis_scan` and `pointwise`.
 """
 
 FOREIGN_RULES: dict[str, Rule] = {
