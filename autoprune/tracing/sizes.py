@@ -163,8 +163,7 @@ class Size(int):
     def __eq__(self, other: object) -> bool:
         is_equal = int.__eq__(self, other)
         if is_equal is True and isinstance(other, int):
-            # Code that insists on it would stop when one of them changes alone.
-            self.sizes.demand(self, source_of(other, self.sizes))
+            self.sizes.compare(self, other)
         return is_equal
 
     def __ne__(self, other: object) -> bool:
@@ -211,12 +210,15 @@ class SizeMode(TorchFunctionMode):
 
     Attributes:
         demands: In the order of the forward pass.
+        kept_true: Names of the modules whose attributes follow their tensors by
+            themselves.
     """
 
     def __init__(self, tracer: Tracer):
         super().__init__()
         self.tracer = tracer
         self.demands: list[Demand] = []
+        self.kept_true: set[str] = set()
 
     def kept_length(self, source: Source, dense: int) -> int:
         """What a size is in the pruned network.
@@ -240,6 +242,19 @@ class SizeMode(TorchFunctionMode):
         is_fixed = isinstance(source, int) and isinstance(length, int)
         if not is_fixed:
             self.demands.append(Demand(source, length, n_parts))
+
+    def compare(self, size: "Size", other: int) -> None:
+        """Notes that code insists on a size: it would stop if one changed alone.
+
+        Args:
+            size: One that comes from somewhere.
+            other: What it is compared with.
+        """
+        # A recurrent layer compares its input with `input_size`, which its setter
+        # keeps true.
+        is_own = self.tracer.current_module in self.kept_true
+        if not (is_own and not isinstance(other, Size)):
+            self.demand(size, source_of(other, self))
 
     def __torch_function__(
         self,
@@ -341,6 +356,8 @@ def sized_attributes(model: nn.Module, sizes: SizeMode) -> Iterator[None]:
     before: list[tuple[nn.Module, str, Any]] = []
     for path, module in model.named_modules():
         if has_setter(module):
+            # As the tracer names it.
+            sizes.kept_true.add(path or type(module).__name__)
             continue
         for name, value in list(vars(module).items()):
             sized = _sized(value, path, name, sizes)

@@ -1,6 +1,7 @@
 """Rules of operations that read or write along some axes, on which no channels may lie.
 
-Sorting, scans for a maximum, Fourier transforms, writing at places, windows.
+Pooling, resizing and padding, sorting, scans for a maximum, Fourier transforms, writing
+at places, windows.
 """
 
 import torch
@@ -8,9 +9,32 @@ from torch import Tensor
 
 from autoprune.structure.groups import tensors_in
 from autoprune.structure.labels import broadcast_labels, varying_axes
-from autoprune.tracing.rules.movements import ORDERED, spatial
+from autoprune.tracing.rules.movements import ORDERED
 from autoprune.tracing.rules.norms import reduced_axes, reduction
 from autoprune.tracing.tracer import Call
+
+
+def spatial(call: Call) -> str | None:
+    """Pooling, resizing and padding of the last axes keep the channel."""
+    out = tensors_in(call.out)[0]
+    labels = call.tracer.labels(call.args[0])
+    name = call.func.overloadpacket.__name__
+    # ATen's names say over how many axes an operation goes.
+    n_spatial = 2
+    for n in (1, 3):
+        if f"{n}d" in name:
+            n_spatial = n
+    spatial_axes = set(range(labels.ndim - n_spatial, labels.ndim))
+    varying = set(varying_axes(labels))
+    # One pixel's labels are every pixel's, however many there are afterwards.
+    corner = labels[(..., *[slice(0, 1)] * n_spatial)]
+    if spatial_axes & varying:
+        if not varying - spatial_axes:
+            return "works across channels as across space"
+        # A linear layer made the map: the pixels of a channel go together.
+        call.tracer.book.join(corner.expand(labels.shape), labels)
+    call.tracer.label(out, corner.expand(out.shape))
+    return None
 
 
 def along(call: Call) -> str | None:

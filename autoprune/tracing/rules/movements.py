@@ -346,29 +346,6 @@ def pad(call: Call) -> str | None:
     return None
 
 
-def spatial(call: Call) -> str | None:
-    """Pooling, resizing and padding of the last axes keep the channel."""
-    out = tensors_in(call.out)[0]
-    labels = call.tracer.labels(call.args[0])
-    name = call.func.overloadpacket.__name__
-    # ATen's names say over how many axes an operation goes.
-    n_spatial = 2
-    for n in (1, 3):
-        if f"{n}d" in name:
-            n_spatial = n
-    spatial_axes = set(range(labels.ndim - n_spatial, labels.ndim))
-    varying = set(varying_axes(labels))
-    # One pixel's labels are every pixel's, however many there are afterwards.
-    corner = labels[(..., *[slice(0, 1)] * n_spatial)]
-    if spatial_axes & varying:
-        if not varying - spatial_axes:
-            return "works across channels as across space"
-        # A linear layer made the map: the pixels of a channel go together.
-        call.tracer.book.join(corner.expand(labels.shape), labels)
-    call.tracer.label(out, corner.expand(out.shape))
-    return None
-
-
 def pixel_shuffle(call: Call) -> str | None:
     """The channels that become one channel's pixels go together."""
     tracer = call.tracer
