@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.coverage_networks import FAMILIES
+from experiments.coverage_networks import FAMILIES, NAMES
 
 # The share of MACs whose layers should be able to shrink on both axes, by name; the
 # first pattern that is found counts. A fifth to two thirds of these small networks'
@@ -132,7 +132,7 @@ def siblings(rows: list[dict]) -> list[str]:
 
 
 def ages(families: dict[str, list[dict]]) -> list[str]:
-    """On which days the parts were measured, and which rows are of an earlier tracer.
+    """On which days the parts were measured; rows of an earlier tracer, and none.
 
     Args:
         families: Family to its rows.
@@ -153,6 +153,12 @@ def ages(families: dict[str, list[dict]]) -> list[str]:
         if old:
             which = ", ".join(old) if len(old) < len(rows) else "all"
             parts.append(f"Of an earlier tracer, in {family}: {which}.\n")
+    for family in FAMILIES:
+        rows = families.get(family, [])
+        known = {row["builder"] for row in rows if row["measured"]}
+        missing = [name for name in NAMES[family]() if name not in known]
+        if missing:
+            parts.append(f"Not measured yet, in {family}: {', '.join(missing)}.\n")
     return parts
 
 

@@ -1,5 +1,6 @@
 """The table of coverage, its parts and the page that is written from it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,8 @@ def test_page_tells_what_was_measured_when(table):
     page = report(read_table(table))
     assert "Of an earlier tracer, in timm: dla34." in page
     assert "Of an earlier tracer, in torchvision: all." in page
+    [missing] = re.findall("Not measured yet, in timm: (.*)\\.", page)
+    assert set(missing.split(", ")) == set(NAMES["timm"]()) - {"dla34", "lcnet_050"}
     assert "| timm | 1 on 2026-01-02, 1 on 2026-02-03 | 2 not yet | 2 not yet |" in page
 
 
