@@ -55,7 +55,6 @@ NOT_ZEROED = {
     "native_group_norm",
     "_softmax",
     "linalg_vector_norm",
-    "dot",
     "vdot",
     "bmm",
     "baddbmm",
