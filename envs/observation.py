@@ -174,7 +174,8 @@ def _bytes_of(tensor: "Tensor") -> bytes:
     import torch
 
     # As bytes, since numpy has no bfloat16.
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    row = tensor.detach().cpu().contiguous().view(-1)
+    return row.view(torch.uint8).numpy().tobytes()
 
 
 def _relative(values: np.ndarray, parts: np.ndarray | None = None) -> np.ndarray:
