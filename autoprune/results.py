@@ -35,7 +35,7 @@ class Results:
     where these come from.
     """
     remarks: list[str] | None = None
-    """What looked wrong with images or network before anything was done with them."""
+    """What looked wrong, and where the pruned network isn't faster."""
     sparse_method: str | None = None
     """How the network was trained sparsely before the search."""
     sparse_strength: float | None = None

@@ -73,8 +73,8 @@ ROOMS = (
 """The rooms in the order of their floors: "autoprune" is the house's own modules."""
 
 WRITERS = {
-    "search": """run model data seed budget agent method sparse_method sparse_strength
-        sparse_epochs reconstructed baselines episodes evaluations seconds_search
+    "search": """preprocessing run model data seed budget agent method sparse_method
+        sparse_strength sparse_epochs reconstructed baselines episodes evaluations seconds_search
         selection_accuracy selection_loss selection_images finalists pareto dimensions
         macs params memory_bytes macs_dense params_dense memory_bytes_dense macs_ratio
         sparsity groups pinned counted""",
@@ -82,7 +82,7 @@ WRITERS = {
     "finetune": "finetune_epochs",
     "evaluate": "accuracy_dense accuracy_pruned accuracy test_images",
     "export": "onnx_max_relative_error",
-    "run": "latency latency_ms latency_ms_dense",
+    "run": "latency latency_ms latency_ms_dense remarks",
     "every stage": "seconds seconds_total",
 }
 """Command to the keys of results.json that its stage writes; `run` does them all."""
