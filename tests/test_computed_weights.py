@@ -302,3 +302,25 @@ def test_what_cannot_follow_is_pinned_with_its_reason(name):
     formula, shapes, reason = UNFOLLOWED[name]
     groups = trace(network(Computed(formula, *shapes)), images(1, SIZE))
     assert any(reason in text for text in groups.reasons.values()), groups.reasons
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_a_computed_weight_takes_labels_for_its_axes_not_for_its_elements(wrap):
+    plain = trace(network(conv()), images(1, SIZE), verify=False)
+    computed = trace(network(WRAPPED[wrap](conv())), images(1, SIZE), verify=False)
+    n_elements = conv().weight.numel()
+    n_more = computed.book.n_labels - plain.book.n_labels
+    # Spectral norm's vectors are as long as all inputs' pixels, the longest axis.
+    assert n_more < n_elements / 3
+
+
+def test_shapes_are_read_without_moving_the_vectors_of_spectral_norm():
+    model = network(parametrizations.spectral_norm(conv()))
+    groups = trace(model, images(1, SIZE))
+    model.train()
+    (inner,) = model.body.parametrizations.weight
+    before = inner._u.clone()
+    pruned = prune(model, groups, {})
+    (of_pruned,) = pruned.body.parametrizations.weight
+    assert torch.equal(inner._u, before)
+    assert torch.equal(of_pruned._u, before)

@@ -31,6 +31,10 @@ def _weight_shape(module: nn.Linear | _ConvNd) -> torch.Size:
     """The shape of a layer's weight, also where it is computed from others."""
     if parametrize.is_parametrized(module, "weight"):
         computed = module.get_submodule("parametrizations.weight")
+        assert isinstance(computed, parametrize.ParametrizationList), "as PyTorch does"
+        # PyTorch has checked that the shape stays, unless it was asked not to.
+        if computed.is_tensor and not computed.unsafe:
+            return computed.original.shape
         was_training = computed.training
         # In training, spectral norm's vectors would move whenever somebody looks.
         computed.eval()

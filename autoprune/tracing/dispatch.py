@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune.structure.groups import tensors_in
@@ -145,8 +146,10 @@ class LabelDispatchMode(TorchDispatchMode):
             return func(*args, **kwargs)
         out = self.execute(func, args, kwargs)
         call = Call(self.tracer, func, args, kwargs, out)
-        self._move_labels(call)
-        self._follow_noise(call)
+        # Labels are nobody else's business; other modes would cost most of the time.
+        with no_dispatch():
+            self._move_labels(call)
+            self._follow_noise(call)
         return out
 
     def run_whole(
@@ -164,7 +167,8 @@ class LabelDispatchMode(TorchDispatchMode):
             out = self.execute(func, args, kwargs)
         finally:
             self._is_inside_whole = False
-        self._move_labels(Call(self.tracer, func, args, kwargs, out))
+        with no_dispatch():
+            self._move_labels(Call(self.tracer, func, args, kwargs, out))
         return out
 
     def execute(

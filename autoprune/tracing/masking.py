@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.utils._mode_utils import no_dispatch
 
 from autoprune.structure.attention import open_attention
 from autoprune.structure.caches import drop_caches
@@ -145,6 +146,12 @@ def removed_elements(tracer: Tracer, tensor: Tensor, is_removed: Tensor) -> Tens
         tensor: An activation, a parameter, or computed from some.
         is_removed: Per label of the trace whether its channel is removed.
     """
+    with no_dispatch():
+        return _removed_elements(tracer, tensor, is_removed)
+
+
+def _removed_elements(tracer: Tracer, tensor: Tensor, is_removed: Tensor) -> Tensor:
+    """The same, as other modes of dispatch would see it."""
     if tracer.is_activation(tensor):
         # Thin labels have length 1 where they don't vary.
         return is_removed[thin(tracer.labels(tensor))]
