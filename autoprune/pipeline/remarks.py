@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from autoprune.data.images import Images, Splits
 from autoprune.deploy.latency import Latency
 from autoprune.evaluation.evaluate import EvalBatches, in_eval_mode, recalibrate
+from autoprune.reporting.wording import percent_text
 
 IMAGES = 500
 """Training images that the dense network is looked at with."""
@@ -48,15 +49,15 @@ def dense_remarks(dense: nn.Module, splits: Splits) -> list[str]:
     limit = _limit_of_chance(chance, len(images))
     if after > limit and _is_gain(is_right, is_right_then):
         return [
-            f"the dense network answers {before:.0%} of {len(images)} training images "
-            f"rightly as given, {after:.0%} with batch norm recalibrated: does the "
+            f"the dense network answers {percent_text(before, 0)} of {len(images)} training images "
+            f"rightly as given, {percent_text(after, 0)} with batch norm recalibrated: does the "
             f"preprocessing fit? --mean, --std, --image_size, --crop and "
             f"--interpolation set it"
         ]
     if before <= limit:
         return [
-            f"the dense network is at chance: it answers {before:.0%} of "
-            f"{len(images)} training images rightly, and {chance:.0%} are of one "
+            f"the dense network is at chance: it answers {percent_text(before, 0)} of "
+            f"{len(images)} training images rightly, and {percent_text(chance, 0)} are of one "
             f"class; no weights? Give trained ones (--weights), in the order of the "
             f"classes ({', '.join(splits.classes[:3])}, ...)"
         ]

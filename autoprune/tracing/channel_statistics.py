@@ -18,13 +18,14 @@ from autoprune.structure.inputs import Inputs
 from autoprune.structure.labels import thin
 from autoprune.structure.slicing import shared_copy
 from autoprune.structure.wrappers import run_uncompiled, unwrap
+from autoprune.tracing.calls import Call
 from autoprune.tracing.dispatch import (
     MULTIPLYING_RULES,
     LabelDispatchMode,
     track_labels,
 )
 from autoprune.tracing.rules.table import rule_for
-from autoprune.tracing.tracer import Call, Tracer
+from autoprune.tracing.tracer import Tracer
 
 BATCH = 100
 """Images of one forward pass; the mean doesn't depend on it."""

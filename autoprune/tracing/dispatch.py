@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autoprune.structure.groups import tensors_in
 from autoprune.structure.inputs import Inputs
 from autoprune.structure.labels import CONSTANT, broadcast_labels
+from autoprune.tracing.calls import Call
 from autoprune.tracing.randomness import is_random
 from autoprune.tracing.rules.contractions import (
     attention,
@@ -31,7 +32,7 @@ from autoprune.tracing.rules.movements import (
 )
 from autoprune.tracing.rules.recurrent import cell, recurrent, whole_operation
 from autoprune.tracing.rules.table import apply_rule, rule_for
-from autoprune.tracing.tracer import Call, Tracer
+from autoprune.tracing.tracer import Tracer
 
 MOVING_RULES = (movement, reshape, copy, split, slicing, indexing)
 """Rules of operations that compute nothing: their outputs take no memory of their own,

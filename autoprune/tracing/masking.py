@@ -22,6 +22,7 @@ from autoprune.structure.inputs import Inputs
 from autoprune.structure.labels import thin, varying_axes
 from autoprune.structure.slicing import KeptIndices, own_copy
 from autoprune.structure.wrappers import run_uncompiled, unwrap
+from autoprune.tracing.calls import Call
 from autoprune.tracing.dispatch import (
     MULTIPLYING_RULES,
     LabelDispatchMode,
@@ -40,7 +41,7 @@ from autoprune.tracing.rules.norms import (
 )
 from autoprune.tracing.rules.table import Rule, rule_for
 from autoprune.tracing.sizes import sized_attributes
-from autoprune.tracing.tracer import Call, Tracer
+from autoprune.tracing.tracer import Tracer
 
 
 def mask(model: nn.Module, groups: Groups, kept: KeptIndices) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoprune.tracing.tracer import argument
+from autoprune.tracing.calls import argument
 
 Draw: TypeAlias = Callable[["Draws"], Tensor | float]
 """From random numbers, and how they were drawn, to what is given instead of them."""

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from autoprune.structure.groups import tensors_in
 from autoprune.structure.labels import broadcast_labels, varying_axes
+from autoprune.tracing.calls import Call
 from autoprune.tracing.rules.movements import ORDERED
 from autoprune.tracing.rules.norms import reduced_axes, reduction
-from autoprune.tracing.tracer import Call
 
 
 def spatial(call: Call) -> str | None:

@@ -15,9 +15,10 @@ from autoprune.structure.labels import (
     compress,
     varying_axes,
 )
+from autoprune.tracing.calls import Call
 from autoprune.tracing.parameter_views import ParameterView
 from autoprune.tracing.rules.movements import indexing
-from autoprune.tracing.tracer import Call, Tracer
+from autoprune.tracing.tracer import Tracer
 
 CROSSED = "multiplies channels with channels"
 NO_CHANNEL = torch.tensor([CONSTANT])

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from autoprune.structure.groups import Layer, loses_whole_conv_groups
 from autoprune.structure.labels import broadcast_labels, varying_axes
+from autoprune.tracing.calls import Call
 from autoprune.tracing.parameter_views import ParameterView
 from autoprune.tracing.rules.contractions import NO_CHANNEL
-from autoprune.tracing.tracer import Call, Tracer
+from autoprune.tracing.tracer import Tracer
 
 
 def convolution(call: Call) -> str | None:

@@ -18,8 +18,9 @@ from autoprune.structure.labels import (
     lines,
     varying_axes,
 )
+from autoprune.tracing.calls import Call
 from autoprune.tracing.parameter_views import ParameterView, reshaped
-from autoprune.tracing.tracer import Call, Tracer
+from autoprune.tracing.tracer import Tracer
 
 MAX_PARTS = 8
 """Into how many parts a cut can divide a channel axis. A cut into more, such as one

@@ -8,7 +8,7 @@ import torch
 
 from autoprune.structure.groups import loses_whole_conv_groups, tensors_in
 from autoprune.structure.labels import broadcast_labels, varying_axes
-from autoprune.tracing.tracer import Call
+from autoprune.tracing.calls import Call
 
 
 def batch_norm(call: Call) -> str | None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from autoprune.structure.groups import tensors_in
+from autoprune.tracing.calls import Call
 from autoprune.tracing.parameter_views import ParameterView
 from autoprune.tracing.rules.norms import reduced_axes
-from autoprune.tracing.tracer import Call, Tracer
+from autoprune.tracing.tracer import Tracer
 
 
 def spread_views(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from autoprune.structure.labels import CONSTANT, take_at_origin, varying_axes
-from autoprune.tracing.tracer import Call
+from autoprune.tracing.calls import Call
 
 
 def pointwise(call: Call) -> str | None:

@@ -18,8 +18,9 @@ from torch._ops import OpOverload
 
 from autoprune.structure.groups import Layer
 from autoprune.structure.labels import take_at_origin, varying_axes
+from autoprune.tracing.calls import Call
 from autoprune.tracing.rules.contractions import NO_CHANNEL
-from autoprune.tracing.tracer import Call, Tracer
+from autoprune.tracing.tracer import Tracer
 
 aten = torch.ops.aten
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch._ops import OpOverload
 
+from autoprune.tracing.calls import Call
 from autoprune.tracing.rules.along_axes import (
     along,
     distances,
@@ -78,7 +79,6 @@ from autoprune.tracing.rules.pointwise import (
     pointwise_with_buffer,
 )
 from autoprune.tracing.rules.recurrent import cell, packing, recurrent
-from autoprune.tracing.tracer import Call
 
 aten = torch.ops.aten
 Rule: TypeAlias = Callable[[Call], str | None]
@@ -340,7 +340,7 @@ For an operation that PyTorch lists as `aten::renorm`, say:
     RULES[torch.ops.aten.renorm] = channel_by_channel
 
 The key is the operation without its overload, since one rule serves all of them. The
-rule gets an `autoprune.tracing.tracer.Call`: arguments by position, `call.args[0]`, or
+rule gets an `autoprune.tracing.calls.Call`: arguments by position, `call.args[0]`, or
 by the schema's names, `call["dim"]`; the result in `call.out`. With `call.tracer` it
 
 - reads the labels of a tensor, `labels`, or those along one axis, `unify_axis`;
