@@ -47,19 +47,19 @@ def dense_remarks(dense: nn.Module, splits: Splits) -> list[str]:
     after = is_right_then.float().mean().item()
     chance = (images.labels.bincount().max() / len(images)).item()
     limit = _limit_of_chance(chance, len(images))
+    answered = f"{percent_text(before, 0)} of {len(images)} training images rightly"
     if after > limit and _is_gain(is_right, is_right_then):
         return [
-            f"the dense network answers {percent_text(before, 0)} of {len(images)} training images "
-            f"rightly as given, {percent_text(after, 0)} with batch norm recalibrated: does the "
-            f"preprocessing fit? --mean, --std, --image_size, --crop and "
-            f"--interpolation set it"
+            f"the dense network answers {answered} as given, {percent_text(after, 0)} "
+            f"with batch norm recalibrated: does the preprocessing fit? --mean, --std, "
+            f"--image_size, --crop and --interpolation set it"
         ]
     if before <= limit:
         return [
-            f"the dense network is at chance: it answers {percent_text(before, 0)} of "
-            f"{len(images)} training images rightly, and {percent_text(chance, 0)} are of one "
-            f"class; no weights? Give trained ones (--weights), in the order of the "
-            f"classes ({', '.join(splits.classes[:3])}, ...)"
+            f"the dense network is at chance: it answers {answered}, and "
+            f"{percent_text(chance, 0)} are of one class; no weights? Give trained "
+            f"ones (--weights), in the order of the classes "
+            f"({', '.join(splits.classes[:3])}, ...)"
         ]
     return []
 
