@@ -38,7 +38,8 @@ def traced(name: str = "chain") -> tuple[nn.Module, Groups]:
 
 
 def data(n: int = 48) -> Images:
-    return Images(images(n, NETS["chain"].size), torch.arange(n) % 5)
+    pixels = images(n, NETS["chain"].size).sigmoid()
+    return Images(pixels, torch.arange(n) % 5)
 
 
 def channels(

@@ -94,6 +94,8 @@ def test_what_a_page_shows_runs(page, first_run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     _measure_briefly(monkeypatch)
     shutil.copytree(first_run, tmp_path / "runs" / "first")
+    # Another test may have imported the one of its own run.
+    monkeypatch.delitem(sys.modules, "load", raising=False)
     known = set(sys.modules)
     try:
         run_page(page)

@@ -95,7 +95,9 @@ def test_dev_brings_every_other_extra():
 def test_versions_agree():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    (newest, *_) = re.findall(r"^## (\S+)$", changelog, flags=re.MULTILINE)
+    headings = re.findall(r"^## (\S+)$", changelog, flags=re.MULTILINE)
+    # What is to come has no number yet.
+    newest = next(heading for heading in headings if heading != "Unreleased")
     assert newest == citation["version"] == autoprune.__version__
     declared = PYPROJECT["tool"]["setuptools"]["dynamic"]["version"]
     assert declared == {"attr": "autoprune.__version__"}

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.script import run
 
-WITH_WEIGHTS = ["--model", "resnet32", "--weights", "x"]
+WITH_WEIGHTS = ["--model", "resnet32", "--weights", __file__]
 SCRIPTS = {
     "after_finetuning": WITH_WEIGHTS,
     "bench_search": WITH_WEIGHTS,

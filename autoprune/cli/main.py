@@ -128,7 +128,10 @@ def _parse(arguments: list[str] | None) -> Namespace:
         if not word.startswith("-"):
             given = word
             break
-    options = _parser_of(given).parse_args(words)
+    # A parser that has printed a completion can't be used again.
+    is_completion = any(word.startswith("--print_completion") for word in words)
+    parser = build_parser(given) if is_completion else _parser_of(given)
+    options = parser.parse_args(words)
     defaults = _implied_defaults(options.subcommand, options[options.subcommand])
     if not defaults:
         return options
