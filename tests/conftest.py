@@ -4,6 +4,12 @@ One thread, so that sums are the same on any machine; no network; no dataset of 
 user's.
 """
 
+import os
+
+# Tests fork; the memory manager of MKL can't follow into a child when threads of the
+# parent have used it, and spins there for ever. It reads this when torch is imported.
+os.environ["MKL_DISABLE_FAST_MM"] = "1"
+
 import socket
 
 import hypothesis
