@@ -17,7 +17,7 @@ class NotingMode(SizeMode):
     def execute(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What the function computes; of a cut it is noted who says where.
+        """What the function computes, with the sizes that it was given noted.
 
         Args:
             func: A function of PyTorch.
@@ -25,32 +25,16 @@ class NotingMode(SizeMode):
             kwargs: Its keyword arguments.
         """
         where = CUTS.get(func)
-        if where is None:
-            return func(*args, **kwargs)
-        self.tracer.is_cut_by_attribute = where(*args, **kwargs)
+        # Rules ask while the function runs.
+        self.tracer.is_cut_by_attribute = where is not None and where(*args, **kwargs)
         try:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
         finally:
             self.tracer.is_cut_by_attribute = False
-
-    def note(
-        self,
-        func: Callable[..., Any],
-        out: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        """Notes the sizes that a function was given.
-
-        Args:
-            func: A function of PyTorch.
-            out: What it returned.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-        """
         note = NOTES.get(func)
         if note is not None:
             note(self, out, *args, **kwargs)
+        return out
 
 
 def _note_reshape(

@@ -268,24 +268,7 @@ class SizeMode(TorchFunctionMode):
         out = self.execute(func, args, kwargs)
         if func in SHAPES:
             return self._with_sources(args[0], out, *args[1:], **kwargs)
-        self.note(func, out, args, kwargs)
         return out
-
-    def note(
-        self,
-        func: Callable[..., Any],
-        out: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        """Notes the sizes that a function was given.
-
-        Args:
-            func: A function of PyTorch.
-            out: What it returned.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-        """
 
     def execute(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
