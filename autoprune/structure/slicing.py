@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autoprune.structure.attention import is_instance_of, open_attention
 from autoprune.structure.attribute_setters import ATTRIBUTE_SETTERS, Update
-from autoprune.structure.caches import drop_caches
+from autoprune.structure.caches import drop_caches, may_keep_caches
 from autoprune.structure.groups import (
     Groups,
     named_tensors,
@@ -174,6 +174,8 @@ class Slicer:
         dense = open_attention(shared_copy(model) if borrow else own_copy(model))
         self.model = shared_copy(dense)
         self._updates = _attribute_updates(self.model)
+        # Asked once: sub-models are made thousands of times.
+        self._may_keep_caches = may_keep_caches(self.model)
         self._cuts, cut_of_axis = _find_cuts(groups)
         cuts: dict[str, list[tuple[int, int]]] = {name: [] for name in groups.shapes}
         for (name, axis), cut in cut_of_axis.items():
@@ -215,7 +217,8 @@ class Slicer:
             for place, value in self.groups.attribute_values(kept).items():
                 place.write(self.model, value)
         # Another sub-model may have run since.
-        drop_caches(self.model)
+        if self._may_keep_caches:
+            drop_caches(self.model)
         return self.model
 
     def _removal_masks(self, kept: KeptIndices) -> dict[str, Tensor]:
