@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from autoprune.costs.cost import CostTable
 from autoprune.deploy.export import MAX_ONNX_BYTES, export_onnx
+from autoprune.deploy.pruned import saved_tensors
 from autoprune.structure.changes import find_changes, set_attributes
 from autoprune.structure.groups import Groups
 from autoprune.structure.slicing import fit_shapes, prune
@@ -287,12 +288,8 @@ def check_reload(case: Case) -> dict:
 
 
 def _tensors_to_save(pruned: nn.Module, fresh: nn.Module) -> dict[str, Tensor]:
-    """The state dict, and the buffers that it leaves out and that were pruned."""
-    tensors = dict(pruned.state_dict())
-    shapes = {name: buffer.shape for name, buffer in fresh.named_buffers()}
-    for name, buffer in pruned.named_buffers():
-        if name not in tensors and buffer.shape != shapes.get(name, buffer.shape):
-            tensors[name] = buffer
+    """What a run keeps of a network, as safetensors takes it."""
+    tensors = saved_tensors(pruned, fresh)
     # Copies, since tied weights share memory, which the format has no word for.
     copies = {name: value.detach().clone() for name, value in tensors.items()}
     return {name: value.contiguous() for name, value in copies.items()}

@@ -68,7 +68,7 @@ def save_pruned(
     # is written beside them, since it decides how PyTorch sums.
     plain = {}
     channels_last = []
-    for key, value in _saved_tensors(unwrap(model), unwrap(dense)).items():
+    for key, value in saved_tensors(unwrap(model), unwrap(dense)).items():
         plain[key] = value.detach().clone(memory_format=torch.contiguous_format)
         if _is_channels_last(value):
             channels_last.append(key)
@@ -88,8 +88,16 @@ def save_pruned(
     write_json(folder / PLAN, plan | {DIGEST: digests[0]})
 
 
-def _saved_tensors(model: nn.Module, dense: nn.Module) -> dict[str, Tensor]:
-    """The state dict, and what pruning changed of the buffers that it leaves out."""
+def saved_tensors(model: nn.Module, dense: nn.Module) -> dict[str, Tensor]:
+    """The state dict, and what pruning changed of the buffers that it leaves out.
+
+    Args:
+        model: The pruned network.
+        dense: The network that it was made from.
+
+    Returns:
+        Name to the tensor itself.
+    """
     tensors = dict(model.state_dict())
     shapes = {name: buffer.shape for name, buffer in dense.named_buffers()}
     for name, buffer in model.named_buffers():
