@@ -101,6 +101,28 @@ def test_numbers_in_the_code_pin_what_they_split_and_nothing_else():
     assert any("the pruned network doesn't run" in reason for reason in reasons)
 
 
+class Compared(PartialConvolution):
+    """The code compares attributes with each other, and one with itself in a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = 7
+        self.after = 7
+
+    def forward(self, x):
+        assert self.before == self.after
+        assert self.before + self.after == self.after + self.before
+        return super().forward(x)
+
+
+def test_attributes_that_are_only_compared_with_each_other_stay():
+    model = randomise(Compared()).eval()
+    groups = trace(model, example())
+    assert groups.channels == trace(PartialConvolution().eval(), example()).channels
+    pruned = prune(model, groups, random_kept(groups, 0, max_sparsity=0.5))
+    assert (pruned.before, pruned.after) == (7, 7)
+
+
 def test_tracing_leaves_the_attributes_plain_integers():
     model = Tokens(ATTENTIONS[0])
     trace(model.eval(), example())

@@ -187,6 +187,10 @@ def _solve_demands(
             (demand.source, demand.length),
             (demand.length, demand.source),
         ):
+            # Of two attributes that are compared, none tells of the other. So what
+            # follows from attributes follows from known ones, and none from itself.
+            if not values.keys() >= set(_attributes(length)):
+                continue
             unknown = [item for item in _attributes(source) if item not in values]
             has_channels = bool(_channel_axes(length, values))
             if len(unknown) == 1 and (has_channels or not must_have_channels):
@@ -209,7 +213,8 @@ def _solve_for(source: Source, length: Source, n_parts: int, values: Values) -> 
 
     Args:
         source: The size; exactly one attribute in it is unknown.
-        length: What it has to be, after the division by `n_parts`.
+        length: What it has to be, after the division by `n_parts`; no attribute in it
+            is unknown.
         n_parts: By what the length is divided.
         values: The known attributes; the unknown one is added.
     """
@@ -226,9 +231,7 @@ def _solve_for(source: Source, length: Source, n_parts: int, values: Values) -> 
             target = ComputedSize(inverse.operation, target, other)
         source = source.left if is_left else source.right
     assert isinstance(source, AttributePlace), "the unknown is an attribute"
-    # What follows from itself follows from nothing.
-    if source not in _attributes(target):
-        values[source] = target
+    values[source] = target
 
 
 class _Inverse(NamedTuple):
