@@ -11,7 +11,7 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from autoprune.errors import UserError
+from autoprune.errors import UserError, first_line
 from autoprune.files import write_state
 
 COUNTERS = (
@@ -80,7 +80,7 @@ def restore_learner(learner: BaseAlgorithm, path: Path) -> int:
         _restore_random(state["random"])
         return state["episodes"]
     except Exception as error:  # torch raises a dozen types for a damaged file
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise UserError(
             "run",
             f"checkpoint {str(path)!r} can't be used ({reason}); delete it to "

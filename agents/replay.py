@@ -25,7 +25,7 @@ from autoprune.envs.observation import (
     STATIC,
     Observer,
 )
-from autoprune.errors import UserError
+from autoprune.errors import UserError, first_line
 from autoprune.files import DIGEST, digest_of, write_atomically, write_json
 
 SIMILARITY_SCALE = 0.3
@@ -225,7 +225,7 @@ class Policy:
         try:
             return cls._from_description(description, folder)
         except Exception as error:  # a damaged file can fail in any of these steps
-            reason = (str(error).splitlines() or [""])[0]
+            reason = first_line(error)
             raise UserError(
                 argument,
                 f"the policy in {str(folder)!r} is damaged ({reason}); search anew",

@@ -176,6 +176,15 @@ def in_one_line(error: UserError | OSError, name_of: Callable[[str], str] = str)
     return f"can't read or write{where} ({error.strerror or error})"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, empty where it has none.
+
+    Args:
+        error: Whatever a library raised; its message may be a page.
+    """
+    return (str(error).splitlines() or [""])[0]
+
+
 def needs_run_extra(package: str) -> str:
     """What to say where a package of the extra `run` is missing.
 

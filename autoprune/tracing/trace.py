@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from autoprune.costs.cost import CostTable
-from autoprune.errors import UserError
+from autoprune.errors import UserError, first_line
 from autoprune.structure.attention import open_attention
 from autoprune.structure.groups import Group, Groups, tensors_in
 from autoprune.structure.inputs import Example, Inputs
@@ -148,11 +148,10 @@ def _run_forward(tracer: Tracer, inputs: Inputs) -> list[Demand]:
     except UserError:
         raise
     except Exception as error:  # whatever the user's forward raises
-        reason = str(error).splitlines()[0] if str(error) else ""
         raise UserError(
             "model",
             f"tracing failed in {tracer.current_module}: "
-            f"{type(error).__name__}: {reason}",
+            f"{type(error).__name__}: {first_line(error)}",
         ) from error
     for tensor in tensors_in(output):
         tracer.book.pin(tracer.labels(tensor), "feeds the network's output")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from autoprune.config import FinetuneConfig
-from autoprune.errors import UserError
+from autoprune.errors import UserError, first_line
 from autoprune.files import write_state
 
 
@@ -117,7 +117,7 @@ class Checkpoint:
                 key = "plug" if "plug" in state else "callback"
                 progress.callback.load_state_dict(state[key])
         except Exception as error:  # torch raises a dozen types for a damaged file
-            reason = (str(error).splitlines() or [""])[0]
+            reason = first_line(error)
             raise UserError(
                 "run",
                 f"can't use checkpoint {str(self.path)!r} ({reason}); delete it to "
