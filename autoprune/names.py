@@ -1,7 +1,7 @@
 """Names of what can be chosen, known without importing it.
 
 Importing PyTorch takes seconds, and a name with a typo should be refused at once. So
-the names of the registries stand here once more; `tests/test_names.py` holds both
+the names of the registries stand here once more; `tests/test_mistakes.py` holds both
 equal.
 """
 

@@ -12,8 +12,8 @@ from autoprune.agents.settings import check_hyperparameters
 from autoprune.config import OutputConfig, Settings
 from autoprune.costs.budget import parse_budget
 from autoprune.data.known_models import check_model
-from autoprune.data.places import weights_named
-from autoprune.errors import UserError, check_known, nearest_names
+from autoprune.data.places import no_dataset, weights_named
+from autoprune.errors import check_known
 from autoprune.names import CRITERIA, DATASETS, REWARDS, SPARSE_METHODS
 from autoprune.pipeline.methods.registry import check_methods, further_agents
 
@@ -75,9 +75,4 @@ def check_data(name: str) -> None:
     """
     if name in DATASETS.known or Path(name).is_dir():
         return
-    similar = nearest_names(name, DATASETS.known)
-    next_step = f"did you mean {similar[0]!r}" if similar else ""
-    next_step = next_step or f"known: {', '.join(DATASETS.known)}"
-    raise UserError(
-        "data", f"no dataset {name!r}; {next_step}, or a folder with train/"
-    )
+    raise no_dataset(name)

@@ -17,11 +17,12 @@ from autoprune.data.folders import FolderDataset, enlarged_remark
 from autoprune.data.image_files import read_grid
 from autoprune.data.image_fitting import fit_pixels
 from autoprune.data.images import Images, Splits, batches, normalize, seeded
+from autoprune.data.places import no_dataset
 from autoprune.data.preprocessing import Preprocessing
 from autoprune.data.preprocessing_sources import preprocessing_of
 from autoprune.data.splitting import HELD_OUT, carve, held_out_sizes
 from autoprune.data.stratify import shuffled
-from autoprune.errors import UserError, nearest_names
+from autoprune.errors import UserError
 
 __all__ = [
     "CIFAR10_CLASSES",
@@ -42,7 +43,6 @@ __all__ = [
     "read_dataset",
     "seeded",
     "stored_preprocessing",
-    "unknown_dataset_reason",
 ]
 # Images, splits and batches are found here too, beside the datasets that they are of.
 
@@ -129,8 +129,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         return StoredDataset(loader(config), config.image_size is not None)
     if Path(config.data).is_dir():
         return FolderDataset.open(config)
-    reason = unknown_dataset_reason(config.data)
-    raise UserError("data", f"{reason}, or a folder with train/")
+    raise no_dataset(config.data)
 
 
 def load(config: DataConfig, preprocessing: Preprocessing | None = None) -> Splits:
@@ -182,14 +181,6 @@ def stored_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
     data = config["data"]
     size = None if data["data"] in DATASETS else data["image_size"]
     return preprocessing_of(None, DataConfig(image_size=size))
-
-
-def unknown_dataset_reason(name: str) -> str:
-    """What to say about a name that isn't in `DATASETS`."""
-    similar = nearest_names(name, DATASETS)
-    if similar:
-        return f"no dataset {name!r}; did you mean {similar[0]!r}"
-    return f"no dataset {name!r}; known: {', '.join(DATASETS)}"
 
 
 def cache_folder() -> Path:

@@ -22,8 +22,8 @@ from autoprune.data.datasets import (
     SAMPLE,
     cache_folder,
     import_digits,
-    unknown_dataset_reason,
 )
+from autoprune.data.places import unknown_dataset_reason
 from autoprune.errors import UserError
 from autoprune.files import write_atomically
 

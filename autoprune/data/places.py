@@ -1,4 +1,4 @@
-"""Where networks and weights come from, as users name them; read without torch.
+"""Where networks, weights and images come from, as users name them; without torch.
 
 A network of one's own is `package.module:factory` or `./file.py:factory`. Weights are
 `FILE`, `FILE:KEY` for one of several sets in a file, "auto" or "none".
@@ -7,6 +7,7 @@ A network of one's own is `package.module:factory` or `./file.py:factory`. Weigh
 from pathlib import Path
 
 from autoprune.errors import UserError, nearest_names
+from autoprune.names import DATASETS
 
 EMBEDDED_WEIGHTS = Path(__file__).parent / "assets" / "resnet20_cifar10.safetensors"
 """Weights of the ResNet-20 that comes with the package."""
@@ -14,6 +15,27 @@ AUTO = "auto"
 """Weights that autoprune brings along, where it has some."""
 NONE = "none"
 """No weights: the network is taken as it is built."""
+
+
+def no_dataset(name: str) -> UserError:
+    """The error for images that are neither a dataset nor a folder.
+
+    Args:
+        name: As `DataConfig.data`.
+    """
+    return UserError("data", f"{unknown_dataset_reason(name)}, or a folder with train/")
+
+
+def unknown_dataset_reason(name: str) -> str:
+    """What to say about a name that is no dataset's; the nearest one is offered.
+
+    Args:
+        name: As given.
+    """
+    similar = nearest_names(name, DATASETS.known)
+    if similar:
+        return f"no dataset {name!r}; did you mean {similar[0]!r}"
+    return f"no dataset {name!r}; known: {', '.join(DATASETS.known)}"
 
 
 def has_embedded_weights(model: str, data: str) -> bool:
