@@ -17,7 +17,18 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO
 
+import torch
+
 ROOT = Path(__file__).parent.parent
+
+FORKS = multiprocessing.get_context("forkserver")
+"""Makes processes as copies of one that has imported a lot and computed nothing.
+
+A copy of a process that has computed may wait for ever for what its threads held.
+"""
+FORKS.set_forkserver_preload(
+    ["pytest", "autoprune.cli.main", "autoprune.agents.search", "torch._dynamo", "cma"]
+)
 
 
 @contextmanager
@@ -77,25 +88,31 @@ def run_python(
 
 @contextmanager
 def forked(target: Callable[..., None], *arguments: object) -> Iterator[BaseProcess]:
-    """A copy of this process that calls a function.
+    """A process that calls a function of a module, on one thread as all tests do.
 
-    It starts at once, where a fresh interpreter takes seconds to import torch.
+    It starts at once, where a fresh interpreter takes seconds to import torch. It has
+    nothing of what fixtures change in this process.
 
     Args:
         target: What is called.
-        *arguments: What it is called with.
+        *arguments: What it is called with; barriers and pipes have to be of `FORKS`.
 
     Yields:
         The process, which is killed at the end of the block.
     """
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=target, args=arguments, daemon=True)
+    process = FORKS.Process(target=_on_one_thread, args=(target, *arguments))
+    process.daemon = True
     process.start()
     try:
         yield process
     finally:
         process.kill()
         process.join()
+
+
+def _on_one_thread(target: Callable[..., None], *arguments: object) -> None:
+    torch.set_num_threads(1)
+    target(*arguments)
 
 
 def wait_for_events(

@@ -1,7 +1,6 @@
 """A run folder belongs to one process at a time, however many begin at once."""
 
 import json
-import multiprocessing
 import os
 from contextlib import ExitStack
 from multiprocessing.synchronize import Barrier
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import forked
+from processes import FORKS, forked
 
 from autoprune import locks
 from autoprune.cli.main import main
@@ -39,7 +38,7 @@ def begin_run(barrier: Barrier, out: str | None, seed: int) -> None:
 
 def begin_runs(out: str | None, seeds: list[int]) -> None:
     """Begins a run with each seed in a process of its own, all at one moment."""
-    barrier = multiprocessing.get_context("fork").Barrier(len(seeds))
+    barrier = FORKS.Barrier(len(seeds))
     with ExitStack() as stack:
         processes = [
             stack.enter_context(forked(begin_run, barrier, out, seed)) for seed in seeds
@@ -99,7 +98,7 @@ def hold_for_good(barrier: Barrier, folder: Path) -> None:
 
 
 def test_a_second_process_is_told_who_holds_a_run_until_that_one_is_dead(tmp_path):
-    barrier = multiprocessing.get_context("fork").Barrier(2)
+    barrier = FORKS.Barrier(2)
     with forked(hold_for_good, barrier, tmp_path) as holder:
         barrier.wait()
         told = json.loads((tmp_path / LOCK).read_text())

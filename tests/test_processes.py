@@ -37,8 +37,7 @@ def test_a_process_ends_with_its_block_and_takes_along_what_it_started():
         assert pipe.read() == b"tarted\n"
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_copy_of_the_process_ends_with_its_block():
+def test_a_forked_process_ends_with_its_block():
     with pytest.raises(ZeroDivisionError), forked(signal.pause) as process:
         raise ZeroDivisionError
     assert process.exitcode == -signal.SIGKILL

@@ -2,7 +2,6 @@
 killed on the way.
 """
 
-import multiprocessing
 import random
 import signal
 import time
@@ -14,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import forked
+from processes import FORKS, forked
 from toys import FakeProxy, digits_env, digits_proxy, fake_env, target_env, traced
 
 from autoprune.agents import finalists, training
 from autoprune.agents.baselines import BASELINES
 from autoprune.agents.recorder import Episode
 from autoprune.agents.search import AGENTS, search
+from autoprune.agents.settings import hyperparameters
 from autoprune.config import ProxyConfig, SearchConfig
 from autoprune.data.datasets import Images, Splits
 from autoprune.envs.layer_pruning import LayerPruningEnv
@@ -88,7 +88,16 @@ def killable_search(
     on_episode: Callable[[Episode], None] = lambda episode: None,
 ):
     """One search on a real proxy of an untrained network: the same in every process."""
-    config = SearchConfig(agent=agent, episodes=N_KILLED, checkpoint_every=5, seed=1)
+    learns_off_policy = (
+        agent not in BASELINES and "updates_per_step" in hyperparameters(agent)
+    )
+    config = SearchConfig(
+        agent=agent,
+        episodes=N_KILLED,
+        checkpoint_every=5,
+        seed=1,
+        hyperparameters={"updates_per_step": 1} if learns_off_policy else {},
+    )
     folder.mkdir(exist_ok=True)
     return search(small_real_env(), config, RunFolder(folder), on_episode)
 
@@ -323,20 +332,15 @@ def test_finished_search_is_not_searched_again(agent, tmp_path):
         assert env.proxy.evaluations <= 1
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*fork:DeprecationWarning"
-)  # of Python 3.12; PyTorch runs one thread here
 @pytest.mark.parametrize(
     "agent", [agent for agent in AGENTS if agent not in N_EPISODES]
 )
-def test_search_killed_at_any_moment_ends_as_one_left_alone(
-    agent, tmp_path, fewer_updates
-):
+def test_search_killed_at_any_moment_ends_as_one_left_alone(agent, tmp_path):
     expected = killable_search(agent, tmp_path / "alone")
     folder = tmp_path / "killed"
     generator = random.Random(agent)
     for number in sorted(generator.sample(range(1, N_KILLED - 4), 4)):
-        receiver, sender = multiprocessing.Pipe(duplex=False)
+        receiver, sender = FORKS.Pipe(duplex=False)
         with forked(search_until_killed, agent, folder, number, sender) as process:
             # So that a search which fails ends the pipe, and with it the waiting.
             sender.close()
