@@ -7,6 +7,9 @@ from typing import Any
 
 from autoprune.errors import UserError
 
+COST_FIELDS = {"macs": "macs", "params": "params", "memory": "memory_bytes"}
+"""Metric to the field that holds it; `_dense` follows for the dense network."""
+
 
 @dataclass(frozen=True)
 class Results:

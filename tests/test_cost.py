@@ -8,7 +8,8 @@ import torch
 from nets import AREA, CLASSES, NETS, RGB, K, build, images, tensors
 from torch import nn
 
-from autoprune.costs.cost import BYTES, CostTable
+from autoprune.costs.cost import CostTable
+from autoprune.costs.metrics import BYTES
 from autoprune.data import models
 from autoprune.structure.slicing import prune
 from autoprune.tracing.trace import trace
@@ -121,7 +122,7 @@ def test_memory_is_weights_plus_the_hungriest_operation_of_the_pruned_chain():
         )
         assert largest_operation(pruned, x) == by_hand
         elements = sum(tensor.numel() for tensor in tensors(pruned))
-        assert costs.memory_bytes({"conv1": first, "conv2": second}) == BYTES * (
+        assert costs.memory({"conv1": first, "conv2": second}) == BYTES * (
             elements + by_hand
         )
 
@@ -138,7 +139,7 @@ def test_counts_come_as_mapping_or_as_array_in_forward_order():
 
 def test_continuous_curve_passes_through_the_exact_values_and_between_them():
     costs = table("residual")
-    for metric in ("macs", "params"):
+    for metric in costs.metrics:
         at = [
             costs.continuous_cost(metric, np.array([5.0, width]))
             for width in (3, 3.5, 4)
@@ -159,8 +160,7 @@ def test_arrays_of_counts_cost_what_each_row_costs_and_what_its_mapping_costs(na
     kept = np.stack(
         [generator.integers(1, costs.dense + 1) for _ in range(12)]
     ).reshape(3, 4, -1)
-    for metric in ("macs", "params"):
-        cost = costs.metrics[metric]
+    for metric, cost in costs.metrics.items():
         together = cost(kept)
         assert together.shape == (3, 4)
         assert together.dtype == np.int64
@@ -192,3 +192,30 @@ def test_pfecs_resnet56_b_has_its_published_macs():
         if number not in left_whole
     }
     assert costs.macs(kept) == pytest.approx(90.9e6, abs=0.5e6)
+
+
+def test_a_table_with_one_metric_more_leaves_the_other_as_it_is():
+    costs = table("chain")
+    extended = costs.with_metric("weights", costs.metrics["params"])
+    assert "weights" not in costs.metrics
+    assert extended.metrics["weights"]({"conv1": 2}) == costs.params({"conv1": 2})
+    assert extended.macs({"conv1": 2}) == costs.macs({"conv1": 2})
+    counts = np.array([2.5, 3.0])
+    assert extended.continuous_cost("weights", counts) == costs.continuous_cost(
+        "params", counts
+    )
+
+
+def test_memory_of_arrays_is_the_largest_operation_and_never_falls_with_a_count():
+    costs, generator = table("residual"), np.random.default_rng(1)
+    kept = generator.integers(1, costs.dense, (50, len(costs.dense)))
+    memory = costs.memory(kept)
+    for index in range(len(costs.dense)):
+        grown = kept.copy()
+        grown[:, index] += 1
+        assert (costs.memory(grown) >= memory).all()
+        between = kept.astype(float)
+        between[:, index] += 0.5
+        halfway = costs.continuous_cost("memory", between)
+        assert (halfway >= memory).all()
+        assert (halfway <= costs.memory(grown)).all()

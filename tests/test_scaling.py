@@ -147,7 +147,7 @@ def test_costs_are_those_of_the_network_that_comes_out(seed):
     pruned = prune(model, groups, widths)
     assert costs.macs(kept) == counted_macs(pruned, SIDE)
     assert costs.params(kept) == sum(p.numel() for p in pruned.parameters())
-    assert costs.memory_bytes(kept) == CostTable(groups).memory_bytes(
+    assert costs.memory(kept) == CostTable(groups).memory(
         {n: len(k) for n, k in widths.items()}
     )
     array = np.array(list(kept.values()))

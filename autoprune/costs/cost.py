@@ -8,66 +8,31 @@ are quadratic forms, which answer in microseconds, for one allocation or thousan
 convolutions, linear layers and products of activations for one sample.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
+from autoprune.costs.metrics import (
+    Cost,
+    KeptCounts,
+    MemoryMetric,
+    Metric,
+    QuadraticForm,
+    QuadraticMetric,
+    Terms,
+    hungriest,
+)
 from autoprune.structure.groups import AxisPart, Extent, Groups, Layer, Member
-
-BYTES = 4
-"""Size of a float32 element; activations and weights are counted in it."""
-
-KeptCounts: TypeAlias = Mapping[str, int] | np.ndarray
-"""Group to count, or counts in the order of the prunable groups, `(..., n_groups)`."""
-
-Cost: TypeAlias = Any
-"""An int for one allocation, int64 `(...)` for an array of many.
-
-Which of the two depends on how many axes the counts have, and types can't tell that.
-"""
-
-
-class CostFunction(Protocol):
-    """What an entry of `CostTable.metrics` is."""
-
-    def __call__(self, kept: KeptCounts) -> Cost:
-        """The cost of one allocation or of each of many."""
-        ...
-
-
-@dataclass(frozen=True)
-class QuadraticForm:
-    """`fixed + (terms @ products + linear) @ terms`, computed in float64.
-
-    Whole numbers up to 2^53 are exact in it.
-
-    Attributes:
-        fixed: The value at all zeros.
-        linear: One factor for each term, `(n_terms,)`.
-        products: One factor for each pair of terms, `(n_terms, n_terms)`.
-    """
-
-    fixed: float
-    linear: np.ndarray
-    products: np.ndarray
-
-    def __call__(self, terms: np.ndarray) -> np.ndarray:
-        """The values `(...)` at terms `(..., n_terms)`."""
-        # int64 would have no fast matrix product.
-        terms = np.asarray(terms, np.float64)
-        slopes = terms @ self.products + self.linear
-        return self.fixed + np.einsum("...i,...i->...", terms, slopes)
 
 
 class CostTable:
     """Costs of every allocation of one network.
 
     Kept counts come as a mapping (groups left out keep all) or as an array in the order
-    of the prunable groups; MACs and parameters also take arrays `(..., n_groups)` and
-    answer with int64 `(...)`.
+    of the prunable groups, `(..., n_groups)`, which are answered with int64 `(...)`.
 
     For example, a network of two convolutions, both 3 x 3 with a bias, on images of 3
     channels and 8 x 8 pixels; the first has 16 channels, the group, and the second 10,
@@ -87,16 +52,63 @@ class CostTable:
     Attributes:
         names: The prunable groups, in order.
         dense: Their channels in the dense network, int64 `(n_groups,)`.
-        metrics: What can be counted: name to a function of kept counts.
+        metrics: What can be counted: name to metric.
     """
 
     def __init__(self, groups: Groups):
         self.names = [group.name for group in groups]
         # int64 throughout: MACs of large networks exceed 32 bits.
         self.dense = np.array([group.channels for group in groups], dtype=np.int64)
-        self._cell_pairs = _cell_pairs(groups)
+        self._terms = Terms(self.names, self.dense, _cell_pairs(groups))
         partial_layers = [layer for layer in groups.layers if layer.parts]
         self._tabulate_axes(groups, partial_layers)
+        self.metrics: dict[str, Metric] = {
+            "macs": self._count_macs(groups, partial_layers),
+            "params": self._count_params(groups),
+            "memory": self._count_memory(groups),
+        }
+
+    def macs(self, kept: KeptCounts) -> Cost:
+        """The multiply-accumulates of one sample."""
+        return self.metrics["macs"](kept)
+
+    def params(self, kept: KeptCounts) -> Cost:
+        """The number of trainable values."""
+        return self.metrics["params"](kept)
+
+    def memory(self, kept: KeptCounts) -> Cost:
+        """The bytes that an inference of one sample needs at most."""
+        return self.metrics["memory"](kept)
+
+    def continuous_cost(self, metric: str, kept: np.ndarray) -> np.ndarray:
+        """A curve near the exact costs, for counts that aren't whole.
+
+        Args:
+            metric: A name of `metrics`.
+            kept: Counts `(..., n_groups)`, fractions allowed.
+
+        Returns:
+            Costs `(...)`, float64.
+        """
+        return self.metrics[metric].continuous(kept)
+
+    def with_metric(self, name: str, metric: Metric) -> "CostTable":
+        """A cost table that knows one metric more.
+
+        Args:
+            name: What budgets call it.
+            metric: It, for the groups of this table in their order.
+
+        Returns:
+            A copy; this table is left as it is.
+        """
+        extended = copy.copy(self)
+        extended.metrics = {**self.metrics, name: metric}
+        return extended
+
+    def _count_macs(
+        self, groups: Groups, partial_layers: list[Layer]
+    ) -> QuadraticMetric:
         # Biases and buffers multiply nothing, so they have no positions.
         positions = dict.fromkeys(groups.shapes, 0)
         for layer in groups.layers:
@@ -104,87 +116,19 @@ class CostTable:
                 positions[layer.tensor] += layer.positions
         n_uses = list(positions.values())
         n_uses += [layer.positions for layer in partial_layers]
-        is_parameter = [name in groups.parameters for name in groups.shapes]
-        # A part is a part of a tensor that counts already.
-        is_parameter += [False] * len(partial_layers)
         fixed, per_term = self._tabulate_extents(groups.products)
-        self._forms = {
-            "macs": self._weighted_sizes(n_uses, fixed.sum(0), per_term.sum(0)),
-            "params": self._weighted_sizes(is_parameter),
-        }
+        form = self._weighted_sizes(n_uses, fixed.sum(0), per_term.sum(0))
+        return QuadraticMetric(self._terms, form)
+
+    def _count_params(self, groups: Groups) -> QuadraticMetric:
+        is_parameter = [name in groups.parameters for name in groups.shapes]
+        return QuadraticMetric(self._terms, self._weighted_sizes(is_parameter))
+
+    def _count_memory(self, groups: Groups) -> MemoryMetric:
+        elements = self._weighted_sizes([1] * len(groups.shapes))
         # How much is alive in each operation; memory is about the largest of them.
-        self._live_fixed, self._live_per_term = self._tabulate_extents(
-            groups.operations
-        )
-        self.metrics: dict[str, CostFunction] = {
-            "macs": self.macs,
-            "params": self.params,
-            "memory_bytes": self.memory_bytes,
-        }
-
-    def macs(self, kept: KeptCounts) -> Cost:
-        """The multiply-accumulates of one sample."""
-        return self._exact_cost("macs", kept)
-
-    def params(self, kept: KeptCounts) -> Cost:
-        """The number of trainable values."""
-        return self._exact_cost("params", kept)
-
-    def memory_bytes(self, kept: KeptCounts) -> int:
-        """The bytes that an inference of one sample needs at most, of one allocation.
-
-        That is all parameters and buffers, and the inputs and outputs of the hungriest
-        single operation.
-        """
-        terms = self._terms(self._as_array(kept))
-        live = self._live_fixed + self._live_per_term @ terms
-        return BYTES * int(self._tensor_sizes(terms).sum() + live.max(initial=0))
-
-    def continuous_cost(self, metric: str, kept: np.ndarray) -> np.ndarray:
-        """A smooth curve through the exact costs, for counts that aren't whole.
-
-        Args:
-            metric: "macs" or "params".
-            kept: Counts `(..., n_groups)`, fractions allowed.
-
-        Returns:
-            Costs `(...)`, float64.
-        """
-        return self._forms[metric](self._terms(kept))
-
-    def _exact_cost(self, metric: str, kept: KeptCounts) -> Cost:
-        """MACs or parameters at whole counts."""
-        exact = self._forms[metric](self._terms(self._as_array(kept)))
-        value = np.rint(exact).astype(np.int64)
-        return value if value.ndim else int(value)
-
-    def _as_array(self, kept: KeptCounts) -> np.ndarray:
-        """The counts in the order of the groups; arrays are that already."""
-        # A search asks with arrays, thousands of times; they must not be copied.
-        if isinstance(kept, np.ndarray):
-            return kept
-        counts = [
-            kept.get(name, channels)
-            for name, channels in zip(self.names, self.dense, strict=True)
-        ]
-        return np.array(counts, np.int64)
-
-    def _terms(self, kept: np.ndarray) -> np.ndarray:
-        """What axis lengths are affine in: counts, then products of counts.
-
-        Args:
-            kept: Counts `(..., n_groups)`.
-
-        Returns:
-            The counts, followed by one product for each pair of groups that are the
-            rows and the columns of the same cells, `(..., n_terms)`.
-        """
-        # Most networks have no attention, and then nothing needs to be copied.
-        if not len(self._cell_pairs):
-            return kept
-        rows = kept[..., self._cell_pairs[:, 0]]
-        columns = kept[..., self._cell_pairs[:, 1]]
-        return np.concatenate([kept, rows * columns], -1)
+        live = self._tabulate_extents(groups.operations)
+        return MemoryMetric(self._terms, elements, *hungriest(*live))
 
     def _weighted_sizes(
         self,
@@ -198,11 +142,14 @@ class CostTable:
         @ terms)` elements; multiplied out, that is a quadratic form.
 
         Args:
-            weights: One for each tensor.
+            weights: One for each tensor, then for each part of one; 0 for those left
+                out at the end.
             fixed: Added to the sum.
             per_term: Times terms, added to the sum, `(n_terms,)`.
         """
-        factors = np.array(weights, np.float64) * self._rest_size
+        # A part is a part of a tensor that counts already, unless it has a weight.
+        parts = [0] * (len(self._rest_size) - len(weights))
+        factors = np.array([*weights, *parts], np.float64) * self._rest_size
         first, second = self._axis_fixed
         # Integers up to 2^53 are exact as floats, which multiply far faster.
         by_first, by_second = self._axis_per_term.astype(np.float64)
@@ -212,12 +159,6 @@ class CostTable:
         )
         products = (by_first.T * factors) @ by_second
         return QuadraticForm(constant, linear, products)
-
-    def _tensor_sizes(self, terms: np.ndarray) -> np.ndarray:
-        """The elements of every tensor, `(n_tensors,)`."""
-        lengths = self._axis_fixed + self._axis_per_term @ terms
-        sizes = self._rest_size * lengths[0] * lengths[1]
-        return sizes[: self._n_tensors]
 
     def _tabulate_axes(self, groups: Groups, partial_layers: list[Layer]) -> None:
         """Writes down how the shape of every tensor follows from the terms.
@@ -236,9 +177,8 @@ class CostTable:
             groups: The network's trace.
             partial_layers: The layers that use a part of their weight.
         """
-        self._n_tensors = len(groups.shapes)
         boxes = _boxes(groups, partial_layers)
-        dense_terms = self._terms(self.dense)
+        dense_terms = self._terms.of(self.dense)
         # A missing axis stays 1 + 0 @ terms, and so drops out of every product.
         self._axis_fixed = np.ones((2, len(boxes)), np.int64)
         self._axis_per_term = np.zeros((2, len(boxes), len(dense_terms)), np.int64)
@@ -272,7 +212,7 @@ class CostTable:
             Number of a term to the positions that come with it.
         """
         counts = dict(per_channel)
-        for number, (row, column) in enumerate(self._cell_pairs):
+        for number, (row, column) in enumerate(self._terms.cell_pairs):
             if row in counts and column in counts:
                 # A row's positions are one cell, or several, in each column.
                 cells = counts.pop(row) // int(self.dense[column])
@@ -294,9 +234,9 @@ class CostTable:
         term_of: dict[tuple[str, ...], int] = {}
         for term, name in enumerate(self.names):
             term_of[(name,)] = term
-        for number, (row, column) in enumerate(self._cell_pairs):
+        for number, (row, column) in enumerate(self._terms.cell_pairs):
             term_of[self.names[row], self.names[column]] = len(self.names) + number
-        dense_terms = self._terms(self.dense)
+        dense_terms = self._terms.of(self.dense)
         fixed = np.array([extent.fixed for extent in extents], np.int64)
         per_term = np.zeros((len(extents), len(term_of)), np.int64)
         for number, extent in enumerate(extents):

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autoprune.costs.budget import Budget
-from autoprune.costs.cost import CostFunction, CostTable
+from autoprune.costs.cost import CostTable
 from autoprune.costs.levels import (
     levels_of_group,
     numbers_in_order,
     span_of,
     tabulate_next_levels,
 )
+from autoprune.costs.metrics import Metric
 from autoprune.costs.root_finding import least_roots
 from autoprune.errors import UserError
 
@@ -54,7 +55,7 @@ class SearchSpace:
     levels: list[np.ndarray] = field(init=False)
     low: np.ndarray = field(init=False)
     high: np.ndarray = field(init=False)
-    cost: CostFunction = field(init=False)
+    cost: Metric = field(init=False)
 
     def __post_init__(self) -> None:
         names = self.costs.names

@@ -32,6 +32,7 @@ from autoprune.evaluation.importance import Importance, importance
 from autoprune.evaluation.proxy import ProxyAccuracy
 from autoprune.evaluation.proxy_protocol import Proxy
 from autoprune.evaluation.reconstruction import Reconstruction
+from autoprune.results import COST_FIELDS
 from autoprune.runs import RunFolder
 from autoprune.scaling.scaled_proxy import ScaledProxy
 from autoprune.scaling.scaling import RESOLUTION, ScaledCosts, Scaling
@@ -328,8 +329,8 @@ class RunContext:
     def dense_costs(self) -> dict[str, int]:
         """MACs, parameters and memory before anything goes, as fields of `Results`."""
         costs = {}
-        for metric, cost in self.costs.metrics.items():
-            costs[f"{metric}_dense"] = cost(self.costs.dense)
+        for metric, field in COST_FIELDS.items():
+            costs[f"{field}_dense"] = self.costs.metrics[metric](self.costs.dense)
         return costs
 
     def costs_of(self, kept: Mapping[str, int]) -> dict[str, Any]:
@@ -342,8 +343,8 @@ class RunContext:
             MACs, parameters and memory before and after, and the table of groups.
         """
         results: dict[str, Any] = {}
-        for metric, cost in self.costs.metrics.items():
-            results[metric] = cost(kept)
+        for metric, field in COST_FIELDS.items():
+            results[field] = self.costs.metrics[metric](kept)
         results |= self.dense_costs
         results["macs_ratio"] = results["macs"] / results["macs_dense"]
         # Groups in removed blocks are gone, whatever their count in the allocation.

@@ -6,7 +6,7 @@ channels are the pixels of the image's side. So an agent, a budget and an alloca
 treat them as they treat widths, and costs stay those of the network that comes out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.costs.constraints import pin_excluded
-from autoprune.costs.cost import CostTable, KeptCounts
+from autoprune.costs.cost import CostTable
+from autoprune.costs.metrics import (
+    Cost,
+    KeptCounts,
+    Metric,
+    counts_in_order,
+    whole_costs,
+)
 from autoprune.data.datasets import Images
 from autoprune.errors import UserError
 from autoprune.evaluation.proxy import half
@@ -258,35 +265,55 @@ class Scaling:
 class ScaledCosts(CostTable):
     """Costs of depth, image size and widths together, as in the network that comes out.
 
-    At any count `continuous_cost` takes the nearest of the depths and sizes that a
-    search has by default.
-
     Args:
         scaling: The network's depths and sizes.
     """
 
     def __init__(self, scaling: Scaling):
         super().__init__(scaling.groups)
+        self.metrics: dict[str, Metric] = {
+            name: ScaledMetric(scaling, name) for name in self.metrics
+        }
+
+
+class ScaledMetric:
+    """A metric of depth, image size and widths: that of the widths in their network.
+
+    Args:
+        scaling: The network's depths and sizes.
+        name: What is counted.
+    """
+
+    def __init__(self, scaling: Scaling, name: str):
         self.scaling = scaling
+        self.name = name
+        self._dense = np.array([group.channels for group in scaling.groups], np.int64)
+        self._names = [group.name for group in scaling.groups]
         depth, size = scaling.whole
         self._whole = {DEPTH: depth, RESOLUTION: size}
         # A dimension that is pinned has no column: it is whole in every allocation.
         self._columns: dict[str, int] = {}
-        for name in self._whole:
-            if name in self.names:
-                self._columns[name] = self.names.index(name)
+        for dimension in self._whole:
+            if dimension in self._names:
+                self._columns[dimension] = self._names.index(dimension)
 
-    def memory_bytes(self, kept: KeptCounts) -> int:
-        """As in `CostTable`."""
-        counts = dict(zip(self.names, self._as_array(kept).tolist(), strict=True))
-        table = self.scaling.costs(*self.scaling.depth_and_size(counts))
-        return table.memory_bytes(self.scaling.widths(counts))
+    def __call__(self, kept: KeptCounts) -> Cost:
+        """As in `Metric`."""
+        counts = counts_in_order(kept, self._names, self._dense)
 
-    def continuous_cost(self, metric: str, kept: np.ndarray) -> np.ndarray:
-        """As in `CostTable`, smooth in the widths.
+        def exact(table: CostTable, widths: np.ndarray) -> np.ndarray:
+            return table.metrics[self.name](widths)
+
+        # Whole numbers up to 2^53 are exact as floats.
+        return whole_costs(self._values(counts, exact))
+
+    def continuous(self, kept: np.ndarray) -> np.ndarray:
+        """As in `Metric`, smooth in the widths.
+
+        At any count it takes the nearest of the depths and sizes that a search has by
+        default.
 
         Args:
-            metric: What is counted.
             kept: Counts `(..., n_groups)`, in fractions too.
         """
         snapped = np.array(kept, float)
@@ -294,24 +321,25 @@ class ScaledCosts(CostTable):
             step = self.scaling.steps[name]
             multiples = np.maximum(1, np.rint(snapped[..., column] / step))
             snapped[..., column] = np.minimum(multiples * step, self._whole[name])
-        return self._values(metric, snapped)
 
-    def _exact_cost(self, metric: str, kept: KeptCounts) -> int | np.ndarray:
-        values = self._values(metric, self._as_array(kept))
-        exact = np.rint(values).astype(np.int64)
-        return exact if exact.ndim else int(exact)
+        def smooth(table: CostTable, widths: np.ndarray) -> np.ndarray:
+            return table.continuous_cost(self.name, widths)
 
-    def _values(self, metric: str, kept: np.ndarray) -> np.ndarray:
+        return self._values(snapped, smooth)
+
+    def _values(
+        self, kept: np.ndarray, cost: Callable[[CostTable, np.ndarray], np.ndarray]
+    ) -> np.ndarray:
         """Costs of allocations, those of each depth and size from its own table.
 
         Args:
-            metric: What is counted.
             kept: Counts `(..., n_groups)`.
+            cost: From the table of a depth and size, and widths, to costs.
 
         Returns:
             Costs `(...)`.
         """
-        rows = kept.reshape(-1, len(self.names))
+        rows = kept.reshape(-1, len(self._names))
         scales = np.empty((len(rows), 2), np.int64)
         for place, (name, whole) in enumerate(self._whole.items()):
             column = self._columns.get(name)
@@ -321,7 +349,7 @@ class ScaledCosts(CostTable):
         for scale in np.unique(scales, axis=0):
             table = self.scaling.costs(*scale.tolist())
             is_alike = (scales == scale).all(1)
-            columns = [self.names.index(name) for name in table.names]
+            columns = [self._names.index(name) for name in table.names]
             widths = rows[is_alike][:, columns]
-            values[is_alike] = CostTable.continuous_cost(table, metric, widths)
+            values[is_alike] = cost(table, widths)
         return values.reshape(kept.shape[:-1])

@@ -12,6 +12,7 @@ from autoprune.evaluation.evaluate import recalibrate
 from autoprune.files import write_json
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.methods.base import PruningMethod
+from autoprune.results import COST_FIELDS
 from autoprune.runs import RunFolder
 from autoprune.scaling.depth import (
     removable_blocks,
@@ -44,8 +45,8 @@ class BlockDecision:
         shallow = remove_blocks(context.model, self.removed)
         smaller = CostTable(trace(shallow, context.splits.example))
         results: dict[str, Any] = {}
-        for metric, cost in smaller.metrics.items():
-            results[metric] = cost(smaller.dense)
+        for metric, field in COST_FIELDS.items():
+            results[field] = smaller.metrics[metric](smaller.dense)
         results |= context.dense_costs
         results["macs_ratio"] = results["macs"] / results["macs_dense"]
         rows = []
