@@ -530,6 +530,26 @@ class DimensionsConfig:
 
 
 @dataclass(frozen=True)
+class LatencyConfig:
+    """What latency is measured with."""
+
+    engine: str = "onnxruntime"
+    """onnxruntime, torch (eager, channels last), compiled (torch.compile) or openvino.
+    """
+    batch: int = 1
+    """Images in a forward pass."""
+    threads: int = 0
+    """Threads that the engine may use (0: as many as PyTorch uses)."""
+    precision: str = "float32"
+    """float32, or bfloat16 where the engine computes so."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, float("inf"), "batch", stage="latency")
+        _check_range(self, 0, float("inf"), "threads", stage="latency")
+        _check_choice(self, "precision", "float32", "bfloat16", stage="latency")
+
+
+@dataclass(frozen=True)
 class ProxyConfig:
     """How a sub-model is scored during the search."""
 
@@ -709,6 +729,7 @@ class Settings:
     sparse: SparseConfig = field(default_factory=SparseConfig)
     removal: RemovalConfig = field(default_factory=RemovalConfig)
     dimensions: DimensionsConfig = field(default_factory=DimensionsConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
 
     @property
     def sparse_training(self) -> FinetuneConfig:
@@ -765,6 +786,8 @@ class Settings:
                 sparse=SparseConfig(**stages["sparse"]),
                 removal=RemovalConfig(**stages["removal"]),
                 dimensions=DimensionsConfig(**stages["dimensions"]),
+                # Runs of earlier versions say nothing of it.
+                latency=LatencyConfig(**stages.get("latency", {})),
             )
         except (KeyError, TypeError) as error:
             raise UserError(

@@ -92,6 +92,12 @@ DATASETS = Registry(
     "DATASETS",
     ("sample", "cifar10", "digits"),
 )
+ENGINES = Registry(
+    "engine",
+    "autoprune.latency.engines",
+    "ENGINES",
+    ("onnxruntime", "torch", "compiled"),
+)
 LEARNERS = Registry(
     "agent",
     "autoprune.agents.algorithms",

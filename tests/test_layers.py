@@ -19,6 +19,7 @@ LAYERS = (
     {"evaluation"},
     {"training", "scaling", "envs"},
     {"deploy", "agents"},
+    {"latency"},
     {"pipeline"},
     {"cli"},
     {"experiments"},

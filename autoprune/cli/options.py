@@ -13,6 +13,7 @@ from autoprune.config import (
     DataConfig,
     DimensionsConfig,
     FinetuneConfig,
+    LatencyConfig,
     NetworkConfig,
     OutputConfig,
     ProxyConfig,
@@ -87,6 +88,7 @@ def search_options(parser: Parser) -> None:
     parser.add_class_arguments(SparseConfig, "sparse")
     parser.add_class_arguments(RemovalConfig, "removal")
     parser.add_class_arguments(DimensionsConfig, "dimensions")
+    parser.add_class_arguments(LatencyConfig, "latency")
     # These two depend on the registry, which a docstring can't read.
     _set_help(parser, "granularity", _granularity_help())
     _set_help(parser, "removal.method", _removal_help())
@@ -177,6 +179,7 @@ def settings_of(options: Namespace) -> Settings:
         sparse=SparseConfig(**vars(options.sparse)),
         removal=RemovalConfig(**vars(options.removal)),
         dimensions=DimensionsConfig(**vars(options.dimensions)),
+        latency=LatencyConfig(**vars(options.latency)),
     )
 
 

@@ -248,15 +248,27 @@ def feed(
     return arrays
 
 
-def onnx_session(path: Path) -> "onnxruntime.InferenceSession":
-    """An ONNX Runtime session on the CPU that uses as many threads as PyTorch does."""
+def onnx_session(
+    network: Path | bytes, threads: int = 0, profile: Path | None = None
+) -> "onnxruntime.InferenceSession":
+    """An ONNX Runtime session on the CPU.
+
+    Args:
+        network: The ONNX file, or its content.
+        threads: Threads that it may use; 0 for as many as PyTorch does.
+        profile: What the name of a file begins with into which every run's kernels and
+            their times are written; None for none.
+    """
     # Here, since saving and loading weights needs the core alone.
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     # Errors only: warnings would go to the terminal.
     options.log_severity_level = 3
     # Idle threads of one session would spin while another is measured.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(path, options, providers=list(ONNX_DEVICES))
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    return onnxruntime.InferenceSession(network, options, providers=list(ONNX_DEVICES))
