@@ -303,6 +303,16 @@ class Slices(PartialConvolution):
         return self.head(x.mean((2, 3)))
 
 
+class RoundedUp(PartialConvolution):
+    """A quarter of the channels, rounded up, moves by a pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        n = -(-x.shape[1] // 4)
+        x = torch.cat((x[:, :n].roll(1, 3), x[:, n:]), 1)
+        return self.head(x.mean((2, 3)))
+
+
 class ToMap(nn.Module):
     """A linear layer makes a feature map."""
 
@@ -375,6 +385,7 @@ ATTENTIONS = (
 OTHERS = (
     PartialConvolution,
     Slices,
+    RoundedUp,
     ToMap,
     ToMapByAttribute,
     OwnLayers,

@@ -30,6 +30,7 @@ REGRESSIONS = {
     "Conv(source=1, width=6, groups=4), "
     "Split(source=4, how='view', pieces=4)": 0,
     "Pool(), Pool(), Pool(), Write(how='shift')": 0,
+    "Conv(width=6), Concat(other=2, again=True), Write(how='shift')": 1,
     "Conv(), ChannelOrder(how='roll'), Conv(act='prelu')": 1,
     "Conv(), ChannelOrder(how='roll'), SpaceMoves(source=4)": 1,
     "Depthwise(stride=2), PixelShuffle(how='unshuffle'), Conv(stride=2), Conv(norm='group_of_all')": 2,

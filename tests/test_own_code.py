@@ -101,6 +101,26 @@ def test_numbers_in_the_code_pin_what_they_split_and_nothing_else():
     assert any("the pruned network doesn't run" in reason for reason in reasons)
 
 
+class Thrice(PartialConvolution):
+    """A sixth of three copies of the channels, rounded up, moves by a pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(3 * WIDTH, 10)
+
+    def forward(self, x):
+        x = self.stem(x).relu().repeat(1, 3, 1, 1)
+        n = -(-x.shape[1] // 5)
+        return self.head(torch.cat((x[:, :n].roll(1, 3), x[:, n:]), 1).mean((2, 3)))
+
+
+def test_what_no_choice_of_channels_makes_as_long_as_the_code_says_stays():
+    groups = trace(randomise(Thrice()).eval(), example(), verify=False)
+    assert "stem" not in groups.channels
+    reason = "the code computes its length otherwise than channels are removed"
+    assert reason in groups.reasons.values()
+
+
 class Compared(PartialConvolution):
     """The code compares attributes with each other, and one with itself in a sum."""
 

@@ -75,6 +75,12 @@ def solve_sizes(
                 _tie(tracer, demand, values, trials.units)
                 tied |= units
         if tracer.book.n_joins + tracer.book.n_pins == n_changes:
+            # What no join has mended is wrong as soon as a channel goes; the proof
+            # tries few choices of channels and might miss it.
+            for demand in demands:
+                if not trials.hold(demand, values):
+                    _pin(tracer, demand, values, trials.units)
+        if tracer.book.n_joins + tracer.book.n_pins == n_changes:
             break
         representatives = solve_constraints(tracer.book)
     return representatives, values
@@ -305,12 +311,27 @@ def _tie(tracer: Tracer, demand: Demand, values: Values, units: np.ndarray) -> N
         for source in sources:
             if source is not axis and _tie_axes(tracer, source, axis, units):
                 return
+    if not (axes and sources):
+        # What has to be as long as something that never changes keeps all its channels.
+        _pin(tracer, demand, values, units)
+
+
+def _pin(tracer: Tracer, demand: Demand, values: Values, units: np.ndarray) -> None:
+    """Pins the channels on both sides of a demand.
+
+    Args:
+        tracer: The notebook of the forward pass.
+        demand: One that doesn't hold.
+        values: Attribute to what it follows from.
+        units: Those of every label, `(n_labels, 2)`.
+    """
+    axes = _channel_axes(demand.length, values)
+    sources = _channel_axes(demand.source, values)
+    reason = "has to be as long as something that stays"
     if axes and sources:
-        return
-    # What has to be as long as something that never changes keeps all its channels.
+        reason = "the code computes its length otherwise than channels are removed"
     for axis in [*axes, *sources]:
         own = axis_units(axis.labels, axis.axis, units)
-        reason = "has to be as long as something that stays"
         tracer.book.pin(torch.from_numpy(own[own > 0]), reason)
 
 

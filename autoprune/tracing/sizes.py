@@ -147,6 +147,15 @@ class Size(int):
     def __rfloordiv__(self, other: int) -> Any:
         return self._compute("floordiv", other, is_swapped=True)
 
+    def __mod__(self, other: int) -> Any:
+        if not isinstance(other, int):
+            return NotImplemented
+        return self - self // other * other
+
+    def __neg__(self) -> Any:
+        # Rounding up is often written as `-(-n // 4)`.
+        return 0 - self
+
     def __float__(self) -> float:
         return float(self.kept)
 
