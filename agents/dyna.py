@@ -30,7 +30,7 @@ from autoprune.agents.replay import Policy, make_actor
 from autoprune.agents.sb3_env import SB3VecEnv
 from autoprune.agents.surrogate import Surrogate
 from autoprune.agents.training import make_learner, policy_of
-from autoprune.costs.budget import Budget, BudgetRange, chebyshev_budgets
+from autoprune.costs.budget import BudgetRange, SingleBudget, chebyshev_budgets
 from autoprune.envs.batch import BatchedEpisodes, fixed_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 
@@ -87,7 +87,7 @@ class ModelEnv(SB3VecEnv):
         self.cost_baseline: CostBaseline | None = None
         self.generator = np.random.default_rng(0)
 
-    def next_budgets(self) -> list[Budget]:
+    def next_budgets(self) -> list[SingleBudget]:
         """Spread over the range."""
         offset = self.generator.random()
         return chebyshev_budgets(self.env.budget, self.num_envs, offset)
@@ -225,7 +225,7 @@ def _make_warm_start(
 def _first_episodes(
     learner: PPO,
     env: LayerPruningEnv,
-    budgets: Sequence[Budget],
+    budgets: Sequence[SingleBudget],
     warm_start: Callable[[BatchedEpisodes], np.ndarray] | None,
 ) -> BatchedEpisodes:
     """The episodes before anything is known.
@@ -246,7 +246,7 @@ def _first_episodes(
 def _choose_episodes(
     learner: PPO,
     model_env: ModelEnv,
-    budgets: Sequence[Budget],
+    budgets: Sequence[SingleBudget],
     recorder: Recorder,
 ) -> BatchedEpisodes:
     """Of many proposals the most promising new one for each budget, at its end.
@@ -287,7 +287,7 @@ def _choose_episodes(
 
 
 def _propose(
-    learner: PPO, env: LayerPruningEnv, budgets: Sequence[Budget]
+    learner: PPO, env: LayerPruningEnv, budgets: Sequence[SingleBudget]
 ) -> BatchedEpisodes:
     """Episodes of the policy, as many for each budget; the first is deterministic."""
     n_each = PROPOSALS // len(budgets)
@@ -300,7 +300,7 @@ def _propose(
 def _vary(
     proposed: np.ndarray,
     model_env: ModelEnv,
-    budgets: Sequence[Budget],
+    budgets: Sequence[SingleBudget],
     recorder: Recorder,
     generator: np.random.Generator,
 ) -> BatchedEpisodes:

@@ -13,7 +13,7 @@ import numpy as np
 from autoprune.agents.recorder import Episode, Recorder, counts_of, is_near_budget
 from autoprune.agents.replay import Policy, make_actor
 from autoprune.costs.allocation import Allocation
-from autoprune.costs.budget import Budget, BudgetRange
+from autoprune.costs.budget import AnyBudget, SingleBudget
 from autoprune.envs.batch import BatchedEpisodes, fixed_policy, uniform_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.evaluation.evaluate import Evaluation
@@ -155,7 +155,7 @@ def _undominated(points: list[Finalist]) -> list[Finalist]:
 
 
 def candidates_for_budget(
-    recorder: Recorder, policy: Policy | None, budget: Budget
+    recorder: Recorder, policy: Policy | None, budget: SingleBudget
 ) -> list[Episode]:
     """The best of a search's episodes for a budget, and the policy's own allocation.
 
@@ -184,7 +184,7 @@ def candidates_for_budget(
 
 
 def _best_resized(
-    episodes: list[Episode], recorder: Recorder, budget: Budget
+    episodes: list[Episode], recorder: Recorder, budget: SingleBudget
 ) -> Episode:
     """The best of some episodes after each was resized to a budget.
 
@@ -215,7 +215,7 @@ def _best_resized(
 
 
 def _with_counts(
-    episode: Episode, counts: np.ndarray, env: LayerPruningEnv, budget: Budget
+    episode: Episode, counts: np.ndarray, env: LayerPruningEnv, budget: SingleBudget
 ) -> Episode:
     """An episode with other counts `(n_groups,)`, made for another budget."""
     allocation = Allocation(
@@ -257,9 +257,7 @@ def rank_on_selection(
     )
 
 
-def roll_out_policy(
-    policy: Policy, env: LayerPruningEnv, budget: Budget | BudgetRange
-) -> Episode:
+def roll_out_policy(policy: Policy, env: LayerPruningEnv, budget: AnyBudget) -> Episode:
     """The allocation that a trained policy chooses by itself, as episode 0.
 
     Args:
@@ -275,7 +273,7 @@ def roll_out_policy(
 def roll_out(
     act: Callable[[BatchedEpisodes], np.ndarray],
     env: LayerPruningEnv,
-    budgets: list[Budget],
+    budgets: list[SingleBudget],
     source: str,
 ) -> list[Episode]:
     """Plays one episode a budget and scores it; no learner sees them.

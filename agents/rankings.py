@@ -38,11 +38,14 @@ def cost_aware(recorder: Recorder) -> None:
     env = recorder.env
     space = env.space
     dense = space.costs.dense
-    one_less = dense - np.eye(len(dense), dtype=np.int64)
-    savings = space.cost(dense) - space.cost(one_less)
+    one_less = dense - np.eye(len(dense))
+    # By the curve: a single channel may save nothing where costs fall in steps.
+    costs = space.costs.continuous_cost
+    savings = costs(space.metric, dense) - costs(space.metric, one_less)
     scores = []
     for importance, saved in zip(_importance(env), savings, strict=True):
-        scores.append(importance / saved)
+        # Nor does it where another one of several budgets is the tighter.
+        scores.append(importance / max(saved, 1e-9))
     _run_with_threshold(recorder, scores)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from autoprune.agents.cost_baseline import CostBaseline
 from autoprune.config import SearchConfig
 from autoprune.costs.allocation import Allocation
-from autoprune.costs.budget import Budget, BudgetRange, chebyshev_budgets
+from autoprune.costs.budget import BudgetRange, SingleBudget, chebyshev_budgets
 from autoprune.envs.batch import BatchedEpisodes
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.evaluation.evaluate import Evaluation
@@ -96,7 +96,7 @@ def counts_of(episodes: Sequence[Episode]) -> np.ndarray:
 
 
 def is_near_budget(
-    env: LayerPruningEnv, costs: np.ndarray, budget: Budget
+    env: LayerPruningEnv, costs: np.ndarray, budget: SingleBudget
 ) -> np.ndarray:
     """Which costs lie so close to a budget that what is good there is good here.
 
@@ -237,7 +237,7 @@ class Recorder:
         for known in self.episodes:
             self.on_episode(known)
 
-    def budgets(self, n: int) -> list[Budget]:
+    def budgets(self, n: int) -> list[SingleBudget]:
         """The budgets of `n` episodes, spread over the range if there is one.
 
         The same seed and number of episodes so far give the same budgets.
@@ -248,7 +248,7 @@ class Recorder:
         return chebyshev_budgets(self.env.budget, n, offset)
 
     def score(
-        self, batch: BatchedEpisodes, budgets: Sequence[Budget], n_recorded: int
+        self, batch: BatchedEpisodes, budgets: Sequence[SingleBudget], n_recorded: int
     ) -> np.ndarray:
         """Scores finished episodes, and records the first ones.
 

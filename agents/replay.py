@@ -16,7 +16,7 @@ from stable_baselines3.common.policies import BasePolicy
 from autoprune.agents.algorithms import ALGORITHMS
 from autoprune.agents.policy_files import describe_policy
 from autoprune.costs.allocation import Allocation
-from autoprune.costs.budget import Budget
+from autoprune.costs.budget import SingleBudget
 from autoprune.envs.batch import BatchedEpisodes
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.envs.observation import (
@@ -307,7 +307,7 @@ def make_actor(
 
 
 def replay(
-    policy: Policy, env: gymnasium.Env, budget: str | Budget | None = None
+    policy: Policy, env: gymnasium.Env, budget: str | SingleBudget | None = None
 ) -> tuple[Allocation, dict]:
     """Lets a policy act for one episode, without learning or chance.
 

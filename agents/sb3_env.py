@@ -11,7 +11,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
 from autoprune.agents.recorder import LANES, Recorder
-from autoprune.costs.budget import Budget, BudgetRange
+from autoprune.costs.budget import Budget, BudgetRange, SingleBudget
 from autoprune.envs.batch import BatchedEpisodes, uniform_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 
@@ -35,11 +35,11 @@ class SB3VecEnv(VecEnv):
         # First: the parent asks for attributes of the environment.
         self.env = env
         super().__init__(n_lanes, env.observation_space, env.action_space)
-        self.budgets: list[Budget] = []
+        self.budgets: list[SingleBudget] = []
         self.batch: BatchedEpisodes
         self._actions = np.zeros(n_lanes)
 
-    def next_budgets(self) -> list[Budget]:
+    def next_budgets(self) -> list[SingleBudget]:
         """The budgets of the next episodes, one for each lane."""
         raise NotImplementedError
 
@@ -157,7 +157,7 @@ class RecordedVecEnv(SB3VecEnv):
         self._warm_start = warm_start
         self._copied_lanes = np.arange(n_lanes)
 
-    def next_budgets(self) -> list[Budget]:
+    def next_budgets(self) -> list[SingleBudget]:
         """Spread over the range, and the same in a lane and its copies."""
         # After the last episode a learner still resets its environment once.
         n_live = min(self.num_envs, self.recorder.remaining) or self.num_envs
@@ -208,7 +208,9 @@ class UniformBaseline:
         self.budgets = [env.budget.at_position(position) for position in positions]
         self.batch = env.start_episodes(self.budgets).rollout(uniform_policy)
 
-    def interpolate(self, budgets: Sequence[Budget], rewards: np.ndarray) -> np.ndarray:
+    def interpolate(
+        self, budgets: Sequence[SingleBudget], rewards: np.ndarray
+    ) -> np.ndarray:
         """What uniform pruning earns under other budgets, linear between those known.
 
         Args:
@@ -221,9 +223,10 @@ class UniformBaseline:
         return np.interp(_shares(budgets), _shares(self.budgets), rewards)
 
 
-def _shares(budgets: Sequence[Budget]) -> list[float]:
+def _shares(budgets: Sequence[SingleBudget]) -> list[float]:
     shares = []
     for budget in budgets:
+        assert isinstance(budget, Budget), "a range is one of shares"
         assert budget.share is not None, "a range is one of shares"
         shares.append(budget.share)
     return shares

@@ -6,7 +6,7 @@ So a wrong name is refused before anything slow is imported.
 from collections.abc import Iterable
 from importlib.util import find_spec
 
-from autoprune.costs.budget import Budget, BudgetRange
+from autoprune.costs.budget import AnyBudget, BudgetRange
 from autoprune.errors import UserError, check_known, missing_package
 from autoprune.names import BASELINES, LEARNERS
 
@@ -42,9 +42,7 @@ def check_installed(name: str, argument: str) -> None:
         raise missing_package(argument, name, package)
 
 
-def check_agent(
-    agent: str, budget: Budget | BudgetRange, others: Iterable[str] = ()
-) -> None:
+def check_agent(agent: str, budget: AnyBudget, others: Iterable[str] = ()) -> None:
     """Checks that an agent or a baseline can search under a budget here.
 
     Args:

@@ -7,7 +7,12 @@ from typing import Any
 
 from autoprune.errors import UserError
 
-COST_FIELDS = {"macs": "macs", "params": "params", "memory": "memory_bytes"}
+COST_FIELDS = {
+    "macs": "macs",
+    "params": "params",
+    "memory": "memory_bytes",
+    "size": "size_bytes",
+}
 """Metric to the field that holds it; `_dense` follows for the dense network."""
 
 
@@ -73,12 +78,16 @@ class Results:
     """Parameters of the pruned network."""
     memory_bytes: int | None = None
     """Parameters, buffers and the largest activations of the pruned network."""
+    size_bytes: int | None = None
+    """The file of the pruned network's weights, at most."""
     macs_dense: int | None = None
     """Multiply-accumulates of the dense network."""
     params_dense: int | None = None
     """Parameters of the dense network."""
     memory_bytes_dense: int | None = None
     """Parameters, buffers and the largest activations of the dense network."""
+    size_bytes_dense: int | None = None
+    """The file of the dense network's weights, at most."""
     macs_ratio: float | None = None
     """`macs` / `macs_dense`."""
     sparsity: float | None = None

@@ -11,7 +11,12 @@ from gymnasium import spaces
 from torch import nn
 
 from autoprune.costs.allocation import Allocation
-from autoprune.costs.budget import Budget, BudgetRange, parse_budget
+from autoprune.costs.budget import (
+    AnyBudget,
+    SingleBudget,
+    parse_budget,
+    parse_single,
+)
 from autoprune.costs.cost import CostTable
 from autoprune.costs.search_space import SearchSpace
 from autoprune.envs.batch import BatchedEpisodes
@@ -56,7 +61,8 @@ class LayerPruningEnv(gymnasium.Env):
     ## Starting State
     The first group, nothing pruned. `reset(options={"budget": "macs=40%"})` sets
     another target for the episode; it has to be of the metric that the environment was
-    made for. A range of budgets is drawn from uniformly.
+    made for; several budgets stay as they are. A range of budgets is drawn from
+    uniformly.
 
     ## Episode End
     Terminates after the last group, within the budget; what rounding left of it is
@@ -67,8 +73,9 @@ class LayerPruningEnv(gymnasium.Env):
 
     ## Info
     Each step: `group`, `sparsity` and `executed_action` of the step just taken. Last
-    step also: `allocation`, `macs`, `cost` (of the budgeted metric), `target`,
-    `accuracy`, `loss`.
+    step also: `allocation`, `macs`, `cost` (of the budgeted metric; of several the
+    joint one), `target`, `costs` (every budgeted metric to its cost), `accuracy`,
+    `loss`.
 
     ## Arguments
     See below.
@@ -82,14 +89,16 @@ class LayerPruningEnv(gymnasium.Env):
         groups: Its trace; made here if None.
         proxy: Scores allocations of that network; kept as it is. To have candidates
             reconstructed where a tight budget asks for it, see `with_suited_proxy`.
-        budget: Cost not to exceed, e.g. "macs=50%"; absolute numbers work too. From a
-            range, "macs=30%..80%", every episode draws its own.
+        budget: Cost not to exceed, e.g. "macs=50%" or "size=5MB"; or several that are
+            all to be met, "macs=50%,size=5MB". From a range, "macs=30%..80%", every
+            episode draws its own.
         reward: A name of `REWARDS`.
         round_to: Kept counts are multiples of it; one number, or group to number.
         max_sparsity: Largest share of a group that may go.
         accuracy_floor: For the reward `accuracy_guaranteed`.
         min_width: Least channels that a group keeps; one number, or group to number.
-        costs: What allocations cost; from the groups if None.
+        costs: What allocations cost; from the groups if None. A budget of latency
+            needs costs that know it, see `CostTable.with_metric`.
         render_mode: None, or "rgb_array" for a picture of the allocation so far.
         data: The images of a network that is given by name: "sample", "cifar10", or a
             folder.
@@ -110,7 +119,7 @@ class LayerPruningEnv(gymnasium.Env):
         model: nn.Module | str = "resnet20",
         groups: Groups | None = None,
         proxy: Proxy | None = None,
-        budget: str | Budget | BudgetRange = "macs=50%",
+        budget: str | AnyBudget = "macs=50%",
         reward: str = "weighted_sum",
         round_to: int | Mapping[str, int] = 2,
         max_sparsity: float = 0.9,
@@ -142,7 +151,7 @@ class LayerPruningEnv(gymnasium.Env):
         self.reward = reward_named(reward)
         self.accuracy_floor = accuracy_floor
         self.render_mode = render_mode
-        costs = costs or CostTable(self.groups)
+        costs = self.budget.with_metrics(costs or CostTable(self.groups))
         self.space = SearchSpace(
             costs, self.budget.metric, round_to, max_sparsity, min_width
         )
@@ -163,7 +172,7 @@ class LayerPruningEnv(gymnasium.Env):
         model: nn.Module,
         groups: Groups | None,
         proxy: Proxy,
-        budget: str | Budget | BudgetRange = "macs=50%",
+        budget: str | AnyBudget = "macs=50%",
         **options: Any,
     ) -> "LayerPruningEnv":
         """An environment whose proxy suits its tightest budget, see `suited_proxy`.
@@ -204,7 +213,7 @@ class LayerPruningEnv(gymnasium.Env):
         super().reset(seed=seed)
         text = (options or {}).get("budget")
         if text:
-            budget = Budget.parse(text)
+            budget = parse_single(text)
         else:
             budget = self.budget.at_position(self.np_random.random())
         self._start(budget)
@@ -290,7 +299,7 @@ class LayerPruningEnv(gymnasium.Env):
         actions = self.episode.actions_of(np.array([sparsity]), np.array([fallback]))
         return float(actions[0])
 
-    def start_episodes(self, budgets: Sequence[Budget]) -> BatchedEpisodes:
+    def start_episodes(self, budgets: Sequence[SingleBudget]) -> BatchedEpisodes:
         """Begins episodes that step together, one for each budget.
 
         Raises:
@@ -301,7 +310,7 @@ class LayerPruningEnv(gymnasium.Env):
         batch.start(targets)
         return batch
 
-    def target_of(self, budget: Budget) -> int:
+    def target_of(self, budget: SingleBudget) -> int:
         """A budget as an absolute cost.
 
         Raises:
@@ -324,7 +333,7 @@ class LayerPruningEnv(gymnasium.Env):
         return dict(zip(self.space.costs.names, map(int, kept), strict=True))
 
     def score(
-        self, batch: BatchedEpisodes, budgets: Sequence[Budget], block: int = 0
+        self, batch: BatchedEpisodes, budgets: Sequence[SingleBudget], block: int = 0
     ) -> tuple[np.ndarray, list[dict]]:
         """Scores the networks of finished episodes side by side.
 
@@ -354,9 +363,17 @@ class LayerPruningEnv(gymnasium.Env):
                 "macs": macs,
                 "cost": self.space.cost(kept),
                 "target": int(batch.state.targets[lane]),
+                "costs": self._costs_by_metric(budgets[lane], kept),
             }
             infos.append(info | asdict(evaluation))
         return np.array(rewards), infos
+
+    def _costs_by_metric(
+        self, budget: SingleBudget, kept: np.ndarray
+    ) -> dict[str, int]:
+        """Every metric that is budgeted to the cost of counts `(n_groups,)` in it."""
+        metrics = self.space.costs.metrics
+        return {part.metric: metrics[part.metric](kept) for part in budget.parts}
 
     def reward_of(self, evaluation: Evaluation, macs: int) -> float:
         """The reward of a network; higher is better.
@@ -368,7 +385,7 @@ class LayerPruningEnv(gymnasium.Env):
         outcome = Outcome(evaluation, macs, self._macs_dense, self.accuracy_floor)
         return self.reward.function(outcome)
 
-    def _start(self, budget: Budget) -> None:
+    def _start(self, budget: SingleBudget) -> None:
         """Begins an episode; where the budget is refused nothing changes."""
         self.episode = self.start_episodes([budget])
         self.episode_budget = budget

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from autoprune.config import DataConfig
-from autoprune.costs.budget import Budget, BudgetRange
+from autoprune.costs.budget import AnyBudget
 from autoprune.costs.search_space import SearchSpace
 from autoprune.data.datasets import open_dataset, read_dataset
 from autoprune.data.models import build, embedded_resnet20, prepare_network
@@ -78,9 +78,7 @@ def _trained(model: str, data: str, n_classes: int) -> nn.Module:
     )
 
 
-def suited_proxy(
-    proxy: Proxy, space: SearchSpace, budget: Budget | BudgetRange
-) -> Proxy:
+def suited_proxy(proxy: Proxy, space: SearchSpace, budget: AnyBudget) -> Proxy:
     """The proxy itself, or one that reconstructs where a tight budget asks for it.
 
     Where uniform pruning to the budget leaves a network worse than a guess, losses of

@@ -9,7 +9,12 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from autoprune.costs.budget import Budget, even_budgets, parse_budget
+from autoprune.costs.budget import (
+    SingleBudget,
+    even_budgets,
+    parse_budget,
+    parse_single,
+)
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError
 
@@ -110,7 +115,7 @@ class LayerPruningVectorEnv(VectorEnv):
         truncated = np.zeros(n_lanes, bool)
         return observations, rewards, np.full(n_lanes, is_over), truncated, infos
 
-    def _start(self, budgets: list[Budget] | None) -> np.ndarray:
+    def _start(self, budgets: list[SingleBudget] | None) -> np.ndarray:
         """Begins episodes; None draws budgets from the environment's range."""
         if budgets is None:
             offset = self.np_random.random()
@@ -141,7 +146,7 @@ def _final_infos(observations: np.ndarray, outcomes: list[dict]) -> dict:
     }
 
 
-def _budgets_in(options: dict, n_lanes: int) -> list[Budget] | None:
+def _budgets_in(options: dict, n_lanes: int) -> list[SingleBudget] | None:
     """The budgets that a reset's options name; None if they name none."""
     if "budget" in options:
         return even_budgets(parse_budget(options["budget"]), n_lanes)
@@ -152,4 +157,4 @@ def _budgets_in(options: dict, n_lanes: int) -> list[Budget] | None:
         raise UserError(
             "budgets", f"one for each of the {n_lanes} lanes, got {len(budgets)}"
         )
-    return [Budget.parse(budget) for budget in budgets]
+    return [parse_single(budget) for budget in budgets]

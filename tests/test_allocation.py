@@ -77,7 +77,7 @@ def test_target_that_is_no_number_is_refused_with_examples(target):
 
 
 @pytest.mark.parametrize(
-    "text", ["flops=50%", "50%", "", "=50%", "MACS=50%", "latency_ms=3"]
+    "text", ["flops=50%", "50%", "", "=50%", "MACS=50%", "energy=3"]
 )
 def test_unknown_metric_is_refused_with_the_known_ones(text):
     metric = text.partition("=")[0]
@@ -85,7 +85,8 @@ def test_unknown_metric_is_refused_with_the_known_ones(text):
         Budget.parse(text)
     assert (
         str(error.value)
-        == f"budget: unknown metric {metric!r}; use one of macs, params, e.g. macs=50%"
+        == f"budget: unknown metric {metric!r}; use one of macs, params, memory, "
+        f"size, latency, e.g. macs=50%"
     )
 
 

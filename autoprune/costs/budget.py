@@ -1,18 +1,34 @@
-"""Budgets: what a pruned network may cost, or a range of that."""
+"""Budgets: what a pruned network may cost, a range of that, or several at once.
+
+The metrics, and what each counts of one sample:
+
+- `macs`: multiply-accumulates, exact.
+- `params`: trainable values, exact.
+- `memory`: bytes of all parameters and buffers and of the largest activations that are
+  alive at once, in float32.
+- `size`: bytes of the file of the pruned network's weights, never less than the real
+  file has.
+- `latency`: nanoseconds that a latency model predicts.
+"""
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from autoprune.costs.units import (
+    UNITS,
+    amount_text,
+    out_of_range,
+    read_number,
+    scaled_down,
+)
 from autoprune.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from autoprune.costs.cost import CostTable
 
-METRICS = ("macs", "params")
+METRICS = tuple(UNITS)
 """What can be budgeted."""
-SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9}
-"""What may follow an amount, and by how much it multiplies."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +36,9 @@ class Budget:
     """A cost not to exceed, as a share of the dense network or as an amount.
 
     Attributes:
-        metric: "macs" or "params".
+        metric: One of `METRICS`.
         share: Target as a share of the dense network in (0, 1], or None.
-        amount: Target as an absolute number, or None.
+        amount: Target in the metric's own unit, or None.
     """
 
     metric: str
@@ -31,18 +47,18 @@ class Budget:
 
     @classmethod
     def parse(cls, text: "str | Budget") -> "Budget":
-        """Reads "macs=50%", "macs=0.5", "params=120000" or "macs=20M".
+        """Reads "macs=50%", "macs=0.5", "params=120000", "size=5MB" or "latency=8ms".
 
         Args:
-            text: Metric and target. A target of at most 1 is a share. A budget is
-                returned as it is.
+            text: Metric and target. A target of at most 1 without a unit is a share. A
+                budget is returned as it is.
 
         Returns:
             The budget.
 
         Raises:
             UserError: If the metric is unknown or the target isn't in (0, 100 %] or a
-                positive number.
+                positive amount.
         """
         if isinstance(text, Budget):
             return text
@@ -53,25 +69,45 @@ class Budget:
                 f"unknown metric {metric!r};{did_you_mean(metric, METRICS)} use one of "
                 f"{', '.join(METRICS)}, e.g. macs=50%",
             )
-        try:
-            value = _number(target)
-        except ValueError:
+        unit = UNITS[metric]
+        if target.endswith("%"):
+            # Rounded, so that 99.9% is 0.999 rather than 0.9990000000000001.
+            share = round(float(read_number(target[:-1], target, unit)) / 100, 12)
+            if not 0 < share <= 1:
+                raise out_of_range(target)
+            return cls(metric, share=share)
+        digits, factor = unit.split(target)
+        number = read_number(digits, target, unit)
+        if not number > 0:
+            raise out_of_range(target)
+        if factor is None and not unit.takes_bare_amounts:
             raise UserError(
                 "budget",
-                f"{target!r} is no number; write e.g. macs=50%, macs=0.5 or macs=20M",
-            ) from None
-        is_percentage = target.endswith("%")
-        # Written so that nan, which compares as false, is refused too.
-        if not 0 < value < math.inf or (is_percentage and value > 1):
-            raise UserError(
-                "budget",
-                f"the target must be above 0 and at most 100%, got "
-                f"{target!r}; e.g. macs=50%",
+                f"{target!r} has no unit; write e.g. {unit.examples}",
             )
-        if is_percentage or value <= 1:
-            return cls(metric, share=value)
-        # Rounded first, since 1.001M is 1000999.9999999999 in floating point.
-        return cls(metric, amount=int(round(value, 3)))
+        if factor is None and number <= 1:
+            return cls(metric, share=float(number))
+        amount = scaled_down(number, factor or 1)
+        if amount < 1:
+            raise out_of_range(target)
+        return cls(metric, amount=amount)
+
+    @property
+    def parts(self) -> "tuple[Budget, ...]":
+        """The budgets of single metrics that it is made of: itself."""
+        return (self,)
+
+    def with_metrics(self, costs: "CostTable") -> "CostTable":
+        """The costs under which it can be searched: those given.
+
+        Args:
+            costs: The network's cost table.
+
+        Raises:
+            UserError: If they don't know the metric.
+        """
+        _check_metric(self.metric, costs)
+        return costs
 
     def at_position(self, position: float) -> "Budget":
         """The budget itself, at every position: as of a range that is a single point.
@@ -88,7 +124,7 @@ class Budget:
             costs: The network's cost table.
 
         Returns:
-            MACs or parameters, rounded down.
+            A cost in the metric's own unit, rounded down.
         """
         if self.amount is not None:
             return self.amount
@@ -114,7 +150,72 @@ class Budget:
     def __str__(self) -> str:
         if self.share is not None:
             return f"{self.metric}={self.share * 100:.8g}%"
-        return f"{self.metric}={self.amount}"
+        assert self.amount is not None, "a budget has a share or an amount"
+        return f"{self.metric}={amount_text(self.metric, self.amount)}"
+
+
+@dataclass(frozen=True)
+class JointBudget:
+    """Several budgets of different metrics, of which all are to be met.
+
+    It is one budget of one more metric, the joint one: the largest of the costs, each
+    in units of its target; see `autoprune.costs.joint`.
+
+    Attributes:
+        parts: The budgets, each of another metric.
+    """
+
+    parts: tuple[Budget, ...]
+
+    @property
+    def metric(self) -> str:
+        """The name of the joint metric, which holds the targets."""
+        return str(self)
+
+    def at_position(self, position: float) -> "JointBudget":
+        """The budget itself, as `Budget.at_position`."""
+        return self
+
+    def with_metrics(self, costs: "CostTable") -> "CostTable":
+        """The costs with the joint metric added.
+
+        Args:
+            costs: The network's cost table.
+
+        Raises:
+            UserError: If they don't know one of the metrics.
+        """
+        # Here, since budgets are parsed before anything slow is imported.
+        from autoprune.costs.joint import JointMetric
+
+        metrics = []
+        targets = []
+        for part in self.parts:
+            _check_metric(part.metric, costs)
+            metrics.append(costs.metrics[part.metric])
+            targets.append(part.target(costs))
+        return costs.with_metric(self.metric, JointMetric(metrics, targets))
+
+    def target(self, costs: "CostTable") -> int:
+        """The largest allowed joint cost, the same for every network.
+
+        Args:
+            costs: Of no use here.
+        """
+        from autoprune.costs.joint import JOINT_TARGET
+
+        return JOINT_TARGET
+
+    def share_of(self, costs: "CostTable") -> float:
+        """The smallest of the shares, as `Budget.share_of`.
+
+        Args:
+            costs: The network's cost table.
+        """
+        return min(part.share_of(costs) for part in self.parts)
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.parts))
 
 
 @dataclass(frozen=True)
@@ -135,6 +236,14 @@ class BudgetRange:
     def metric(self) -> str:
         """What is budgeted."""
         return self.low.metric
+
+    def with_metrics(self, costs: "CostTable") -> "CostTable":
+        """As `Budget.with_metrics`.
+
+        Args:
+            costs: The network's cost table.
+        """
+        return self.low.with_metrics(costs)
 
     def at_position(self, position: float) -> Budget:
         """The budget at a position between the ends.
@@ -157,22 +266,31 @@ class BudgetRange:
         return f"{self.low}..{self.high.share * 100:.8g}%"
 
 
-def parse_budget(text: str | Budget | BudgetRange) -> Budget | BudgetRange:
-    """Reads a budget as `Budget.parse` does, or a range of shares: "macs=30%..80%".
+SingleBudget: TypeAlias = Budget | JointBudget
+"""What one network is pruned for."""
+AnyBudget: TypeAlias = Budget | JointBudget | BudgetRange
+"""What a search is for."""
+
+
+def parse_budget(text: str | AnyBudget) -> AnyBudget:
+    """Reads a budget, a range of shares, or budgets of several metrics.
 
     Args:
-        text: The budget or range. One that is parsed already is returned as it is.
+        text: As for `Budget.parse`; or "macs=30%..80%"; or "macs=50%,size=5MB". What
+            is parsed already is returned as it is.
 
     Returns:
-        The budget or range.
+        The budget, range or joint budget.
 
     Raises:
         UserError: As `Budget.parse`; or if a range isn't one of shares, from the
-            smaller to the larger.
+            smaller to the larger, or budgets that hold together are of one metric.
     """
-    if isinstance(text, BudgetRange):
+    if not isinstance(text, str):
         return text
-    if isinstance(text, Budget) or ".." not in text:
+    if "," in text:
+        return _parse_joint(text)
+    if ".." not in text:
         return Budget.parse(text)
     # The metric is said once, before the first share.
     first, _, last = text.partition("..")
@@ -188,9 +306,43 @@ def parse_budget(text: str | Budget | BudgetRange) -> Budget | BudgetRange:
     return BudgetRange(low, high)
 
 
-def even_budgets(
-    budget: Budget | BudgetRange, n: int, offset: float = 0.5
-) -> list[Budget]:
+def parse_single(text: str | SingleBudget) -> SingleBudget:
+    """Reads what one network is pruned for: no range.
+
+    Args:
+        text: As for `parse_budget`.
+
+    Raises:
+        UserError: As `parse_budget`; or if it is a range.
+    """
+    if not isinstance(text, str):
+        return text
+    if "," in text:
+        return _parse_joint(text)
+    return Budget.parse(text)
+
+
+def _parse_joint(text: str) -> JointBudget:
+    """Reads "macs=50%,size=5MB"."""
+    parts = []
+    for part in text.split(","):
+        if ".." in part:
+            raise UserError(
+                "budget",
+                f"a range is of one metric alone, since its budgets lie on one line; "
+                f"got {part.strip()!r} beside others",
+            )
+        parts.append(Budget.parse(part.strip()))
+    metrics = [part.metric for part in parts]
+    for metric in metrics:
+        if metrics.count(metric) > 1:
+            raise UserError(
+                "budget", f"{metric} is budgeted twice; give each metric once"
+            )
+    return JointBudget(tuple(parts))
+
+
+def even_budgets(budget: AnyBudget, n: int, offset: float = 0.5) -> list[SingleBudget]:
     """Budgets that lie evenly over a range, one in each of `n` equal parts of it.
 
     Args:
@@ -204,9 +356,7 @@ def even_budgets(
     return [budget.at_position((part + offset) / n) for part in range(n)]
 
 
-def chebyshev_budgets(
-    budget: Budget | BudgetRange, n: int, offset: float
-) -> list[Budget]:
+def chebyshev_budgets(budget: AnyBudget, n: int, offset: float) -> list[SingleBudget]:
     """Budgets of a range that lie denser towards its ends, as Chebyshev's points do.
 
     At an end whoever learns from the budgets has neighbours on one side only, so more
@@ -220,19 +370,20 @@ def chebyshev_budgets(
     Returns:
         The budgets, the tightest first.
     """
-    budgets = []
+    budgets: list[SingleBudget] = []
     for part in range(n):
         angle = math.pi * (part + offset) / n
         budgets.append(budget.at_position((1 - math.cos(angle)) / 2))
     return budgets
 
 
-def _number(text: str) -> float:
-    """Reads "50%" as 0.5 and "20M" as 20 million; ValueError if it's no number."""
-    if text.endswith("%"):
-        # Rounded, so that 99.9% is 0.999 rather than 0.9990000000000001.
-        return round(float(text[:-1]) / 100, 12)
-    suffix = text[-1:]
-    if suffix in SUFFIXES:
-        return float(text[:-1]) * SUFFIXES[suffix]
-    return float(text)
+def _check_metric(metric: str, costs: "CostTable") -> None:
+    """Raises a `UserError` if costs don't know a metric."""
+    if metric in costs.metrics:
+        return
+    remedy = f"budget {', '.join(costs.metrics)}"
+    if metric == "latency":
+        remedy += ", or give costs that know it (CostTable.with_metric)"
+    raise UserError(
+        "budget", f"nothing tells the {metric} of this network here; {remedy}"
+    )

@@ -1,4 +1,4 @@
-"""MACs, parameters and memory of an allocation, from tables, without the model.
+"""MACs, parameters and bytes of an allocation, from tables, without the model.
 
 Every cost is a sum over tensors of products of axis lengths, and every axis length is
 affine in the kept counts, and in their products where two groups are the rows and
@@ -26,6 +26,7 @@ from autoprune.costs.metrics import (
     hungriest,
 )
 from autoprune.structure.groups import AxisPart, Extent, Groups, Layer, Member
+from autoprune.structure.stored import header_bytes
 
 
 class CostTable:
@@ -66,6 +67,7 @@ class CostTable:
             "macs": self._count_macs(groups, partial_layers),
             "params": self._count_params(groups),
             "memory": self._count_memory(groups),
+            "size": self._count_size(groups),
         }
 
     def macs(self, kept: KeptCounts) -> Cost:
@@ -79,6 +81,14 @@ class CostTable:
     def memory(self, kept: KeptCounts) -> Cost:
         """The bytes that an inference of one sample needs at most."""
         return self.metrics["memory"](kept)
+
+    def size(self, kept: KeptCounts) -> Cost:
+        """The bytes of the file of the weights, as `save_pruned` writes it.
+
+        Never less than the file has: what comes before the tensors in it is counted as
+        for the dense network.
+        """
+        return self.metrics["size"](kept)
 
     def continuous_cost(self, metric: str, kept: np.ndarray) -> np.ndarray:
         """A curve near the exact costs, for counts that aren't whole.
@@ -129,6 +139,17 @@ class CostTable:
         # How much is alive in each operation; memory is about the largest of them.
         live = self._tabulate_extents(groups.operations)
         return MemoryMetric(self._terms, elements, *hungriest(*live))
+
+    def _count_size(self, groups: Groups) -> QuadraticMetric:
+        item_bytes = dict.fromkeys(groups.shapes, 0)
+        pruned = {member.tensor for group in groups for member in group.members}
+        for item in groups.stored:
+            # Other buffers than these are in no file.
+            if item.is_in_state or item.tensor in pruned:
+                item_bytes[item.tensor] += item.item_bytes
+        header = header_bytes(groups.stored, groups.shapes)
+        form = self._weighted_sizes(list(item_bytes.values()), header)
+        return QuadraticMetric(self._terms, form)
 
     def _weighted_sizes(
         self,

@@ -133,7 +133,7 @@ class QuadraticForm:
 
 @dataclass(frozen=True)
 class QuadraticMetric:
-    """A metric that sums over tensors: MACs, or parameters.
+    """A metric that sums over tensors: MACs, parameters, or bytes of a file.
 
     Attributes:
         terms: What the form is one of.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike
 
-from autoprune.costs.budget import Budget
+from autoprune.costs.budget import SingleBudget
 from autoprune.costs.cost import CostTable
 from autoprune.costs.levels import (
     levels_of_group,
@@ -23,6 +23,7 @@ from autoprune.costs.levels import (
 )
 from autoprune.costs.metrics import Metric
 from autoprune.costs.root_finding import least_roots
+from autoprune.costs.units import amount_text
 from autoprune.errors import UserError
 
 
@@ -32,7 +33,7 @@ class SearchSpace:
 
     Args:
         costs: The network's cost table.
-        metric: The cost that is budgeted, "macs" or "params".
+        metric: The cost that is budgeted, a name of `CostTable.metrics`.
         round_to: Kept counts are multiples of it; keeping all channels is always
             allowed. One number for all groups, or group to number (1 for those left
             out).
@@ -72,7 +73,7 @@ class SearchSpace:
         self.cost = self.costs.metrics[self.metric]
         self._next_level = tabulate_next_levels(self.levels)
 
-    def check(self, target: int, budget: Budget) -> None:
+    def check(self, target: int, budget: SingleBudget) -> None:
         """Checks that some allocation of the space meets a target.
 
         Args:
@@ -80,12 +81,18 @@ class SearchSpace:
             budget: The budget that it stands for, as the message is to call it.
 
         Raises:
-            UserError: If even the least of all counts cost more.
+            UserError: If even the least of all counts cost more; the message names the
+                floor of every metric that is budgeted.
         """
-        floor = self.cost(self.low)
-        dense = self.cost(self.high)
-        if target >= floor:
+        if target >= self.cost(self.low):
             return
+        floors = []
+        for part in budget.parts:
+            cost = self.costs.metrics[part.metric]
+            floor = cost(self.low)
+            share = floor / cost(self.high)
+            amount = amount_text(part.metric, floor)
+            floors.append(f"{part.metric}={amount} ({share:.1%})")
         limits = f"max_sparsity {self.max_sparsity:g}"
         # A least width of 1 limits nothing, so it isn't worth a word.
         if set(self._widths) != {1}:
@@ -94,7 +101,7 @@ class SearchSpace:
         raise UserError(
             "budget",
             f"{budget} is below the reachable floor; with {limits} this network needs "
-            f"{self.metric}={floor} ({floor / dense:.1%}) or more",
+            f"{' and '.join(floors)} or more",
         )
 
     def feasible_range(
@@ -127,7 +134,8 @@ class SearchSpace:
         """
         levels = self.levels[index]
         last_fitting = self._last_level_within(kept, index, self.low, target)
-        # Costs are whole numbers: short of the target is within the target less one.
+        # Costs are whole numbers, joint ones too: short of the target is within the
+        # target less one.
         short = np.subtract(target, 1)
         last_short = self._last_level_within(kept, index, self.high, short)
         # Costs grow with the count: what isn't short follows the last that is.
@@ -307,8 +315,9 @@ class SearchSpace:
     def fill(self, kept: np.ndarray, target: int | np.ndarray) -> np.ndarray:
         """Spends what rounding left of the budget on single steps of single groups.
 
-        Of all steps to a group's next level that fit into what is left, the most
-        expensive is taken, until none fits.
+        Of all steps to a group's next level after which the budget is still met, the
+        most expensive is taken, until none is left. A step that costs nothing always
+        fits, so none of those is left either.
 
         For example, three groups keep 4, 6 and 2 channels, their levels are 2, 4, 6
         and 8, and a channel costs 5, 3 and 1. Together that is 20 + 18 + 2 = 40; with a
@@ -328,32 +337,31 @@ class SearchSpace:
         """
         rows = kept.reshape(-1, len(self.levels)).copy()
         targets = np.broadcast_to(target, kept.shape[:-1]).ravel()
-        left = targets - self.cost(rows)
         # The numbers of the rows that may still grow; in each round each takes a step.
         growing = np.arange(len(rows))
         while len(growing):
-            larger, prices = self._next_steps(rows[growing])
-            # Where a group keeps all channels already, its step has no price.
-            is_affordable = (prices > 0) & (prices <= left[growing][:, None])
-            # Of equally expensive steps, that of the earliest group.
-            choices = np.where(is_affordable, prices, 0).argmax(1)
-            has_room = is_affordable.any(1)
+            larger, costs = self._next_steps(rows[growing])
+            is_within = costs <= targets[growing][:, None]
+            # A group that keeps all channels already takes no step.
+            can_grow = is_within & (larger > rows[growing])
+            # Of equally expensive steps, that of the earliest group. A step's price
+            # differs from its cost by the same for all groups.
+            choices = np.where(can_grow, costs, -1).argmax(1)
+            has_room = can_grow.any(1)
             growing = growing[has_room]
             choices = choices[has_room]
             rows[growing, choices] = larger[has_room, choices]
-            left[growing] -= prices[has_room, choices]
         return rows.reshape(kept.shape)
 
     def _next_steps(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each group's next level, and the price of the step to it, for each row."""
+        """Each group's next level, and what a row costs after the step to it."""
         n_groups = len(self.levels)
         larger = self._next_level[np.arange(n_groups), rows]
         # `(n, n_groups, n_groups)`: trial i of a row has group i at its next level and
         # the others where they are.
         is_stepping = np.eye(n_groups, dtype=bool)
         trials = np.where(is_stepping, larger[:, None], rows[:, None])
-        prices = self.cost(trials) - self.cost(rows)[:, None]
-        return larger, prices
+        return larger, self.cost(trials)
 
     def uniform(self, target: int) -> np.ndarray:
         """The allocation with one sparsity for all groups, rounded and filled.

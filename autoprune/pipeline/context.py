@@ -242,8 +242,9 @@ class RunContext:
 
     @cached_property
     def costs(self) -> CostTable:
-        """The cost table."""
-        return ScaledCosts(self.scaling) if self.scaling else CostTable(self.groups)
+        """The cost table, with the metric of the budget."""
+        costs = ScaledCosts(self.scaling) if self.scaling else CostTable(self.groups)
+        return parse_budget(self.settings.search.budget).with_metrics(costs)
 
     @property
     def limits(self) -> dict[str, dict[str, int]]:

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ from autoprune.structure.lengths import (
     Length,
     evaluate_length,
 )
+
+if TYPE_CHECKING:
+    # It needs this module.
+    from autoprune.structure.stored import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,7 @@ class Groups:
             the groups that it pins.
         attributes: Sizes that the network's modules keep for their code, each with how
             it follows what the groups keep.
+        stored: What a file of the network's weights can hold.
     """
 
     all: tuple[Group, ...]
@@ -188,6 +194,7 @@ class Groups:
     units: Tensor | None = field(default=None, repr=False, compare=False)
     unsupported: tuple[str, ...] = ()
     attributes: Mapping[AttributePlace, Length] = field(default_factory=dict)
+    stored: "tuple[StoredTensor, ...]" = ()
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self._prunable)

@@ -14,6 +14,7 @@ from autoprune.structure.groups import (
     Member,
     named_tensors,
 )
+from autoprune.structure.stored import stored_tensors
 from autoprune.tracing.extents import (
     Numbering,
     attribute_lengths,
@@ -147,6 +148,7 @@ def derive_groups(
         units=torch.from_numpy(numbering.channels),
         unsupported=_unsupported(tracer, representatives, numbering),
         attributes=attribute_lengths(values, units, numbering),
+        stored=stored_tensors(tracer.model),
     )
     # Shares need to know every layer and every group, hence last.
     return with_macs_shares(result)

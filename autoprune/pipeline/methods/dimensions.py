@@ -20,7 +20,7 @@ from torch import nn
 
 from autoprune.config import Settings
 from autoprune.costs.allocation import Allocation
-from autoprune.costs.budget import Budget, parse_budget
+from autoprune.costs.budget import SingleBudget, parse_budget
 from autoprune.costs.search_space import SearchSpace
 from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import accuracy
@@ -187,7 +187,7 @@ class _Choice:
         search = context.settings.search
         self.context = context
         self.scaling = _scaling(context)
-        self.budget: Budget = parse_budget(search.budget).at_position(0)
+        self.budget: SingleBudget = parse_budget(search.budget).at_position(0)
         self.target = self.budget.target(context.costs)
         self.space = SearchSpace(
             context.costs,

@@ -53,8 +53,9 @@ class MaskDecision:
         dense = context.dense_costs
         results: dict[str, Any] = dict(self.masks.costs(groups))
         results |= dense
-        # Zeros take as much memory as any other number.
+        # Zeros take as much room as any other number.
         results["memory_bytes"] = dense["memory_bytes_dense"]
+        results["size_bytes"] = dense["size_bytes_dense"]
         results["macs_ratio"] = results["macs"] / dense["macs_dense"]
         results["sparsity"] = self.masks.sparsity
         return results | {"groups": layers, "counted": "weights"}

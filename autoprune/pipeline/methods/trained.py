@@ -15,7 +15,7 @@ from torch import nn
 
 from autoprune.config import Settings
 from autoprune.costs.allocation import Allocation
-from autoprune.costs.budget import Budget, parse_budget
+from autoprune.costs.budget import SingleBudget, parse_budget
 from autoprune.deploy.pruned import load_pruned, save_pruned
 from autoprune.evaluation.evaluate import recalibrate
 from autoprune.evaluation.importance import Importance, importance
@@ -318,7 +318,7 @@ class Centripetal:
         return PrunerTraining(model, callback, finish)
 
 
-def single_budget(context: RunContext) -> Budget:
+def single_budget(context: RunContext) -> SingleBudget:
     """The budget; the registry lets no range get here.
 
     Args:
