@@ -53,6 +53,7 @@ class CostTable:
     Attributes:
         names: The prunable groups, in order.
         dense: Their channels in the dense network, int64 `(n_groups,)`.
+        terms: What lengths are affine in: counts, and products of counts.
         metrics: What can be counted: name to metric.
     """
 
@@ -60,7 +61,7 @@ class CostTable:
         self.names = [group.name for group in groups]
         # int64 throughout: MACs of large networks exceed 32 bits.
         self.dense = np.array([group.channels for group in groups], dtype=np.int64)
-        self._terms = Terms(self.names, self.dense, _cell_pairs(groups))
+        self.terms = Terms(self.names, self.dense, _cell_pairs(groups))
         partial_layers = [layer for layer in groups.layers if layer.parts]
         self._tabulate_axes(groups, partial_layers)
         self.metrics: dict[str, Metric] = {
@@ -126,19 +127,19 @@ class CostTable:
                 positions[layer.tensor] += layer.positions
         n_uses = list(positions.values())
         n_uses += [layer.positions for layer in partial_layers]
-        fixed, per_term = self._tabulate_extents(groups.products)
+        fixed, per_term = self.tabulate_extents(groups.products)
         form = self._weighted_sizes(n_uses, fixed.sum(0), per_term.sum(0))
-        return QuadraticMetric(self._terms, form)
+        return QuadraticMetric(self.terms, form)
 
     def _count_params(self, groups: Groups) -> QuadraticMetric:
         is_parameter = [name in groups.parameters for name in groups.shapes]
-        return QuadraticMetric(self._terms, self._weighted_sizes(is_parameter))
+        return QuadraticMetric(self.terms, self._weighted_sizes(is_parameter))
 
     def _count_memory(self, groups: Groups) -> MemoryMetric:
         elements = self._weighted_sizes([1] * len(groups.shapes))
         # How much is alive in each operation; memory is about the largest of them.
-        live = self._tabulate_extents(groups.operations)
-        return MemoryMetric(self._terms, elements, *hungriest(*live))
+        live = self.tabulate_extents(groups.operations)
+        return MemoryMetric(self.terms, elements, *hungriest(*live))
 
     def _count_size(self, groups: Groups) -> QuadraticMetric:
         item_bytes = dict.fromkeys(groups.shapes, 0)
@@ -199,7 +200,7 @@ class CostTable:
             partial_layers: The layers that use a part of their weight.
         """
         boxes = _boxes(groups, partial_layers)
-        dense_terms = self._terms.of(self.dense)
+        dense_terms = self.terms.of(self.dense)
         # A missing axis stays 1 + 0 @ terms, and so drops out of every product.
         self._axis_fixed = np.ones((2, len(boxes)), np.int64)
         self._axis_per_term = np.zeros((2, len(boxes), len(dense_terms)), np.int64)
@@ -233,7 +234,7 @@ class CostTable:
             Number of a term to the positions that come with it.
         """
         counts = dict(per_channel)
-        for number, (row, column) in enumerate(self._terms.cell_pairs):
+        for number, (row, column) in enumerate(self.terms.cell_pairs):
             if row in counts and column in counts:
                 # A row's positions are one cell, or several, in each column.
                 cells = counts.pop(row) // int(self.dense[column])
@@ -241,7 +242,32 @@ class CostTable:
                 counts[len(self.names) + number] = cells
         return counts
 
-    def _tabulate_extents(
+    def layer_axes(self, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
+        """Writes the channels of each layer's weight as affine functions of the terms.
+
+        Args:
+            groups: The network's trace.
+
+        Returns:
+            Of outputs and inputs what is fixed, int64 `(2, n_layers)`, and what comes
+            with one more of each term, int64 `(2, n_layers, n_terms)`. A weight without
+            an axis of inputs has one.
+        """
+        dense_terms = self.terms.of(self.dense)
+        members = _members_by_tensor(groups)
+        fixed = np.ones((2, len(groups.layers)), np.int64)
+        per_term = np.zeros((*fixed.shape, len(dense_terms)), np.int64)
+        for row, layer in enumerate(groups.layers):
+            shape = list(groups.shapes[layer.tensor])
+            box = _box(shape, members[layer.tensor], layer.parts)
+            for axis, length in enumerate(box.shape[:2]):
+                per_channel = box.axes.get(axis, {})
+                for term, n_positions in self._positions_per_term(per_channel).items():
+                    per_term[axis, row, term] = n_positions
+                fixed[axis, row] = length - per_term[axis, row] @ dense_terms
+        return fixed, per_term
+
+    def tabulate_extents(
         self, extents: tuple[Extent, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Writes extents as affine functions of the terms.
@@ -255,9 +281,9 @@ class CostTable:
         term_of: dict[tuple[str, ...], int] = {}
         for term, name in enumerate(self.names):
             term_of[(name,)] = term
-        for number, (row, column) in enumerate(self._terms.cell_pairs):
+        for number, (row, column) in enumerate(self.terms.cell_pairs):
             term_of[self.names[row], self.names[column]] = len(self.names) + number
-        dense_terms = self._terms.of(self.dense)
+        dense_terms = self.terms.of(self.dense)
         fixed = np.array([extent.fixed for extent in extents], np.int64)
         per_term = np.zeros((len(extents), len(term_of)), np.int64)
         for number, extent in enumerate(extents):
@@ -295,10 +321,7 @@ def _boxes(groups: Groups, partial_layers: list[Layer]) -> list[_Box]:
         groups: The network's trace.
         partial_layers: The layers that use a part of their weight.
     """
-    members: dict[str, list[tuple[int, Member]]] = {name: [] for name in groups.shapes}
-    for number, group in enumerate(groups):
-        for member in group.members:
-            members[member.tensor].append((number, member))
+    members = _members_by_tensor(groups)
     boxes = []
     for name, shape in groups.shapes.items():
         boxes.append(_box(list(shape), members[name], ()))
@@ -306,6 +329,15 @@ def _boxes(groups: Groups, partial_layers: list[Layer]) -> list[_Box]:
         shape = list(groups.shapes[layer.tensor])
         boxes.append(_box(shape, members[layer.tensor], layer.parts))
     return boxes
+
+
+def _members_by_tensor(groups: Groups) -> dict[str, list[tuple[int, Member]]]:
+    """Tensor to the groups on it by number, each with where its channels sit."""
+    members: dict[str, list[tuple[int, Member]]] = {name: [] for name in groups.shapes}
+    for number, group in enumerate(groups):
+        for member in group.members:
+            members[member.tensor].append((number, member))
+    return members
 
 
 def _box(

@@ -75,7 +75,7 @@ def export_onnx(
     errors: list[float] = []
 
     def write(partial: Path) -> None:
-        _to_onnx(plain, signature, partial)
+        export_named(plain, signature, partial)
         _add_metadata(partial, metadata or {})
         # Here, so that a file that fails never gets its name.
         errors.append(_relative_error(plain, onnx_session(partial), signature))
@@ -84,8 +84,52 @@ def export_onnx(
     return errors[0]
 
 
-def _to_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
-    """Runs PyTorch's exporter, without its warnings."""
+def export_for_timing(
+    plain: nn.Module, signature: Signature, inputs: Inputs, path: Path
+) -> None:
+    """Writes a network as an ONNX file that runs as fast as that of `export_onnx`.
+
+    It takes a fifth of the time: PyTorch's former exporter writes it, for one length of
+    the batch, and nothing is checked. The other one writes what that one can't.
+
+    Args:
+        plain: The network, from `plain_copy`.
+        signature: How it is called.
+        inputs: The batch that the file is for.
+        path: The `.onnx` file to write.
+
+    Raises:
+        ExportError: If neither exporter can express the network.
+    """
+    with warnings.catch_warnings():
+        # That it is the former one, and what it guesses of shapes.
+        warnings.simplefilter("ignore")
+        try:
+            torch.onnx.export(
+                plain,
+                inputs.positional,
+                path,
+                kwargs=inputs.keywords,
+                dynamo=False,
+                input_names=signature.input_names,
+                output_names=signature.output_names,
+            )
+        # Its errors are of a dozen types, and a later PyTorch may come without it.
+        except Exception:
+            export_named(plain, signature, path)
+
+
+def export_named(model: nn.Module, signature: Signature, path: Path) -> None:
+    """Writes a network as an ONNX file whose nodes know the modules they come from.
+
+    Args:
+        model: The network, from `plain_copy`.
+        signature: How it is called.
+        path: The `.onnx` file to write; nothing is checked.
+
+    Raises:
+        ExportError: If ONNX can't express the network.
+    """
     with warnings.catch_warnings():
         # About the exporter's own dependencies and passes; nothing in them concerns the
         # network.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoprune.deploy.export import export_onnx, feed, onnx_session
+from autoprune.deploy.export import export_for_timing, export_named, feed, onnx_session
 from autoprune.errors import UserError, first_line, missing_package
 from autoprune.latency.engine_protocol import Kernel, Setting, check_answers
 from autoprune.latency.onnx_kernels import GraphLayers, profiled_passes
@@ -49,9 +49,8 @@ class OnnxRuntime:
         samples = Samples.of(model, example, setting)
         with TemporaryDirectory() as folder:
             path = Path(folder) / "network.onnx"
-            export_onnx(model, example, path)
-            content = path.read_bytes()
-        loaded = LoadedSession(content, samples, setting)
+            export_for_timing(samples.network, samples.signature, samples.inputs, path)
+            loaded = LoadedSession(path.read_bytes(), samples, setting)
         check_answers(setting, samples.expected, loaded.outputs())
         return loaded
 
@@ -66,10 +65,9 @@ class LoadedSession:
     """
 
     def __init__(self, content: bytes, samples: Samples, setting: Setting):
-        self.content = content
         self.setting = setting
         self.session = onnx_session(content, setting.threads)
-        self.layers = GraphLayers.of(content, samples.network)
+        self.samples = samples
         names = samples.signature.input_names
         self.arrays = feed(self.session, names, samples.inputs)
 
@@ -99,12 +97,16 @@ class LoadedSession:
     def kernels(self) -> list[Kernel] | None:
         """See `Loaded`."""
         with TemporaryDirectory() as folder:
+            path = Path(folder) / "network.onnx"
+            export_named(self.samples.network, self.samples.signature, path)
+            content = path.read_bytes()
             # In a session of its own: writing the profile takes time.
             session = onnx_session(
-                self.content, self.setting.threads, Path(folder) / "profile"
+                content, self.setting.threads, Path(folder) / "profile"
             )
             for _ in range(1 + PASSES):
                 session.run(None, self.arrays)
             # The folder goes at the end of the block, and the file with it.
             passes = profiled_passes(Path(session.end_profiling()))
-        return self.layers.kernels(passes[1:])
+        layers = GraphLayers.of(content, self.samples.network)
+        return layers.kernels(passes[1:])
