@@ -96,7 +96,7 @@ ENGINES = Registry(
     "engine",
     "autoprune.latency.engines",
     "ENGINES",
-    ("onnxruntime", "torch", "compiled"),
+    ("onnxruntime", "torch", "compiled", "openvino"),
 )
 LEARNERS = Registry(
     "agent",

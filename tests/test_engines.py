@@ -1,5 +1,8 @@
 """Engines: their answers, their refusals, and what their profiles say."""
 
+import sys
+
+import numpy as np
 import pytest
 import torch
 from fake_engine import CONSTANT, FakeEngine
@@ -26,7 +29,8 @@ def network(width: int = 16, seed: int = 0) -> nn.Module:
             nn.Conv2d(3, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
-            nn.Conv2d(width, 24, 3),
+            nn.Conv2d(width, width, 3, groups=width),
+            nn.Conv2d(width, 24, 1),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
@@ -73,6 +77,29 @@ def test_every_layer_has_its_kernel_in_the_profile_of_onnxruntime(
     assert found == expected
     assert all(kernel.seconds >= 0 for kernel in kernels)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_openvino_answers_as_pytorch_and_has_a_kernel_for_every_layer():
+    pytest.importorskip("openvino", reason="an extra of its own")
+    engine = ENGINES["openvino"]
+    for precision in engine.precisions:
+        loaded = engine.load(
+            network(), EXAMPLE, setting("openvino", batch=2, precision=precision)
+        )
+        assert loaded.outputs()[0].shape == (2, 4)
+        assert loaded.seconds() > 0
+        layers = [kernel.layer for kernel in loaded.kernels() if kernel.layer]
+        assert layers == ["0", "3", "4", "8"]
+
+
+def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_helps(
+    monkeypatch,
+):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UserError, match="pip install openvino"):
+        check_setting(setting("openvino"))
+    with pytest.raises(UserError, match="pip install openvino"):
+        ENGINES["openvino"].load(network(), EXAMPLE, setting("openvino"))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -208,8 +235,6 @@ def test_networks_take_turns_until_their_passes_add_up_to_the_time():
 
 
 def test_ratios_are_of_passes_of_the_same_round():
-    import numpy as np
-
     # Everything slows down as time goes on; the second network takes half.
     dense = np.array([1.0, 2.0, 3.0, 40.0])
     turns = Turns(np.stack([dense, dense / 2], axis=1))

@@ -18,6 +18,7 @@ from autoprune.latency.engine_protocol import (
     check_answers,
 )
 from autoprune.latency.onnx_runtime import OnnxRuntime
+from autoprune.latency.openvino import OpenVino
 from autoprune.latency.pytorch import Compiled, Eager
 from autoprune.names import ENGINES as NAMES
 
@@ -37,6 +38,7 @@ ENGINES: dict[str, Engine] = {
     "onnxruntime": OnnxRuntime(),
     "torch": Eager(),
     "compiled": Compiled(),
+    "openvino": OpenVino(),
 }
 """Name to engine, the default first."""
 

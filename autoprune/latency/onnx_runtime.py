@@ -1,7 +1,9 @@
 """ONNX Runtime on the CPU."""
 
+import json
 import time
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -11,13 +13,15 @@ from torch import nn
 from autoprune.deploy.export import export_for_timing, export_named, feed, onnx_session
 from autoprune.errors import UserError, first_line, missing_package
 from autoprune.latency.engine_protocol import Kernel, Setting, check_answers
-from autoprune.latency.onnx_kernels import GraphLayers, profiled_passes
+from autoprune.latency.graph_layers import GraphLayers
 from autoprune.latency.processor import channel_tile
 from autoprune.latency.samples import Samples
 from autoprune.structure.inputs import Example
 
 PASSES = 5
 """Profiled passes, of which each kernel's median counts."""
+SUFFIX = "_kernel_time"
+"""What the name of a kernel ends with in a profile."""
 
 
 class OnnxRuntime:
@@ -45,6 +49,7 @@ class OnnxRuntime:
         self, model: nn.Module, example: Example, setting: Setting
     ) -> "LoadedSession":
         """See `Engine`."""
+        # Before anything is exported, which takes long.
         self.version()
         samples = Samples.of(model, example, setting)
         with TemporaryDirectory() as folder:
@@ -66,8 +71,8 @@ class LoadedSession:
 
     def __init__(self, content: bytes, samples: Samples, setting: Setting):
         self.setting = setting
-        self.session = onnx_session(content, setting.threads)
         self.samples = samples
+        self.session = onnx_session(content, setting.threads)
         names = samples.signature.input_names
         self.arrays = feed(self.session, names, samples.inputs)
 
@@ -96,17 +101,37 @@ class LoadedSession:
 
     def kernels(self) -> list[Kernel] | None:
         """See `Loaded`."""
+        network = self.samples.network
         with TemporaryDirectory() as folder:
             path = Path(folder) / "network.onnx"
-            export_named(self.samples.network, self.samples.signature, path)
-            content = path.read_bytes()
+            # The file that was timed knows no names of layers.
+            export_named(network, self.samples.signature, path)
+            layers = GraphLayers.of(path, network)
             # In a session of its own: writing the profile takes time.
-            session = onnx_session(
-                content, self.setting.threads, Path(folder) / "profile"
-            )
+            session = onnx_session(path, self.setting.threads, Path(folder) / "profile")
             for _ in range(1 + PASSES):
                 session.run(None, self.arrays)
             # The folder goes at the end of the block, and the file with it.
-            passes = profiled_passes(Path(session.end_profiling()))
-        layers = GraphLayers.of(content, self.samples.network)
-        return layers.kernels(passes[1:])
+            passes = _profiled_passes(Path(session.end_profiling()))
+        kernels = []
+        # Of one session all passes have the same kernels.
+        for events in zip(*passes[1:], strict=True):
+            # The file counts microseconds.
+            seconds = median(event["dur"] for event in events) * 1e-6
+            name = events[0]["name"].removesuffix(SUFFIX)
+            kernels.append(layers.kernel(name, events[0]["args"]["op_name"], seconds))
+        return kernels
+
+
+def _profiled_passes(path: Path) -> list[list[dict[str, Any]]]:
+    """The kernels of each pass in a profile of ONNX Runtime, in order."""
+    events = json.loads(path.read_text())
+    # What a pass consists of is written before the pass itself, which began earlier.
+    events.sort(key=lambda event: event["ts"])
+    passes: list[list[dict[str, Any]]] = []
+    for event in events:
+        if event["name"] == "model_run":
+            passes.append([])
+        if event["cat"] == "Node" and event["name"].endswith(SUFFIX):
+            passes[-1].append(event)
+    return passes

@@ -9,17 +9,18 @@ SIMD_FLOATS = {"AVX512": 16, "AVX2": 8}
 
 ONNX Runtime blocks channels by as many (NCHWc; `NchwcBlockSize` in
 onnxruntime/core/mlas/lib/platform.cpp: 16 where there is AVX-512F, else 8), and oneDNN,
-which PyTorch and OpenVINO convolve with, too (formats nChw16c and nChw8c, see "Memory
-format propagation" in its guide).
+which PyTorch and OpenVINO convolve with, computes as many output channels in a vector
+whatever the layout (`simd_w` in src/cpu/x64/jit_brgemm_conv_utils.cpp).
 """
 OTHER_TILE = 4
 """Channels of a vector where there is neither: 128 bits, as SSE and NEON have them."""
 
 
 def channel_tile() -> int:
-    """Channels that the blocked layouts of CPU engines hold together.
+    """Channels that kernels of CPU engines compute together.
 
-    The same for bfloat16, which oneDNN blocks alike.
+    The same in bfloat16, whose products oneDNN adds up in float32, in AMX tiles 16 rows
+    high as well.
     """
     return SIMD_FLOATS.get(torch.backends.cpu.get_cpu_capability(), OTHER_TILE)
 

@@ -46,7 +46,7 @@ class Eager:
         samples = Samples.of(model, example, setting)
         dtype = DTYPES[setting.precision]
         # The layout in which PyTorch convolves fastest on the CPU.
-        network = samples.network.to(dtype=dtype, memory_format=torch.channels_last)
+        network = samples.network.to(dtype).to(memory_format=torch.channels_last)
 
         def prepare(tensor: Tensor) -> Tensor:
             if tensor.is_floating_point():

@@ -1,9 +1,6 @@
-"""Which layers of a network the kernels in ONNX Runtime's profile stand for."""
+"""Which layers of a network an engine's kernels stand for, told from an ONNX graph."""
 
-import json
 import re
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,49 +11,10 @@ from autoprune.latency.engine_protocol import Kernel
 
 WEIGHTED = ("Conv", "Gemm", "MatMul", "ConvTranspose", "LSTM", "GRU", "RNN")
 """Operators of ONNX that read a weight."""
-AFFIXES = re.compile(r"^fused |_nchwc$|/?_?[A-Z][A-Za-z]+Fusion_?$|_token_\d+$")
-"""What ONNX Runtime adds to the name of a node, or of its output, that it exchanges."""
-SUFFIX = "_kernel_time"
-"""What the name of a kernel ends with in a profile."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """One kernel of one profiled pass.
-
-    Attributes:
-        name: Name of its node.
-        kind: Its operator.
-        seconds: How long it took.
-    """
-
-    name: str
-    kind: str
-    seconds: float
-
-
-def profiled_passes(path: Path) -> list[list[Event]]:
-    """The passes in a profile of ONNX Runtime.
-
-    Args:
-        path: The file.
-
-    Returns:
-        A list for each pass, its kernels in the order in which they ran.
-    """
-    events = json.loads(path.read_text())
-    # What a pass consists of is written before the pass itself, which began earlier.
-    events.sort(key=lambda event: event["ts"])
-    passes: list[list[Event]] = []
-    for event in events:
-        if event["name"] == "model_run":
-            passes.append([])
-        if event["cat"] == "Node" and event["name"].endswith(SUFFIX):
-            name = event["name"].removesuffix(SUFFIX)
-            kind = event["args"]["op_name"]
-            # The file counts microseconds.
-            passes[-1].append(Event(name, kind, event["dur"] * 1e-6))
-    return passes
+WEIGHTED_KINDS = (*WEIGHTED, "FullyConnected")
+"""What the kinds of kernels contain that compute these operators."""
+AFFIXES = re.compile(r"^fused |_nchwc$|/?_?[A-Z]\w+Fusion_?$|_token_\d+$|/\w+$")
+"""What engines add to the name of a node, or of its output, that they exchange."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +34,10 @@ class Layer:
 class GraphLayers:
     """The layers of a network by the names that their nodes may have in a profile.
 
-    ONNX Runtime calls a convolution in its blocked layout by the tensor that it makes,
-    which is that of an activation where this is computed along with it; whatever else
-    it joins gets a word before or behind its name.
+    OpenVINO calls a kernel by its node. ONNX Runtime calls a convolution in its blocked
+    layout by the tensor that it makes, which is that of an activation where this is
+    computed along with it; whatever else it joins gets a word before or behind its
+    name.
 
     Attributes:
         by_name: Name of a node or of what it makes, to the layer.
@@ -87,16 +46,16 @@ class GraphLayers:
     by_name: dict[str, Layer]
 
     @classmethod
-    def of(cls, content: bytes, network: nn.Module) -> "GraphLayers":
+    def of(cls, path: Path, network: nn.Module) -> "GraphLayers":
         """Reads them from an exported network.
 
         Args:
-            content: The ONNX file.
+            path: The ONNX file, from `autoprune.deploy.export.export_named`.
             network: What it was exported from.
         """
         import onnx
 
-        graph = onnx.load_from_string(content).graph
+        graph = onnx.load(path).graph
         shapes = {}
         for name, tensor in network.named_parameters():
             shapes[name] = tuple(tensor.shape)
@@ -117,24 +76,20 @@ class GraphLayers:
                 by_name[output] = layer
         return cls(by_name)
 
-    def kernels(self, passes: Sequence[Sequence[Event]]) -> list[Kernel]:
-        """The kernels of passes of one session, each with its median time.
+    def kernel(self, name: str, kind: str, seconds: float) -> Kernel:
+        """A kernel with the layer that it stands for, where it is one.
 
         Args:
-            passes: At least one; all have the same kernels.
+            name: As the engine calls it.
+            kind: What it computes, in the engine's words.
+            seconds: How long it took.
         """
-        kernels = []
-        for events in zip(*passes, strict=True):
-            first = events[0]
-            seconds = statistics.median(event.seconds for event in events)
-            layer = self._find(first.name) if _has_weight(first.kind) else None
-            if layer is None:
-                kernels.append(Kernel(first.name, first.kind, seconds))
-                continue
-            kernels.append(
-                Kernel(first.name, first.kind, seconds, layer.weight, layer.name)
-            )
-        return kernels
+        layer = None
+        if any(operator in kind for operator in WEIGHTED_KINDS):
+            layer = self._find(name)
+        if layer is None:
+            return Kernel(name, kind, seconds)
+        return Kernel(name, kind, seconds, layer.weight, layer.name)
 
     def _find(self, name: str) -> Layer | None:
         """The layer of a kernel by its node's name, whatever was added to that."""
@@ -144,11 +99,6 @@ class GraphLayers:
                 return None
             name = plain
         return self.by_name[name]
-
-
-def _has_weight(kind: str) -> bool:
-    """Whether a kernel of such a name, such as "FusedConv", may be a layer."""
-    return any(operator in kind for operator in WEIGHTED)
 
 
 def _layer_of(node: Any, shapes: dict[str, tuple[int, ...]]) -> Layer | None:
