@@ -150,7 +150,7 @@ class CostTable:
                 item_bytes[item.tensor] += item.item_bytes
         header = header_bytes(groups.stored, groups.shapes)
         form = self._weighted_sizes(list(item_bytes.values()), header)
-        return QuadraticMetric(self._terms, form)
+        return QuadraticMetric(self.terms, form)
 
     def _weighted_sizes(
         self,
