@@ -374,7 +374,7 @@ def _sampling_policy(
     """
 
     def policy(batch: BatchedEpisodes) -> np.ndarray:
-        observations = torch.from_numpy(batch.observe())
+        observations = torch.from_numpy(batch.observer.seen(batch.observe()))
         with torch.no_grad():
             actions = learner.policy.get_distribution(observations)
             mode = actions.mode()[:, 0].numpy()

@@ -116,8 +116,8 @@ def describe_policy(folder: Path, argument: str = "run") -> dict:
     # Here, since Gymnasium takes a while that most commands needn't wait for.
     from autoprune.envs.observation import FEATURE_NAMES
 
-    # A policy's inputs are told apart by their place alone.
-    if features != FEATURE_NAMES:
+    # A policy may know fewer features than there are by now, but no others.
+    if not _is_part_in_order(features, FEATURE_NAMES):
         raise UserError(
             argument,
             f"the policy in {str(folder)!r} was trained on other observations; "
@@ -132,6 +132,15 @@ def describe_policy(folder: Path, argument: str = "run") -> dict:
             f"the policy in {str(folder)!r} is damaged ({reason}); search anew",
         )
     return description
+
+
+def _is_part_in_order(features: object, known: list[str]) -> bool:
+    """Whether something is a list of some of the known names, in their order."""
+    if not isinstance(features, list) or not features:
+        return False
+    rest = iter(known)
+    # Each search goes on where the one before has ended.
+    return all(name in rest for name in features)
 
 
 def holds_policy(copy: Path | None) -> TypeGuard[Path]:

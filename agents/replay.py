@@ -9,9 +9,11 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from torch import Tensor
 
 from autoprune.agents.algorithms import ALGORITHMS
 from autoprune.agents.policy_files import describe_policy
@@ -21,9 +23,9 @@ from autoprune.envs.batch import BatchedEpisodes
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.envs.observation import (
     FEATURE_NAMES,
-    OBSERVATION_SPACE,
     STATIC,
     Observer,
+    space_of,
 )
 from autoprune.errors import UserError, first_line
 from autoprune.files import DIGEST, digest_of, write_atomically, write_json
@@ -90,6 +92,8 @@ class Policy:
             on, as `Observer.group_features`, `(n_groups, n_static)`; None if they are
             unknown.
         home: The network that it was trained on; None if that is unknown.
+        features: The features that it sees, in order; None for the first ones, as many
+            as its network takes.
     """
 
     algorithm: str
@@ -97,6 +101,14 @@ class Policy:
     policy_kwargs: dict
     group_features: np.ndarray | None = None
     home: "Home | None" = None
+    features: tuple[str, ...] | None = None
+
+    @property
+    def inputs(self) -> list[str]:
+        """The features that its network takes, in order."""
+        if self.features is not None:
+            return list(self.features)
+        return FEATURE_NAMES[: self.network.observation_space.shape[0]]
 
     @classmethod
     def from_learner(
@@ -122,17 +134,23 @@ class Policy:
             policy_kwargs,
             observer.group_features,
             Home.of(observer),
+            tuple(FEATURE_NAMES[column] for column in observer.columns),
         )
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """The deterministic action for an observation.
 
         Args:
-            observation: One, `(n_features,)`, or a batch, `(n_lanes, n_features)`.
+            observation: One, `(n_features,)`, or a batch, `(n_lanes, n_features)`: all
+                features, or those that the policy knows.
 
         Returns:
             The action, `(1,)` or `(n_lanes, 1)`, within [-1, 1].
         """
+        inputs = self.inputs
+        if observation.shape[-1] != len(inputs):
+            columns = [FEATURE_NAMES.index(name) for name in inputs]
+            observation = observation.take(columns, -1)
         action, _ = self.network.predict(observation, deterministic=True)
         return action
 
@@ -160,7 +178,10 @@ class Policy:
         # Here, since the features of a network are partly measured.
         if is_known.all():
             return np.ones(len(observer.groups))
-        differences = observer.group_features[:, None] - self.group_features
+        # What the policy doesn't see makes no group strange to it.
+        seen = [column for column, name in enumerate(STATIC) if name in self.inputs]
+        known = self.group_features[:, seen]
+        differences = observer.group_features[:, None, seen] - known
         # Of every group the nearest one of the training counts, however many there are.
         nearest = np.linalg.norm(differences, axis=-1).min(1)
         fading = np.exp(-0.5 * (nearest / SIMILARITY_SCALE) ** 2)
@@ -197,12 +218,14 @@ class Policy:
             DIGEST: digests[0],
             "algorithm": self.algorithm,
             "policy_kwargs": self.policy_kwargs,
-            "features": FEATURE_NAMES,
+            "features": self.inputs,
         }
         if self.group_features is not None:
             # A column a feature, by name, so that the file says what they are.
-            columns = self.group_features.T.tolist()
-            description["kinds"] = dict(zip(STATIC, columns, strict=True))
+            columns = dict(zip(STATIC, self.group_features.T.tolist(), strict=True))
+            description["kinds"] = {
+                name: column for name, column in columns.items() if name in self.inputs
+            }
         if self.home is not None:
             description["home"] = {
                 "network": self.home.network,
@@ -238,8 +261,9 @@ class Policy:
         policy_kwargs = description["policy_kwargs"]
         action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
         policy_class = ALGORITHMS[algorithm].policy_aliases["MlpPolicy"]
+        features = tuple(description["features"])
         network = policy_class(
-            OBSERVATION_SPACE, action_space, _no_learning, **policy_kwargs
+            space_of(features), action_space, _no_learning, **policy_kwargs
         )
         weights = folder / "policy.safetensors"
         # Descriptions of earlier versions hold no digest.
@@ -248,12 +272,41 @@ class Policy:
         network.load_state_dict(load_file(weights))
         group_features = None
         if "kinds" in description:
-            group_features = _group_features(description["kinds"])
+            group_features = _group_features(description["kinds"], features)
         home = None
         if "home" in description:
             told = description["home"]
             home = Home(str(told["network"]), tuple(told["groups"]))
-        return cls(algorithm, network, policy_kwargs, group_features, home)
+        return cls(algorithm, network, policy_kwargs, group_features, home, features)
+
+    def weights_for(
+        self, learner: BasePolicy, features: list[str]
+    ) -> dict[str, Tensor]:
+        """The policy's weights, as a network of its class takes them.
+
+        Features that the policy doesn't see get zeros, so the network acts as it does.
+
+        Args:
+            learner: The network.
+            features: What it sees, in order.
+
+        Returns:
+            A state dict.
+        """
+        weights = dict(self.network.state_dict())
+        inputs = self.inputs
+        for name, fresh in learner.state_dict().items():
+            weight = weights[name]
+            if weight.shape == fresh.shape:
+                continue
+            # Critics take the action behind the observation.
+            widened = torch.zeros_like(fresh)
+            widened[:, len(features) :] = weight[:, len(inputs) :]
+            for column, feature in enumerate(features):
+                if feature in inputs:
+                    widened[:, column] = weight[:, inputs.index(feature)]
+            weights[name] = widened
+        return weights
 
 
 def _no_learning(progress: float) -> float:
@@ -261,11 +314,21 @@ def _no_learning(progress: float) -> float:
     return 0.0
 
 
-def _group_features(columns: dict[str, list[float]]) -> np.ndarray:
-    """Features `(n_groups, n_static)` from the columns of `policy.json`, by name."""
-    if not isinstance(columns, dict) or columns.keys() != set(STATIC):
-        raise ValueError(f"kinds that aren't told by {', '.join(STATIC)}")
-    return np.column_stack([np.array(columns[name], float) for name in STATIC])
+def _group_features(
+    columns: dict[str, list[float]], features: tuple[str, ...]
+) -> np.ndarray:
+    """Features `(n_groups, n_static)` from the columns of `policy.json`, by name.
+
+    Those that the policy doesn't see are 0.
+    """
+    static = [name for name in STATIC if name in features]
+    if not isinstance(columns, dict) or columns.keys() != set(static):
+        raise ValueError(f"kinds that aren't told by {', '.join(static)}")
+    n_groups = len(columns[static[0]])
+    rows = []
+    for name in STATIC:
+        rows.append(np.array(columns.get(name, np.zeros(n_groups)), float))
+    return np.column_stack(rows)
 
 
 def make_actor(

@@ -14,6 +14,7 @@ from autoprune.agents.recorder import LANES, Recorder
 from autoprune.costs.budget import Budget, BudgetRange, SingleBudget
 from autoprune.envs.batch import BatchedEpisodes, uniform_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
+from autoprune.envs.observation import space_of
 
 UNIFORM_POINTS = 6
 """Budgets of a range at which uniform pruning is scored."""
@@ -34,7 +35,7 @@ class SB3VecEnv(VecEnv):
     def __init__(self, env: LayerPruningEnv, n_lanes: int) -> None:
         # First: the parent asks for attributes of the environment.
         self.env = env
-        super().__init__(n_lanes, env.observation_space, env.action_space)
+        super().__init__(n_lanes, space_of(env.observer.columns), env.action_space)
         self.budgets: list[SingleBudget] = []
         self.batch: BatchedEpisodes
         self._actions = np.zeros(n_lanes)
@@ -51,7 +52,11 @@ class SB3VecEnv(VecEnv):
         """Starts the next episodes."""
         self.budgets = self.next_budgets()
         self.batch = self.env.start_episodes(self.budgets)
-        return self.batch.observe()
+        return self._observe()
+
+    def _observe(self) -> np.ndarray:
+        """What the learner sees, `(n_lanes, n_columns)`."""
+        return self.env.observer.seen(self.batch.observe())
 
     def step_async(self, actions: np.ndarray) -> None:
         """Takes one action for each lane, `(n_lanes, 1)`."""
@@ -63,7 +68,7 @@ class SB3VecEnv(VecEnv):
         infos: list[dict[str, Any]] = [
             {"executed_action": action} for action in executed.tolist()
         ]
-        observations = self.batch.observe()
+        observations = self._observe()
         if not self.batch.is_over:
             no_rewards = np.zeros(self.num_envs, np.float32)
             return observations, no_rewards, np.zeros(self.num_envs, bool), infos

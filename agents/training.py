@@ -28,6 +28,7 @@ from autoprune.agents.recorder import LANES, START_STD, Recorder
 from autoprune.agents.replay import Policy, make_actor
 from autoprune.agents.sb3_env import RecordedVecEnv, SB3VecEnv
 from autoprune.agents.settings import hyperparameters
+from autoprune.envs.observation import FEATURE_NAMES
 
 
 def make_learner(
@@ -142,7 +143,10 @@ def _start_from(start: Policy, learner: BaseAlgorithm, differences: dict) -> Non
         differences: What the algorithm's settings want to be different; they may keep
             the learner's fresh critic, or set the policy's spread.
     """
-    weights = start.network.state_dict()
+    lanes = learner.get_env()
+    assert isinstance(lanes, SB3VecEnv), "make_learner gave it one"
+    features = [FEATURE_NAMES[column] for column in lanes.env.observer.columns]
+    weights = start.weights_for(learner.policy, features)
     if not differences.get("keeps_critic", True):
         for key, value in learner.policy.state_dict().items():
             if "value_net" in key:

@@ -49,7 +49,7 @@ class LayerPruningEnv(gymnasium.Env):
     action, for the learner to store.
 
     ## Observation Space
-    `Box(0, 1, (21,))`, the features of `autoprune.envs.observation.FEATURES`; they
+    `Box(0, 1, (22,))`, the features of `autoprune.envs.observation.FEATURES`; they
     describe the group that the *next* action is for.
     `autoprune.envs.observation.feature_table()` prints index, name, bounds and meaning;
     `docs/reference/environment.md` holds it.

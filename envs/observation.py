@@ -5,10 +5,9 @@ names the network, so that a policy can be carried to another one.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from functools import cached_property
-from math import log2
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
     from autoprune.costs.search_space import SearchSpace
     from autoprune.evaluation.proxy_protocol import Proxy
-    from autoprune.structure.groups import Group, Groups
+    from autoprune.structure.groups import Groups
 
 
 @dataclass(frozen=True)
@@ -142,11 +141,18 @@ class Observer:
     @cached_property
     def static(self) -> dict[str, np.ndarray]:
         """What never changes: feature to `(n_groups,)`."""
+        from autoprune.envs.group_features import (
+            describe_group,
+            latency_shares,
+            means_ahead,
+            rank,
+            relative,
+        )
         from autoprune.evaluation.proxy import half
 
         # Measured on first use: until then nobody pays for the sensitivity.
         rows = [
-            _describe(group, self.groups, self.proxy.importance[group.name])
+            describe_group(group, self.groups, self.proxy.importance[group.name])
             for group in self.groups
         ]
         columns = {}
@@ -160,13 +166,39 @@ class Observer:
         return columns | {
             "width": dense / dense.max(),
             "resolution": columns["resolution"] / columns["resolution"].max(),
-            "macs_share": _relative(columns["macs_share"]),
-            "params_share": _relative(columns["params_share"]),
-            "sensitivity": _relative(damage),
-            "sensitivity_rank": _rank(damage),
-            "damage_rank": _rank(damage / np.maximum(saved, 1)),
-            "sensitivity_ahead": _relative(damage, _means_ahead(damage)),
+            "macs_share": relative(columns["macs_share"]),
+            "params_share": relative(columns["params_share"]),
+            "sensitivity": relative(damage),
+            "sensitivity_rank": rank(damage),
+            "damage_rank": rank(damage / np.maximum(saved, 1)),
+            "sensitivity_ahead": relative(damage, means_ahead(damage)),
+            "latency_share": latency_shares(self.space),
         }
+
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """The features that learners see here, by number.
+
+        That is all but those of the latency where the costs know none: they would
+        always be 0, and a network with fewer inputs starts from other weights.
+        """
+        is_seen = [
+            feature.name != "latency_share" or "latency" in self.space.costs.metrics
+            for feature in FEATURES
+        ]
+        return np.flatnonzero(is_seen)
+
+    def seen(self, observations: np.ndarray) -> np.ndarray:
+        """What learners see of observations.
+
+        Args:
+            observations: All features, `(n_lanes, n_features)`.
+
+        Returns:
+            Those of `columns`, `(n_lanes, n_columns)`.
+        """
+        # By `take`, whose rows lie as those of the argument do.
+        return observations.take(self.columns, 1)
 
 
 def _bytes_of(tensor: "Tensor") -> bytes:
@@ -176,77 +208,6 @@ def _bytes_of(tensor: "Tensor") -> bytes:
     # As bytes, since numpy has no bfloat16.
     row = tensor.detach().cpu().contiguous().view(-1)
     return row.view(torch.uint8).numpy().tobytes()
-
-
-def _relative(values: np.ndarray, parts: np.ndarray | None = None) -> np.ndarray:
-    """Numbers as x / (1 + x), with x in units of the mean: 0.5 is average.
-
-    Worked example: of 1, 2 and 6 the mean is 3, so x is 1/3, 2/3 and 2, and the result
-    0.25, 0.4 and 0.67.
-
-    Args:
-        values: What the mean is taken of, `(n,)`.
-        parts: The numbers, `(n,)`; None for `values` themselves.
-    """
-    numbers = values if parts is None else parts
-    # Where all are 0 there is no unit; they stay 0.
-    scaled = numbers / max(values.mean(), 1e-12)
-    return scaled / (1 + scaled)
-
-
-def _rank(values: np.ndarray) -> np.ndarray:
-    """0 for the smallest, 1 for the largest."""
-    # Stable, so that equal values rank the same on every machine.
-    ranks = values.argsort(kind="stable").argsort(kind="stable")
-    return ranks / max(1, len(values) - 1)
-
-
-def _means_ahead(values: np.ndarray) -> np.ndarray:
-    """For each group the mean over the groups after it; the last one's own value."""
-    last = len(values) - 1
-    means = np.empty(len(values))
-    for index in range(len(values)):
-        means[index] = values[min(index + 1, last) :].mean()
-    return means
-
-
-def _describe(group: "Group", groups: "Groups", scores: "Tensor") -> dict[str, float]:
-    """What is known of a group without measuring anything; not yet relative.
-
-    Args:
-        group: The group.
-        groups: The network's trace.
-        scores: Importance of the group's channels, `(n_channels,)`.
-    """
-    members = {member.tensor for member in group.members}
-    by_tensor = {layer.tensor: layer for layer in groups.layers}
-    layers = [by_tensor[m.tensor] for m in group.members if m.tensor in by_tensor]
-    if not layers:
-        # Depth and image size have no members: they touch everything.
-        layers = list(groups.layers)
-    # A depthwise layer passes channels on; the first other one makes them.
-    kinds = [layer.kind for layer in layers]
-    producers = [kind for kind in kinds if kind != "depthwise"]
-    producer = producers[0] if producers else kinds[0]
-    # Members include buffers, which aren't parameters.
-    tensors = members & groups.parameters
-    if not tensors:
-        tensors = groups.parameters
-    n_parameters = 0
-    for name in tensors:
-        n_parameters += int(np.prod(groups.shapes[name]))
-    # Twice its share is 1 where all channels matter alike.
-    weaker_half = scores.sort().values[: len(scores) // 2]
-    weak_share = weaker_half.sum() / scores.sum().clamp_min(1e-12)
-    return {
-        "is_linear": producer == "linear",
-        "has_depthwise": "depthwise" in kinds,
-        "n_layers": log2(1 + len({layer.tensor for layer in layers})) / 8,
-        "resolution": max(max(layer.size) for layer in layers),
-        "macs_share": group.macs_share,
-        "params_share": n_parameters,
-        "weak_half": 2 * float(weak_share),
-    }
 
 
 def _with_rest(state: State, counts: np.ndarray) -> np.ndarray:
@@ -278,7 +239,8 @@ def _budget(observer: Observer, state: State) -> np.ndarray:
 
 
 def _is_params(observer: Observer, state: State) -> float:
-    return float(observer.space.metric == "params")
+    # A file holds little else than parameters.
+    return float(observer.space.metric in ("params", "size"))
 
 
 def _lowest(observer: Observer, state: State) -> np.ndarray:
@@ -346,7 +308,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature("budget", "target / dense cost", _budget),
     Feature(
         "is_params",
-        "1 if parameters are budgeted, 0 for MACs",
+        "1 if parameters or the size of the file are budgeted, else 0",
         _is_params,
     ),
     Feature(
@@ -364,13 +326,31 @@ FEATURES: tuple[Feature, ...] = (
         "sparsity that meets the budget if all remaining groups get it",
         _uniform_to_go,
     ),
+    # Last, since policies are saved with the features that they know, in order.
+    _static(
+        "latency_share",
+        "predicted latency saved when the group alone goes to its least, x / (1 + x) "
+        "with x in units of the mean group; 0 where no latency is predicted",
+    ),
 )
 
 FEATURE_NAMES = [feature.name for feature in FEATURES]
 """Names of the features, in order."""
 STATIC = tuple(feature.name for feature in FEATURES if feature.is_static)
 """Features that never change."""
-OBSERVATION_SPACE = spaces.Box(0.0, 1.0, (len(FEATURES),), np.float32)
+
+
+def space_of(features: Sized) -> spaces.Box:
+    """The space of some of the features.
+
+    Args:
+        features: Which; only how many counts.
+    """
+    return spaces.Box(0.0, 1.0, (len(features),), np.float32)
+
+
+OBSERVATION_SPACE = space_of(FEATURES)
+"""The space of all."""
 
 
 def feature_table() -> str:

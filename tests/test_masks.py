@@ -445,8 +445,8 @@ def test_everything_stays_where_everything_fits_and_the_model_is_left_as_found()
             "agent: masks of granularity row go by global or uniform, got 'dyna'",
         ),
         (
-            {"pattern": "row", "metric": "memory_bytes"},
-            "budget: unknown metric 'memory_bytes'; did you mean 'macs'",
+            {"pattern": "row", "metric": "memory"},
+            "budget: unknown metric 'memory'; did you mean",
         ),
         (
             {"pattern": "filter", "target": 10},

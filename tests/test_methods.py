@@ -414,8 +414,18 @@ def test_a_removal_that_can_not_be_is_refused_before_anything_is_written(
         ),
         (
             ["--method", "layer", "--budget", "params=50%"],
-            "--budget: blocks of granularity layer go by damage per macs; give a budget "
-            "of that, got params=50%",
+            "--budget: granularity layer counts macs, one at a time, got params=50%; "
+            "use e.g. macs=50%, or granularity channel",
+        ),
+        (
+            ["--method", "weight_magnitude", "--budget", "memory=50%"],
+            "--budget: granularity weight counts macs or params, one at a time, got "
+            "memory=50%",
+        ),
+        (
+            ["--method", "2:4", "--budget", "macs=60%,params=60%"],
+            "--budget: granularity 2:4 counts macs or params, one at a time, got "
+            "macs=60%,params=60%",
         ),
         (
             ["--granularity", "layer"],

@@ -33,7 +33,7 @@ def observations(env, action) -> np.ndarray:
 
 
 def test_feature_names_are_unique_and_fill_the_space():
-    assert len(INDEX) == len(FEATURES) == OBSERVATION_SPACE.shape[0] == 21
+    assert len(INDEX) == len(FEATURES) == OBSERVATION_SPACE.shape[0] == 22
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -142,7 +142,8 @@ def walked_anew(lanes: Noted) -> Iterator[tuple[tuple[float, ...], float]]:
         batch = lanes.env.start_episodes([lanes.env.budget] * lanes.num_envs)
         ends = rewards[number * lanes.num_envs :][: lanes.num_envs]
         for executed in np.array(lanes.executed[n_steps * number :][:n_steps]):
-            steps = np.column_stack([batch.observe(), executed.astype(np.float32)])
+            seen = lanes.env.observer.seen(batch.observe())
+            steps = np.column_stack([seen, executed.astype(np.float32)])
             yield from zip(map(tuple, steps), ends, strict=True)
             batch.step(executed)
 

@@ -20,6 +20,7 @@ from autoprune.agents.settings import hyperparameters
 from autoprune.agents.training import make_learner
 from autoprune.config import DataConfig, FinetuneConfig, ProxyConfig, SearchConfig
 from autoprune.costs.budget import Budget
+from autoprune.costs.cost import CostTable
 from autoprune.data.datasets import Splits, load
 from autoprune.data.models import build
 from autoprune.data.networks import conv_bn
@@ -119,6 +120,39 @@ def chain(*widths: int, seed: int = 0, n_classes: int = 10) -> nn.Module:
     )
 
 
+@dataclass(frozen=True)
+class Stairs:
+    """A made-up latency: a constant, steps of 8 channels, and a knee at half of a
+    group's channels, behind which a step costs three times as much.
+
+    Attributes:
+        dense: Channels of the groups, `(n_groups,)`.
+        constant: What an empty network takes.
+    """
+
+    dense: np.ndarray
+    constant: int = 100
+
+    def __call__(self, kept):
+        if not isinstance(kept, np.ndarray):
+            raise TypeError("tests ask with arrays")
+        steps, knee = -(-kept // 8), -(-self.dense // 16)
+        times = (steps + 2 * np.maximum(steps - knee, 0)).astype(np.int64)
+        cost = self.constant + (times * (100 + 7 * np.arange(len(self.dense)))).sum(-1)
+        return cost if cost.ndim else int(cost)
+
+    def continuous(self, kept):
+        steps, knee = kept / 8, self.dense / 16
+        times = steps + 2 * np.maximum(steps - knee, 0)
+        return self.constant + (times * (100 + 7 * np.arange(len(self.dense)))).sum(-1)
+
+
+def costs_with_latency(name: str = "chain") -> CostTable:
+    """The costs of one of the `traced` networks, which know a made-up latency."""
+    costs = CostTable(traced(name)[1])
+    return costs.with_metric("latency", Stairs(costs.dense))
+
+
 @functools.cache
 def traced(name: str) -> tuple[nn.Module, Groups, Tensor]:
     """A network with its trace and an example: "chain", "wide", "three", "one", or a
@@ -204,9 +238,11 @@ def digits_env(budget: str = "macs=50%", **options) -> LayerPruningEnv:
     )
 
 
-def learner_of(name: str, start: Policy | None = None) -> BaseAlgorithm:
+def learner_of(
+    name: str, start: Policy | None = None, env: LayerPruningEnv | None = None
+) -> BaseAlgorithm:
     """An agent's untrained learner on a toy, at uniform pruning or at `start`."""
-    recorder = Recorder(fake_env(), SearchConfig())
+    recorder = Recorder(env or fake_env(), SearchConfig())
     lanes = ModelEnv(recorder.env, 10) if name == "dyna" else RecordedVecEnv(recorder)
     return make_learner(name, lanes, len(recorder.env.groups), 0, start=start)
 

@@ -188,12 +188,12 @@ class JointBudget:
         # Here, since budgets are parsed before anything slow is imported.
         from autoprune.costs.joint import JointMetric
 
-        metrics = []
-        targets = []
+        metrics = {}
+        targets = {}
         for part in self.parts:
             _check_metric(part.metric, costs)
-            metrics.append(costs.metrics[part.metric])
-            targets.append(part.target(costs))
+            metrics[part.metric] = costs.metrics[part.metric]
+            targets[part.metric] = part.target(costs)
         return costs.with_metric(self.metric, JointMetric(metrics, targets))
 
     def target(self, costs: "CostTable") -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from autoprune.costs.joint import JointMetric
 from autoprune.costs.metrics import (
     Cost,
     KeptCounts,
@@ -25,6 +26,7 @@ from autoprune.costs.metrics import (
     Terms,
     hungriest,
 )
+from autoprune.costs.units import amount_text
 from autoprune.structure.groups import AxisPart, Extent, Groups, Layer, Member
 from autoprune.structure.stored import header_bytes
 
@@ -102,6 +104,24 @@ class CostTable:
             Costs `(...)`, float64.
         """
         return self.metrics[metric].continuous(kept)
+
+    def describe(self, metric: str, kept: KeptCounts) -> str:
+        """What an allocation costs, for messages: "macs=12000 (4.0%)".
+
+        Args:
+            metric: A name of `metrics`; of a joint one all that it joins are told.
+            kept: One allocation.
+        """
+        metrics = {metric: self.metrics[metric]}
+        joint = self.metrics[metric]
+        if isinstance(joint, JointMetric):
+            metrics = joint.metrics
+        texts = []
+        for name, cost in metrics.items():
+            value = cost(kept)
+            share = value / cost(self.dense)
+            texts.append(f"{name}={amount_text(name, value)} ({share:.1%})")
+        return " and ".join(texts)
 
     def with_metric(self, name: str, metric: Metric) -> "CostTable":
         """A cost table that knows one metric more.

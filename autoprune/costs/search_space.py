@@ -23,7 +23,6 @@ from autoprune.costs.levels import (
 )
 from autoprune.costs.metrics import Metric
 from autoprune.costs.root_finding import least_roots
-from autoprune.costs.units import amount_text
 from autoprune.errors import UserError
 
 
@@ -86,13 +85,6 @@ class SearchSpace:
         """
         if target >= self.cost(self.low):
             return
-        floors = []
-        for part in budget.parts:
-            cost = self.costs.metrics[part.metric]
-            floor = cost(self.low)
-            share = floor / cost(self.high)
-            amount = amount_text(part.metric, floor)
-            floors.append(f"{part.metric}={amount} ({share:.1%})")
         limits = f"max_sparsity {self.max_sparsity:g}"
         # A least width of 1 limits nothing, so it isn't worth a word.
         if set(self._widths) != {1}:
@@ -101,7 +93,7 @@ class SearchSpace:
         raise UserError(
             "budget",
             f"{budget} is below the reachable floor; with {limits} this network needs "
-            f"{' and '.join(floors)} or more",
+            f"{self.costs.describe(self.metric, self.low)} or more",
         )
 
     def feasible_range(

@@ -153,12 +153,11 @@ class Compaction(TrainingCallback):
         # Before any training: a goal out of reach would only show at its end.
         fewest = dict.fromkeys(pairs, 1)
         if goal.target is not None and not goal.is_met(fewest):
-            floor = goal.costs.metrics[goal.metric](fewest)
+            floor = goal.costs.describe(goal.metric, fewest)
             raise UserError(
                 "budget",
-                f"{goal.metric}={goal.target} is below the reachable floor; "
-                f"the groups that can have "
-                f"compactors leave {goal.metric}={floor} or more",
+                f"the target is below the reachable floor; the groups that can have "
+                f"compactors leave {floor} or more",
             )
 
     @property

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from autoprune.pipeline.methods.trained import TrainedPruner
 
 NO_RANK = "ranks channels, and depth and image size have no rank"
+ELEMENTS = ("macs", "params")
+"""Metrics that go by elements of weights; bytes and times follow from whole tensors."""
 N_OF_M = "N:M"
 """Stands for "2:4" and the like in `PRUNING_METHODS`."""
 
@@ -40,7 +42,8 @@ class MethodEntry:
         refused_agents: Of those the ones that can't, each with the reason.
         further_agents: Agents that this method alone has.
         criteria: Names of the criteria that it can rank by; None for all.
-        metrics: What budgets may count; None for all.
+        metrics: What budgets may count, one metric at a time; None for any, and for
+            several at once.
         takes_ranges: Whether a range of budgets can be searched.
         takes_allocations: Whether a person's allocation can be applied.
     """
@@ -108,6 +111,7 @@ def _mask_entry(removes: str) -> MethodEntry:
         units="masks",
         agents=("global", "uniform"),
         criteria=("l1", "l2", "lamp", "random"),
+        metrics=ELEMENTS,
     )
 
 
@@ -129,6 +133,8 @@ PRUNING_METHODS: dict[str, MethodEntry] = {
         "channels, residual blocks and pixels of the image's side together",
         refused_agents=dict.fromkeys(("global", "cost_aware"), NO_RANK),
         further_agents=("polynomial",),
+        # Depth and image size are weighed by what they save of these.
+        metrics=ELEMENTS,
         takes_ranges=True,
         takes_allocations=True,
     ),
@@ -144,6 +150,7 @@ PRUNING_METHODS: dict[str, MethodEntry] = {
         agents=("global", "uniform"),
         # The largest of every M stay; the code that picks them takes no criterion.
         criteria=("l1",),
+        metrics=ELEMENTS,
     ),
 }
 """Granularity to what goes with it."""
@@ -314,10 +321,11 @@ def _check_budget(settings: Settings, entry: MethodEntry) -> None:
     search = settings.search
     budget = parse_budget(search.budget)
     if entry.metrics is not None and budget.metric not in entry.metrics:
+        known = _or(f"{metric}=50%" for metric in entry.metrics)
         raise UserError(
             "budget",
-            f"{entry.units} of granularity {search.granularity} go by damage per "
-            f"{_or(entry.metrics)}; give a budget of that, got {budget}",
+            f"granularity {search.granularity} counts {_or(entry.metrics)}, one at a "
+            f"time, got {budget}; use e.g. {known}, or granularity channel",
         )
     if not isinstance(budget, BudgetRange):
         return
