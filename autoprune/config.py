@@ -20,6 +20,8 @@ CROP_MODES = ("center", "squash", "border")
 """How an image of another shape is made to fit, as timm calls it: cropped at the
 centre, scaled without regard to its shape, or with borders.
 """
+AUTO = "auto"
+"""The value of `round_to` that asks for widths which suit the engine."""
 LARGEST_SEED = 2**32 - 2
 """Of what generators take one less than the most: CMA-ES adds one."""
 
@@ -102,6 +104,26 @@ def _numbers(argument: str, text: str) -> dict[str, int]:
             )
         numbers[pattern] = int(number)
     return numbers
+
+
+def check_multiple(value: int | str) -> None:
+    """Checks that it is a multiple for widths: "auto", or a number of at least 1.
+
+    Args:
+        value: As given.
+
+    Raises:
+        UserError: If it isn't.
+    """
+    # Booleans are numbers to Python, but none that anybody would round to.
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return
+    if value == AUTO:
+        return
+    raise UserError(
+        "round_to",
+        f"must be {AUTO} or a number of at least 1, such as 8; got {value!r}",
+    )
 
 
 def _size(argument: str, value: int | str | None) -> tuple[int, int] | None:
@@ -665,8 +687,11 @@ class SearchConfig(_Excluding):
     """weighted_sum, amc or accuracy_guaranteed."""
     accuracy_floor: float = 0.8
     """Least proxy accuracy, in [0, 1], that the accuracy_guaranteed reward accepts."""
-    round_to: int = 2
-    """Kept channels are multiples of it; odd widths run slower at equal MACs."""
+    round_to: int | str = AUTO
+    """Kept channels are multiples of it. "auto" takes the number of channels that the
+    engine computes at a time on this processor, such as 16 or 8, and its largest
+    divisor that leaves a choice where a group is narrow or the budget tight.
+    """
     max_sparsity: float = 0.9
     """Largest share of a group's channels that may go, from 0 to 0.99."""
     exclude: str = ""
@@ -696,10 +721,10 @@ class SearchConfig(_Excluding):
             1,
             float("inf"),
             "episodes",
-            "round_to",
             "finalists",
             "checkpoint_every",
         )
+        check_multiple(self.round_to)
         _check_range(self, 0, LARGEST_SEED, "seed")
         _check_range(self, 0, 1, "accuracy_floor")
         _check_range(self, 0, 0.99, "max_sparsity")

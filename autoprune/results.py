@@ -50,6 +50,11 @@ class Results:
     """Factor of the penalty of that training."""
     sparse_epochs: int | None = None
     """Epochs of that training."""
+    widths: dict[str, Any] | None = None
+    """What kept channels are multiples of, group by group; and of what that follows:
+    the channels that the engine computes at a time (`channels`), the engine, the
+    processor.
+    """
     reconstructed: bool | None = None
     """Whether the search scored candidates with weights solved anew."""
     baselines: dict[str, dict[str, Any]] | None = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import gymnasium
@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium import spaces
 from torch import nn
 
+from autoprune.config import AUTO, check_multiple
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import (
     AnyBudget,
@@ -19,6 +20,7 @@ from autoprune.costs.budget import (
 )
 from autoprune.costs.cost import CostTable
 from autoprune.costs.search_space import SearchSpace
+from autoprune.costs.widths import finest_needed, suited_multiples, tile_of_processor
 from autoprune.envs.batch import BatchedEpisodes
 from autoprune.envs.greedy_allocator import GreedyAllocator
 from autoprune.envs.networks import check_network, network_named, suited_proxy
@@ -93,7 +95,10 @@ class LayerPruningEnv(gymnasium.Env):
             all to be met, "macs=50%,size=5MB". From a range, "macs=30%..80%", every
             episode draws its own.
         reward: A name of `REWARDS`.
-        round_to: Kept counts are multiples of it; one number, or group to number.
+        round_to: Kept counts are multiples of it; one number, or group to number. From
+            "auto" they suit this machine's processor, see
+            `autoprune.costs.widths.tile_of_processor`; for the same environment on any
+            machine give a number.
         max_sparsity: Largest share of a group that may go.
         accuracy_floor: For the reward `accuracy_guaranteed`.
         min_width: Least channels that a group keeps; one number, or group to number.
@@ -121,7 +126,7 @@ class LayerPruningEnv(gymnasium.Env):
         proxy: Proxy | None = None,
         budget: str | AnyBudget = "macs=50%",
         reward: str = "weighted_sum",
-        round_to: int | Mapping[str, int] = 2,
+        round_to: int | str | Mapping[str, int] = AUTO,
         max_sparsity: float = 0.9,
         accuracy_floor: float = 0.8,
         min_width: int | Mapping[str, int] = 1,
@@ -152,11 +157,14 @@ class LayerPruningEnv(gymnasium.Env):
         self.accuracy_floor = accuracy_floor
         self.render_mode = render_mode
         costs = self.budget.with_metrics(costs or CostTable(self.groups))
+        tightest = self.budget.at_position(0)
+        if isinstance(round_to, str):
+            check_multiple(round_to)
+            round_to = self._suited_multiples(costs, tightest, max_sparsity, min_width)
         self.space = SearchSpace(
             costs, self.budget.metric, round_to, max_sparsity, min_width
         )
         self._macs_dense = costs.macs(costs.dense)
-        tightest = self.budget.at_position(0)
         # Refuses a budget that can't be reached before networks are scored for it.
         self.target_of(tightest)
         self.proxy = suited_proxy(proxy, self.space, self.budget) if is_named else proxy
@@ -165,6 +173,26 @@ class LayerPruningEnv(gymnasium.Env):
         self.observation_space = OBSERVATION_SPACE
         # An episode from the start, so that `target` and `bounds` mean something.
         self._start(tightest)
+
+    def _suited_multiples(
+        self,
+        costs: CostTable,
+        tightest: SingleBudget,
+        max_sparsity: float,
+        min_width: int | Mapping[str, int],
+    ) -> dict[str, int]:
+        """What "auto" stands for here: group to multiple."""
+        widths = min_width
+        if isinstance(widths, int):
+            widths = dict.fromkeys(costs.names, widths)
+        suited = partial(
+            suited_multiples,
+            self.groups,
+            max_sparsity=max_sparsity,
+            min_width=widths,
+        )
+        tile = tile_of_processor().channels
+        return finest_needed(suited, tile, costs, tightest, max_sparsity, widths)
 
     @classmethod
     def with_suited_proxy(

@@ -55,7 +55,7 @@ from autoprune.runs import RunFolder
 from autoprune.training.loop import finetune
 from experiments.rival_proxies import cut_by_layer, macs_of
 from experiments.script import run
-from experiments.search_agents import sensitivity_cost
+from experiments.search_agents import ROUND_TO, sensitivity_cost
 from experiments.tables import fill_table, mean_and_spread, rows_for_summary
 
 RESULTS = Path(__file__).parent / "results"
@@ -203,7 +203,7 @@ def find_allocation(
             budget, agent=cell["method"], episodes=episodes, seed=cell["seed"]
         )
         env = LayerPruningEnv.with_suited_proxy(
-            context.model, context.groups, context.proxy(), budget
+            context.model, context.groups, context.proxy(), budget, round_to=ROUND_TO
         )
         best = search(env, config, folder).best
         write_json(folder.allocation, best.allocation.to_json())

@@ -255,6 +255,9 @@ def measure(
         "cifar10",
         "--baselines",
         "none",
+        # In all rows the same, on any machine.
+        "--round_to",
+        "2",
     ]
     place = ["--seed", str(cell["seed"]), "--out", str(run)]
     _do("search", *base, *options, *place, *resume)

@@ -37,6 +37,7 @@ from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.pipeline.context import RunContext
 from autoprune.runs import RunFolder
 from experiments.script import run
+from experiments.search_agents import ROUND_TO
 from experiments.tables import (
     add_rows,
     device,
@@ -130,7 +131,7 @@ def measure(
     folder.root.mkdir(parents=True, exist_ok=True)
     config = SearchConfig(trained_on, agent=args.agent, episodes=episodes, seed=seed)
     env = LayerPruningEnv.with_suited_proxy(
-        context.model, context.groups, context.proxy(), trained_on
+        context.model, context.groups, context.proxy(), trained_on, round_to=ROUND_TO
     )
     result = search(env, config, folder)
     assert result.policy is not None, "the question is about policies"

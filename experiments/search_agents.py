@@ -44,6 +44,8 @@ from experiments.tables import fill_table, mean_and_spread, rows_for_summary
 RESULTS = Path(__file__).parent / "results"
 LENGTH_DEPENDENT = ("sensitivity", "td3", "ddpg")
 """Searchers that begin otherwise where fewer evaluations are asked for."""
+ROUND_TO = 2
+"""What kept counts are multiples of: in all rows the same, on any machine."""
 KEY = ("model", "budget", "searcher", "seed", "asked")
 FIELDS = (
     *KEY,
@@ -149,7 +151,7 @@ def measure(context: RunContext, cell: dict, args: argparse.Namespace) -> dict:
         finalists=args.finalists,
     )
     env = LayerPruningEnv.with_suited_proxy(
-        context.model, context.groups, context.proxy(), budget
+        context.model, context.groups, context.proxy(), budget, round_to=ROUND_TO
     )
     result = search(env, config, folder)
     if result.policy is not None:

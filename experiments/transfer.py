@@ -40,7 +40,7 @@ from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.pipeline.context import RunContext
 from autoprune.runs import RunFolder
 from experiments.script import run
-from experiments.search_agents import sensitivity_cost
+from experiments.search_agents import ROUND_TO, sensitivity_cost
 from experiments.tables import (
     fill_table,
     mean_and_spread,
@@ -121,7 +121,11 @@ def measure(
         The row without its cell.
     """
     env = LayerPruningEnv.with_suited_proxy(
-        context.model, context.groups, context.proxy(), args.budget
+        context.model,
+        context.groups,
+        context.proxy(),
+        args.budget,
+        round_to=ROUND_TO,
     )
     if cell["kind"] == WARM:
         return search_on(context, policy, env, cell, args)

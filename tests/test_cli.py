@@ -614,8 +614,10 @@ def test_help_answers_without_importing_torch():
         (["--min_width", "9.*=8"], "--min_width: no group or layer is called '9.*'"),
         (["--min_width", "0.0"], "--min_width: expected PATTERN=N,PATTERN=N"),
         (["--round_to_for", "0.0=0"], "got '0.0=0'"),
+        (["--round_to", "0"], "--round_to: must be auto or a number of at least 1"),
+        (["--round_to", "atuo"], "--round_to: must be auto or a number of at least 1"),
         (
-            ["--min_width", "*=12", "--budget", "macs=20%"],
+            ["--min_width", "*=12", "--round_to", "2", "--budget", "macs=20%"],
             "with max_sparsity 0.9, min_width 12 and round_to 2 ",
         ),
         (["--episodes", "0"], "--episodes: must be at least 1, got 0"),

@@ -195,7 +195,7 @@ def test_walks_meet_every_budget_down_to_the_floor_within_the_limits_of_each_gro
     options, metric
 ):
     _, groups = network("resnet20_b")
-    limits = search_limits(groups, SearchConfig(**options))
+    limits = search_limits(groups, SearchConfig(**{"round_to": 2} | options))
     space = SearchSpace(CostTable(groups), metric, **limits)
     dense, generator = space.costs.dense, np.random.default_rng(2)
     multiples, widths = (
@@ -224,7 +224,7 @@ def test_walks_meet_every_budget_down_to_the_floor_within_the_limits_of_each_gro
 def test_the_floor_names_the_limits_that_keep_it_up():
     _, groups = network("resnet20_b")
     limits = search_limits(
-        groups, SearchConfig(min_width="*=8", round_to_for="layer1.*=4")
+        groups, SearchConfig(round_to=2, min_width="*=8", round_to_for="layer1.*=4")
     )
     with pytest.raises(
         UserError,

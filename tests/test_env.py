@@ -180,7 +180,9 @@ def digits_network(n_classes: int) -> torch.nn.Module:
     ("budget", "is_lost"), [("params=12%", True), ("macs=60%", False)]
 )
 def test_a_factorys_name_does_too_and_its_proxy_suits_the_budget(budget, is_lost):
-    env = LayerPruningEnv(f"{__name__}:digits_network", data="digits", budget=budget)
+    env = LayerPruningEnv(
+        f"{__name__}:digits_network", data="digits", budget=budget, round_to=2
+    )
     assert env.proxy.reconstructs == is_lost
     assert run_episode(env, lambda _: 0.2)["cost"] <= env.target
 

@@ -601,8 +601,10 @@ def test_a_decided_proxy_suits_every_budget(reconstruct):
 def test_an_environment_judges_by_what_its_tightest_budget_leaves(budget, is_lost):
     model, groups, _ = digits()
     sliced = auto_proxy()
-    env = LayerPruningEnv.with_suited_proxy(model, groups, auto_proxy(), budget)
-    plain = LayerPruningEnv(model, groups, sliced, budget)
+    env = LayerPruningEnv.with_suited_proxy(
+        model, groups, auto_proxy(), budget, round_to=2
+    )
+    plain = LayerPruningEnv(model, groups, sliced, budget, round_to=2)
     assert plain.proxy is sliced, "the constructor keeps the proxy that it gets"
     counts = env.counts(env.space.uniform(env.target))
     assert (env.proxy(counts) != sliced(counts)) == is_lost

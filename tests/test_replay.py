@@ -198,7 +198,7 @@ def scored_otherwise(name: str, seed: int, **options) -> LayerPruningEnv:
     for group in groups:
         proxy.importance[group.name] = torch.rand(group.channels, generator=generator)
     proxy.damage = torch.rand(len(groups), generator=generator).numpy()
-    return LayerPruningEnv(model, groups, proxy, **options)
+    return LayerPruningEnv(model, groups, proxy, round_to=2, **options)
 
 
 class ScoredOtherwise(FakeProxy):

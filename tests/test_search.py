@@ -138,7 +138,7 @@ def small_real_env() -> LayerPruningEnv:
         splits,
         ProxyConfig(bf16="off"),
     )
-    return LayerPruningEnv.with_suited_proxy(model, groups, proxy)
+    return LayerPruningEnv.with_suited_proxy(model, groups, proxy, round_to=2)
 
 
 def logged(folder: Path) -> list[dict]:
@@ -195,7 +195,7 @@ def test_finalists_are_the_best_different_episodes_sorted_by_their_selection_rew
     model, groups, example = traced("wide")
     proxy = Shifted(groups, example, lambda kept: float(kept[0] / 20))
     result = search(
-        LayerPruningEnv.with_suited_proxy(model, groups, proxy),
+        LayerPruningEnv.with_suited_proxy(model, groups, proxy, round_to=2),
         SearchConfig(agent="random", episodes=30, finalists=6),
     )
     rewards = [finalist.reward for finalist in result.finalists]
@@ -220,7 +220,7 @@ def test_every_block_of_images_sends_its_best_episodes_to_the_survey():
     model, groups, example = traced("wide")
     proxy = Uneven(groups, example, lambda kept: float(kept[0] / 40))
     result = search(
-        LayerPruningEnv.with_suited_proxy(model, groups, proxy),
+        LayerPruningEnv.with_suited_proxy(model, groups, proxy, round_to=2),
         SearchConfig(agent="random", episodes=40, finalists=2),
     )
     rewards = {episode.counts: episode.reward for episode in reversed(result.episodes)}

@@ -14,6 +14,7 @@ from autoprune.errors import UserError
 def made(n: int, name: str = "wide", **options) -> LayerPruningVectorEnv:
     model, groups, _ = traced(name)
     options |= {"model": model, "groups": groups, "proxy": fake_proxy(name)}
+    options |= {"round_to": 2}
     return gymnasium.make_vec(
         "autoprune/LayerPruning-v0",
         num_envs=n,

@@ -181,8 +181,12 @@ def fake_proxy(
 def fake_env(
     name: str = "chain", loss_of: Loss = lambda kept: 1 / kept.sum(), **options
 ) -> LayerPruningEnv:
-    """An environment of one of the `traced` networks, milliseconds an episode."""
+    """An environment of one of the `traced` networks, milliseconds an episode.
+
+    Widths are multiples of 2 where nothing else is said, on whatever processor.
+    """
     model, groups, _ = traced(name)
+    options = {"round_to": 2} | options
     return LayerPruningEnv(model, groups, fake_proxy(name, loss_of), **options)
 
 
@@ -233,6 +237,7 @@ def digits_proxy(**parts) -> ProxyAccuracy:
 def digits_env(budget: str = "macs=50%", **options) -> LayerPruningEnv:
     """The environment of the digits network with a fresh real proxy."""
     model, groups, _ = digits()
+    options = {"round_to": 2} | options
     return LayerPruningEnv.with_suited_proxy(
         model, groups, digits_proxy(), budget, **options
     )

@@ -52,12 +52,11 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterat
         with _held(folder, "out"):
             changed = changes(folder, settings)
             _check_kept_options(options, folder)
-            from autoprune.data.datasets import stored_preprocessing
             from autoprune.pipeline.context import Parts, RunContext
 
             # Measuring the order of blocks anew would take long, and could break a tie
             # otherwise.
-            parts = Parts(preprocessing=stored_preprocessing(folder.read_config()))
+            parts = Parts.stored_in(folder.read_config())
             context = RunContext(settings, blocks=folder.blocks, parts=parts)
             prepare(context)
             change_settings(folder, settings, changed)
@@ -71,8 +70,7 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterat
     context = RunContext(settings)
     prepare(context)
     kept = _kept_options(options)
-    facts = {"preprocessing": context.splits.preprocessing.to_dict()}
-    with new_run(settings, output.out, kept, facts) as (folder, is_locked):
+    with new_run(settings, output.out, kept, context.facts) as (folder, is_locked):
         _warn_unless(is_locked, folder)
         yield _begin(context, folder, output, options)
 

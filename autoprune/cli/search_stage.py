@@ -18,6 +18,7 @@ from autoprune.files import write_json
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.stages import timed, use_allocation
 from autoprune.reporting.console import print_front, progress, say
+from autoprune.reporting.wording import widths_text
 from autoprune.runs import RunFolder
 
 
@@ -82,8 +83,12 @@ def search_stage(context: RunContext, folder: RunFolder, baselines: str | None) 
         f"{settings.network.model}: {len(context.groups)} prunable groups, "
         f"{len(context.groups.pinned)} pinned"
     )
+    say(f"widths: {widths_text(context.widths)}")
     # Written before the search, since only this environment knows what "auto" came to.
-    folder.add_results(reconstructed=env.proxy.reconstructs)
+    folder.add_results(
+        reconstructed=env.proxy.reconstructs,
+        widths=context.widths,
+    )
     if env.proxy.reconstructs and settings.proxy.reconstruct == "auto":
         say(
             f"{env.budget}: uniform pruning leaves less than a guess; candidates are "

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from autoprune.config import SearchConfig
+from autoprune.costs.widths import suited_multiples
 from autoprune.errors import UserError, nearest_names
 from autoprune.structure.groups import Group, Groups
 
@@ -71,6 +72,7 @@ def search_limits(
     config: SearchConfig,
     steps: Mapping[str, int] = MappingProxyType({}),
     least: Mapping[str, int] = MappingProxyType({}),
+    tile: int = 1,
 ) -> dict[str, dict[str, int]]:
     """The multiples and least widths of a search, as its configuration asks.
 
@@ -79,6 +81,8 @@ def search_limits(
         config: The options.
         steps: Group to a default for `round_to` of its own.
         least: Group to a default for `min_width` of its own.
+        tile: How many channels the engine computes at a time, for a `round_to` of
+            "auto".
 
     Returns:
         `round_to` and `min_width`, arguments of a
@@ -87,17 +91,29 @@ def search_limits(
     Raises:
         UserError: If a pattern means no group.
     """
-    # A group's own default goes before the one for all, and a pattern before both.
-    multiples = dict.fromkeys(groups.channels, config.round_to) | dict(steps)
-    widths = dict.fromkeys(groups.channels, 1) | dict(least)
+    widths = numbers_per_group(
+        groups,
+        "min_width",
+        config.least_widths,
+        dict.fromkeys(groups.channels, 1) | dict(least),
+    )
+    multiples = _multiples(groups, config, tile, widths)
     return {
+        # A group's own default goes before the one for all, and a pattern before both.
         "round_to": numbers_per_group(
-            groups, "round_to_for", config.multiples, multiples
+            groups, "round_to_for", config.multiples, multiples | dict(steps)
         ),
-        "min_width": numbers_per_group(
-            groups, "min_width", config.least_widths, widths
-        ),
+        "min_width": widths,
     }
+
+
+def _multiples(
+    groups: Groups, config: SearchConfig, tile: int, widths: Mapping[str, int]
+) -> dict[str, int]:
+    """The multiple of each group as far as no pattern says another."""
+    if isinstance(config.round_to, int):
+        return dict.fromkeys(groups.channels, config.round_to)
+    return suited_multiples(groups, tile, config.max_sparsity, widths)
 
 
 def _matching_groups(groups: Groups, pattern: str, argument: str) -> list[Group]:

@@ -1,18 +1,18 @@
 """What every stage of a run works on: network, images, trace, costs and importance."""
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from autoprune.config import Settings
+from autoprune.config import AUTO, Settings
 from autoprune.costs.budget import parse_budget
 from autoprune.costs.constraints import pin_excluded, search_limits
 from autoprune.costs.cost import CostTable
+from autoprune.costs.widths import Tile, finest_needed, tile_of_processor
 from autoprune.data.checkpoints import load_weights
 from autoprune.data.datasets import (
     Dataset,
@@ -32,6 +32,7 @@ from autoprune.evaluation.importance import Importance, importance
 from autoprune.evaluation.proxy import ProxyAccuracy
 from autoprune.evaluation.proxy_protocol import Proxy
 from autoprune.evaluation.reconstruction import Reconstruction
+from autoprune.latency.engines import engine_named
 from autoprune.results import COST_FIELDS
 from autoprune.runs import RunFolder
 from autoprune.scaling.scaled_proxy import ScaledProxy
@@ -47,6 +48,7 @@ class Parts:
     Attributes:
         splits: The images.
         preprocessing: How images become inputs, as the run was started with it.
+        tile: What its widths were made for, as the run was started with it.
         dense: The network with its trained weights.
         model: The network to prune.
         groups: Its groups, what is excluded pinned.
@@ -55,10 +57,24 @@ class Parts:
 
     splits: Splits | None = None
     preprocessing: Preprocessing | None = None
+    tile: Tile | None = None
     dense: nn.Module | None = None
     model: nn.Module | None = None
     groups: Groups | None = None
     importance: Importance | None = None
+
+    @classmethod
+    def stored_in(cls, config: Mapping[str, Any]) -> "Parts":
+        """What a run keeps to, whatever the machine or package says by now.
+
+        Args:
+            config: What its config.yaml holds.
+        """
+        tile = config.get("tile")
+        return cls(
+            preprocessing=stored_preprocessing(config),
+            tile=Tile(**tile) if tile else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,7 @@ class RunContext:
         # another version changes.
         config = folder.read_config()
         settings = Settings.from_dict(config)
-        parts = Parts(preprocessing=stored_preprocessing(config))
+        parts = Parts.stored_in(config)
         if settings.sparse.method == "none":
             return cls(settings, blocks=folder.blocks, parts=parts)
         # Reading the plan refuses a run whose sparse training isn't done.
@@ -114,7 +130,7 @@ class RunContext:
         # The dense network goes along: it stays the teacher of every training, and what
         # accuracy and latency are compared with. Importance doesn't, since it is read
         # from the weights.
-        parts = Parts(splits=self.splits, dense=self.dense)
+        parts = Parts(splits=self.splits, tile=self.tile, dense=self.dense)
         return RunContext(self.settings, sparse, self.blocks, parts)
 
     @cached_property
@@ -167,6 +183,14 @@ class RunContext:
         name = self.settings.network.model
         model, _ = self._trained
         return prepare_network(model, name, self.splits.example, len(classes))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the config of a run holds beside its settings, see `Parts.stored_in`."""
+        facts: dict[str, Any] = {"preprocessing": self.splits.preprocessing.to_dict()}
+        if self.tile is not None:
+            facts["tile"] = asdict(self.tile)
+        return facts
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -246,14 +270,55 @@ class RunContext:
         costs = ScaledCosts(self.scaling) if self.scaling else CostTable(self.groups)
         return parse_budget(self.settings.search.budget).with_metrics(costs)
 
-    @property
+    @cached_property
+    def tile(self) -> Tile | None:
+        """How many channels the engine computes at a time.
+
+        None where the settings say to what widths are rounded.
+        """
+        if self.settings.search.round_to != AUTO:
+            return None
+        # A run goes on with the widths that it began with, on whatever machine.
+        return self.parts.tile or self._tile_of_engine()
+
+    def _tile_of_engine(self) -> Tile:
+        latency = self.settings.latency
+        channels = engine_named(latency.engine).tile(latency.precision)
+        return replace(tile_of_processor(), channels=channels, engine=latency.engine)
+
+    @cached_property
     def limits(self) -> dict[str, dict[str, int]]:
         """Multiples and least counts of what can be decided; see `search_limits`."""
+        if self.tile is None:
+            return self._limits(1)
+        widths = self._limits(self.tile.channels)["min_width"]
+        search = self.settings.search
+
+        def suited(tile: int) -> dict[str, int]:
+            return self._limits(tile)["round_to"]
+
+        multiples = finest_needed(
+            suited,
+            self.tile.channels,
+            self.costs,
+            parse_budget(search.budget).at_position(0),
+            search.max_sparsity,
+            widths,
+        )
+        return {"round_to": multiples, "min_width": widths}
+
+    def _limits(self, tile: int) -> dict[str, dict[str, int]]:
         search = self.settings.search
         if self.scaling:
             steps = self.scaling.steps
-            return search_limits(self.groups, search, steps, self.scaling.least)
-        return search_limits(self.groups, search)
+            return search_limits(self.groups, search, steps, self.scaling.least, tile)
+        return search_limits(self.groups, search, tile=tile)
+
+    @property
+    def widths(self) -> dict[str, Any]:
+        """What kept counts are multiples of, as a field of `Results`."""
+        about = {} if self.tile is None else asdict(self.tile)
+        return about | {"multiples": self.limits["round_to"]}
 
     @cached_property
     def importance(self) -> Importance:
@@ -284,12 +349,11 @@ class RunContext:
         assert self.scaling is not None, "only --granularity dimensions scales"
         # From here on a network like any other, of which only widths are left to
         # decide. What is excluded is pinned in its trace already.
-        search = dataclasses.replace(
-            self.settings.search, granularity="channel", exclude=""
-        )
+        search = replace(self.settings.search, granularity="channel", exclude="")
         groups = self.scaling.trace(kept, verify)
         parts = Parts(
             splits=self.splits,
+            tile=self.tile,
             dense=self.dense,
             model=self.scaling.network(kept),
             groups=groups,
@@ -297,7 +361,7 @@ class RunContext:
             # depth and image size.
             importance={name: self.importance[name] for name in groups.channels},
         )
-        settings = dataclasses.replace(self.settings, search=search)
+        settings = replace(self.settings, search=search)
         # Without the order of blocks: the depth of this network is decided.
         return RunContext(settings, self.sparse, parts=parts)
 

@@ -11,6 +11,7 @@ from autoprune.reporting.wording import (
     percent_text,
     plural,
     score_text,
+    widths_text,
 )
 from autoprune.results import Results
 
@@ -30,6 +31,8 @@ def fact_rows(results: Results) -> Rows:
         value = getattr(results, name)
         if value is not None:
             rows.append([name, str(value)])
+    if results.widths is not None:
+        rows.append(["widths", widths_text(results.widths)])
     for name in ("episodes", "evaluations"):
         value = getattr(results, name)
         if value is not None:

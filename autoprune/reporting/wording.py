@@ -1,5 +1,7 @@
 """Numbers as the report writes them."""
 
+from typing import Any
+
 NOTHING = "–"
 """Stands in a table where nothing was measured."""
 
@@ -51,6 +53,21 @@ def plural(n: int, noun: str) -> str:
         noun: In the singular; gets an s unless `n` is 1.
     """
     return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def widths_text(widths: dict[str, Any]) -> str:
+    """What kept channels are multiples of, and on whose behalf.
+
+    Args:
+        widths: The field of the results.
+    """
+    multiples = sorted(set(widths["multiples"].values()), reverse=True)
+    text = f"multiples of {multiples[0]}"
+    if len(multiples) > 1:
+        text += f", in some groups of {' or '.join(map(str, multiples[1:]))}"
+    if "engine" in widths:
+        text += f" ({widths['engine']} on {widths['processor']})"
+    return text
 
 
 def duration_text(seconds: float) -> str:

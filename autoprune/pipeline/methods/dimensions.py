@@ -162,7 +162,8 @@ class Dimensions(PruningMethod[DimensionDecision]):
             "error": model.mean_absolute_error(points),
             "points": rows,
         }
-        return DimensionDecision(allocation), {"dimensions": results}
+        decision = DimensionDecision(allocation)
+        return decision, {"dimensions": results, "widths": context.widths}
 
     def build(self, context: RunContext, decision: DimensionDecision) -> nn.Module:
         """The network without the removed blocks, at its image size, sliced.
