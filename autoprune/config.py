@@ -311,13 +311,10 @@ class OutputConfig:
     budgets none is searched: uniform pruning is the line that the front is drawn
     against.
     """
-    latency_batch: int = 64
-    """Batch size at which latency is measured, beside batch 1."""
     json: bool = False
     """Print one JSON object as the last line of stdout."""
 
     def __post_init__(self) -> None:
-        _check_range(self, 1, float("inf"), "latency_batch")
         if self.resume and self.out is None:
             raise UserError("resume", "which run? Give its folder with --out")
 
@@ -553,7 +550,10 @@ class DimensionsConfig:
 
 @dataclass(frozen=True)
 class LatencyConfig:
-    """What latency is measured with."""
+    """What latency is measured with, and what a budget of latency means.
+
+    Beside it, the report has ONNX Runtime and PyTorch at batch 1 and 32.
+    """
 
     engine: str = "onnxruntime"
     """onnxruntime, torch (eager, channels last), compiled (torch.compile) or openvino.

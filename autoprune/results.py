@@ -120,11 +120,15 @@ class Results:
     output.
     """
     latency: list[dict[str, Any]] | None = None
-    """Engine, batch, threads and milliseconds of dense and pruned network."""
+    """Engine, batch, threads, precision, milliseconds of dense and pruned network."""
+    latency_setting: dict[str, Any] | None = None
+    """Engine, batch, threads and precision of the next two: those that were asked for,
+    or others where that engine can't run the network.
+    """
     latency_ms: float | None = None
-    """Milliseconds of the pruned network at batch 1."""
+    """Milliseconds of a pass of the pruned network."""
     latency_ms_dense: float | None = None
-    """Milliseconds of the dense network at batch 1."""
+    """Milliseconds of a pass of the dense network."""
     seconds: dict[str, float] | None = None
     """Stage to its wall time, over all attempts."""
     seconds_total: float | None = None

@@ -49,6 +49,7 @@ PREFIXES = {
     "sparse": "Sparse training before the search",
     "removal": "How channels leave",
     "dimensions": "What depth, width and image size are worth",
+    "latency": "What latency is measured with",
 }
 """Prefix of an option's name to the heading of its section."""
 
@@ -63,6 +64,7 @@ ROOMS = (
     "training",
     "scaling",
     "deploy",
+    "latency",
     "reporting",
     "pipeline",
     "pipeline/methods",
@@ -83,7 +85,7 @@ WRITERS = {
     "finetune": "finetune_epochs",
     "evaluate": "accuracy_dense accuracy_pruned accuracy test_images",
     "export": "onnx_max_relative_error",
-    "run": "latency latency_ms latency_ms_dense remarks",
+    "run": "latency latency_setting latency_ms latency_ms_dense remarks",
     "every stage": "seconds seconds_total",
 }
 """Command to the keys of results.json that its stage writes; `run` does them all."""

@@ -43,10 +43,10 @@ from autoprune.config import (
 )
 from autoprune.data import models
 from autoprune.data.datasets import Images
-from autoprune.deploy.latency import Latency
 from autoprune.deploy.pruned import load_pruned
 from autoprune.errors import ExportError
 from autoprune.evaluation.evaluate import accuracy
+from autoprune.latency.measuring import Latency
 from autoprune.pipeline import stages
 from autoprune.runs import RunFolder
 
@@ -78,7 +78,7 @@ ARTEFACTS = [
 def _few_passes():
     """Latencies from a few passes instead of seconds of them."""
     with pytest.MonkeyPatch.context() as patch:
-        brief = functools.partial(stages.measure_latency, seconds=0.1)
+        brief = functools.partial(stages.measure_latency, seconds=0.02)
         patch.setattr(stages, "measure_latency", brief)
         yield
 
@@ -101,17 +101,12 @@ def finished(finished_run) -> Path:
 @pytest.fixture
 def cheap_export(finished, monkeypatch):
     """Skips PyTorch's exporter, which takes longer than all else that a small run does."""
-    measure_latency = stages.measure_latency
 
     def copy_onnx(model, example, path, metadata) -> float:
         shutil.copy(finished / "model.onnx", path)
         return 0.0
 
-    def measure_pytorch(dense, pruned, example, onnx, batch_sizes):
-        return measure_latency(dense, pruned, example, None, batch_sizes)
-
     monkeypatch.setattr(stages, "export_onnx", copy_onnx)
-    monkeypatch.setattr(stages, "measure_latency", measure_pytorch)
 
 
 def failure(capsys, *arguments: str) -> str:
@@ -202,15 +197,18 @@ def test_json_prints_the_contracted_keys_as_the_last_line(finished_run):
 def test_a_quiet_command_prints_its_results_and_nothing_else(
     finished, tmp_path, capsys, monkeypatch
 ):
-    slow = [Latency("torch", 1, 1, 1.0, 1.5)]
-    monkeypatch.setattr(stages, "measure_latency", lambda *arguments: slow)
+
+    def measure_slow(dense, pruned, example, settings):
+        return [Latency(setting, 1.0, 1.5) for setting in settings]
+
+    monkeypatch.setattr(stages, "measure_latency", measure_slow)
     shutil.copytree(finished, tmp_path / "run")
     RunFolder(tmp_path / "run").forget("latency")
     again = ["run", "--resume", "--out", str(tmp_path / "run"), "--json"]
     assert main([*again, "--quiet"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    remark = "the pruned network is not faster in torch at batch 1"
+    remark = "the pruned network is not faster in torch, batch 1, "
     assert any(
         remark in line for line in json.loads(printed.out.splitlines()[-1])["remarks"]
     )

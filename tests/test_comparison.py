@@ -25,6 +25,12 @@ DONE = {
     "accuracy_pruned": 0.7,
     "accuracy": 0.905,
     "finetune_epochs": 3,
+    "latency_setting": {
+        "engine": "torch",
+        "batch": 8,
+        "threads": 1,
+        "precision": "float32",
+    },
     "latency_ms": 1.0,
     "latency_ms_dense": 4.0,
 }
@@ -78,6 +84,7 @@ def test_runs_are_compared_by_the_same_numbers_in_table_json_and_page(
     assert first["macs_ratio"] == 0.5
     assert first["params_ratio"] == 0.75
     assert first["latency_ratio"] == 0.25
+    assert first["latency_setting"]["batch"] == 8
     assert second["macs_ratio"] == 0.4
     assert summary["differences"] == {
         "budget": ["macs=50%", "macs=40%"],
@@ -92,6 +99,7 @@ def test_runs_are_compared_by_the_same_numbers_in_table_json_and_page(
         "50.0\u00a0%",
         "\u22121.50",
         "3 epochs",
+        "torch, batch 8",
     ):
         assert shown in printed
         assert shown in page

@@ -4,7 +4,8 @@ operations, the shares of MACs.
 
 import pytest
 
-from autoprune.deploy.latency import Latency
+from autoprune.latency.engine_protocol import Setting
+from autoprune.latency.measuring import Latency
 from autoprune.pipeline.remarks import speed_remarks
 from autoprune.reporting.console import print_results, print_trace, progress, say
 from autoprune.reporting.verbosity import ProgressLines, Verbosity, verbosity
@@ -191,15 +192,16 @@ def test_a_network_that_was_not_fine_tuned_has_no_such_row(epochs, is_shown, cap
 
 def test_whatever_is_not_faster_is_remarked_on_with_both_times(capsys):
     rows = [
-        Latency("torch", 1, 1, 2.0, 1.0),
-        Latency("torch", 64, 1, 2.0, 1.99),
-        Latency("onnxruntime", 1, 1, 2.0, 2.5),
+        Latency(Setting("torch", 1, 1, "float32"), 2.0, 1.0),
+        Latency(Setting("torch", 64, 1, "float32"), 2.0, 1.99),
+        Latency(Setting("openvino", 1, 2, "bfloat16"), 2.0, 2.5),
     ]
     remarks = speed_remarks(rows)
     assert remarks == [
-        "the pruned network is not faster in torch at batch 64: 1.99 ms, dense 2.00 ms",
-        "the pruned network is not faster in onnxruntime at batch 1: 2.50 ms, dense "
-        "2.00 ms",
+        "the pruned network is not faster in torch, batch 64, 1 thread, float32: 1.99 "
+        "ms, dense 2.00 ms",
+        "the pruned network is not faster in openvino, batch 1, 2 threads, bfloat16: "
+        "2.50 ms, dense 2.00 ms",
     ]
     print_results({"remarks": remarks})
     assert capsys.readouterr().out.splitlines() == [

@@ -1,5 +1,6 @@
 """Engines: their answers, their refusals, and what their profiles say."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -17,6 +18,7 @@ from autoprune.latency.engines import (
     check_setting,
     setting_of,
 )
+from autoprune.latency.pytorch import distinct
 from autoprune.latency.timing import MOST_ROUNDS, Turns, time_in_turns
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -247,3 +249,22 @@ def test_noise_changes_a_pass_and_not_the_median_of_many():
     assert loaded.seconds() != loaded.seconds()
     turns = time_in_turns([loaded], 1.0)
     assert turns.medians[0] == pytest.approx(loaded.exact_seconds, rel=0.03)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a compiler")
+def test_compiled_pytorch_answers_as_eager_does():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    loaded = ENGINES["compiled"].load(model, torch.ones(1, 4), setting("compiled"))
+    expected = model(loaded.inputs.tensors()[0])
+    torch.testing.assert_close(loaded.outputs()[0], expected)
+    assert loaded.seconds() > 0
+
+
+def test_networks_of_one_class_are_compiled_each_by_itself():
+    functions = []
+    for network in (nn.Linear(2, 2), nn.Linear(2, 3)):
+        functions.append(distinct(lambda x, network=network: network(x)))
+    first, second = functions
+    assert first.__code__ != second.__code__
+    assert first(torch.ones(1, 2)).shape == (1, 2)
+    assert second(torch.ones(1, 2)).shape == (1, 3)

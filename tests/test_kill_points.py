@@ -98,7 +98,7 @@ def _cheap():
         path.write_text(digest_of(model))
         return 0.5
 
-    def measure(context: RunContext, folder: RunFolder, batch: int) -> None:
+    def measure(context: RunContext, folder: RunFolder) -> None:
         folder.add_results(latency=[], latency_ms=1.0, latency_ms_dense=2.0)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -14,14 +14,15 @@ from pages import PAGES, ROOT, Block, blocks, commands, run_command, run_page
 
 from autoprune.agents.baselines import BASELINES
 from autoprune.cli.presets import METHODS
-from autoprune.deploy import latency
 from autoprune.envs.rewards import REWARDS
 from autoprune.evaluation.importance import CRITERIA
+from autoprune.latency import measuring
+from autoprune.latency.engines import ENGINES
 from autoprune.pipeline.methods.registry import PRUNING_METHODS
 
 TINY = (
     "--episodes 2 --epochs 1 --agent ppo --baselines none --finalists 1 "
-    "--finetune.batch_size 32 --latency_batch 1"
+    "--finetune.batch_size 32"
 )
 """A run that takes seconds."""
 RUNNABLE = ("sh", "python")
@@ -48,6 +49,7 @@ WITH_CODE = [
 ]
 REGISTRIES = (
     CRITERIA,
+    ENGINES,
     REWARDS,
     BASELINES,
     METHODS,
@@ -73,8 +75,7 @@ def first_run(tmp_path_factory) -> Path:
 
 def _measure_briefly(patch: pytest.MonkeyPatch) -> None:
     """Latency isn't what these tests are about."""
-    *others, _ = latency.measure_latency.__defaults__
-    patch.setattr(latency.measure_latency, "__defaults__", (*others, 0.05))
+    patch.setattr(measuring.measure_latency, "__defaults__", (0.05,))
 
 
 @pytest.fixture

@@ -33,8 +33,8 @@ from autoprune.data import Images, Preprocessing, Splits, carve, load, normalize
 from autoprune.data.datasets import stored_preprocessing
 from autoprune.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from autoprune.data.preprocessing_sources import crop_share, preprocessing_of
-from autoprune.deploy import latency
 from autoprune.errors import UserError
+from autoprune.latency import measuring
 from autoprune.pipeline import context
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.remarks import dense_remarks
@@ -709,9 +709,7 @@ def test_a_run_its_report_and_its_onnx_file_measure_what_ten_lines_measure(
     (tmp_path / f"{module}.py").write_text(NETWORKS)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     # Latency isn't what this is about.
-    *others, _ = latency.measure_latency.__defaults__
-    patched = (*others, 0.01)
-    monkeypatch.setattr(latency.measure_latency, "__defaults__", patched)
+    monkeypatch.setattr(measuring.measure_latency, "__defaults__", (0.01,))
     make_transform, mode = RUNS[name]
     torch.manual_seed(0)
     if name.startswith("timm/"):
@@ -726,7 +724,6 @@ def test_a_run_its_report_and_its_onnx_file_measure_what_ten_lines_measure(
     assert 0.4 < expected < 1, "a test of accuracy needs right and wrong answers"
     torch.save(model.state_dict(), "weights.pt")
     arguments = ["--agent", "uniform", "--baselines", "none", "--epochs", "0"]
-    arguments += ["--latency_batch", "1"]
     files = ["--weights", "weights.pt", "--data", str(photos), "--out", "run"]
     assert main(["run", "--model", name, *files, *arguments]) == 0
     folder = RunFolder(tmp_path / "run")

@@ -82,6 +82,7 @@ FINISHED = {
             "engine": "torch",
             "batch": 64,
             "threads": 2,
+            "precision": "bfloat16",
             "dense_ms": 61.23,
             "pruned_ms": 40.41,
         }
@@ -185,7 +186,7 @@ def test_the_headline_says_the_result_in_words(finished):
             "feeds the output",
         ),
         *(
-            "Latency, torch, batch 64, 2 threads",
+            "Latency, torch, batch 64, 2 threads, bfloat16",
             "61.23 ms",
             "40.41 ms",
             "66.0 %",

@@ -7,8 +7,9 @@ from nets import RGB, conv, images, pooled
 from torch import Tensor, nn
 
 from autoprune.deploy.export import export_onnx, export_program, onnx_session
-from autoprune.deploy.latency import measure_latency
 from autoprune.deploy.signature import signature_of
+from autoprune.latency.engine_protocol import Setting
+from autoprune.latency.measuring import measure_latency
 
 
 class Two(nn.Module):
@@ -112,12 +113,13 @@ def test_programs_take_the_networks_inputs(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vectors", "by position", "unbatched"])
-def test_latency_is_measured_of_any_inputs(name, tmp_path):
+def test_latency_is_measured_of_any_inputs(name):
     model, example = CASES[name]
-    path = tmp_path / "net.onnx"
-    export_onnx(model.eval(), example, path)
-    rows = measure_latency(model, model, example, path, (1, 2), seconds=0.01)
     batches = [1] if name == "unbatched" else [1, 2]
-    assert [(row.engine, row.batch) for row in rows] == [
-        (engine, batch) for engine in ("torch", "onnxruntime") for batch in batches
+    settings = [
+        Setting(engine, batch, 1, "float32")
+        for engine in ("torch", "onnxruntime")
+        for batch in batches
     ]
+    rows = measure_latency(model.eval(), model, example, settings, seconds=0.01)
+    assert [row.setting for row in rows] == settings

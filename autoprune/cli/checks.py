@@ -14,7 +14,7 @@ from autoprune.costs.budget import parse_budget
 from autoprune.data.known_models import check_model
 from autoprune.data.places import no_dataset, weights_named
 from autoprune.errors import check_known
-from autoprune.names import CRITERIA, DATASETS, REWARDS, SPARSE_METHODS
+from autoprune.names import CRITERIA, DATASETS, ENGINES, REWARDS, SPARSE_METHODS
 from autoprune.pipeline.methods.registry import check_methods, further_agents
 
 
@@ -40,6 +40,7 @@ def check_settings(settings: Settings) -> None:
         "sparse.method",
     )
     REWARDS.check(search.reward)
+    ENGINES.check(settings.latency.engine, "latency.engine")
     check_model(settings.network.model)
     check_data(settings.data.data)
     network = settings.network

@@ -356,6 +356,7 @@ def compare(options: Namespace) -> None:
         HEADERS,
         comparison_rows,
         differences,
+        latency_settings,
         open_runs,
         write_comparison,
     )
@@ -367,11 +368,12 @@ def compare(options: Namespace) -> None:
         path = Path(options.out)
     write_comparison(runs, path)
     differing = differences(runs)
-    print_comparison(HEADERS, comparison_rows(runs), differing)
+    rows = comparison_rows(runs)
+    print_comparison(HEADERS, rows, latency_settings(runs), differing)
     print(f"page: {path}")
     if options.json:
-        rows = [run.to_json() for run in runs]
-        summary = {"runs": rows, "differences": differing, "page": str(path)}
+        compared = [run.to_json() for run in runs]
+        summary = {"runs": compared, "differences": differing, "page": str(path)}
         print(json.dumps(summary))
 
 

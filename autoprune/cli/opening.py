@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from autoprune.pipeline.context import RunContext
     from autoprune.runs import RunFolder
 
-KEPT_OPTIONS = ("method", "baselines", "latency_batch", "allocation")
+KEPT_OPTIONS = ("method", "baselines", "allocation")
 """Options that are no settings, but that a run which goes on should remember."""
 
 
@@ -100,6 +100,23 @@ def _check_kept_options(options: Namespace, folder: "RunFolder") -> None:
             raise other_than_stored(name, folder, stored[name], options[name])
 
 
+def check_latency(context: "RunContext") -> None:
+    """Finds what can be wrong with the engine that latency is measured in.
+
+    Args:
+        context: A run that is about to begin.
+
+    Raises:
+        UserError: If something is.
+    """
+    from autoprune.latency.engines import check_setting, setting_of
+    from autoprune.latency.samples import check_batch
+
+    setting = setting_of(context.settings.latency)
+    check_setting(setting)
+    check_batch(context.dense, context.splits.example, setting.batch)
+
+
 def prepare(context: "RunContext") -> None:
     """Finds what can be wrong with network, images and budget.
 
@@ -112,6 +129,7 @@ def prepare(context: "RunContext") -> None:
     from autoprune.cli.search_stage import make_env
     from autoprune.pipeline.methods.registry import method_of
 
+    check_latency(context)
     method = method_of(context.settings)
     if method.is_searched(context.settings):
         # Made for its refusals and dropped; the search makes its own.

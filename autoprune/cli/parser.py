@@ -14,6 +14,8 @@ from jsonargparse import ArgumentParser, Namespace
 from autoprune.config import Settings
 from autoprune.errors import nearest_names
 
+FORMER_OPTIONS = ("latency_batch",)
+"""Options that earlier versions kept in a run's config, and that decided no result."""
 PLAIN_MESSAGES = {
     r"^the following arguments are required: (\w+)\.(\w+)$": (
         r"\1: \2 is missing; see `autoprune \1 --help`"
@@ -143,4 +145,7 @@ def options_of(config: dict[str, Any]) -> dict[str, Any]:
         UserError: If it is of another version.
     """
     # Beside the settings the config holds what decides no result, such as baselines.
-    return Settings.from_dict(config).arguments | config.get("options", {})
+    options = dict(config.get("options", {}))
+    for name in FORMER_OPTIONS:
+        options.pop(name, None)
+    return Settings.from_dict(config).arguments | options

@@ -3,6 +3,7 @@
 Part of the composition root: heavy imports happen inside the functions.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from autoprune.config import OutputConfig, Settings
-from autoprune.errors import ExportError
+from autoprune.errors import ExportError, UserError
 
 if TYPE_CHECKING:
     from autoprune.pipeline.context import RunContext
@@ -25,14 +26,14 @@ class Job:
         dense: Network, images and trace before any training.
         folder: The run.
         output: What is shown and searched beside the run itself.
-        failed: Why the network couldn't be exported, if it couldn't; the rest of the
-            run is still worth reporting.
+        failed: Why the network couldn't be exported, or measured in the engine that
+            was asked for, if it couldn't; the rest of the run is still worth reporting.
     """
 
     dense: "RunContext"
     folder: "RunFolder"
     output: OutputConfig = field(default_factory=OutputConfig)
-    failed: ExportError | None = None
+    failed: ExportError | UserError | None = None
 
     @property
     def settings(self) -> Settings:
@@ -243,7 +244,21 @@ def _export(job: Job) -> None:
 
 
 def _is_timed(job: Job) -> bool:
-    return job.folder.read_results().latency is not None
+    from autoprune.pipeline.remarks import NOT_MEASURED
+
+    results = job.folder.read_results()
+    # Runs of earlier versions say no setting, and couldn't be asked for one.
+    if results.latency is None or results.latency_setting is None:
+        return results.latency is not None
+    asked = dataclasses.asdict(job.settings.latency)
+    if not asked["threads"]:
+        del asked["threads"]
+    # A run that goes on may be asked for another setting.
+    for row in results.latency:
+        if asked.items() <= row.items():
+            return True
+    refused = f"{NOT_MEASURED} in {asked['engine']}:"
+    return any(remark.startswith(refused) for remark in results.remarks or [])
 
 
 def _measure_latency(job: Job) -> None:
@@ -251,7 +266,9 @@ def _measure_latency(job: Job) -> None:
     from autoprune.reporting.console import say
 
     say("latency: dense and pruned")
-    latency_stage(job.context, job.folder, job.output.latency_batch)
+    refusal = latency_stage(job.context, job.folder)
+    # An export that failed has said why already.
+    job.failed = job.failed or refusal
 
 
 def _show_loss(advance: Callable[[str], None]) -> Callable[[int, float], None]:

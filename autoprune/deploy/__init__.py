@@ -1,1 +1,1 @@
-"""Pruned networks outside of a run: files, ONNX, latency."""
+"""Pruned networks outside of a run: files and ONNX."""

@@ -5,13 +5,14 @@ clock can stand in for a machine in tests.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.errors import UserError
+from autoprune.reporting.wording import setting_text
 from autoprune.structure.inputs import Example
 
 LARGEST_ERRORS = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -39,8 +40,7 @@ class Setting:
     precision: str
 
     def __str__(self) -> str:
-        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{self.engine}, batch {self.batch}, {threads}, {self.precision}"
+        return setting_text(asdict(self))
 
 
 @dataclass(frozen=True)

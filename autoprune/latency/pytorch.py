@@ -76,7 +76,7 @@ class Compiled(Eager):
 
     def forward_of(self, network: nn.Module) -> Forward:
         """See `Eager`."""
-        function = _distinct(lambda inputs: inputs.run(network))
+        function = distinct(lambda inputs: inputs.run(network))
         # Lengths are fixed, as in the engines that know no others.
         return torch.compile(function, dynamic=False)
 
@@ -84,15 +84,22 @@ class Compiled(Eager):
 _NUMBERS = count()
 
 
-def _distinct(function: types.LambdaType) -> types.FunctionType:
+def distinct(function: types.LambdaType) -> types.FunctionType:
     """The same function with code of its own.
 
     PyTorch keeps what it has compiled by the code that it came from, and gives up
     after eight networks of the same code: further ones would run uncompiled.
+
+    Args:
+        function: What runs a network.
     """
     code = function.__code__.replace(co_name=f"forward_{next(_NUMBERS)}")
     return types.FunctionType(
-        code, function.__globals__, code.co_name, None, function.__closure__
+        code,
+        function.__globals__,
+        code.co_name,
+        function.__defaults__,
+        function.__closure__,
     )
 
 

@@ -44,15 +44,46 @@ class Samples:
         """
         network = plain_copy(model)
         signature = signature_of(network, example)
-        if setting.batch > 1 and not signature.has_batch:
-            raise UserError(
-                "latency.batch",
-                f"this network takes no batches of any length, so it must be 1, got "
-                f"{setting.batch}",
-            )
+        _check_batch(signature, setting.batch)
         # Random, because zeros might be faster; seeded, so that all get the same.
         generator = torch.Generator().manual_seed(0)
         inputs = signature.samples(setting.batch, generator)
         with torch.no_grad():
             expected = tensors_in(inputs.run(network))
         return cls(network, signature, inputs, expected)
+
+
+def takes_batches(model: nn.Module, example: Example) -> bool:
+    """Whether a network takes batches of any length.
+
+    Args:
+        model: The network; it is left as found.
+        example: Its inputs, as `trace` takes them.
+    """
+    return signature_of(plain_copy(model), example).has_batch
+
+
+def check_batch(model: nn.Module, example: Example, batch: int) -> None:
+    """Refuses a batch that a network doesn't take.
+
+    Args:
+        model: The network; it is left as found.
+        example: Its inputs, as `trace` takes them.
+        batch: The batch.
+
+    Raises:
+        UserError: If the network takes no batches and more than 1 is asked for.
+    """
+    # Every network takes that, and finding out takes passes.
+    if batch > 1:
+        _check_batch(signature_of(plain_copy(model), example), batch)
+
+
+def _check_batch(signature: Signature, batch: int) -> None:
+    """As `check_batch`, where it is known how the network is called."""
+    if batch > 1 and not signature.has_batch:
+        raise UserError(
+            "latency.batch",
+            f"this network takes no batches of any length, so it must be 1, got "
+            f"{batch}",
+        )

@@ -1,4 +1,4 @@
-"""Which settings of a run may change when it goes on: those of trainings yet to come.
+"""Which settings of a run may change when it goes on: those of stages yet to come.
 
 Loads no torch, so that a refused command ends at once.
 """
@@ -110,6 +110,10 @@ def changes(folder: RunFolder, settings: Settings) -> dict[str, tuple[Any, Any]]
 def _may_change(folder: RunFolder, stored: Settings, argument: str) -> bool:
     """Whether a run hasn't made use of a setting yet."""
     stage, _, name = argument.rpartition(".")
+    if stage == "latency":
+        # It decides nothing then but what is measured at the end.
+        is_pruned = folder.holds_network(folder.pruned)
+        return is_pruned and "latency" not in stored.search.budget
     if argument in OF_FINETUNING:
         stage = "finetune"
     # What is trained decides what the other stages are about; how it is trained may

@@ -6,13 +6,14 @@ from torch import nn
 
 from autoprune.deploy.pruned import save_pruned
 from autoprune.files import PLAN
-from autoprune.pipeline.remarks import NOT_FASTER
+from autoprune.pipeline.remarks import NOT_FASTER, NOT_MEASURED
 from autoprune.runs import RunFolder
 
 MEASURED = (
     "accuracy",
     "finetune_epochs",
     "latency",
+    "latency_setting",
     "latency_ms",
     "latency_ms_dense",
     "onnx_max_relative_error",
@@ -49,10 +50,12 @@ def keep_speed_remarks(folder: RunFolder, remarks: list[str]) -> None:
 
     Args:
         folder: The run.
-        remarks: As from `autoprune.pipeline.remarks.speed_remarks`.
+        remarks: As from `autoprune.pipeline.remarks.speed_remarks` and
+            `refusal_remark`.
     """
     known = folder.read_results().remarks or []
-    others = [remark for remark in known if not remark.startswith(NOT_FASTER)]
+    of_speed = (NOT_FASTER, NOT_MEASURED)
+    others = [remark for remark in known if not remark.startswith(of_speed)]
     # Without remarks a run hasn't looked at its images yet, and has to be left so.
     if known or remarks:
         folder.add_results(remarks=[*others, *remarks])

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.data.images import Images, Splits
-from autoprune.deploy.latency import Latency
+from autoprune.errors import ExportError, UserError
 from autoprune.evaluation.evaluate import EvalBatches, in_eval_mode, recalibrate
+from autoprune.latency.measuring import Latency
 from autoprune.reporting.wording import percent_text
 
 IMAGES = 500
@@ -20,6 +21,8 @@ SMALLEST_SKILL = 0.1
 """Share of the way from chance to certainty that a trained network has behind it."""
 NOT_FASTER = "the pruned network is not faster"
 """How the remarks on speed begin."""
+NOT_MEASURED = "the latency is not measured"
+"""How the remarks on engines begin that can't run the network."""
 LEAST_GAIN = 0.02
 """Share of the dense network's time; a smaller gain can't be told from chance."""
 
@@ -106,13 +109,24 @@ def speed_remarks(latencies: Sequence[Latency]) -> list[str]:
         latencies: What was measured of both.
 
     Returns:
-        A remark for each engine and batch size at which it isn't.
+        A remark for each setting in which it isn't.
     """
     remarks = []
     for row in latencies:
         if row.pruned_ms > (1 - LEAST_GAIN) * row.dense_ms:
             remarks.append(
-                f"{NOT_FASTER} in {row.engine} at batch {row.batch}: "
+                f"{NOT_FASTER} in {row.setting}: "
                 f"{row.pruned_ms:.2f} ms, dense {row.dense_ms:.2f} ms"
             )
     return remarks
+
+
+def refusal_remark(engine: str, error: ExportError | UserError) -> str:
+    """That an engine can't run a network, and why.
+
+    Args:
+        engine: Its name.
+        error: What it says.
+    """
+    reason = error.reason if isinstance(error, UserError) else str(error)
+    return f"{NOT_MEASURED} in {engine}: {reason}"

@@ -11,17 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import parse_budget
 from autoprune.deploy.export import export_onnx, export_program
-from autoprune.deploy.latency import measure_latency
 from autoprune.deploy.pruned import load_pruned, save_pruned
-from autoprune.errors import UserError
+from autoprune.errors import ExportError, UserError
 from autoprune.evaluation.evaluate import accuracy
 from autoprune.files import write_json
+from autoprune.latency.engines import setting_of
+from autoprune.latency.measuring import Latency, measure_latency, reported_settings
+from autoprune.latency.samples import takes_batches
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.diverging import explained
 from autoprune.pipeline.methods.registry import method_of
@@ -30,7 +33,7 @@ from autoprune.pipeline.pruned_folder import (
     read_plan,
     replace_pruned,
 )
-from autoprune.pipeline.remarks import dense_remarks, speed_remarks
+from autoprune.pipeline.remarks import dense_remarks, refusal_remark, speed_remarks
 from autoprune.reporting.report import write_report
 from autoprune.results import Results
 from autoprune.runs import RunFolder
@@ -358,34 +361,49 @@ def export_stage(context: RunContext, folder: RunFolder, format: str = "onnx") -
     return folder.onnx
 
 
-def latency_stage(context: RunContext, folder: RunFolder, batch: int) -> None:
-    """Measures the latency of dense and pruned network, alternating.
+def latency_stage(
+    context: RunContext, folder: RunFolder
+) -> ExportError | UserError | None:
+    """Measures the latency of dense and pruned network, in turns.
 
-    In PyTorch and, where there is a file, ONNX Runtime.
+    In the setting that was asked for, and in those that it may be compared with; an
+    engine that can't run the network is remarked on.
 
     Args:
-        context: The dense network and an example of the images.
+        context: The dense network, an example of the images and the setting.
         folder: The run.
-        batch: Batch size, beside 1.
+
+    Returns:
+        Why the engine that was asked for can't run the network, if it can't.
     """
+    asked = setting_of(context.settings.latency)
+    example = context.splits.example
+    rows: list[Latency] = []
+    refusals: dict[tuple[str, str], ExportError | UserError] = {}
     with timed(folder, "latency"):
         pruned = load_pruned(folder.pruned)
-        # There is none of a network that ONNX can't express; PyTorch's times still
-        # count.
-        onnx = folder.onnx if folder.onnx.exists() else None
-        # A set, since the asked batch may be 1 itself.
-        sizes = sorted({1, batch})
-        rows = measure_latency(
-            context.dense, pruned, context.splits.example, onnx, sizes
-        )
-    # What is shipped counts: ONNX Runtime where there is a file for it.
-    shipped = [row for row in rows if row.engine == "onnxruntime"] or rows
-    folder.add_results(
-        latency=[asdict(row) for row in rows],
-        latency_ms=shipped[0].pruned_ms,
-        latency_ms_dense=shipped[0].dense_ms,
-    )
-    keep_speed_remarks(folder, speed_remarks(rows))
+        for setting in reported_settings(asked, takes_batches(pruned, example)):
+            place = setting.engine, setting.precision
+            # What can't be expressed once can't be at another batch.
+            if place in refusals:
+                continue
+            try:
+                rows += measure_latency(context.dense, pruned, example, [setting])
+            except (ExportError, UserError) as error:
+                refusals[place] = error
+    fields: dict[str, Any] = {"latency": [row.to_json() for row in rows]}
+    # Of an engine that can't run the network there is no row, and another one counts.
+    shown = [row for row in rows if row.setting == asked] or rows
+    if shown:
+        fields["latency_setting"] = asdict(shown[0].setting)
+        fields["latency_ms"] = shown[0].pruned_ms
+        fields["latency_ms_dense"] = shown[0].dense_ms
+    folder.add_results(**fields)
+    remarks = speed_remarks(rows)
+    for (engine, _), error in refusals.items():
+        remarks.append(refusal_remark(engine, error))
+    keep_speed_remarks(folder, remarks)
+    return refusals.get((asked.engine, asked.precision))
 
 
 def report_stage(folder: RunFolder) -> Path:

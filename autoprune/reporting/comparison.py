@@ -13,6 +13,7 @@ from autoprune.reporting.wording import (
     percent_text,
     plural,
     points_text,
+    setting_text,
 )
 from autoprune.results import Results
 from autoprune.runs import RunFolder, write_text
@@ -110,6 +111,7 @@ class FinishedRun:
             row[name] = getattr(results, name)
         row["finetune_epochs"] = results.finetune_epochs
         row["latency_ratio"] = _ratio(results.latency_ms, results.latency_ms_dense)
+        row["latency_setting"] = results.latency_setting
         row["seconds_search"] = results.seconds_search
         return row
 
@@ -186,6 +188,19 @@ def comparison_rows(runs: Sequence[FinishedRun]) -> list[list[str]]:
     return rows
 
 
+def latency_settings(runs: Sequence[FinishedRun]) -> list[str]:
+    """What the latency of each run was measured in, as text.
+
+    Args:
+        runs: The runs.
+    """
+    texts = []
+    for run in runs:
+        setting = run.results.latency_setting
+        texts.append(NOTHING if setting is None else setting_text(setting))
+    return texts
+
+
 def write_comparison(runs: Sequence[FinishedRun], path: Path) -> None:
     """Writes the page.
 
@@ -204,11 +219,13 @@ def write_comparison(runs: Sequence[FinishedRun], path: Path) -> None:
     measured = []
     origins = []
     # In two tables: one would be wider than the page.
-    for number, name, agent, budget, *cells in comparison_rows(runs):
+    settings = latency_settings(runs)
+    for setting, row in zip(settings, comparison_rows(runs), strict=True):
+        number, name, agent, budget, *cells = row
         *costs, epochs, latency, search = cells
         names.append(f"{number} {name}")
         measured.append([names[-1], *costs, latency])
-        origins.append([names[-1], agent, budget, epochs, search])
+        origins.append([names[-1], agent, budget, epochs, setting, search])
     html = render_page(
         "comparison.html.jinja",
         headline=f"{len(runs)} runs: {_spread(runs)}",

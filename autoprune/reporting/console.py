@@ -22,12 +22,13 @@ from autoprune.reporting.verbosity import (
     Verbosity,
     verbosity,
 )
+from autoprune.reporting.wording import setting_text
 
 COSTS = (
     ("MACs", "macs", 1e6, "M"),
     ("parameters", "params", 1e3, "k"),
     ("memory, batch 1", "memory_bytes", 1e6, "MB"),
-    ("latency, batch 1", "latency_ms", 1, "ms"),
+    ("latency", "latency_ms", 1, "ms"),
 )
 """Costs of a run's table: label, key of the results, size of the unit, unit."""
 
@@ -109,6 +110,8 @@ def print_results(results: dict) -> None:
     # Memory and latency are known only after the stages that measure them.
     for label, key, size, unit in COSTS:
         if key in results:
+            if key == "latency_ms" and "latency_setting" in results:
+                label = f"{label}, {setting_text(results['latency_setting'])}"
             dense = results[f"{key}_dense"]
             pruned = results[key]
             table.add_row(
@@ -173,13 +176,17 @@ def _nearest_in_cost(points: list[dict], share: float) -> dict:
 
 
 def print_comparison(
-    headers: Sequence[str], rows: list[list[str]], differing: dict[str, list]
+    headers: Sequence[str],
+    rows: list[list[str]],
+    settings: Sequence[str],
+    differing: dict[str, list],
 ) -> None:
     """Prints runs beside each other, and the settings in which they differ.
 
     Args:
         headers: The columns.
         rows: A row a run.
+        settings: What the latency of each run was measured in.
         differing: Setting to its value in each run.
     """
     table = Table()
@@ -190,6 +197,9 @@ def print_comparison(
     for row in rows:
         table.add_row(*row)
     _print_table(table, 160)
+    # A column of them would be wider than a terminal.
+    once = list(dict.fromkeys(settings))
+    _print_list("latency measured in", once if len(once) == 1 else list(settings))
     lines = []
     for name, values in differing.items():
         shown = ["null" if value is None else str(value) for value in values]

@@ -9,8 +9,8 @@ from autoprune.reporting.wording import (
     duration_text,
     milliseconds_text,
     percent_text,
-    plural,
     score_text,
+    setting_text,
     widths_text,
 )
 from autoprune.results import Results
@@ -93,8 +93,7 @@ def cost_rows(results: Results) -> Rows:
             change = _change(dense, pruned)
             rows.append([label, count_text(dense), count_text(pruned), *change])
     for row in results.latency or []:
-        threads = plural(row["threads"], "thread")
-        label = f"Latency, {row['engine']}, batch {row['batch']}, {threads}"
+        label = f"Latency, {setting_text(row)}"
         rows.append(_latency_row(label, row["dense_ms"], row["pruned_ms"]))
     # Runs of earlier versions have no table of engines.
     dense_ms = results.latency_ms_dense

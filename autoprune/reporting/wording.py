@@ -1,5 +1,6 @@
 """Numbers as the report writes them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 NOTHING = "–"
@@ -68,6 +69,18 @@ def widths_text(widths: dict[str, Any]) -> str:
     if "engine" in widths:
         text += f" ({widths['engine']} on {widths['processor']})"
     return text
+
+
+def setting_text(setting: Mapping[str, Any]) -> str:
+    """What a latency was measured with: "onnxruntime, batch 1, 2 threads, float32".
+
+    Args:
+        setting: A row of the results' latencies, or their setting. Those of runs of
+            earlier versions name no precision, which was float32.
+    """
+    threads = plural(setting["threads"], "thread")
+    precision = setting.get("precision", "float32")
+    return f"{setting['engine']}, batch {setting['batch']}, {threads}, {precision}"
 
 
 def duration_text(seconds: float) -> str:
