@@ -293,12 +293,12 @@ def feed(
 
 
 def onnx_session(
-    network: Path | bytes, threads: int = 0, profile: Path | None = None
+    path: Path, threads: int = 0, profile: Path | None = None
 ) -> "onnxruntime.InferenceSession":
     """An ONNX Runtime session on the CPU.
 
     Args:
-        network: The ONNX file, or its content.
+        path: The ONNX file.
         threads: Threads that it may use; 0 for as many as PyTorch does.
         profile: What the name of a file begins with into which every run's kernels and
             their times are written; None for none.
@@ -315,4 +315,4 @@ def onnx_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    return onnxruntime.InferenceSession(network, options, providers=list(ONNX_DEVICES))
+    return onnxruntime.InferenceSession(path, options, providers=list(ONNX_DEVICES))

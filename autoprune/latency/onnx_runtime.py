@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoprune.deploy.export import export_for_timing, export_named, feed, onnx_session
+from autoprune.deploy.export import export_named, feed, onnx_session
 from autoprune.errors import UserError, first_line, missing_package
 from autoprune.latency.engine_protocol import Kernel, Setting, check_answers
 from autoprune.latency.graph_layers import GraphLayers
+from autoprune.latency.onnx_files import load_as_onnx
 from autoprune.latency.processor import channel_tile
 from autoprune.latency.samples import Samples
 from autoprune.structure.inputs import Example
@@ -52,27 +53,28 @@ class OnnxRuntime:
         # Before anything is exported, which takes long.
         self.version()
         samples = Samples.of(model, example, setting)
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "network.onnx"
-            export_for_timing(samples.network, samples.signature, samples.inputs, path)
-            loaded = LoadedSession(path.read_bytes(), samples, setting)
-        check_answers(setting, samples.expected, loaded.outputs())
-        return loaded
+
+        def load(path: Path) -> LoadedSession:
+            loaded = LoadedSession(path, samples, setting)
+            check_answers(setting, samples.expected, loaded.outputs())
+            return loaded
+
+        return load_as_onnx(samples, load)
 
 
 class LoadedSession:
     """A network in ONNX Runtime.
 
     Args:
-        content: Its ONNX file.
+        path: Its ONNX file, which is read whole.
         samples: Its inputs.
         setting: Its threads count.
     """
 
-    def __init__(self, content: bytes, samples: Samples, setting: Setting):
+    def __init__(self, path: Path, samples: Samples, setting: Setting):
         self.setting = setting
         self.samples = samples
-        self.session = onnx_session(content, setting.threads)
+        self.session = onnx_session(path, setting.threads)
         names = samples.signature.input_names
         self.arrays = feed(self.session, names, samples.inputs)
 

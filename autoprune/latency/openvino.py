@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoprune.deploy.export import export_for_timing, export_named
+from autoprune.deploy.export import export_named
 from autoprune.errors import UserError, first_line, missing_package
 from autoprune.latency.engine_protocol import Kernel, Setting, check_answers
 from autoprune.latency.graph_layers import GraphLayers
+from autoprune.latency.onnx_files import load_as_onnx
 from autoprune.latency.processor import channel_tile
 from autoprune.latency.samples import Samples
 from autoprune.structure.inputs import Example
@@ -51,12 +52,13 @@ class OpenVino:
         # Before anything is exported, which takes long.
         self.version()
         samples = Samples.of(model, example, setting)
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "network.onnx"
-            export_for_timing(samples.network, samples.signature, samples.inputs, path)
+
+        def load(path: Path) -> LoadedRequest:
             loaded = LoadedRequest(path, samples, setting)
-        check_answers(setting, samples.expected, loaded.outputs())
-        return loaded
+            check_answers(setting, samples.expected, loaded.outputs())
+            return loaded
+
+        return load_as_onnx(samples, load)
 
 
 class LoadedRequest:
