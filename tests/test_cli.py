@@ -3,6 +3,7 @@ every kind of bad input.
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import io
@@ -10,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from fake_engine import FakeEngine
 from PIL import Image
 from processes import run_python, started_python, wait_for_events
 from safetensors.torch import load_file, save_file
@@ -46,6 +49,8 @@ from autoprune.data.datasets import Images
 from autoprune.deploy.pruned import load_pruned
 from autoprune.errors import ExportError
 from autoprune.evaluation.evaluate import accuracy
+from autoprune.latency import engines
+from autoprune.latency.engine_protocol import Setting
 from autoprune.latency.measuring import Latency
 from autoprune.pipeline import stages
 from autoprune.runs import RunFolder
@@ -192,6 +197,104 @@ def test_json_prints_the_contracted_keys_as_the_last_line(finished_run):
     contract |= {"accuracy", "latency_ms", "latency_ms_dense", "episodes"}
     contract |= {"evaluations", "seconds_search", "seconds_total"}
     assert contract - results.keys() == set()
+
+
+@pytest.fixture
+def fake_engine(monkeypatch) -> FakeEngine:
+    engine = FakeEngine()
+    monkeypatch.setitem(engines.ENGINES, "fake", engine)
+    return engine
+
+
+def test_every_latency_of_a_run_says_what_it_was_measured_in(finished):
+    results = RunFolder(finished).read_results()
+    threads = torch.get_num_threads()
+    places = [(row["engine"], row["batch"]) for row in results.latency]
+    assert places == [(e, b) for e in ("onnxruntime", "torch") for b in (1, 32)]
+    for row in results.latency:
+        assert (row["threads"], row["precision"]) == (threads, "float32")
+    first = results.latency[0]
+    assert results.latency_setting.items() <= first.items()
+    assert results.latency_ms == first["pruned_ms"]
+    assert results.latency_ms_dense == first["dense_ms"]
+
+
+def test_a_run_that_goes_on_is_measured_in_the_setting_that_it_is_asked_for(
+    finished, tmp_path, fake_engine
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    again = ["run", "--resume", "--out", str(run)]
+    asked = ["--latency.engine", "fake", "--latency.batch", "3"]
+    asked += ["--latency.threads", "1", "--latency.precision", "bfloat16"]
+    assert main([*again, *asked]) == 0
+    results = RunFolder(run).read_results()
+    setting = Setting("fake", 3, 1, "bfloat16")
+    assert results.latency_setting == dataclasses.asdict(setting)
+    pruned = load_pruned(run / "pruned")
+    example = open_run(str(run)).dense.splits.example
+    exact = fake_engine.load(pruned, example, setting).exact_seconds
+    assert results.latency_ms == pytest.approx(1000 * exact)
+    assert results.latency_ms < results.latency_ms_dense
+    assert "fake, batch 3, 1 thread, bfloat16" in (run / "report.html").read_text()
+    # Nothing is asked for that isn't there now.
+    loads = len(fake_engine.loads)
+    assert main(again) == 0
+    assert len(fake_engine.loads) == loads
+
+
+def test_an_engine_that_answers_otherwise_is_told_of_after_all_else_is_done(
+    finished, tmp_path, fake_engine, capsys
+):
+    fake_engine.error = 0.5
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    again = ["run", "--resume", "--out", str(run), "--latency.engine", "fake"]
+    assert main(again) == 1
+    reason = "fake answers otherwise than PyTorch"
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+    results = RunFolder(run).read_results()
+    (remark,) = [text for text in results.remarks if reason in text]
+    assert remark.startswith("the latency is not measured in fake: ")
+    assert results.latency_setting["engine"] == "onnxruntime"
+    assert remark[1:] in (run / "report.html").read_text()
+
+
+def test_a_run_of_a_version_with_another_option_for_the_batch_goes_on(
+    finished, tmp_path
+):
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(finished, run.root)
+    config = run.read_config()
+    del config["latency"]
+    config["options"]["latency_batch"] = 64
+    run.config.write_text(yaml.safe_dump(config))
+    rows = [{"engine": "torch", "batch": 64, "threads": 2}]
+    rows[0] |= {"dense_ms": 2.0, "pruned_ms": 1.0}
+    run.add_results(latency=rows)
+    run.forget("latency_setting")
+    assert main(["run", "--resume", "--out", str(run.root)]) == 0
+    assert run.read_results().latency == rows
+    assert "torch, batch 64, 2 threads" in run.report.read_text()
+    again = ["search", "--config", str(run.config), "--out", str(tmp_path / "again")]
+    assert main([*again, "--agent", "uniform"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--latency.engine", "openvino"], "pip install openvino"),
+        (["--latency.precision", "bfloat16"], "onnxruntime computes in float32"),
+        (["--latency.threads", "9999"], "--latency.threads: must be from 1 to"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_run_begins(
+    options, reason, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    out = tmp_path / "run"
+    assert reason in failure(capsys, "run", *FAST, *options, "--out", str(out))
+    assert not out.exists()
 
 
 def test_a_quiet_command_prints_its_results_and_nothing_else(

@@ -205,6 +205,7 @@ def _run_of_allocation(options: Namespace) -> Iterator[stages.Job]:
     def prepare(context: "RunContext") -> None:
         # Read before the run has a folder, so that a wrong file leaves none behind.
         Allocation.read(path, context.groups)
+        opening.check_latency(context)
         method_of(context.settings).check(context)
 
     with opening.start(options, prepare) as job:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from autoprune.config import OutputConfig, Settings
-from autoprune.errors import ExportError, UserError
+from autoprune.config import LatencyConfig, OutputConfig, Settings
+from autoprune.errors import ExportError
 
 if TYPE_CHECKING:
     from autoprune.pipeline.context import RunContext
@@ -33,7 +33,7 @@ class Job:
     dense: "RunContext"
     folder: "RunFolder"
     output: OutputConfig = field(default_factory=OutputConfig)
-    failed: ExportError | UserError | None = None
+    failed: ExportError | None = None
 
     @property
     def settings(self) -> Settings:
@@ -247,9 +247,11 @@ def _is_timed(job: Job) -> bool:
     from autoprune.pipeline.remarks import NOT_MEASURED
 
     results = job.folder.read_results()
+    if results.latency is None:
+        return False
     # Runs of earlier versions say no setting, and couldn't be asked for one.
-    if results.latency is None or results.latency_setting is None:
-        return results.latency is not None
+    if results.latency_setting is None:
+        return job.settings.latency == LatencyConfig()
     asked = dataclasses.asdict(job.settings.latency)
     if not asked["threads"]:
         del asked["threads"]
@@ -267,8 +269,9 @@ def _measure_latency(job: Job) -> None:
 
     say("latency: dense and pruned")
     refusal = latency_stage(job.context, job.folder)
-    # An export that failed has said why already.
-    job.failed = job.failed or refusal
+    # Of an export that failed it is known already.
+    if refusal is not None and job.failed is None:
+        job.failed = ExportError(refusal)
 
 
 def _show_loss(advance: Callable[[str], None]) -> Callable[[int, float], None]:

@@ -361,9 +361,7 @@ def export_stage(context: RunContext, folder: RunFolder, format: str = "onnx") -
     return folder.onnx
 
 
-def latency_stage(
-    context: RunContext, folder: RunFolder
-) -> ExportError | UserError | None:
+def latency_stage(context: RunContext, folder: RunFolder) -> str | None:
     """Measures the latency of dense and pruned network, in turns.
 
     In the setting that was asked for, and in those that it may be compared with; an
@@ -374,12 +372,12 @@ def latency_stage(
         folder: The run.
 
     Returns:
-        Why the engine that was asked for can't run the network, if it can't.
+        That and why the engine that was asked for can't run the network, if it can't.
     """
     asked = setting_of(context.settings.latency)
     example = context.splits.example
     rows: list[Latency] = []
-    refusals: dict[tuple[str, str], ExportError | UserError] = {}
+    refusals: dict[tuple[str, str], str] = {}
     with timed(folder, "latency"):
         pruned = load_pruned(folder.pruned)
         for setting in reported_settings(asked, takes_batches(pruned, example)):
@@ -390,7 +388,7 @@ def latency_stage(
             try:
                 rows += measure_latency(context.dense, pruned, example, [setting])
             except (ExportError, UserError) as error:
-                refusals[place] = error
+                refusals[place] = refusal_remark(setting.engine, error)
     fields: dict[str, Any] = {"latency": [row.to_json() for row in rows]}
     # Of an engine that can't run the network there is no row, and another one counts.
     shown = [row for row in rows if row.setting == asked] or rows
@@ -399,10 +397,7 @@ def latency_stage(
         fields["latency_ms"] = shown[0].pruned_ms
         fields["latency_ms_dense"] = shown[0].dense_ms
     folder.add_results(**fields)
-    remarks = speed_remarks(rows)
-    for (engine, _), error in refusals.items():
-        remarks.append(refusal_remark(engine, error))
-    keep_speed_remarks(folder, remarks)
+    keep_speed_remarks(folder, [*speed_remarks(rows), *refusals.values()])
     return refusals.get((asked.engine, asked.precision))
 
 
