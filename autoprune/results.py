@@ -77,6 +77,10 @@ class Results:
     """Path of pareto.json, where a range of budgets was searched."""
     dimensions: dict[str, Any] | None = None
     """Networks that the agent polynomial measured, its optimum, what was built."""
+    latency_model: dict[str, Any] | None = None
+    """Setting, tile and error of the model by which latency was budgeted."""
+    latency_kept: dict[str, Any] | None = None
+    """Predicted and measured latency of the chosen allocation, beside its budget."""
     macs: int | None = None
     """Multiply-accumulates of the pruned network."""
     params: int | None = None

@@ -65,6 +65,8 @@ class RunFolder:
     pareto = Artefact("pareto.json")
     masks = Artefact("masks.safetensors")
     blocks = Artefact("blocks.json")
+    # What the budgeted latency of an allocation is computed with.
+    latency_model = Artefact("latency_model.json")
     # Networks, as weights and plan.
     sparse = Artefact("sparse")
     merged = Artefact("merged")

@@ -57,7 +57,12 @@ def start(options: Namespace, prepare: Callable[["RunContext"], None]) -> Iterat
             # Measuring the order of blocks anew would take long, and could break a tie
             # otherwise.
             parts = Parts.stored_in(folder.read_config())
-            context = RunContext(settings, blocks=folder.blocks, parts=parts)
+            context = RunContext(
+                settings,
+                blocks=folder.blocks,
+                latency=folder.latency_model,
+                parts=parts,
+            )
             prepare(context)
             change_settings(folder, settings, changed)
             yield _begin(context, folder, output, options)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+from functools import partial
 from typing import Any
 
 from autoprune.agents.finalists import find_front
@@ -11,11 +12,13 @@ from autoprune.agents.recorder import Episode, Recorder
 from autoprune.agents.replay import Policy, replay
 from autoprune.agents.search import SearchResult, search
 from autoprune.agents.searchers import parse_baselines
+from autoprune.cli.kept_promise import keep_promise
 from autoprune.config import SearchConfig, Settings
-from autoprune.costs.budget import BudgetRange, parse_budget
+from autoprune.costs.budget import AnyBudget, BudgetRange, parse_budget
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.files import write_json
 from autoprune.pipeline.context import RunContext
+from autoprune.pipeline.latency_budget import budgets_latency
 from autoprune.pipeline.stages import timed, use_allocation
 from autoprune.reporting.console import print_front, progress, say
 from autoprune.reporting.wording import widths_text
@@ -31,12 +34,17 @@ def make_env(context: RunContext) -> LayerPruningEnv:
         UserError: If nothing can be pruned, a pattern means nothing, or the budget
             can't be reached.
     """
+    return _env(context, parse_budget(context.settings.search.budget))
+
+
+def _env(context: RunContext, budget: AnyBudget) -> LayerPruningEnv:
+    """The environment for another budget than the settings'."""
     search = context.settings.search
     return LayerPruningEnv.with_suited_proxy(
         context.model,
         context.groups,
         context.proxy(),
-        search.budget,
+        budget,
         reward=search.reward,
         max_sparsity=search.max_sparsity,
         accuracy_floor=search.accuracy_floor,
@@ -192,7 +200,11 @@ def _keep(
     if result.policy is not None:
         # Before the allocation, which would tell a resumed run that nothing is missing.
         _save_policy(result.policy, context, folder, env)
-    chosen = result.best
+    finalists = result.finalists
+    if front is None and budgets_latency(context.settings):
+        finalists, latency = keep_promise(context, partial(_env, context), finalists)
+        folder.add_results(latency_kept=latency)
+    chosen = finalists[0] if front is None else result.best
     folder.add_results(
         episodes=len(result.episodes),
         evaluations=result.evaluations,
@@ -204,8 +216,8 @@ def _keep(
     if front is not None:
         _keep_front(result, front, context, folder, env)
     else:
-        finalists = [finalist.to_json() for finalist in result.finalists]
-        folder.add_results(finalists=finalists)
+        rows = [finalist.to_json() for finalist in finalists]
+        folder.add_results(finalists=rows)
     # A kill before this repeats the end of the search, from its log.
     use_allocation(context, chosen.allocation, folder)
 

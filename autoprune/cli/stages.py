@@ -104,6 +104,19 @@ def _inspect(job: Job) -> None:
     inspect_stage(job.dense, job.folder, say)
 
 
+def _is_profiled(job: Job) -> bool:
+    from autoprune.pipeline.latency_budget import budgets_latency
+
+    return not budgets_latency(job.settings) or job.folder.latency_model.exists()
+
+
+def _profile(job: Job) -> None:
+    """Keeps the latency model, which was measured before the run began."""
+    from autoprune.pipeline.latency_budget import profile_stage
+
+    profile_stage(job.dense, job.folder)
+
+
 def _is_trained_sparsely(job: Job) -> bool:
     is_asked = job.settings.sparse.method != "none"
     return not is_asked or job.folder.holds_network(job.folder.sparse)
@@ -282,6 +295,7 @@ def _show_loss(advance: Callable[[str], None]) -> Callable[[int, float], None]:
 STAGES: tuple[Stage, ...] = (
     # First: whoever reads that the preprocessing is wrong stops the run here.
     Stage("inspect", ("results.json: remarks",), _is_inspected, _inspect),
+    Stage("profile", ("latency_model.json",), _is_profiled, _profile),
     Stage("sparse", ("sparse/",), _is_trained_sparsely, _train_sparsely),
     Stage(
         "decide",

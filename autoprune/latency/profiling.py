@@ -39,7 +39,9 @@ LARGEST_NOISE = 0.15
 IN_TURNS = 4
 """Pruned networks that are in the engine at once, beside the dense one."""
 SECONDS = 60.0
-"""Time for the passes of all networks together, loading them aside."""
+"""Most time for the passes of all networks together, loading them aside."""
+ROUNDS = 150
+"""Passes of each network that are enough, where they are short."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,9 @@ class NetworkTimer:
         self.engine = engine
         self.setting = setting
         self._dense = engine.load(model, example, setting)
+        # The first pass takes longer than any other.
+        self._dense.seconds()
+        self._seconds_of_pass = self._dense.seconds()
 
     def measure(
         self,
@@ -108,9 +113,11 @@ class NetworkTimer:
 
         Args:
             kept: Counts `(n, n_groups)`.
-            seconds: For all passes together.
+            seconds: For all passes together, unless `ROUNDS` of each take less.
             on_network: Told how many networks more are done.
         """
+        enough = ROUNDS * self._seconds_of_pass * len(kept)
+        seconds = min(seconds, enough)
         shares = []
         dense_seconds = []
         noises = []
@@ -155,7 +162,8 @@ def profile_latency(
         timer: The network in its engine.
         space: The allocations that the model is for; of any metric.
         seed: What the allocations are drawn with.
-        seconds: For all passes of the first attempt, loading the networks aside.
+        seconds: Most time for all passes of the first attempt, loading the networks
+            aside.
         on_network: Told how many networks more are done, for progress.
 
     Raises:

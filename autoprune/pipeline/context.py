@@ -33,6 +33,12 @@ from autoprune.evaluation.proxy import ProxyAccuracy
 from autoprune.evaluation.proxy_protocol import Proxy
 from autoprune.evaluation.reconstruction import Reconstruction
 from autoprune.latency.engines import engine_named
+from autoprune.latency.model import LatencyModel
+from autoprune.pipeline.latency_budget import (
+    METRIC,
+    budgets_latency,
+    latency_model_of,
+)
 from autoprune.results import COST_FIELDS
 from autoprune.runs import RunFolder
 from autoprune.scaling.scaled_proxy import ScaledProxy
@@ -53,6 +59,7 @@ class Parts:
         model: The network to prune.
         groups: Its groups, what is excluded pinned.
         importance: Scores per channel.
+        latency_model: What latencies are computed with.
     """
 
     splits: Splits | None = None
@@ -62,6 +69,7 @@ class Parts:
     model: nn.Module | None = None
     groups: Groups | None = None
     importance: Importance | None = None
+    latency_model: LatencyModel | None = None
 
     @classmethod
     def stored_in(cls, config: Mapping[str, Any]) -> "Parts":
@@ -89,12 +97,14 @@ class RunContext:
         sparse: Folder in which sparse training left its network; None before it, or
             without.
         blocks: File of the order in which blocks go, as soon as the run has written it.
+        latency: File of the latency model, likewise.
         parts: What is taken over from another context.
     """
 
     settings: Settings
     sparse: Path | None = None
     blocks: Path | None = None
+    latency: Path | None = None
     parts: Parts = Parts()
 
     @classmethod
@@ -113,10 +123,10 @@ class RunContext:
         settings = Settings.from_dict(config)
         parts = Parts.stored_in(config)
         if settings.sparse.method == "none":
-            return cls(settings, blocks=folder.blocks, parts=parts)
+            return cls(settings, None, folder.blocks, folder.latency_model, parts=parts)
         # Reading the plan refuses a run whose sparse training isn't done.
         folder.read_json(folder.sparse / "plan.json")
-        return cls(settings, folder.sparse, folder.blocks, parts)
+        return cls(settings, folder.sparse, folder.blocks, folder.latency_model, parts)
 
     def after_sparse_training(self, sparse: Path) -> "RunContext":
         """The context whose network is the sparsely trained one.
@@ -130,8 +140,17 @@ class RunContext:
         # The dense network goes along: it stays the teacher of every training, and what
         # accuracy and latency are compared with. Importance doesn't, since it is read
         # from the weights.
-        parts = Parts(splits=self.splits, tile=self.tile, dense=self.dense)
-        return RunContext(self.settings, sparse, self.blocks, parts)
+        # Sparse training leaves all shapes, and so the latency, as they are.
+        latency_model = None
+        if budgets_latency(self.settings):
+            latency_model = self.latency_model
+        parts = Parts(
+            splits=self.splits,
+            tile=self.tile,
+            dense=self.dense,
+            latency_model=latency_model,
+        )
+        return RunContext(self.settings, sparse, self.blocks, self.latency, parts)
 
     @cached_property
     def _dataset(self) -> Dataset:
@@ -267,7 +286,9 @@ class RunContext:
     @cached_property
     def costs(self) -> CostTable:
         """The cost table, with the metric of the budget."""
-        costs = ScaledCosts(self.scaling) if self.scaling else CostTable(self.groups)
+        costs = self._exact_costs
+        if budgets_latency(self.settings):
+            costs = costs.with_metric(METRIC, self.latency_model)
         return parse_budget(self.settings.search.budget).with_metrics(costs)
 
     @cached_property
@@ -287,6 +308,18 @@ class RunContext:
         return replace(tile_of_processor(), channels=channels, engine=latency.engine)
 
     @cached_property
+    def _exact_costs(self) -> CostTable:
+        """The cost table without what has to be measured."""
+        return ScaledCosts(self.scaling) if self.scaling else CostTable(self.groups)
+
+    @cached_property
+    def latency_model(self) -> LatencyModel:
+        """What the budgeted latency of an allocation is computed with."""
+        if self.parts.latency_model is not None:
+            return self.parts.latency_model
+        return latency_model_of(self, self._exact_costs)
+
+    @property
     def limits(self) -> dict[str, dict[str, int]]:
         """Multiples and least counts of what can be decided; see `search_limits`."""
         if self.tile is None:
@@ -306,6 +339,11 @@ class RunContext:
             widths,
         )
         return {"round_to": multiples, "min_width": widths}
+
+    @property
+    def coarsest_limits(self) -> dict[str, dict[str, int]]:
+        """The limits with the engine's whole tile, however tight the budget is."""
+        return self._limits(1 if self.tile is None else self.tile.channels)
 
     def _limits(self, tile: int) -> dict[str, dict[str, int]]:
         search = self.settings.search
