@@ -88,7 +88,7 @@ def keep_promise(
     if excess > LARGEST_EXCESS:
         say(
             f"latency: {about['measured_ms']:.3g} ms measured, {excess - 1:.0%} above "
-            f"{part}; even smaller networks aren't fast enough on this machine"
+            f"{part}; no smaller network that is allowed is fast enough"
         )
     return finalists, about
 

@@ -7,6 +7,7 @@ from autoprune.config import Settings
 from autoprune.costs.budget import parse_budget
 from autoprune.costs.cost import CostTable
 from autoprune.costs.search_space import SearchSpace
+from autoprune.errors import ExportError, UserError
 from autoprune.files import write_json
 from autoprune.latency.cache import ModelCache
 from autoprune.latency.engines import check_setting, engine_named, setting_of
@@ -52,7 +53,6 @@ def latency_model_of(context: "RunContext", costs: CostTable) -> LatencyModel:
     Raises:
         UserError: If the engine can't be used or gives other answers, or timings are so
             uneven that no model fits.
-        ExportError: If the engine can't express the network.
     """
     work = WorkTable(context.groups, costs)
     if context.latency is not None and context.latency.exists():
@@ -70,7 +70,14 @@ def latency_model_of(context: "RunContext", costs: CostTable) -> LatencyModel:
     if model is not None:
         return model
     example = context.splits.example
-    timer = NetworkTimer(context.model, context.groups, example, engine, setting)
+    try:
+        timer = NetworkTimer(context.model, context.groups, example, engine, setting)
+    except ExportError as error:
+        raise UserError(
+            "latency.engine",
+            f"{setting.engine} can't run this network ({error}); choose another engine, "
+            f"or budget macs",
+        ) from error
     with progress(f"latency model ({setting})", N_FITTED + N_UNSEEN) as advance:
         model = profile_latency(timer, space, on_network=_by_number(advance))
     if model.error.median > LARGEST_ERROR:
