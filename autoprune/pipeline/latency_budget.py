@@ -75,8 +75,8 @@ def latency_model_of(context: "RunContext", costs: CostTable) -> LatencyModel:
     except ExportError as error:
         raise UserError(
             "latency.engine",
-            f"{setting.engine} can't run this network ({error}); choose another engine, "
-            f"or budget macs",
+            f"{setting.engine} can't run this network ({error}); choose another "
+            f"engine, or budget macs",
         ) from error
     with progress(f"latency model ({setting})", N_FITTED + N_UNSEEN) as advance:
         model = profile_latency(timer, space, on_network=_by_number(advance))
