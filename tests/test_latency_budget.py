@@ -53,6 +53,9 @@ def test_what_a_search_chose_is_measured_within_the_budget(tmp_path):
         "precision": "float32",
     }
     assert results["latency_model"]["networks"] == N_FITTED + N_UNSEEN
+    page = (tmp_path / "run" / "report.html").read_text()
+    for cell in ("latency=70% (onnxruntime, batch 1, 1 thread, float32)", "Predicted"):
+        assert cell in page
 
 
 @dataclass

@@ -29,6 +29,7 @@ from autoprune.reporting.rows import (
     preprocessing_rows,
     searcher_rows,
     stage_rows,
+    time_budget_rows,
 )
 from autoprune.reporting.usage import Snippet, usage_snippets
 from autoprune.reporting.wording import percent_text, plural, score_text
@@ -75,6 +76,7 @@ def write_report(folder: RunFolder) -> Path:
         facts=fact_rows(results),
         costs=cost_rows(results),
         stages=stage_rows(results),
+        time_budget=time_budget_rows(results),
         preprocessing=preprocessing_rows(results),
         usage=_usage(folder, results),
         groups=group_rows(groups, "kept"),

@@ -103,6 +103,31 @@ def cost_rows(results: Results) -> Rows:
     return rows
 
 
+def time_budget_rows(results: Results) -> Rows:
+    """A budget of time: what was predicted, and what was measured.
+
+    Args:
+        results: What the run has decided and measured.
+    """
+    kept = results.latency_kept
+    model = results.latency_model
+    if kept is None or model is None:
+        return []
+    error = percent_text(model["error_median"], 1)
+    largest = percent_text(model["error_95"], 1)
+    return [
+        ["Budget", f"{kept['budget']} ({setting_text(kept)})"],
+        ["Allowed", milliseconds_text(kept["budget_ms"])],
+        ["Predicted", milliseconds_text(kept["predicted_ms"])],
+        ["Measured before fine-tuning", milliseconds_text(kept["measured_ms"])],
+        ["Dense network, in turns with it", milliseconds_text(kept["dense_ms"])],
+        ["Measured share of that", percent_text(kept["measured_share"], 1)],
+        ["Corrections of the target", str(kept["corrections"])],
+        ["Networks measured for the prediction", str(model["networks"])],
+        ["Its error on others", f"{error} (median), {largest} (95th percentile)"],
+    ]
+
+
 def _latency_row(label: str, dense_ms: float, pruned_ms: float) -> list[str]:
     times = [milliseconds_text(dense_ms), milliseconds_text(pruned_ms)]
     return [label, *times, *_change(dense_ms, pruned_ms)]
