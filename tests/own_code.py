@@ -367,6 +367,41 @@ class MeanByHand(OwnLayers):
         return self.head(x - mean)
 
 
+class LearnedQueries(nn.Module):
+    """A decoder: a parameter is read as if it were an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 8, 8)
+        self.queries = nn.Parameter(torch.randn(1, 4, WIDTH))
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        queries = self.norm(self.queries + self.mix(self.queries))
+        weights = (queries @ tokens.transpose(1, 2)).softmax(-1)
+        return self.head(queries + weights @ tokens).mean(1)
+
+
+class Autoencoder(nn.Module):
+    """The decoder's weights are the encoder's, transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 3, 2, 1)
+        self.outer = nn.Parameter(torch.randn(10, WIDTH) / 3)
+        self.inner = nn.Parameter(torch.randn(7, 10) / 3)
+        self.head = nn.Linear(WIDTH, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu().mean((2, 3))
+        code = F.linear(F.linear(x, self.outer).relu(), self.inner).tanh()
+        x = F.linear(F.linear(code, self.inner.T).relu(), self.outer.T)
+        return self.head(x)
+
+
 ATTENTIONS = (
     Packed,
     Fused,
@@ -390,6 +425,8 @@ OTHERS = (
     ToMapByAttribute,
     OwnLayers,
     MeanByHand,
+    LearnedQueries,
+    Autoencoder,
 )
 
 

@@ -1,6 +1,7 @@
 """Networks of several inputs: tuples, lists and dicts, of floats and of integers."""
 
 from collections import namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -101,6 +102,50 @@ def test_tensors_inside_lists_and_dicts_are_found():
     groups = trace(model, example)
     assert groups.channels == {"two.image": 8, "two.mix": 10}
     check_pruned_equals_masked(model, groups, example)
+
+
+@dataclass(frozen=True)
+class Both:
+    """Two tensors, as networks of some libraries take and return them."""
+
+    first: Tensor
+    second: Tensor
+
+
+class Grouped(nn.Module):
+    """Inputs and outputs are a dataclass."""
+
+    def __init__(self):
+        super().__init__()
+        self.two = Two()
+
+    def forward(self, inputs: Both) -> Both:
+        features = F.relu(self.two.image(inputs.first))
+        return Both(self.two(inputs.first, inputs.second), features)
+
+
+def test_tensors_inside_dataclasses_are_found():
+    model = randomise(Grouped()).eval()
+    example = (Both(*two(2)),)
+    groups = trace(model, example)
+    # The features of the image are an output as well.
+    assert groups.channels == {"two.mix": 10}
+    kept = random_kept(groups, 0)
+    pruned = prune(model, groups, kept)(*example)
+    masked = mask(model, groups, kept)(*example)
+    torch.testing.assert_close(pruned.first, masked.first, rtol=1e-4, atol=1e-5)
+    assert pruned.second.shape == model(*example).second.shape
+
+
+@pytest.mark.parametrize("output", [None, 3, "text", object()])
+def test_a_network_that_returns_no_tensor_is_refused(output):
+    class Mute(Two):
+        def forward(self, image, ids):
+            super().forward(image, ids)
+            return output
+
+    with pytest.raises(UserError, match="returns no tensor, but"):
+        trace(Mute().eval(), two(1))
 
 
 def test_every_float_inputs_channels_are_pinned():

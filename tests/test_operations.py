@@ -187,6 +187,7 @@ FUNCTIONS = {
     "triu": (2, lambda x: x.triu()),
     "diagonal": (2, lambda x: x.diagonal(dim1=2, dim2=3)),
     "cdist": (1, lambda x: x.mean(2)[:, :, None] * torch.cdist(x.transpose(1, 2), x.transpose(1, 2)).mean((1, 2), keepdim=True)),
+    "cdist of many rows": (1, lambda x: x.mean(2)[:, :, None] * torch.cdist(x.repeat(1, 1, 30).transpose(1, 2), 3 + x.transpose(1, 2)).mean((1, 2), keepdim=True)),
     "einsum_gram": (1, lambda x: x * torch.einsum("bct,bcs->bts", x, x).mean(2)[:, None]),
     "einsum_pool": (2, lambda x: torch.einsum("bchw,bchw->bch", x, x)),
     "einsum_outer": (1, lambda x: torch.einsum("bct,bcs->bcts", x, x).flatten(2)),

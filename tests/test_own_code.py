@@ -101,6 +101,15 @@ def test_numbers_in_the_code_pin_what_they_split_and_nothing_else():
     assert any("the pruned network doesn't run" in reason for reason in reasons)
 
 
+@pytest.mark.parametrize("name", ["LearnedQueries", "Autoencoder"])
+def test_parameters_that_layers_read_leave_every_channel_free(name):
+    _, groups = prepare(name)
+    assert set(groups.reasons.values()) == {
+        "is the network's input",
+        "feeds the network's output",
+    }
+
+
 class Thrice(PartialConvolution):
     """A sixth of three copies of the channels, rounded up, moves by a pixel."""
 

@@ -59,6 +59,29 @@ def test_groups_that_cannot_run_alone_are_found_among_others(fixed):
         assert reason.startswith("the pruned network doesn't run: no such widths: [")
 
 
+@pytest.mark.parametrize("error", [KeyError, TypeError, ZeroDivisionError, OSError])
+def test_whatever_the_code_raises_at_other_widths_pins_what_it_looks_at(error):
+    def accepts(widths):
+        if int(widths[2]) != WIDTHS[2]:
+            raise error("unforeseen")
+        return True
+
+    groups = traced(accepts)
+    assert set(groups.channels) == {f"convs.{i}" for i in (0, 1, 3, 4, 5)}
+    assert "unforeseen" in groups.reasons["convs.2"]
+    assert error.__name__ in groups.reasons["convs.2"]
+
+
+def test_an_output_that_is_not_finite_is_called_so():
+    class Endless(Watched):
+        def forward(self, x):
+            return super().forward(x) * float("inf")
+
+    groups = trace(randomise(Endless(lambda widths: True)).eval(), images(1, 8))
+    assert not groups.channels
+    assert "the network's output isn't finite" in groups.reasons.values()
+
+
 def test_of_groups_that_fail_only_together_one_is_pinned():
     groups = traced(
         lambda widths: int(widths[1]) == WIDTHS[1] or int(widths[4]) == WIDTHS[4]

@@ -137,6 +137,10 @@ def scripted() -> Any:
         return torch.jit.trace(chain(), X)
 
 
+def exported() -> nn.Module:
+    return torch.export.export(chain(), (X,)).module()
+
+
 REFUSED = {
     "masked": (masked_by_torch, r'conv1 .*torch\.nn\.utils\.prune\.remove\(module, "w'),
     "weight norm": (lambda: normed(nn.utils.weight_norm), "remove_weight_norm"),
@@ -144,6 +148,7 @@ REFUSED = {
     "lazy": (lazy, r"0 \(LazyConv2d\) has no weights yet; run the network once"),
     "scripted": (scripted, "is TorchScript"),
     "a part scripted": (lambda: nn.Sequential(scripted()), "0 is TorchScript"),
+    "exported": (exported, "comes from torch.export"),
     "without weights": (lambda: chain().to("meta"), "meta device"),
     "weights alone": (lambda: chain().state_dict(), "must be a network"),
 }

@@ -28,6 +28,11 @@ PLAIN_MESSAGES = {
     ),
     r"^Parser key \"([\w.]+)\": ": r"--\1: ",
     r"Expected a <class '(\w+)'>\. Got value: ": r"expected \1, got ",
+    # An option that may be left open.
+    r"Does not validate against any of the Union subtypes "
+    r"Subtypes: \[<class '(\w+)'>, <class 'NoneType'>\] .* Given value: ": (
+        r"expected \1, got "
+    ),
     r"^--hyperparameters: expected dict, got (.*)$": r"--hyperparameters: no file '\1'",
     r"^Subcommand '(\w+)' does not accept option '([\w.]+)'$": (
         r"no option \2 of `autoprune \1`; see `autoprune \1 --help`"

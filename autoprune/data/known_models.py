@@ -52,6 +52,13 @@ def unknown_model(name: str, known: list[str]) -> UserError:
     Returns:
         The error, to be raised.
     """
+    if name.endswith(".py"):
+        path = name if "/" in name else f"./{name}"
+        return UserError(
+            "model",
+            f"{name!r} says no function or class that makes the network; give it "
+            f"behind a colon, as in {path}:make",
+        )
     similar = nearest_names(name, known, 3) or ["resnet20"]
     return UserError(
         "model",

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -388,8 +388,8 @@ def tensors_in(value: object) -> list[Tensor]:
     """The tensors in what a network or an operation returned, in order.
 
     Args:
-        value: A tensor, or dicts, lists and tuples of them, nested; anything else holds
-            none.
+        value: A tensor, or dicts, lists, tuples and dataclasses of them, nested;
+            anything else holds none.
     """
     if isinstance(value, Tensor):
         return [value]
@@ -398,6 +398,8 @@ def tensors_in(value: object) -> list[Tensor]:
         children = list(value.values())
     elif isinstance(value, list | tuple):
         children = list(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        children = [getattr(value, each.name) for each in fields(value)]
     else:
         return []
     tensors = []

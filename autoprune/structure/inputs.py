@@ -1,8 +1,9 @@
 """What a network is called with: one tensor, or several by position and by name."""
 
+import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +15,8 @@ from autoprune.structure.groups import tensors_in
 Example: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 """One tensor; a tuple or list of positional inputs; or a dict of inputs by keyword.
 
-Each of them may be a tensor, a list, tuple or dict of inputs, or any other value.
+Each of them may be a tensor, a list, tuple, dict or dataclass of inputs, or any other
+value.
 """
 
 
@@ -142,6 +144,13 @@ def _change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, dict):
         return {key: _change_tensors(item, change) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = copy.copy(value)
+        for each in fields(value):
+            item = _change_tensors(getattr(value, each.name), change)
+            # Frozen ones as well.
+            object.__setattr__(changed, each.name, item)
+        return changed
     if not isinstance(value, list | tuple):
         return value
     items = [_change_tensors(item, change) for item in value]

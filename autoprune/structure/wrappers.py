@@ -136,6 +136,19 @@ def _script(module: nn.Module) -> str | None:
     )
 
 
+def _exported(module: nn.Module) -> str | None:
+    """The module of a `torch.export` program, which has no code to run anew."""
+    if not is_instance_of(module, "torch.fx.graph_module.GraphModule"):
+        return None
+    # Such a module replaces its methods `train` and `eval` by refusals.
+    if "eval" not in vars(module):
+        return None
+    return (
+        "comes from torch.export, which takes its widths for constants; pass the "
+        "Python network that it was made from"
+    )
+
+
 def _sharded(module: nn.Module) -> str | None:
     """A network of which each process holds a part."""
     name = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
@@ -193,6 +206,7 @@ def _recomputed(module: nn.Module) -> str | None:
 
 CHECKS: tuple[Callable[[nn.Module], str | None], ...] = (
     _script,
+    _exported,
     _sharded,
     _quantized,
     _without_weights,

@@ -158,6 +158,10 @@ def _removed_elements(tracer: Tracer, tensor: Tensor, is_removed: Tensor) -> Ten
         return is_removed[thin(tracer.labels(tensor))]
     removed = torch.zeros([1] * tensor.ndim, dtype=torch.bool)
     for view in tracer.views(tensor):
+        # Those of a parameter that was read as an activation is, like learned queries.
+        elements = tracer.known_element_labels(view)
+        if elements is not None:
+            removed = removed | is_removed[elements]
         for axis, index in view.axes:
             # Those that the trace hasn't labelled met no sum.
             labels = tracer.known_axis_labels(view.name, axis)
@@ -324,6 +328,8 @@ MASKED: dict[Rule, Callable[[Call, Tensor], object]] = {
 """Rule to how its operations run on what is left; all others run at full width."""
 
 MASKED_PARAMETERS: dict[Rule, Callable[[Call, Tensor], object]] = {
+    # A layer may read a parameter, such as learned queries.
+    **dict.fromkeys(MULTIPLYING_RULES, _multiply_with_zeros),
     weight_norm: _multiply_with_zeros,
     vector_product: _multiply_with_zeros,
     reduction: _reduce_remaining,

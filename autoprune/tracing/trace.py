@@ -153,7 +153,14 @@ def _run_forward(tracer: Tracer, inputs: Inputs) -> list[Demand]:
             f"tracing failed in {tracer.current_module}: "
             f"{type(error).__name__}: {first_line(error)}",
         ) from error
-    for tensor in tensors_in(output):
+    outputs = tensors_in(output)
+    if not outputs:
+        raise UserError(
+            "model",
+            f"its forward pass returns no tensor, but {type(output).__name__}; return "
+            f"tensors, alone or in tuples, lists, dicts or dataclasses",
+        )
+    for tensor in outputs:
         tracer.book.pin(tracer.labels(tensor), "feeds the network's output")
     return sizes.demands
 

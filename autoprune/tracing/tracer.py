@@ -332,6 +332,20 @@ class Tracer:
         purpose = tensor if is_vector else ("axis", tensor, axis)
         return self.book.labels_by_purpose.get(purpose)
 
+    def known_element_labels(self, view: ParameterView) -> Tensor | None:
+        """The labels that a bare parameter's elements got in the trace, as viewed.
+
+        Args:
+            view: Of the parameter.
+
+        Returns:
+            In the view's shape; None where the trace gave none.
+        """
+        labels = self.book.labels_by_purpose.get(view.name)
+        if labels is None or not view.is_complete:
+            return None
+        return labels.view(view.shape)[view.index]
+
     def use(
         self,
         tensor: str,
@@ -363,6 +377,9 @@ class Tracer:
         if first_use is not None:
             first_labels, first_role = first_use
             self.book.join(first_labels, labels)
+            # Tied weights, as in an autoencoder: one axis makes and reads channels.
+            if (first_role, role) == ("produce", "consume"):
+                self.summed_labels.append(labels)
             # A layer that makes or reads channels says more than a norm that has them.
             if first_role == "follow":
                 self.uses[key] = (first_labels, role)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoprune.errors import first_line
 from autoprune.structure.groups import Group, Groups, named_tensors, tensors_in
 from autoprune.structure.inputs import Inputs
 from autoprune.structure.slicing import Slicer, shared_copy
@@ -28,6 +29,7 @@ DRAWS = 8
 """How many draws of weights a group gets to show that masking it changes something."""
 UNCHANGED = "masking it doesn't change the output"
 UNREPEATABLE = "the network answers the same input differently each time"
+NOT_FINITE = "the network's output isn't finite"
 
 
 def failing_groups(
@@ -55,7 +57,8 @@ def failing_groups(
         return {}
     if check.failure({}) != UNCHANGED:
         # A network with a memory, say: nothing would show that a group is right.
-        return {group.name: UNREPEATABLE for group in groups}
+        reason = UNREPEATABLE if check.dense.isfinite().all() else NOT_FINITE
+        return {group.name: reason for group in groups}
     # Nearly all that fails doesn't run, which a forward pass for each group tells.
     failing: dict[str, str] = {}
     for group in groups:
@@ -245,18 +248,19 @@ class _Check:
         try:
             slicer = Slicer(self.twin, self.groups, borrow=True)
             return self._output(slicer.apply(kept))
-        # What operations and the code's own checks raise for shapes that don't fit.
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            lines = str(error).splitlines()
-            reason = lines[0] if lines else type(error).__name__
-            return f"the pruned network doesn't run: {reason}"
+        # Whatever the network's own code raises for sizes that it doesn't expect.
+        except Exception as error:
+            return f"the pruned network doesn't run: {_what_was_raised(error)}"
 
     def failure(self, kept: dict[str, Tensor]) -> str | None:
         """What is wrong with pruning to these channels, or None."""
         pruned = self.try_pruning(kept)
         if isinstance(pruned, str):
             return pruned
-        masked = self._output(Masked(self.twin, self.groups, kept))
+        try:
+            masked = self._output(Masked(self.twin, self.groups, kept))
+        except Exception as error:
+            return f"its masked network doesn't run: {_what_was_raised(error)}"
         if pruned.shape != masked.shape:
             return "pruning it changes the shape of the output"
         scale = masked.abs().max()
@@ -268,6 +272,14 @@ class _Check:
         if error < self.tolerance:
             return None
         return f"pruned and masked network differ by {error:.1e}"
+
+
+def _what_was_raised(error: Exception) -> str:
+    """A line about an error of the network's own code."""
+    if isinstance(error, RuntimeError | ValueError) and str(error):
+        return first_line(error)
+    # The message of a `KeyError` is the key alone.
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def copy_with_random_weights(

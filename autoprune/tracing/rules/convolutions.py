@@ -100,7 +100,7 @@ def _convolve_without_parameter(call: Call) -> str | None:
         return _share_kernel(call, 1)
     _count_fixed_convolution(call)
     if tracer.is_activation(weight):
-        return "has a weight that is computed from activations"
+        return "has a weight that isn't made of parameters element by element"
     return "has a weight that isn't a parameter as a whole"
 
 

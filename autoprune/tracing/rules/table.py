@@ -247,6 +247,8 @@ RULES: dict[Any, Rule] = {
     aten.im2col: windows,
     aten.col2im: overlapping_windows,
     aten._cdist_forward: distances,
+    # `cdist` of more than 25 rows takes this one.
+    aten._euclidean_dist: distances,
     # Regroupings between channels and pixels, and of channels.
     aten.as_strided_: restride,
     aten.pixel_shuffle: pixel_shuffle,
