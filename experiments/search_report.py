@@ -4,7 +4,7 @@
 
 What searches find, what is left of it after fine-tuning, and what a policy is worth
 elsewhere, from the tables of `search_agents.py`, `after_finetuning.py`,
-`multi_budget.py` and `transfer.py`.
+`multi_budget.py`, `transfer.py` and `widths.py`.
 """
 
 from collections import defaultdict
@@ -39,6 +39,13 @@ NAMES = {
     **{name: name.upper() for name in ("ppo", "sac", "td3", "ddpg", "tqc", "tpe")},
 }
 """What a searcher or method is called; others by their own name."""
+WIDTHS = {
+    "tile": "the tile, 16",
+    "auto2": "the tile or less, 2 levels",
+    "auto3": "the tile or less, 3 levels (the default)",
+    "auto4": "the tile or less, 4 levels",
+}
+"""What multiples are called; others are numbers."""
 
 
 def main() -> None:
@@ -54,6 +61,7 @@ def page() -> str:
         finetuned="".join(finetuned()),
         ranges=ranges(),
         transfers="".join(transfers()),
+        widths="".join(widths()),
     )
 
 
@@ -194,6 +202,42 @@ def transfers() -> Iterable[str]:
             + f"Uniform pruning: {values_cell(uniform, 3)}.\n\n"
             + table(header, lines)
         )
+
+
+def widths() -> Iterable[str]:
+    """A table a network: multiples by time and accuracy at half of the MACs."""
+    for model, rows in group_rows(read_table(RESULTS / "widths.csv"), "model").items():
+        rows = [row for row in rows if row["budget"] == "macs=50%"]
+        lines = []
+        for name, its_rows in group_rows(rows, "widths").items():
+            by_searcher = group_rows(its_rows, "searcher")
+            line = [WIDTHS.get(name, name)]
+            for searcher in ("uniform", "dyna"):
+                for batch in (1, 32):
+                    times = measured(by_searcher[searcher], f"time_{batch}")
+                    line.append(values_cell(times, 2))
+            tests = measured(by_searcher["dyna"], "test")
+            line.append(values_cell([100 * test for test in tests], 2))
+            lines.append(line)
+        header = [
+            "multiples of",
+            "uniform, batch 1",
+            "batch 32",
+            "searched, batch 1",
+            "batch 32",
+            "its accuracy, %",
+        ]
+        yield f"\n### {NETWORKS[model]}\n\n" + table(header, lines)
+
+
+def measured(rows: Rows, name: str) -> list[float]:
+    """A column as numbers, without the rows that have none.
+
+    Args:
+        rows: The table.
+        name: The column.
+    """
+    return column([row for row in rows if row[name]], name)
 
 
 def rows_of_kind(rows: Rows, kind: str) -> Rows:

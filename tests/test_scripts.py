@@ -16,6 +16,7 @@ SCRIPTS = {
     "search_agents": WITH_WEIGHTS,
     "train_baseline": [],
     "transfer": ["--policy", "resnet20-dyna", *WITH_WEIGHTS],
+    "widths": WITH_WEIGHTS,
 }
 """Those that read CIFAR-10 first of all, and what they are asked: a network without
 rows in the tables.

@@ -53,6 +53,11 @@ class Tile:
 PROCESSORS = {"AVX512": ("AVX-512", 16), "AVX2": ("AVX2", 8)}
 """A processor's instructions, as PyTorch names them, to their usual name and to the
 float32 numbers in one of their vectors.
+
+ONNX Runtime blocks channels by as many (NCHWc; `NchwcBlockSize` in
+onnxruntime/core/mlas/lib/platform.cpp: 16 where there is AVX-512F, else 8), and oneDNN,
+which PyTorch and OpenVINO convolve with, computes as many output channels in a vector
+whatever the layout (`simd_w` in src/cpu/x64/jit_brgemm_conv_utils.cpp).
 """
 OTHER_PROCESSORS = ("128 bits", 4)
 """The same of processors that have neither: all have vectors of 128 bits."""

@@ -2,18 +2,7 @@
 
 import platform
 
-import torch
-
-SIMD_FLOATS = {"AVX512": 16, "AVX2": 8}
-"""PyTorch's name of a processor's vector instructions to float32 numbers in one.
-
-ONNX Runtime blocks channels by as many (NCHWc; `NchwcBlockSize` in
-onnxruntime/core/mlas/lib/platform.cpp: 16 where there is AVX-512F, else 8), and oneDNN,
-which PyTorch and OpenVINO convolve with, computes as many output channels in a vector
-whatever the layout (`simd_w` in src/cpu/x64/jit_brgemm_conv_utils.cpp).
-"""
-OTHER_TILE = 4
-"""Channels of a vector where there is neither: 128 bits, as SSE and NEON have them."""
+from autoprune.costs.widths import tile_of_processor
 
 
 def channel_tile() -> int:
@@ -22,7 +11,7 @@ def channel_tile() -> int:
     The same in bfloat16, whose products oneDNN adds up in float32, in AMX tiles 16 rows
     high as well.
     """
-    return SIMD_FLOATS.get(torch.backends.cpu.get_cpu_capability(), OTHER_TILE)
+    return tile_of_processor().channels
 
 
 def processor_name() -> str:
