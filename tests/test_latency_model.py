@@ -59,7 +59,7 @@ def traced():
 def profiled(engine: FakeEngine, seed: int = 0) -> LatencyModel:
     model, groups, space = traced()
     timer = NetworkTimer(model, groups, images(1, SIZE), engine, SETTING)
-    return profile_latency(timer, space, seed, seconds=0.01)
+    return profile_latency(timer, space, seed, seconds=0.01).model
 
 
 @functools.cache
@@ -197,4 +197,4 @@ def test_residual_streams_and_attributes_are_counted_too():
     space = SearchSpace(CostTable(groups), round_to=1)
     engine = FakeEngine(width=2)
     timer = NetworkTimer(model, groups, images(1, SIZE), engine, SETTING)
-    assert profile_latency(timer, space, seconds=0.01).error.median < 0.05
+    assert profile_latency(timer, space, seconds=0.01).model.error.median < 0.05

@@ -6,7 +6,7 @@ layer to the next, or of what is still in a cache.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,6 +60,14 @@ class Measured:
     dense_seconds: float
     noise: float
 
+    def part(self, rows: slice) -> "Measured":
+        """Some of the networks.
+
+        Args:
+            rows: Which.
+        """
+        return replace(self, kept=self.kept[rows], shares=self.shares[rows])
+
     def joined(self, other: "Measured") -> "Measured":
         """Both together, with the dense time and the noise of the first."""
         return Measured(
@@ -68,6 +76,21 @@ class Measured:
             self.dense_seconds,
             self.noise,
         )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A fitted model, and the networks behind it.
+
+    Attributes:
+        model: The model.
+        fitted: The networks that it was fitted to.
+        unseen: Those that its error is about.
+    """
+
+    model: LatencyModel
+    fitted: Measured
+    unseen: Measured
 
 
 class NetworkTimer:
@@ -152,7 +175,7 @@ def profile_latency(
     seed: int = 0,
     seconds: float = SECONDS,
     on_network: Callable[[int], None] = lambda n_networks: None,
-) -> LatencyModel:
+) -> Profile:
     """Fits a model of the latency to a few dozen measured networks.
 
     Where its median error on unseen networks is above 5 %, more networks are measured,
@@ -186,30 +209,23 @@ def profile_latency(
             f"({timer.setting}), the limit is {LARGEST_NOISE:.0%}; close what else "
             f"runs on this machine, or budget macs",
         )
-    fitted = Measured(
-        first.kept[:N_FITTED],
-        first.shares[:N_FITTED],
-        first.dense_seconds,
-        first.noise,
-    )
-    unseen = first.shares[N_FITTED:]
+    fitted = first.part(slice(None, N_FITTED))
+    unseen = first.part(slice(N_FITTED, None))
     tile = timer.engine.tile(timer.setting.precision)
     attempt = 1
     while True:
         fit = fit_times(work, fitted.kept, fitted.shares, tile)
-        predicted = fit.predict(work, unseen_kept)
-        error = PredictionError.of(predicted, unseen)
+        predicted = fit.predict(work, unseen.kept)
+        error = PredictionError.of(predicted, unseen.shares)
         if error.median <= LARGEST_ERROR or attempt == MOST_ATTEMPTS:
-            return LatencyModel(
-                timer.setting,
-                work,
-                fit,
-                first.dense_seconds,
-                error,
-                len(fitted.shares),
-            )
-        worst = np.argsort(-np.abs(predicted / unseen - 1), kind="stable")[:N_MORE]
-        nearby = neighbours(space, unseen_kept[worst], generator)
+            break
+        errors = np.abs(predicted / unseen.shares - 1)
+        worst = np.argsort(-errors, kind="stable")[:N_MORE]
+        nearby = neighbours(space, unseen.kept[worst], generator)
         more = timer.measure(nearby, per_network * len(nearby), on_network)
         fitted = fitted.joined(more)
         attempt += 1
+    model = LatencyModel(
+        timer.setting, work, fit, first.dense_seconds, error, len(fitted.shares)
+    )
+    return Profile(model, fitted, unseen)

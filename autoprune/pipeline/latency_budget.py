@@ -79,7 +79,8 @@ def latency_model_of(context: "RunContext", costs: CostTable) -> LatencyModel:
             f"engine, or budget macs",
         ) from error
     with progress(f"latency model ({setting})", N_FITTED + N_UNSEEN) as advance:
-        model = profile_latency(timer, space, on_network=_by_number(advance))
+        profile = profile_latency(timer, space, on_network=_by_number(advance))
+    model = profile.model
     if model.error.median > LARGEST_ERROR:
         say(
             f"latency: the model predicts networks it hasn't seen to "

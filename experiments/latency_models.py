@@ -1,0 +1,243 @@
+"""How well is the latency of networks predicted that nobody has measured?
+
+    python -m experiments.latency_models --models resnet56 mobilenet_v2 --batches 1 32
+    python -m experiments.latency_models --summary
+
+A model is fitted as a run with a budget of latency does it: 24 pruned networks, more
+where it errs. Its error is that on 8 others. Beside it stand, fitted to the same
+networks and held against the same others, a line over MACs, which is what tools
+interpolate; and the sum of the times that the layers take alone, as tables of layers
+have it, as a share of the dense network's sum. Weights are random, which makes no
+difference to the time. One row each in `experiments/results/latency_models.csv`; rows
+that are there aren't measured again. Nothing else should run meanwhile.
+"""
+
+import argparse
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoprune.config import LatencyConfig, SearchConfig
+from autoprune.costs.constraints import search_limits
+from autoprune.costs.cost import CostTable
+from autoprune.costs.search_space import SearchSpace
+from autoprune.data.models import build
+from autoprune.latency.engine_protocol import Engine, Setting
+from autoprune.latency.engines import ENGINES, check_setting, engine_named, setting_of
+from autoprune.latency.model import PredictionError
+from autoprune.latency.processor import processor_name
+from autoprune.latency.profiling import Measured, NetworkTimer, profile_latency
+from autoprune.latency.timing import time_in_turns
+from autoprune.structure.groups import Groups
+from autoprune.structure.slicing import prune
+from autoprune.tracing.trace import trace
+from experiments.tables import add_rows, has_row, read_table
+
+TABLE = Path(__file__).parent / "results" / "latency_models.csv"
+KEY = ("model", "engine", "batch", "threads")
+FIELDS = (
+    *KEY,
+    "networks",
+    "seconds",
+    "dense_ms",
+    "tile",
+    "median",
+    "p95",
+    "macs_median",
+    "macs_p95",
+    "alone_median",
+    "alone_p95",
+    "processor",
+    "measured",
+)
+SECONDS_ALONE = 0.05
+"""For each layer that is timed alone."""
+
+
+class UNet(nn.Module):
+    """A small U-Net: four widths down, three up, with skips."""
+
+    def __init__(self, n_out: int = 10, width: int = 32):
+        super().__init__()
+        self.down = nn.ModuleList()
+        n_in = 3
+        for level in range(4):
+            self.down.append(_double(n_in, width << level))
+            n_in = width << level
+        self.up = nn.ModuleList()
+        self.joined = nn.ModuleList()
+        for level in reversed(range(3)):
+            n_out_of_level = width << level
+            self.up.append(nn.ConvTranspose2d(2 * n_out_of_level, n_out_of_level, 2, 2))
+            self.joined.append(_double(2 * n_out_of_level, n_out_of_level))
+        self.head = nn.Conv2d(width, n_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of every pixel, `(batch, n_out, height, width)`."""
+        skips = []
+        for level, block in enumerate(self.down):
+            if level:
+                x = nn.functional.max_pool2d(x, 2)
+            x = block(x)
+            skips.append(x)
+        skips.pop()
+        for up, block in zip(self.up, self.joined, strict=True):
+            x = block(torch.cat([skips.pop(), up(x)], 1))
+        return self.head(x)
+
+
+def _double(n_in: int, n_out: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in (n_in, n_out):
+        layers.append(nn.Conv2d(width, n_out, 3, padding=1, bias=False))
+        layers.append(nn.BatchNorm2d(n_out))
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet56": (lambda: build("resnet56", 10), 32),
+    "resnet50": (lambda: build("resnet50", 1000), 224),
+    "mobilenet_v2": (lambda: build("mobilenet_v2", 1000), 224),
+    "efficientnet_b0": (lambda: build("efficientnet_b0", 1000), 224),
+    "vit_small": (lambda: build("timm/vit_small_patch16_224", 1000), 224),
+    "unet": (UNet, 128),
+}
+"""Name to what makes the network, and the side of its images."""
+
+
+def main() -> None:
+    """Measures what the table lacks."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        choices=ENGINES,
+        default=["onnxruntime", "torch", "openvino"],
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--summary", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for model in [] if args.summary else args.models:
+        for engine in args.engines:
+            for batch in args.batches:
+                config = LatencyConfig(engine, batch, args.threads)
+                key = dict(zip(KEY, (model, engine, batch, args.threads), strict=True))
+                if not has_row(TABLE, key):
+                    add_rows(TABLE, [key | measure(model, setting_of(config))], FIELDS)
+    for row in read_table(TABLE):
+        print(" ".join(f"{name}={row[name]}" for name in FIELDS))
+
+
+def measure(name: str, setting: Setting) -> dict[str, str]:
+    """The errors of three ways to predict one network's latency.
+
+    Args:
+        name: One of `MODELS`.
+        setting: Engine, batch, threads and precision.
+    """
+    check_setting(setting)
+    torch.manual_seed(0)
+    make, side = MODELS[name]
+    model = make().eval()
+    example = torch.randn(1, 3, side, side)
+    groups = trace(model, example, verify=False)
+    engine = engine_named(setting.engine)
+    tile = engine.tile(setting.precision)
+    limits = search_limits(groups, SearchConfig(), tile=tile)
+    costs = CostTable(groups)
+    space = SearchSpace(
+        costs, round_to=limits["round_to"], min_width=limits["min_width"]
+    )
+    started = datetime.now(UTC)
+    timer = NetworkTimer(model, groups, example, engine, setting)
+    profile = profile_latency(timer, space)
+    seconds = (datetime.now(UTC) - started).total_seconds()
+    by_macs = _by_macs(costs, profile.fitted, profile.unseen)
+    alone = _alone(model, groups, example, engine, setting, profile.unseen)
+    return {
+        "networks": str(profile.model.n_fitted),
+        "seconds": f"{seconds:.0f}",
+        "dense_ms": f"{1e3 * profile.model.dense_seconds:.2f}",
+        "tile": str(profile.model.fit.tile),
+        "median": f"{profile.model.error.median:.4f}",
+        "p95": f"{profile.model.error.largest:.4f}",
+        "macs_median": f"{by_macs.median:.4f}",
+        "macs_p95": f"{by_macs.largest:.4f}",
+        "alone_median": f"{alone.median:.4f}",
+        "alone_p95": f"{alone.largest:.4f}",
+        "processor": processor_name(),
+        "measured": f"{started:%Y-%m-%d %H:%M}",
+    }
+
+
+def _by_macs(costs: CostTable, fitted: Measured, unseen: Measured) -> PredictionError:
+    """A line over MACs, its errors relative like those of the model."""
+    design = np.stack([costs.macs(fitted.kept), np.ones(len(fitted.kept))], 1)
+    weighted = design / fitted.shares[:, None]
+    line, *_ = np.linalg.lstsq(weighted, np.ones(len(weighted)), rcond=None)
+    predicted = costs.macs(unseen.kept) * line[0] + line[1]
+    return PredictionError.of(predicted, unseen.shares)
+
+
+def _alone(
+    model: nn.Module,
+    groups: Groups,
+    example: Tensor,
+    engine: Engine,
+    setting: Setting,
+    unseen: Measured,
+) -> PredictionError:
+    """The sum of what layers take alone, as a share of the dense network's sum."""
+    known: dict[tuple[str, tuple[int, ...]], float] = {}
+
+    def total(network: nn.Module) -> float:
+        seconds = 0.0
+        for layer, x in _layers(network, example):
+            # Layers that print alike on inputs of one shape take the same time.
+            key = (str(layer), tuple(x.shape))
+            if key not in known:
+                loaded = engine.load(layer, x, setting)
+                known[key] = time_in_turns([loaded], SECONDS_ALONE).medians[0]
+            seconds += known[key]
+        return seconds
+
+    dense = total(model)
+    predicted = []
+    for kept in unseen.kept:
+        channels = {}
+        for group, count in zip(groups, kept.tolist(), strict=True):
+            channels[group.name] = torch.arange(count)
+        predicted.append(total(prune(model, groups, channels)) / dense)
+    return PredictionError.of(np.array(predicted), unseen.shares)
+
+
+@torch.no_grad()
+def _layers(network: nn.Module, example: Tensor) -> list[tuple[nn.Module, Tensor]]:
+    """The convolutions and linear layers, each with an input of one sample."""
+    found = []
+    handles = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            handles.append(
+                module.register_forward_hook(
+                    lambda module, inputs, _: found.append((module, inputs[0]))
+                )
+            )
+    network.eval()(example)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+if __name__ == "__main__":
+    main()
