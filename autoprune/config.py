@@ -646,9 +646,10 @@ class SearchConfig(_Excluding):
     """What is searched, by whom and for how long."""
 
     budget: str = "macs=50%"
-    """Cost not to exceed: macs or params, a share (50%, 0.5) or an absolute number
-    (20M). A range of shares, as in macs=30%..80%, is searched as a whole: one policy,
-    and the Pareto front.
+    """Cost not to exceed: macs, params, memory, size (of the file) or latency; a share
+    (50%) or an amount (macs=20M, memory=20MB, size=5MB, latency=8ms). Several are all
+    met: macs=50%,size=5MB. A range of shares, as in macs=30%..80%, is searched as a
+    whole: one policy, and the Pareto front.
     """
     _: KW_ONLY
     granularity: str = "channel"

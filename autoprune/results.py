@@ -34,6 +34,10 @@ class Results:
     """Seed of the search and of the trainings."""
     budget: str | None = None
     """The budget asked for, such as "macs=50%"."""
+    budgets: dict[str, dict[str, int]] | None = None
+    """Every budgeted metric to its target, the pruned network's cost and the dense
+    one's: MACs, parameters, bytes or nanoseconds.
+    """
     agent: str | None = None
     """Who decided: an agent, a baseline, or the source of an allocation."""
     method: str | None = None

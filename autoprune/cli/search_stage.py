@@ -17,6 +17,7 @@ from autoprune.config import SearchConfig, Settings
 from autoprune.costs.budget import AnyBudget, BudgetRange, parse_budget
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.files import write_json
+from autoprune.pipeline.budgeted import allocation_reached
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.latency_budget import budgets_latency
 from autoprune.pipeline.stages import timed, use_allocation
@@ -340,6 +341,9 @@ def _act_once(
     # What anybody gets without a policy, as a measure for the policy's.
     uniform = env.proxy(env.counts(env.space.uniform(env.target)))
     results = context.costs_of(allocation.kept)
+    reached = allocation_reached(allocation.budget, env.space.costs, allocation.kept)
+    if reached:
+        results["budgets"] = reached
     results["proxy_accuracy"] = info["accuracy"]
     results["proxy_loss"] = info["loss"]
     results["proxy_accuracy_uniform"] = uniform.accuracy

@@ -25,6 +25,7 @@ from autoprune.files import write_json
 from autoprune.latency.engines import setting_of
 from autoprune.latency.measuring import Latency, measure_latency, reported_settings
 from autoprune.latency.samples import takes_batches
+from autoprune.pipeline.budgeted import allocation_reached
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.diverging import explained
 from autoprune.pipeline.methods.registry import method_of
@@ -91,7 +92,8 @@ def use_allocation(
     allocation.check(context.groups)
     # The allocation comes last: its file says that the search is done, and a resumed
     # run looks no further.
-    folder.add_results(**context.costs_of(allocation.kept))
+    reached = allocation_reached(allocation.budget, context.costs, allocation.kept)
+    folder.add_results(**context.costs_of(allocation.kept), budgets=reached)
     write_json(folder.allocation, allocation.to_json())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from autoprune.config import Settings
 from autoprune.errors import UserError
 from autoprune.reporting.wording import (
+    METRICS,
     NOTHING,
     duration_text,
     percent_text,
@@ -15,11 +16,9 @@ from autoprune.reporting.wording import (
     points_text,
     setting_text,
 )
-from autoprune.results import Results
+from autoprune.results import COST_FIELDS, Results
 from autoprune.runs import RunFolder, write_text
 
-METRICS = {"macs": "MACs", "params": "parameters"}
-"""What a budget counts, within a sentence."""
 HEADERS = (
     "",
     "Run",
@@ -82,7 +81,7 @@ class FinishedRun:
         """One of the results that every finished run has.
 
         Args:
-            name: One of `NEEDED`.
+            name: One of `NEEDED`, or another that is there.
         """
         return getattr(self.results, name)
 
@@ -90,14 +89,22 @@ class FinishedRun:
         """Cost of the pruned network as a share of the dense one's.
 
         Args:
-            metric: "macs" or "params".
+            metric: A key of `COST_FIELDS` that it has counted.
         """
-        return self.number(metric) / self.number(f"{metric}_dense")
+        field = COST_FIELDS[metric]
+        return self.number(field) / self.number(f"{field}_dense")
 
     @property
     def metric(self) -> str:
-        """What its budget counts."""
-        return (self.results.budget or "macs").partition("=")[0]
+        """What its budget counts; "macs" where that is several metrics or isn't told.
+
+        Runs of earlier versions haven't counted every metric.
+        """
+        budget = self.results.budget or "macs"
+        metric = budget.partition("=")[0]
+        field = COST_FIELDS.get(metric)
+        is_known = field is not None and getattr(self.results, field) is not None
+        return metric if is_known and "," not in budget else "macs"
 
     def to_json(self) -> dict[str, Any]:
         """What the comparison says of it, as plain data."""
@@ -241,9 +248,9 @@ def write_comparison(runs: Sequence[FinishedRun], path: Path) -> None:
 
 
 def _metric(runs: Sequence[FinishedRun]) -> str:
-    """What the figure's cost counts: parameters where all budgets do."""
+    """What the figure's cost counts: what all budgets do, MACs where they differ."""
     metrics = {run.metric for run in runs}
-    return "params" if metrics == {"params"} else "macs"
+    return metrics.pop() if len(metrics) == 1 else "macs"
 
 
 def _spread(runs: Sequence[FinishedRun]) -> str:

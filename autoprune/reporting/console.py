@@ -16,23 +16,23 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from autoprune.reporting.budgets import budget_lines
 from autoprune.reporting.verbosity import (
     SECONDS_BETWEEN_LINES,
     ProgressLines,
     Verbosity,
     verbosity,
 )
-from autoprune.reporting.wording import setting_text
+from autoprune.reporting.wording import METRICS, setting_text
 
 COSTS = (
     ("MACs", "macs", 1e6, "M"),
     ("parameters", "params", 1e3, "k"),
     ("memory, batch 1", "memory_bytes", 1e6, "MB"),
+    ("size of the file", "size_bytes", 1e6, "MB"),
     ("latency", "latency_ms", 1, "ms"),
 )
 """Costs of a run's table: label, key of the results, size of the unit, unit."""
-
-METRICS = {"macs": "MACs", "params": "parameters"}
 
 NAMES_SHOWN = 4
 """Pinned groups that are named for each reason; `--json` lists all."""
@@ -124,7 +124,22 @@ def print_results(results: dict) -> None:
     # A run that was interrupted before it decided anything has nothing to compare.
     if table.row_count:
         _print_table(table, 100)
+    _print_list("budgets", _describe_budgets(results))
     _print_list("remarks", results.get("remarks", []))
+
+
+def _describe_budgets(results: dict) -> list[str]:
+    """A line for each of several budgets, or for one of bytes or time.
+
+    The table says it all of one budget of MACs or parameters.
+    """
+    budgets = results.get("budgets", {})
+    if len(budgets) == 1 and budgets.keys() <= {"macs", "params"}:
+        return []
+    lines = []
+    for line in budget_lines(budgets, results.get("latency_kept")):
+        lines.append(f"{line.name}: {line.reached} of at most {line.target}")
+    return lines
 
 
 def _add_accuracies(table: Table, results: dict) -> None:

@@ -19,6 +19,7 @@ from autoprune.reporting.figures import (
 )
 from autoprune.reporting.pages import render_page
 from autoprune.reporting.rows import (
+    budget_rows,
     cost_rows,
     dimension_rows,
     fact_rows,
@@ -32,7 +33,7 @@ from autoprune.reporting.rows import (
     time_budget_rows,
 )
 from autoprune.reporting.usage import Snippet, usage_snippets
-from autoprune.reporting.wording import percent_text, plural, score_text
+from autoprune.reporting.wording import METRICS, percent_text, plural, score_text
 from autoprune.results import Results
 from autoprune.runs import RunFolder
 
@@ -42,8 +43,6 @@ TRAININGS = {
     "epoch": "fine-tuning",
 }
 """Events of the log to what is trained then, in order."""
-METRICS = {"macs": "MACs", "params": "parameters"}
-"""What a budget counts, within a sentence."""
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -74,6 +73,7 @@ def write_report(folder: RunFolder) -> Path:
         results=results,
         headline=_headline(results),
         facts=fact_rows(results),
+        budgets=budget_rows(results),
         costs=cost_rows(results),
         stages=stage_rows(results),
         time_budget=time_budget_rows(results),
@@ -144,7 +144,7 @@ def _headline(results: Results) -> str:
     subject = f"{results.model} on {results.data}"
     if results.macs_ratio is None:
         return f"{subject}: {results.budget} asked for, nothing decided yet"
-    within = f"{percent_text(results.macs_ratio, 1)} of the MACs"
+    within = _within(results)
     reached = results.accuracy
     stage = ""
     if reached is None:
@@ -156,6 +156,20 @@ def _headline(results: Results) -> str:
         f"{percent_text(results.accuracy_dense, 1)} → {percent_text(reached, 1)}"
     )
     return f"{subject}: {within}, accuracy {accuracies}{stage}"
+
+
+def _within(results: Results) -> str:
+    """What is left of the MACs, and of what else was budgeted."""
+    assert results.macs_ratio is not None, "asked for what was decided"
+    shares = {"macs": results.macs_ratio}
+    for metric, told in (results.budgets or {}).items():
+        # Counted parameters stand in the table; a budget of bytes or time is why.
+        if metric not in ("macs", "params"):
+            shares[metric] = told["cost"] / told["dense"]
+    texts = []
+    for metric, share in shares.items():
+        texts.append(f"{percent_text(share, 1)} of the {METRICS[metric]}")
+    return " and ".join(texts)
 
 
 def _pareto_figure(pareto: dict[str, Any], results: Results) -> str:

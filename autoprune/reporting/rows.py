@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from autoprune.reporting.budgets import budget_lines
 from autoprune.reporting.wording import (
     NOTHING,
+    amount_text,
     count_if_known,
     count_text,
     duration_text,
@@ -16,7 +18,12 @@ from autoprune.reporting.wording import (
 from autoprune.results import Results
 
 Rows = list[list[str]]
-COSTS = {"macs": "MACs", "params": "Parameters", "memory_bytes": "Memory, bytes"}
+COSTS = {
+    "macs": "MACs",
+    "params": "Parameters",
+    "memory_bytes": "Memory, bytes",
+    "size_bytes": "File of the weights, bytes",
+}
 """Costs in the results, and what the page calls them."""
 
 
@@ -76,6 +83,20 @@ def group_rows(groups: list[dict[str, Any]], last: str) -> Rows:
     rows = []
     for group in groups:
         rows.append([group["name"], count_text(group["channels"]), str(group[last])])
+    return rows
+
+
+def budget_rows(results: Results) -> Rows:
+    """Every budgeted metric with its target and what the pruned network costs.
+
+    Args:
+        results: What the run has decided and measured.
+    """
+    rows = []
+    for line in budget_lines(results.budgets, results.latency_kept):
+        of_budget = percent_text(line.share_of_budget, 1)
+        left = percent_text(line.share_left, 1)
+        rows.append([line.name, line.target, line.reached, of_budget, left])
     return rows
 
 
@@ -261,14 +282,15 @@ def point_rows(pareto: dict[str, Any], results: Results) -> Rows:
         pareto: What pareto.json holds.
         results: What the run has decided and measured.
     """
+    metric = pareto["metric"]
     rows = []
     for point in pareto["front"]:
         mark = ", chosen" if is_chosen(point, results) else ""
         share = percent_text(point["share"], 1) + mark
-        rows.append(
-            [share, point["source"], count_text(point["cost"]), *_scores(point)]
-        )
+        cost = amount_text(metric, point["cost"])
+        rows.append([share, point["source"], cost, *_scores(point)])
     for point in pareto["uniform"]:
         share = percent_text(point["share"], 1)
-        rows.append([share, "uniform", count_text(point["cost"]), *_scores(point)])
+        cost = amount_text(metric, point["cost"])
+        rows.append([share, "uniform", cost, *_scores(point)])
     return rows

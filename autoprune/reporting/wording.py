@@ -5,6 +5,20 @@ from typing import Any
 
 NOTHING = "–"
 """Stands in a table where nothing was measured."""
+METRICS = {
+    "macs": "MACs",
+    "params": "parameters",
+    "memory": "memory",
+    "size": "size of the file",
+    "latency": "latency",
+}
+"""What a budget counts, within a sentence: so much of the ..."""
+UNITS = {
+    "memory": (("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("bytes", 1)),
+    "latency": (("s", 10**9), ("ms", 10**6), ("µs", 10**3), ("ns", 1)),
+}
+"""Metric to the units of its amounts, the largest first; others are counts."""
+UNITS["size"] = UNITS["memory"]
 
 
 def percent_text(value: float, digits: int = 2) -> str:
@@ -29,6 +43,19 @@ def points_text(change: float) -> str:
 def count_text(value: int) -> str:
     """A count with commas between thousands."""
     return f"{value:,}"
+
+
+def amount_text(metric: str, amount: int) -> str:
+    """What something costs, to four digits in a unit that suits it.
+
+    Args:
+        metric: What is counted.
+        amount: In the metric's own unit.
+    """
+    for unit, size in UNITS.get(metric, ()):
+        if amount >= size:
+            return f"{amount / size:.4g}\N{NO-BREAK SPACE}{unit}"
+    return count_text(amount)
 
 
 def count_if_known(value: int | None) -> str:

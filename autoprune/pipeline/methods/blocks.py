@@ -10,6 +10,7 @@ from autoprune.costs.cost import CostTable
 from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import recalibrate
 from autoprune.files import write_json
+from autoprune.pipeline.budgeted import budgets_reached
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.methods.base import PruningMethod
 from autoprune.results import COST_FIELDS
@@ -55,6 +56,9 @@ class BlockDecision:
             # them as it draws any allocation.
             kept = 0 if block.name in self.removed else block.macs
             rows.append({"name": block.name, "channels": block.macs, "kept": kept})
+        results["budgets"] = budgets_reached(
+            context.settings.search.budget, context.costs, results.__getitem__
+        )
         return results | {"groups": rows, "counted": "MACs"}
 
     def plan(self, context: RunContext) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from autoprune.costs.allocation import Allocation
 from autoprune.evaluation.evaluate import recalibrate, score
 from autoprune.evaluation.reconstruction import Reconstruction
 from autoprune.files import write_json
+from autoprune.pipeline.budgeted import allocation_reached
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.methods.base import PruningMethod
 from autoprune.runs import RunFolder
@@ -32,8 +33,10 @@ class ChannelDecision:
         write_json(folder.allocation, self.allocation.to_json())
 
     def costs(self, context: RunContext) -> dict[str, Any]:
-        """The costs of the allocation."""
-        return context.costs_of(self.allocation.kept)
+        """The costs of the allocation, and the targets of those that were budgeted."""
+        kept = self.allocation.kept
+        reached = allocation_reached(self.allocation.budget, context.costs, kept)
+        return context.costs_of(kept) | {"budgets": reached}
 
     def plan(self, context: RunContext) -> dict[str, Any]:
         """The allocation, and which channels it keeps."""

@@ -13,6 +13,7 @@ from torch import nn
 from autoprune.costs.budget import parse_budget
 from autoprune.errors import UserError
 from autoprune.evaluation.evaluate import recalibrate
+from autoprune.pipeline.budgeted import budgets_reached
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.methods.base import PruningMethod
 from autoprune.runs import RunFolder
@@ -58,6 +59,9 @@ class MaskDecision:
         results["size_bytes"] = dense["size_bytes_dense"]
         results["macs_ratio"] = results["macs"] / dense["macs_dense"]
         results["sparsity"] = self.masks.sparsity
+        results["budgets"] = budgets_reached(
+            context.settings.search.budget, context.costs, results.__getitem__
+        )
         return results | {"groups": layers, "counted": "weights"}
 
     def plan(self, context: RunContext) -> dict[str, Any]:
