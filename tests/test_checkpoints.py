@@ -181,6 +181,54 @@ def test_values_that_the_networks_precision_cannot_hold_are_refused(tmp_path):
         loaded(tmp_path / "c.pt")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_integers_that_were_cast_with_all_weights_are_no_obstacle(tmp_path, dtype):
+    cast = {name: value.to(dtype) for name, value in trained().items()}
+    torch.save(cast, tmp_path / "cast.pt")
+    found = loaded(tmp_path / "cast.pt")
+    assert found["bn.num_batches_tracked"].dtype == torch.int64
+    assert found["bn.num_batches_tracked"] == 1
+    assert torch.equal(found["conv.weight"], cast["conv.weight"].float())
+
+
+class Indexed(nn.Module):
+    """Positions are looked up by a buffer of indices."""
+
+    def __init__(self, first=0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.register_buffer("index", torch.arange(first, first + 1000))
+
+
+def test_indices_that_a_narrow_float_has_rounded_are_those_of_the_network(tmp_path):
+    rounded = {key: value.bfloat16() for key, value in Indexed().state_dict().items()}
+    assert not torch.equal(rounded["index"].long(), torch.arange(1000))
+    torch.save(rounded, tmp_path / "rounded.pt")
+    model = Indexed()
+    load_weights(model, tmp_path / "rounded.pt")
+    assert torch.equal(model.index, torch.arange(1000))
+    # Others can't be told from their rounded values.
+    with pytest.raises(UserError, match=r"index in .* is torch\.bfloat16"):
+        load_weights(Indexed(first=500), tmp_path / "rounded.pt")
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_weights_in_a_list_are_found_beside_what_else_it_holds(tmp_path, kind):
+    torch.save(kind([{"epoch": 3}, trained(), optimizer_state()]), tmp_path / "both.pt")
+    assert_equal(loaded(tmp_path / "both.pt"), trained())
+    torch.save(kind([trained(), trained(2)]), tmp_path / "two.pt")
+    with pytest.raises(UserError, match="several sets"):
+        loaded(tmp_path / "two.pt")
+    assert_equal(loaded(tmp_path / "two.pt", ":1"), trained(2))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_torchscript_is_refused_with_the_remedy(tmp_path):
+    torch.jit.save(torch.jit.script(network()), tmp_path / "scripted.pt")
+    with pytest.raises(UserError, match=r"is TorchScript; load it with torch\.jit"):
+        loaded(tmp_path / "scripted.pt")
+
+
 def test_quantised_weights_are_refused(tmp_path):
     weights = trained()
     weights["head.weight"] = (weights["head.weight"] * 100).to(torch.int8)

@@ -65,6 +65,12 @@ def _read_file(path: Path) -> Any:
     # torch and safetensors raise a dozen types for a damaged file.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if "TorchScript" in reason:
+            raise UserError(
+                "weights",
+                f"{str(path)!r} is TorchScript; load it with torch.jit.load and save "
+                f"its state_dict() with torch.save or safetensors",
+            ) from error
         raise UserError(
             "weights",
             f"{str(path)!r} is neither safetensors nor torch.save's ({reason})",
@@ -92,8 +98,13 @@ def _harmless_types() -> list[Any]:
 def _find_sets(loaded: object, path: list[str]) -> Iterator[TensorSet]:
     """The sets of tensors in what a file holds, the outermost first.
 
-    Lists and what is filed under numbers are left out: such are optimizers' states.
+    Lists inside and what is filed under numbers are left out: such are optimizers'
+    states.
     """
+    if not path and isinstance(loaded, list | tuple):
+        # A script saved the weights together with a number of the epoch, say.
+        for number, item in enumerate(loaded):
+            yield from _find_sets(item, [str(number)])
     if not isinstance(loaded, Mapping):
         return
     named = {key: value for key, value in loaded.items() if isinstance(key, str)}

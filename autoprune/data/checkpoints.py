@@ -222,6 +222,10 @@ def _listed(labels: list[str], n: int = 6) -> str:
 
 def _in_precision(path: Path, name: str, value: Tensor, like: Tensor) -> Tensor:
     """One tensor of a file in the network's precision."""
+    if value.is_floating_point() and not like.is_floating_point():
+        whole = _as_integers(value, like)
+        if whole is not None:
+            return whole
     is_number = not value.is_quantized and value.layout == torch.strided
     if not is_number or value.is_floating_point() != like.is_floating_point():
         raise UserError(
@@ -239,6 +243,24 @@ def _in_precision(path: Path, name: str, value: Tensor, like: Tensor) -> Tensor:
             f"network is not usable",
         )
     return converted
+
+
+def _as_integers(value: Tensor, like: Tensor) -> Tensor | None:
+    """An integer buffer of which a file holds floats, since all of it was cast.
+
+    Narrow floats round large integers. So a counter, of which nothing depends, is taken
+    from the file, but indices from the network, if they are the same when rounded.
+
+    Args:
+        value: What the file holds.
+        like: The network's own.
+
+    Returns:
+        The integers; None where the file's are others than the network's.
+    """
+    if like.ndim == 0 and torch.isfinite(value):
+        return value.round().to(like.dtype)
+    return like.clone() if torch.equal(like.to(value.dtype), value) else None
 
 
 def _remarks(
