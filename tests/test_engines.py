@@ -151,6 +151,31 @@ def test_answers_of_another_number_or_shape_are_refused():
         check_answers(setting(), [torch.ones(2)], [torch.ones(1)])
 
 
+def test_what_onnx_cannot_express_is_told_in_one_line_and_nothing_is_printed(capfd):
+    class Spectrum(nn.Module):
+        def forward(self, x):
+            return torch.fft.fft2(x).abs().sort(stable=True)[0]
+
+    with pytest.raises(ExportError, match="ONNX can't express") as error:
+        ENGINES["onnxruntime"].load(Spectrum(), EXAMPLE, setting("onnxruntime"))
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().out == ""
+
+
+def test_a_precision_that_the_code_does_not_bear_is_told_in_one_line():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x * torch.ones(1, 3, 1, 1))
+
+    with pytest.raises(UserError, match=r"torch can't run .* in bfloat16") as error:
+        ENGINES["torch"].load(Mixed(), EXAMPLE, setting("torch", precision="bfloat16"))
+    assert "\n" not in str(error.value)
+
+
 def test_a_batch_of_a_network_that_takes_none_is_refused():
     class Alone(nn.Module):
         def forward(self, x):

@@ -4,7 +4,8 @@ What is exported to ONNX is compared with PyTorch before the file gets its name.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ def export_for_timing(
     Raises:
         ExportError: If neither exporter can express the network.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_printed_graphs():
         # That it is the former one, and what it guesses of shapes.
         warnings.simplefilter("ignore")
         try:
@@ -117,6 +118,25 @@ def export_for_timing(
         # Its errors are of a dozen types, and a later PyTorch may come without it.
         except Exception:
             export_named(plain, signature, path)
+
+
+@contextmanager
+def _without_printed_graphs() -> Iterator[None]:
+    """Keeps the former exporter from printing the graph that it fails on.
+
+    It does so to stdout, whether it is asked to be verbose or not.
+    """
+    name = "_jit_onnx_log"
+    log = getattr(torch._C, name, None)
+    # A later PyTorch may come without it.
+    if log is None:
+        yield
+        return
+    setattr(torch._C, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        setattr(torch._C, name, log)
 
 
 def export_named(model: nn.Module, signature: Signature, path: Path) -> None:
