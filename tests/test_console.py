@@ -6,7 +6,7 @@ import pytest
 
 from autoprune.latency.engine_protocol import Setting
 from autoprune.latency.measuring import Latency
-from autoprune.pipeline.remarks import speed_remarks
+from autoprune.pipeline.remarks import finetune_remarks, speed_remarks
 from autoprune.reporting.console import print_results, print_trace, progress, say
 from autoprune.reporting.verbosity import ProgressLines, Verbosity, verbosity
 
@@ -188,6 +188,29 @@ def test_a_network_that_was_not_fine_tuned_has_no_such_row(epochs, is_shown, cap
     printed = capsys.readouterr().out
     assert ("test accuracy, fine-tuned" in printed) == is_shown
     assert "test accuracy, not fine-tuned" in printed
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "n_images", "is_remarked"),
+    [
+        (1.0, 0.33, 60, True),
+        (0.9, 0.8, 1000, True),
+        # What so few images can't tell apart.
+        (0.9, 0.8, 50, False),
+        # Significant, but little.
+        (0.9, 0.86, 10_000, False),
+        (0.5, 0.9, 1000, False),
+    ],
+)
+def test_fine_tuning_that_lost_accuracy_is_remarked_on(
+    before, after, n_images, is_remarked
+):
+    remarks = finetune_remarks(before, after, n_images)
+    assert len(remarks) == is_remarked
+    for remark in remarks:
+        text = remark.replace("\N{NO-BREAK SPACE}", "")
+        assert f"{before:.2%} before it, {after:.2%} after" in text
+        assert "--finetune.lr" in remark
 
 
 def test_whatever_is_not_faster_is_remarked_on_with_both_times(capsys):

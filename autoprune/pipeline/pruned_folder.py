@@ -6,7 +6,7 @@ from torch import nn
 
 from autoprune.deploy.pruned import save_pruned
 from autoprune.files import PLAN
-from autoprune.pipeline.remarks import NOT_FASTER, NOT_MEASURED
+from autoprune.pipeline.remarks import LOST_ACCURACY, NOT_FASTER, NOT_MEASURED
 from autoprune.runs import RunFolder
 
 MEASURED = (
@@ -39,23 +39,24 @@ def replace_pruned(
     # leaves weights that the plan's digest isn't of, and the run prunes again.
     folder.forget(*MEASURED, *forgotten)
     # Its times are forgotten too.
-    keep_speed_remarks(folder, [])
+    replace_remarks(folder, (LOST_ACCURACY, NOT_FASTER, NOT_MEASURED), [])
     for exported in (folder.onnx, folder.program):
         exported.unlink(missing_ok=True)
     save_pruned(model, folder.pruned, plan)
 
 
-def keep_speed_remarks(folder: RunFolder, remarks: list[str]) -> None:
-    """Puts remarks on the pruned network's speed in the place of earlier ones.
+def replace_remarks(
+    folder: RunFolder, beginnings: tuple[str, ...], remarks: list[str]
+) -> None:
+    """Puts remarks on the pruned network in the place of earlier ones of their kinds.
 
     Args:
         folder: The run.
-        remarks: As from `autoprune.pipeline.remarks.speed_remarks` and
-            `refusal_remark`.
+        beginnings: How the remarks of these kinds begin.
+        remarks: See `autoprune.pipeline.remarks`.
     """
     known = folder.read_results().remarks or []
-    of_speed = (NOT_FASTER, NOT_MEASURED)
-    others = [remark for remark in known if not remark.startswith(of_speed)]
+    others = [remark for remark in known if not remark.startswith(beginnings)]
     # Without remarks a run hasn't looked at its images yet, and has to be left so.
     if known or remarks:
         folder.add_results(remarks=[*others, *remarks])

@@ -23,6 +23,8 @@ NOT_FASTER = "the pruned network is not faster"
 """How the remarks on speed begin."""
 NOT_MEASURED = "the latency is not measured"
 """How the remarks on engines begin that can't run the network."""
+LOST_ACCURACY = "fine-tuning lost accuracy"
+"""How the remark on a training begins that made the network worse."""
 LEAST_GAIN = 0.02
 """Share of the dense network's time; a smaller gain can't be told from chance."""
 
@@ -100,6 +102,31 @@ def _is_gain(before: Tensor, after: Tensor) -> bool:
     gain = (n_better - n_worse) / len(before)
     is_significant = n_better - n_worse > 3 * math.sqrt(n_better + n_worse)
     return gain > LARGEST_GAIN and is_significant
+
+
+def finetune_remarks(before: float, after: float, n_images: int) -> list[str]:
+    """Whether fine-tuning made the network worse, as too high a rate does.
+
+    A training may diverge without any number that isn't finite: batch norm keeps the
+    activations of the wildest weights in bounds.
+
+    Args:
+        before: Accuracy of the pruned network.
+        after: That of the fine-tuned one.
+        n_images: On how many images both were measured.
+
+    Returns:
+        None or one remark.
+    """
+    variance = before * (1 - before) + after * (1 - after)
+    by_chance = 3 * math.sqrt(variance / n_images)
+    if before - after <= max(LARGEST_GAIN, by_chance):
+        return []
+    return [
+        f"{LOST_ACCURACY}: {percent_text(before)} before it, {percent_text(after)} "
+        f"after; did it diverge? `autoprune finetune RUN` tunes the pruned network "
+        f"anew, with a lower --finetune.lr"
+    ]
 
 
 def speed_remarks(latencies: Sequence[Latency]) -> list[str]:

@@ -30,11 +30,19 @@ from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.diverging import explained
 from autoprune.pipeline.methods.registry import method_of
 from autoprune.pipeline.pruned_folder import (
-    keep_speed_remarks,
     read_plan,
     replace_pruned,
+    replace_remarks,
 )
-from autoprune.pipeline.remarks import dense_remarks, refusal_remark, speed_remarks
+from autoprune.pipeline.remarks import (
+    LOST_ACCURACY,
+    NOT_FASTER,
+    NOT_MEASURED,
+    dense_remarks,
+    finetune_remarks,
+    refusal_remark,
+    speed_remarks,
+)
 from autoprune.reporting.report import write_report
 from autoprune.results import Results
 from autoprune.runs import RunFolder
@@ -327,6 +335,11 @@ def evaluate_stage(context: RunContext, folder: RunFolder) -> Results:
         if plan["stage"] == "finetuned":
             scores["accuracy"] = accuracy(load_pruned(folder.pruned), test)
             scores["finetune_epochs"] = plan["epochs"]
+    remarks = []
+    if "accuracy" in scores:
+        before = scores["accuracy_pruned"]
+        remarks = finetune_remarks(before, scores["accuracy"], len(test))
+    replace_remarks(folder, (LOST_ACCURACY,), remarks)
     # All in one write: after a kill there is either no accuracy, and the stage runs
     # again, or every one.
     return folder.add_results(**scores)
@@ -399,7 +412,8 @@ def latency_stage(context: RunContext, folder: RunFolder) -> str | None:
         fields["latency_ms"] = shown[0].pruned_ms
         fields["latency_ms_dense"] = shown[0].dense_ms
     folder.add_results(**fields)
-    keep_speed_remarks(folder, [*speed_remarks(rows), *refusals.values()])
+    of_speed = (NOT_FASTER, NOT_MEASURED)
+    replace_remarks(folder, of_speed, [*speed_remarks(rows), *refusals.values()])
     return refusals.get((asked.engine, asked.precision))
 
 
