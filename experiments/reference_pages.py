@@ -78,7 +78,8 @@ WRITERS = {
     "search": """preprocessing run model data seed budget agent method sparse_method
         sparse_strength sparse_epochs widths reconstructed baselines episodes
         evaluations seconds_search selection_accuracy selection_loss selection_images
-        finalists pareto dimensions macs params memory_bytes size_bytes macs_dense
+        latency_model latency_kept finalists pareto dimensions
+        macs params memory_bytes size_bytes macs_dense
         params_dense memory_bytes_dense size_bytes_dense macs_ratio budgets
         sparsity groups pinned counted""",
     "prune": "removal_method",
