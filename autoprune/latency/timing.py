@@ -57,18 +57,6 @@ def time_in_turns(loaded: Sequence[Loaded], seconds: float = SECONDS) -> Turns:
     return Turns(np.array(_rounds(loaded, seconds * (1 - WARM_UP))))
 
 
-def median_seconds_in_turns(
-    loaded: Sequence[Loaded], seconds: float = SECONDS
-) -> list[float]:
-    """Median seconds of a pass of each network, see `time_in_turns`.
-
-    Args:
-        loaded: The networks.
-        seconds: What the passes may take together, warm-up included.
-    """
-    return time_in_turns(loaded, seconds).medians.tolist()
-
-
 def _rounds(loaded: Sequence[Loaded], seconds: float) -> list[list[float]]:
     """Passes of each network in turns, until they add up to a time."""
     rounds = []
