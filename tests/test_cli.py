@@ -164,8 +164,8 @@ def test_every_stage_of_a_finished_run_is_done_and_has_left_an_artefact(finished
             file, _, key = artefact.partition(": ")
             if (finished / file).exists() and (not key or key in results):
                 left.append(artefact)
-        # This run trains nothing sparsely.
-        assert left or stage.name == "sparse"
+        # This run budgets no latency and trains nothing sparsely.
+        assert left or stage.name in ("profile", "sparse")
 
 
 @pytest.mark.parametrize("n_done", range(1, 7))
