@@ -110,6 +110,36 @@ def test_parameters_that_layers_read_leave_every_channel_free(name):
     }
 
 
+class Branching(PartialConvolution):
+    """Narrow maps are treated otherwise than wide ones."""
+
+    def __init__(self, moved):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 64, 3, 2, 1)
+        self.head = torch.nn.Linear(64, 10)
+        self.moved = moved
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        n = self.moved(x.shape[1])
+        return self.head(torch.cat((2 * x[:, :n], x[:, n:]), 1).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        lambda n: max(2, n // 8),
+        lambda n: n // 8 if n > 8 else 2,
+        lambda n: n // 8 + (n < 12),
+    ],
+)
+def test_code_that_does_otherwise_below_a_width_keeps_what_it_looks_at(moved):
+    model = randomise(Branching(moved)).eval()
+    groups = trace(model, example())
+    assert "stem" not in groups.channels
+    assert "stem" in trace(model, example(), verify=False).channels
+
+
 class Thrice(PartialConvolution):
     """A sixth of three copies of the channels, rounded up, moves by a pixel."""
 

@@ -230,10 +230,11 @@ class _Check:
     def joint_failure(self, groups: Iterable[Group]) -> str | None:
         """What is wrong with pruning all groups at once, or None.
 
-        They are pruned to a random part, to the other, and to one end.
+        They are pruned to a random part, to the other, to one end, and to one channel.
         """
         # All are drawn even if the first fails, so that later draws don't depend on it.
         trials = [*self.random_parts(groups), self.random_ends(groups)]
+        trials.append(_one_of_each(groups))
         if self.is_large:
             trials = trials[:1]
         # The first failure says enough, and each trial runs the network twice.
@@ -272,6 +273,14 @@ class _Check:
         if error < self.tolerance:
             return None
         return f"pruned and masked network differ by {error:.1e}"
+
+
+def _one_of_each(groups: Iterable[Group]) -> dict[str, Tensor]:
+    """The channel in the middle of each group.
+
+    Code that does otherwise below some width, as `max(4, n // 8)` does, shows it here.
+    """
+    return {group.name: torch.tensor([group.channels // 2]) for group in groups}
 
 
 def _what_was_raised(error: Exception) -> str:
