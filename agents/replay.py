@@ -108,7 +108,8 @@ class Policy:
         """The features that its network takes, in order."""
         if self.features is not None:
             return list(self.features)
-        return FEATURE_NAMES[: self.network.observation_space.shape[0]]
+        (n_features,) = self.network.observation_space.shape or ()
+        return FEATURE_NAMES[:n_features]
 
     @classmethod
     def from_learner(
