@@ -127,7 +127,7 @@ lanes = gymnasium.make_vec("autoprune.envs:{ENV_ID}", num_envs=2, **small)
 lanes.reset(seed=0)
 print(lanes.step(lanes.action_space.sample())[0].shape)
 """
-    assert printed_by(code) == ["True", ENV_ID, "(2,", "21)"]
+    assert printed_by(code) == ["True", ENV_ID, "(2,", "22)"]
 
 
 def test_registering_imports_nothing_heavy():
