@@ -105,10 +105,10 @@ class Policy:
 
     @property
     def inputs(self) -> list[str]:
-        """The features that its network takes, in order."""
+        """The features that its network takes, in order; its space has one axis."""
         if self.features is not None:
             return list(self.features)
-        (n_features,) = self.network.observation_space.shape or ()
+        n_features = sum(self.network.observation_space.shape or ())
         return FEATURE_NAMES[:n_features]
 
     @classmethod
