@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.config import LatencyConfig, SearchConfig
-from autoprune.costs.constraints import search_limits
+from autoprune.config import LatencyConfig
 from autoprune.costs.cost import CostTable
 from autoprune.costs.search_space import SearchSpace
+from autoprune.costs.widths import suited_multiples
 from autoprune.data.models import build
 from autoprune.latency.engine_protocol import Engine, Setting
 from autoprune.latency.engines import ENGINES, check_setting, engine_named, setting_of
@@ -153,11 +153,8 @@ def measure(name: str, setting: Setting) -> dict[str, str]:
     groups = trace(model, example, verify=False)
     engine = engine_named(setting.engine)
     tile = engine.tile(setting.precision)
-    limits = search_limits(groups, SearchConfig(), tile=tile)
     costs = CostTable(groups)
-    space = SearchSpace(
-        costs, round_to=limits["round_to"], min_width=limits["min_width"]
-    )
+    space = SearchSpace(costs, round_to=suited_multiples(groups, tile, n_levels=1))
     started = datetime.now(UTC)
     timer = NetworkTimer(model, groups, example, engine, setting)
     profile = profile_latency(timer, space)

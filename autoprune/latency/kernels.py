@@ -91,9 +91,19 @@ class WorkTable:
         # `(..., n_layers, 3)` to one sum for each signature and amount.
         sums = np.einsum("...la,ls->...sa", by_layer, self._is_of_signature)
         columns = [sums.reshape(*sums.shape[:-2], -1)]
+        whole = np.asarray(self.terms.of(self._whole_tiles(kept, tile)), float)
         for table in (self._products, self._moves):
-            columns.append(_lengths(table, terms).sum(-1)[..., None])
+            columns.append(_lengths(table, whole).sum(-1)[..., None])
         return np.concatenate(columns, -1)
+
+    def _whole_tiles(self, kept: np.ndarray, tile: int) -> np.ndarray:
+        """Counts rounded up to tiles, as engines hold channels between layers.
+
+        Heads of attention and their width aren't: neither is the length of an axis.
+        """
+        rounded = np.minimum(_round_up(kept, tile), self.terms.dense)
+        is_cell = np.isin(np.arange(len(self.terms.dense)), self.terms.cell_pairs)
+        return np.where(is_cell, kept, rounded)
 
     def _tabulate_columns(self, signatures: Sequence[Signature]) -> None:
         """Writes down which layers are added up into which columns."""

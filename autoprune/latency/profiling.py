@@ -187,7 +187,7 @@ def profile_latency(
         seed: What the allocations are drawn with.
         seconds: Most time for all passes of the first attempt, loading the networks
             aside.
-        on_network: Told how many networks more are done, for progress.
+        on_network: Told how many networks more of the first attempt are done.
 
     Raises:
         UserError: If timings of the same network differ so much that no model fits.
@@ -222,7 +222,7 @@ def profile_latency(
         errors = np.abs(predicted / unseen.shares - 1)
         worst = np.argsort(-errors, kind="stable")[:N_MORE]
         nearby = neighbours(space, unseen.kept[worst], generator)
-        more = timer.measure(nearby, per_network * len(nearby), on_network)
+        more = timer.measure(nearby, per_network * len(nearby))
         fitted = fitted.joined(more)
         attempt += 1
     model = LatencyModel(

@@ -7,6 +7,7 @@ from autoprune.config import Settings
 from autoprune.costs.budget import parse_budget
 from autoprune.costs.cost import CostTable
 from autoprune.costs.search_space import SearchSpace
+from autoprune.costs.widths import suited_multiples
 from autoprune.errors import ExportError, UserError
 from autoprune.files import write_json
 from autoprune.latency.cache import ModelCache
@@ -62,9 +63,13 @@ def latency_model_of(context: "RunContext", costs: CostTable) -> LatencyModel:
     check_setting(setting)
     engine = engine_named(setting.engine)
     search = context.settings.search
-    space = SearchSpace(
-        costs, "macs", max_sparsity=search.max_sparsity, **context.coarsest_limits
-    )
+    limits = context.coarsest_limits
+    if context.tile is not None:
+        # Whole tiles alone. A width between two of them takes at least as long as the
+        # next whole one, up to which channels are free; so nothing chosen has it.
+        tile = context.tile.channels
+        limits["round_to"] = suited_multiples(context.groups, tile, n_levels=1)
+    space = SearchSpace(costs, "macs", max_sparsity=search.max_sparsity, **limits)
     cache = ModelCache(context.groups, space, engine, setting)
     model = cache.read(work)
     if model is not None:
