@@ -186,7 +186,12 @@ def test_a_wrapped_environment_is_replayed_like_the_bare_one(shift):
     policy = Policy(
         "ppo", some_policy().network, {}, env.observer.group_features + shift
     )
-    options = {"model": traced("wide")[0], "groups": env.groups, "proxy": env.proxy}
+    options = {
+        "model": traced("wide")[0],
+        "groups": env.groups,
+        "proxy": env.proxy,
+        "round_to": 2,
+    }
     wrapped = gymnasium.make("autoprune/LayerPruning-v0", **options)
     assert wrapped is not wrapped.unwrapped
     assert replay(policy, wrapped)[0] == replay(policy, env)[0]
