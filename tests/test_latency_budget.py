@@ -105,6 +105,16 @@ def test_several_budgets_are_kept_together(tmp_path):
     assert results["size_bytes"] <= 0.7 * results["size_bytes_dense"]
 
 
+def test_of_a_range_the_point_that_the_run_goes_on_with_is_measured(tmp_path):
+    results = search(tmp_path / "run", "latency=60%..90%")
+    kept = results["latency_kept"]
+    allocation = json.loads((tmp_path / "run" / "allocation.json").read_text())
+    assert kept["budget"] == allocation["budget"]
+    share = float(kept["budget"].removeprefix("latency=").removesuffix("%")) / 100
+    assert 0.6 <= share <= 0.9
+    assert kept["measured_share"] <= share * LARGEST_EXCESS
+
+
 def test_a_run_that_goes_on_keeps_the_model_that_it_began_with(tmp_path, engine):
     run = tmp_path / "run"
     search(run, "latency=70%")

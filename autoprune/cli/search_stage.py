@@ -201,11 +201,12 @@ def _keep(
     if result.policy is not None:
         # Before the allocation, which would tell a resumed run that nothing is missing.
         _save_policy(result.policy, context, folder, env)
-    finalists = result.finalists
-    if front is None and budgets_latency(context.settings):
+    # Of a front the run goes on with one point, and only that is measured.
+    finalists = result.finalists if front is None else [result.best]
+    if budgets_latency(context.settings):
         finalists, latency = keep_promise(context, partial(_env, context), finalists)
         folder.add_results(latency_kept=latency)
-    chosen = finalists[0] if front is None else result.best
+    chosen = finalists[0]
     folder.add_results(
         episodes=len(result.episodes),
         evaluations=result.evaluations,

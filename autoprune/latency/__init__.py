@@ -1,1 +1,1 @@
-"""How long a network takes in the engine that will run it: engines, timing, prediction."""
+"""How long a network takes in the engine that will run it: measured and predicted."""
