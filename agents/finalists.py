@@ -14,6 +14,7 @@ from autoprune.agents.recorder import Episode, Recorder, counts_of, is_near_budg
 from autoprune.agents.replay import Policy, make_actor
 from autoprune.costs.allocation import Allocation
 from autoprune.costs.budget import AnyBudget, SingleBudget
+from autoprune.costs.metrics import counts_in_order
 from autoprune.envs.batch import BatchedEpisodes, fixed_policy, uniform_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.evaluation.evaluate import Evaluation
@@ -394,6 +395,7 @@ def _finalist(
 
 def _cost(episode: Episode, env: LayerPruningEnv) -> int:
     """What an episode's network costs in the metric of the budget."""
-    kept = episode.allocation.kept
+    costs = env.space.costs
     # By name, since an allocation from a file may list groups in another order.
-    return env.space.cost(np.array([kept[name] for name in env.space.costs.names]))
+    kept = counts_in_order(episode.allocation.kept, costs.names, costs.dense)
+    return env.space.cost(kept)

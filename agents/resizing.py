@@ -7,6 +7,7 @@ import numpy as np
 from autoprune.agents.finalists import Finalist, rank_on_selection
 from autoprune.agents.recorder import Episode
 from autoprune.costs.budget import SingleBudget
+from autoprune.costs.metrics import counts_in_order
 from autoprune.envs.batch import fixed_policy
 from autoprune.envs.layer_pruning import LayerPruningEnv
 
@@ -30,13 +31,13 @@ def resize(
     Raises:
         UserError: If the budget can't be reached.
     """
-    names = env.space.costs.names
+    costs = env.space.costs
     rows = []
     for finalist in finalists:
-        rows.append([finalist.allocation.kept[name] for name in names])
+        rows.append(counts_in_order(finalist.allocation.kept, costs.names, costs.dense))
     batch = env.start_episodes([budget] * len(finalists))
     sparsities = env.space.shift_to_targets(
-        1 - np.array(rows) / env.space.costs.dense, batch.state.targets
+        1 - np.array(rows) / costs.dense, batch.state.targets
     )
     # Rounded by a walk, so that counts are allowed ones and the budget is used up.
     counts = batch.rollout(fixed_policy(sparsities)).state.kept
@@ -49,6 +50,6 @@ def resize(
             budget=str(budget),
             source=source,
         )
-        macs = env.space.costs.macs(row)
+        macs = costs.macs(row)
         episodes.append(Episode(0, allocation, finalist.reward, finalist.proxy, macs))
     return rank_on_selection(episodes, env)

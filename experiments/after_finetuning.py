@@ -54,7 +54,7 @@ from autoprune.pipeline.methods.channels import sliced
 from autoprune.runs import RunFolder
 from autoprune.training.loop import finetune
 from experiments.rival_proxies import cut_by_layer, macs_of
-from experiments.script import run
+from experiments.script import run, run_folder
 from experiments.search_agents import ROUND_TO, sensitivity_cost
 from experiments.tables import fill_table, mean_and_spread, rows_for_summary
 
@@ -157,8 +157,7 @@ def measure(
     """
     started = time.perf_counter()
     splits = context.splits
-    stem = "-".join(str(cell[name]) for name in KEY)
-    folder = RunFolder(args.runs / stem.replace("=", "-").replace("%", ""))
+    folder = run_folder(args.runs, (cell[name] for name in KEY))
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     if cell["method"] == TORCH_PRUNING:
         pruned = prune_globally(context, Budget.parse(cell["budget"]))

@@ -35,8 +35,7 @@ from autoprune.config import (
 from autoprune.costs.budget import Budget
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.pipeline.context import RunContext
-from autoprune.runs import RunFolder
-from experiments.script import run
+from experiments.script import run, run_folder
 from experiments.search_agents import ROUND_TO
 from experiments.tables import (
     add_rows,
@@ -126,8 +125,7 @@ def measure(
         # The front takes a roll-out of the policy and one of uniform pruning at each
         # of its budgets.
         episodes = 2 * (args.episodes - FRONT_BUDGETS)
-    stem = f"{args.model}-{args.agent}-{seed}-{trained_on}"
-    folder = RunFolder(args.runs / stem.replace("=", "-").replace("%", ""))
+    folder = run_folder(args.runs, (args.model, args.agent, seed, trained_on))
     folder.root.mkdir(parents=True, exist_ok=True)
     config = SearchConfig(trained_on, agent=args.agent, episodes=episodes, seed=seed)
     env = LayerPruningEnv.with_suited_proxy(

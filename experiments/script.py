@@ -1,10 +1,22 @@
-"""How a script that takes images or networks is run from a shell."""
+"""How a script that takes images or networks is run, and where it keeps its runs."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from autoprune.errors import UserError, in_one_line
+from autoprune.runs import RunFolder
+
+
+def run_folder(root: Path, values: Iterable[object]) -> RunFolder:
+    """The folder of one cell of a table; it needn't be there.
+
+    Args:
+        root: The folder of all of them.
+        values: What tells the cell from the others.
+    """
+    stem = "-".join(map(str, values))
+    return RunFolder(root / stem.replace("=", "-").replace("%", ""))
 
 
 def run(main: Callable[[], None]) -> None:

@@ -37,8 +37,7 @@ from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.evaluation.proxy import SENSITIVITY_IMAGES
 from autoprune.files import write_text
 from autoprune.pipeline.context import RunContext
-from autoprune.runs import RunFolder
-from experiments.script import run
+from experiments.script import run, run_folder
 from experiments.tables import fill_table, mean_and_spread, rows_for_summary
 
 RESULTS = Path(__file__).parent / "results"
@@ -132,12 +131,11 @@ def measure(context: RunContext, cell: dict, args: argparse.Namespace) -> dict:
     episodes = asked
     if name in ALGORITHMS:
         episodes -= sensitivity_cost(context)
-    stem = f"{args.model}-{budget}-{name}-{cell['seed']}"
-    stem = stem.replace("=", "-").replace("%", "")
-    folder = RunFolder(args.runs / f"{stem}-{asked}")
+    stem = (args.model, budget, name, cell["seed"])
+    folder = run_folder(args.runs, (*stem, asked))
     if not folder.root.exists():
         folder.root.mkdir(parents=True)
-        longest = RunFolder(args.runs / f"{stem}-{max(args.evaluations)}")
+        longest = run_folder(args.runs, (*stem, max(args.evaluations)))
         if longest.log.exists() and name not in LENGTH_DEPENDENT:
             # Both walk the same episodes, but for the last batch, which may be smaller.
             n_alike = episodes // LANES * LANES

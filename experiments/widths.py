@@ -56,12 +56,11 @@ from autoprune.latency.engines import ENGINES, Setting
 from autoprune.latency.timing import time_in_turns
 from autoprune.pipeline.context import RunContext
 from autoprune.pipeline.methods.channels import sliced
-from autoprune.runs import RunFolder
 from autoprune.structure.groups import Groups
 from autoprune.structure.slicing import prune
 from autoprune.tracing.trace import trace
 from autoprune.training.loop import finetune
-from experiments.script import run
+from experiments.script import run, run_folder
 from experiments.search_agents import sensitivity_cost
 from experiments.tables import fill_table, rows_for_summary
 
@@ -218,8 +217,7 @@ def measure(context: RunContext, cell: dict, args: argparse.Namespace) -> dict:
     """
     started = time.perf_counter()
     splits = context.splits
-    stem = "-".join(str(cell[name]) for name in KEY)
-    folder = RunFolder(args.runs / stem.replace("=", "-").replace("%", ""))
+    folder = run_folder(args.runs, (cell[name] for name in KEY))
     try:
         env = LayerPruningEnv.with_suited_proxy(
             context.model,

@@ -2,18 +2,15 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
 from autoprune.agents.finalists import Finalist
 from autoprune.agents.resizing import resize
 from autoprune.costs.budget import Budget, JointBudget, SingleBudget, parse_single
+from autoprune.costs.metrics import counts_in_order
 from autoprune.envs.layer_pruning import LayerPruningEnv
 from autoprune.errors import UserError
-from autoprune.latency.engines import engine_named
 from autoprune.latency.model import NANOSECONDS
-from autoprune.latency.profiling import NetworkTimer
 from autoprune.pipeline.context import RunContext
-from autoprune.pipeline.latency_budget import METRIC
+from autoprune.pipeline.latency_budget import METRIC, network_timer
 from autoprune.reporting.console import say
 
 LARGEST_EXCESS = 1.02
@@ -33,7 +30,6 @@ def keep_promise(
     context: RunContext,
     make: Make,
     finalists: list[Finalist],
-    timer: NetworkTimer | None = None,
 ) -> tuple[list[Finalist], dict]:
     """Measures the best finalist, and resizes all of them until it is fast enough.
 
@@ -41,19 +37,13 @@ def keep_promise(
         context: A run with a budget of latency.
         make: As `Make`.
         finalists: Those of one budget, best first.
-        timer: Measures; that of the run's engine if None.
 
     Returns:
         The finalists, resized where that was needed, and what was measured of the best,
         as `latency_kept` of the results has it.
     """
     model = context.latency_model
-    if timer is None:
-        engine = engine_named(model.setting.engine)
-        example = context.splits.example
-        timer = NetworkTimer(
-            context.model, context.groups, example, engine, model.setting
-        )
+    timer = network_timer(context, model.setting)
     asked = parse_single(finalists[0].allocation.budget)
     part = latency_part(asked)
     costs = context.costs
@@ -61,7 +51,8 @@ def keep_promise(
     n_corrections = 0
     while True:
         kept = finalists[0].allocation.kept
-        measured = timer.measure(_in_order(kept, costs.names), SECONDS)
+        counts = counts_in_order(kept, costs.names, costs.dense)
+        measured = timer.measure(counts[None], SECONDS)
         excess = _excess(part, measured.shares[0], measured.dense_seconds)
         if excess <= LARGEST_EXCESS or n_corrections == MOST_CORRECTIONS:
             break
@@ -116,11 +107,6 @@ def with_latency(budget: SingleBudget, target: int) -> SingleBudget:
     for part in budget.parts:
         parts.append(corrected if part.metric == METRIC else part)
     return JointBudget(tuple(parts))
-
-
-def _in_order(kept: dict[str, int], names: list[str]) -> np.ndarray:
-    """The counts of one allocation, `(1, n_groups)`."""
-    return np.array([[kept[name] for name in names]])
 
 
 def _excess(part: Budget, share: float, dense_seconds: float) -> float:

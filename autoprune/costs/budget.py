@@ -342,6 +342,16 @@ def _parse_joint(text: str) -> JointBudget:
     return JointBudget(tuple(parts))
 
 
+def has_metric(budget: AnyBudget, metric: str) -> bool:
+    """Whether a budget is one of a metric, alone or beside others.
+
+    Args:
+        budget: The budget or range.
+        metric: Its name.
+    """
+    return any(part.metric == metric for part in budget.at_position(0).parts)
+
+
 def even_budgets(budget: AnyBudget, n: int, offset: float = 0.5) -> list[SingleBudget]:
     """Budgets that lie evenly over a range, one in each of `n` equal parts of it.
 

@@ -220,23 +220,39 @@ class CostTable:
             partial_layers: The layers that use a part of their weight.
         """
         boxes = _boxes(groups, partial_layers)
-        dense_terms = self.terms.of(self.dense)
+        n_terms = len(self.terms.of(self.dense))
         # A missing axis stays 1 + 0 @ terms, and so drops out of every product.
         self._axis_fixed = np.ones((2, len(boxes)), np.int64)
-        self._axis_per_term = np.zeros((2, len(boxes), len(dense_terms)), np.int64)
+        self._axis_per_term = np.zeros((2, len(boxes), n_terms), np.int64)
         rest_sizes = []
         for row, box in enumerate(boxes):
             for slot, (axis, per_channel) in enumerate(box.axes.items()):
-                for term, n_positions in self._positions_per_term(per_channel).items():
-                    self._axis_per_term[slot, row, term] = n_positions
-                # What no group's channels occupy stays: the axis less all that could
-                # go.
-                prunable = self._axis_per_term[slot, row] @ dense_terms
-                self._axis_fixed[slot, row] = box.shape[axis] - prunable
+                fixed, per_term = self._axis_length(box.shape[axis], per_channel)
+                self._axis_fixed[slot, row] = fixed
+                self._axis_per_term[slot, row] = per_term
             rest = [n for axis, n in enumerate(box.shape) if axis not in box.axes]
             # The product of no lengths is 1, as it should be.
             rest_sizes.append(int(np.prod(rest)))
         self._rest_size = np.array(rest_sizes, np.int64)
+
+    def _axis_length(
+        self, length: int, per_channel: dict[int, int]
+    ) -> tuple[int, np.ndarray]:
+        """How the length of an axis follows from the terms.
+
+        Args:
+            length: In the dense network.
+            per_channel: As for `_positions_per_term`.
+
+        Returns:
+            What stays, and what comes with one more of each term, int64 `(n_terms,)`.
+        """
+        dense_terms = self.terms.of(self.dense)
+        per_term = np.zeros(len(dense_terms), np.int64)
+        for term, n_positions in self._positions_per_term(per_channel).items():
+            per_term[term] = n_positions
+        # What no group's channels occupy stays: the axis less all that could go.
+        return length - int(per_term @ dense_terms), per_term
 
     def _positions_per_term(self, per_channel: dict[int, int]) -> dict[int, int]:
         """How many positions of an axis come with one more of each term.
@@ -273,18 +289,17 @@ class CostTable:
             with one more of each term, int64 `(2, n_layers, n_terms)`. A weight without
             an axis of inputs has one.
         """
-        dense_terms = self.terms.of(self.dense)
         members = _members_by_tensor(groups)
+        n_terms = len(self.terms.of(self.dense))
         fixed = np.ones((2, len(groups.layers)), np.int64)
-        per_term = np.zeros((*fixed.shape, len(dense_terms)), np.int64)
+        per_term = np.zeros((*fixed.shape, n_terms), np.int64)
         for row, layer in enumerate(groups.layers):
             shape = list(groups.shapes[layer.tensor])
             box = _box(shape, members[layer.tensor], layer.parts)
             for axis, length in enumerate(box.shape[:2]):
-                per_channel = box.axes.get(axis, {})
-                for term, n_positions in self._positions_per_term(per_channel).items():
-                    per_term[axis, row, term] = n_positions
-                fixed[axis, row] = length - per_term[axis, row] @ dense_terms
+                fixed[axis, row], per_term[axis, row] = self._axis_length(
+                    length, box.axes.get(axis, {})
+                )
         return fixed, per_term
 
     def tabulate_extents(

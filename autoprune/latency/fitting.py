@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import nnls
 
 from autoprune.latency.kernels import Signature, WorkTable
 
@@ -120,6 +119,9 @@ def _solve(
     columns of one kind take together, and the constant. Errors are relative: a network
     of half of the time counts twice as much.
     """
+    # Here, since it takes long to import and most runs fit nothing.
+    from scipy.optimize import nnls
+
     n_columns = amounts.shape[1]
     largest = np.maximum(amounts.max(0), 1e-12)
     kinds: list[tuple[str, str]] = []

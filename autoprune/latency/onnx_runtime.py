@@ -4,23 +4,19 @@ import json
 import time
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
-from autoprune.deploy.export import export_named, feed, onnx_session
+from autoprune.deploy.export import feed, onnx_session
 from autoprune.errors import UserError, first_line, missing_package
-from autoprune.latency.engine_protocol import Kernel, Setting, check_answers
-from autoprune.latency.graph_layers import GraphLayers
-from autoprune.latency.onnx_files import load_as_onnx
+from autoprune.latency.engine_protocol import Kernel, Setting
+from autoprune.latency.onnx_files import PASSES, load_as_onnx, named_file
 from autoprune.latency.processor import channel_tile
 from autoprune.latency.samples import Samples
 from autoprune.structure.inputs import Example
 
-PASSES = 5
-"""Profiled passes, of which each kernel's median counts."""
 SUFFIX = "_kernel_time"
 """What the name of a kernel ends with in a profile."""
 
@@ -52,14 +48,7 @@ class OnnxRuntime:
         """See `Engine`."""
         # Before anything is exported, which takes long.
         self.version()
-        samples = Samples.of(model, example, setting)
-
-        def load(path: Path) -> LoadedSession:
-            loaded = LoadedSession(path, samples, setting)
-            check_answers(setting, samples.expected, loaded.outputs())
-            return loaded
-
-        return load_as_onnx(samples, load)
+        return load_as_onnx(model, example, setting, LoadedSession)
 
 
 class LoadedSession:
@@ -103,17 +92,12 @@ class LoadedSession:
 
     def kernels(self) -> list[Kernel] | None:
         """See `Loaded`."""
-        network = self.samples.network
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "network.onnx"
-            # The file that was timed knows no names of layers.
-            export_named(network, self.samples.signature, path)
-            layers = GraphLayers.of(path, network)
+        with named_file(self.samples) as (path, layers):
             # In a session of its own: writing the profile takes time.
-            session = onnx_session(path, self.setting.threads, Path(folder) / "profile")
+            session = onnx_session(path, self.setting.threads, path.parent / "profile")
             for _ in range(1 + PASSES):
                 session.run(None, self.arrays)
-            # The folder goes at the end of the block, and the file with it.
+            # It lies beside the network, and goes with it.
             passes = _profiled_passes(Path(session.end_profiling()))
         kernels = []
         # Of one session all passes have the same kernels.

@@ -5,25 +5,20 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
-from autoprune.deploy.export import export_named
 from autoprune.errors import UserError, first_line, missing_package
-from autoprune.latency.engine_protocol import Kernel, Setting, check_answers
-from autoprune.latency.graph_layers import GraphLayers
-from autoprune.latency.onnx_files import load_as_onnx
+from autoprune.latency.engine_protocol import Kernel, Setting
+from autoprune.latency.onnx_files import PASSES, load_as_onnx, named_file
 from autoprune.latency.processor import channel_tile
 from autoprune.latency.samples import Samples
 from autoprune.structure.inputs import Example
 
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
 """Precision to what OpenVINO calls it."""
-PASSES = 5
-"""Profiled passes, of which each kernel's median counts."""
 
 
 class OpenVino:
@@ -51,14 +46,7 @@ class OpenVino:
         """See `Engine`."""
         # Before anything is exported, which takes long.
         self.version()
-        samples = Samples.of(model, example, setting)
-
-        def load(path: Path) -> LoadedRequest:
-            loaded = LoadedRequest(path, samples, setting)
-            check_answers(setting, samples.expected, loaded.outputs())
-            return loaded
-
-        return load_as_onnx(samples, load)
+        return load_as_onnx(model, example, setting, LoadedRequest)
 
 
 class LoadedRequest:
@@ -106,12 +94,7 @@ class LoadedRequest:
 
     def kernels(self) -> list[Kernel] | None:
         """See `Loaded`."""
-        network = self.samples.network
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "network.onnx"
-            # The file that was timed knows no names of layers.
-            export_named(network, self.samples.signature, path)
-            layers = GraphLayers.of(path, network)
+        with named_file(self.samples) as (path, layers):
             # Compiled once more: keeping times takes time.
             request = self._compile(path, is_profiled=True)
         request.infer()

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from autoprune.config import Settings
+from autoprune.costs.budget import has_metric, parse_budget
 from autoprune.files import PLAN, write_text
 from autoprune.runs import RunFolder, other_than_stored
 
@@ -113,7 +114,8 @@ def _may_change(folder: RunFolder, stored: Settings, argument: str) -> bool:
     if stage == "latency":
         # It decides nothing then but what is measured at the end.
         is_pruned = folder.holds_network(folder.pruned)
-        return is_pruned and "latency" not in stored.search.budget
+        budget = parse_budget(stored.search.budget)
+        return is_pruned and not has_metric(budget, "latency")
     if argument in OF_FINETUNING:
         stage = "finetune"
     # What is trained decides what the other stages are about; how it is trained may

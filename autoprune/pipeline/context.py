@@ -319,7 +319,7 @@ class RunContext:
             return self.parts.latency_model
         return latency_model_of(self, self._exact_costs)
 
-    @property
+    @cached_property
     def limits(self) -> dict[str, dict[str, int]]:
         """Multiples and least counts of what can be decided; see `search_limits`."""
         if self.tile is None:

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from autoprune.config import Settings
-from autoprune.costs.budget import parse_budget
+from autoprune.costs.budget import has_metric, parse_budget
 from autoprune.costs.cost import CostTable
 from autoprune.costs.search_space import SearchSpace
 from autoprune.costs.widths import suited_multiples
 from autoprune.errors import ExportError, UserError
 from autoprune.files import write_json
 from autoprune.latency.cache import ModelCache
+from autoprune.latency.engine_protocol import Setting
 from autoprune.latency.engines import check_setting, engine_named, setting_of
 from autoprune.latency.kernels import WorkTable
 from autoprune.latency.model import LatencyModel
@@ -37,8 +38,7 @@ def budgets_latency(settings: Settings) -> bool:
     Args:
         settings: The run's.
     """
-    budget = parse_budget(settings.search.budget).at_position(0)
-    return any(part.metric == METRIC for part in budget.parts)
+    return has_metric(parse_budget(settings.search.budget), METRIC)
 
 
 def latency_model_of(context: "RunContext", costs: CostTable) -> LatencyModel:
@@ -74,15 +74,7 @@ def latency_model_of(context: "RunContext", costs: CostTable) -> LatencyModel:
     model = cache.read(work)
     if model is not None:
         return model
-    example = context.splits.example
-    try:
-        timer = NetworkTimer(context.model, context.groups, example, engine, setting)
-    except ExportError as error:
-        raise UserError(
-            "latency.engine",
-            f"{setting.engine} can't run this network ({error}); choose another "
-            f"engine, or budget macs",
-        ) from error
+    timer = network_timer(context, setting)
     with progress(f"latency model ({setting})", N_FITTED + N_UNSEEN) as advance:
         profile = profile_latency(timer, space, on_network=_by_number(advance))
     model = profile.model
@@ -94,6 +86,28 @@ def latency_model_of(context: "RunContext", costs: CostTable) -> LatencyModel:
         )
     cache.write(model)
     return model
+
+
+def network_timer(context: "RunContext", setting: Setting) -> NetworkTimer:
+    """What times pruned networks of a run beside its dense one.
+
+    Args:
+        context: The run.
+        setting: Engine, batch, threads and precision.
+
+    Raises:
+        UserError: If the engine can't run the network, or gives other answers.
+    """
+    engine = engine_named(setting.engine)
+    example = context.splits.example
+    try:
+        return NetworkTimer(context.model, context.groups, example, engine, setting)
+    except ExportError as error:
+        raise UserError(
+            "latency.engine",
+            f"{setting.engine} can't run this network ({error}); choose another "
+            f"engine, or budget macs",
+        ) from error
 
 
 def _by_number(advance: Callable[..., None]) -> Callable[[int], None]:
