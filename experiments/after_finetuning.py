@@ -56,7 +56,12 @@ from autoprune.training.loop import finetune
 from experiments.rival_proxies import cut_by_layer, macs_of
 from experiments.script import run, run_folder
 from experiments.search_agents import ROUND_TO, sensitivity_cost
-from experiments.tables import fill_table, mean_and_spread, rows_for_summary
+from experiments.tables import (
+    all_cells,
+    fill_table,
+    mean_and_spread,
+    rows_for_summary,
+)
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("model", "budget", "method", "seed")
@@ -132,13 +137,8 @@ class CachedTeacher(nn.Module):
 
 def cells(args: argparse.Namespace) -> list[dict]:
     """What is to be measured, seed by seed."""
-    chosen = []
-    for seed in args.seeds:
-        for budget in args.budgets:
-            for method in args.methods:
-                values = (args.model, budget, method, seed)
-                chosen.append(dict(zip(KEY, values, strict=True)))
-    return chosen
+    columns = {"seed": args.seeds, "budget": args.budgets, "method": args.methods}
+    return all_cells({"model": [args.model]} | columns)
 
 
 def measure(

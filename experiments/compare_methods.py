@@ -26,7 +26,12 @@ import numpy as np
 from autoprune.cli.main import main as autoprune
 from autoprune.cli.presets import METHODS
 from autoprune.runs import RunFolder, file_stem
-from experiments.tables import fill_table, mean_and_spread, rows_for_summary
+from experiments.tables import (
+    all_cells,
+    fill_table,
+    mean_and_spread,
+    rows_for_summary,
+)
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("row", "seed")
@@ -216,7 +221,7 @@ def main() -> None:
         if name not in table.rows:
             parser.error(f"--rows: no row {name!r}; known: {', '.join(table.rows)}")
     dense: dict[str, float] = {}
-    cells = [{"row": name, "seed": seed} for seed in args.seeds for name in rows]
+    cells = all_cells({"seed": args.seeds, "row": rows})
     runs = args.runs / args.table
     fill_table(
         path,

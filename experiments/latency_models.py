@@ -13,7 +13,6 @@ that are there aren't measured again. Nothing else should run meanwhile.
 """
 
 import argparse
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,17 +24,16 @@ from autoprune.config import LatencyConfig
 from autoprune.costs.cost import CostTable
 from autoprune.costs.search_space import SearchSpace
 from autoprune.costs.widths import suited_multiples
-from autoprune.data.models import build
 from autoprune.latency.engine_protocol import Engine, Setting
 from autoprune.latency.engines import ENGINES, check_setting, engine_named, setting_of
 from autoprune.latency.model import PredictionError
-from autoprune.latency.processor import processor_name
 from autoprune.latency.profiling import Measured, NetworkTimer, profile_latency
 from autoprune.latency.timing import time_in_turns
 from autoprune.structure.groups import Groups
 from autoprune.structure.slicing import prune
 from autoprune.tracing.trace import trace
-from experiments.tables import add_rows, has_row, read_table
+from experiments.latency_networks import NETWORKS
+from experiments.tables import all_cells, fill_table, read_table
 
 TABLE = Path(__file__).parent / "results" / "latency_models.csv"
 KEY = ("model", "engine", "batch", "threads")
@@ -51,63 +49,10 @@ FIELDS = (
     "macs_p95",
     "alone_median",
     "alone_p95",
-    "processor",
     "measured",
 )
 SECONDS_ALONE = 0.05
 """For each layer that is timed alone."""
-
-
-class UNet(nn.Module):
-    """A small U-Net: four widths down, three up, with skips."""
-
-    def __init__(self, n_out: int = 10, width: int = 32):
-        super().__init__()
-        self.down = nn.ModuleList()
-        n_in = 3
-        for level in range(4):
-            self.down.append(_double(n_in, width << level))
-            n_in = width << level
-        self.up = nn.ModuleList()
-        self.joined = nn.ModuleList()
-        for level in reversed(range(3)):
-            n_out_of_level = width << level
-            self.up.append(nn.ConvTranspose2d(2 * n_out_of_level, n_out_of_level, 2, 2))
-            self.joined.append(_double(2 * n_out_of_level, n_out_of_level))
-        self.head = nn.Conv2d(width, n_out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of every pixel, `(batch, n_out, height, width)`."""
-        skips = []
-        for level, block in enumerate(self.down):
-            if level:
-                x = nn.functional.max_pool2d(x, 2)
-            x = block(x)
-            skips.append(x)
-        skips.pop()
-        for up, block in zip(self.up, self.joined, strict=True):
-            x = block(torch.cat([skips.pop(), up(x)], 1))
-        return self.head(x)
-
-
-def _double(n_in: int, n_out: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for width in (n_in, n_out):
-        layers.append(nn.Conv2d(width, n_out, 3, padding=1, bias=False))
-        layers.append(nn.BatchNorm2d(n_out))
-        layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "resnet56": (lambda: build("resnet56", 10), 32),
-    "resnet50": (lambda: build("resnet50", 1000), 224),
-    "mobilenet_v2": (lambda: build("mobilenet_v2", 1000), 224),
-    "efficientnet_b0": (lambda: build("efficientnet_b0", 1000), 224),
-    "vit_small": (lambda: build("timm/vit_small_patch16_224", 1000), 224),
-    "unet": (UNet, 128),
-}
-"""Name to what makes the network, and the side of its images."""
 
 
 def main() -> None:
@@ -115,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument(
         "--engines",
         nargs="+",
@@ -126,30 +71,37 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--summary", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    for model in [] if args.summary else args.models:
-        for engine in args.engines:
-            for batch in args.batches:
-                config = LatencyConfig(engine, batch, args.threads)
-                key = dict(zip(KEY, (model, engine, batch, args.threads), strict=True))
-                if not has_row(TABLE, key):
-                    add_rows(TABLE, [key | measure(model, setting_of(config))], FIELDS)
+    if not args.summary:
+        torch.set_num_threads(args.threads)
+        cells = all_cells(
+            {
+                "model": args.models,
+                "engine": args.engines,
+                "batch": args.batches,
+                "threads": [args.threads],
+            }
+        )
+        fill_table(TABLE, cells, measure, FIELDS)
     for row in read_table(TABLE):
         print(" ".join(f"{name}={row[name]}" for name in FIELDS))
 
 
-def measure(name: str, setting: Setting) -> dict[str, str]:
+def measure(cell: dict) -> dict[str, str]:
     """The errors of three ways to predict one network's latency.
 
     Args:
-        name: One of `MODELS`.
-        setting: Engine, batch, threads and precision.
+        cell: Which network, engine, batch and number of threads.
+
+    Returns:
+        The row without its cell.
     """
+    config = LatencyConfig(cell["engine"], cell["batch"], cell["threads"])
+    setting = setting_of(config)
     check_setting(setting)
     torch.manual_seed(0)
-    make, side = MODELS[name]
-    model = make().eval()
-    example = torch.randn(1, 3, side, side)
+    network = NETWORKS[cell["model"]]
+    model = network.make().eval()
+    example = torch.randn(1, 3, network.side, network.side)
     groups = trace(model, example, verify=False)
     engine = engine_named(setting.engine)
     tile = engine.tile(setting.precision)
@@ -172,7 +124,6 @@ def measure(name: str, setting: Setting) -> dict[str, str]:
         "macs_p95": f"{by_macs.largest:.4f}",
         "alone_median": f"{alone.median:.4f}",
         "alone_p95": f"{alone.largest:.4f}",
-        "processor": processor_name(),
         "measured": f"{started:%Y-%m-%d %H:%M}",
     }
 

@@ -43,7 +43,12 @@ from autoprune.structure.slicing import prune, top_channels
 from autoprune.tracing.trace import trace
 from autoprune.training.loop import finetune
 from experiments.script import run
-from experiments.tables import fill_table, mean_and_spread, rows_for_summary
+from experiments.tables import (
+    all_cells,
+    fill_table,
+    mean_and_spread,
+    rows_for_summary,
+)
 
 TABLE = Path(__file__).parent / "results" / "rethinking.csv"
 KEY = ("arm", "lr", "seed")
@@ -70,14 +75,9 @@ def main() -> None:
     splits = load(DataConfig("cifar10", max_train_images=5000))
     args.runs.mkdir(parents=True, exist_ok=True)
     dense = cache(lambda seed: dense_network(splits, args.epochs, seed, args.runs))
-    cells = []
-    for seed in args.seeds:
-        for arm in ARMS:
-            for lr in args.lrs:
-                cells.append(dict(zip(KEY, (arm, lr, seed), strict=True)))
     fill_table(
         TABLE,
-        cells,
+        all_cells({"seed": args.seeds, "arm": ARMS, "lr": args.lrs}),
         lambda cell: measure(dense(cell["seed"]), splits, cell, args),
         FIELDS,
     )

@@ -1,7 +1,8 @@
 """How a script that takes images or networks is run, and where it keeps its runs."""
 
+import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from autoprune.errors import UserError, in_one_line
@@ -17,6 +18,32 @@ def run_folder(root: Path, values: Iterable[object]) -> RunFolder:
     """
     stem = "-".join(map(str, values))
     return RunFolder(root / stem.replace("=", "-").replace("%", ""))
+
+
+def finished_run(folder: RunFolder, options: Mapping[str, object]) -> RunFolder:
+    """A run of the command line, as a user would start it.
+
+    One that is there already is gone on with: a finished one changes nothing.
+
+    Args:
+        folder: Where it is kept.
+        options: Of `autoprune run`, without the dashes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If the run fails; what it printed has been shown.
+    """
+    command = [sys.executable, "-m", "autoprune", "run", "--out", str(folder.root)]
+    if folder.config.exists():
+        command.append("--resume")
+    for name, value in options.items():
+        command.append(f"--{name}={value}")
+    folder.root.parent.mkdir(parents=True, exist_ok=True)
+    if subprocess.run(command).returncode:
+        raise UserError(None, f"failed: {' '.join(command)}")
+    return folder
 
 
 def run(main: Callable[[], None]) -> None:

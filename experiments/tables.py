@@ -3,7 +3,8 @@
 import csv
 import io
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,15 @@ def has_row(path: Path, cell: dict) -> bool:
         if all(row[name] == str(value) for name, value in cell.items()):
             return True
     return False
+
+
+def all_cells(values: Mapping[str, Iterable[object]]) -> list[dict]:
+    """Every combination of values, those of the last column next to each other.
+
+    Args:
+        values: Column to what it may be.
+    """
+    return [dict(zip(values, one, strict=True)) for one in product(*values.values())]
 
 
 def add_rows(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:

@@ -62,7 +62,7 @@ from autoprune.tracing.trace import trace
 from autoprune.training.loop import finetune
 from experiments.script import run, run_folder
 from experiments.search_agents import sensitivity_cost
-from experiments.tables import fill_table, rows_for_summary
+from experiments.tables import all_cells, fill_table, rows_for_summary
 
 TABLE = Path(__file__).parent / "results" / "widths.csv"
 ENGINE = "onnxruntime"
@@ -137,13 +137,8 @@ def main() -> None:
 
 def cells(args: argparse.Namespace) -> list[dict]:
     """What is to be measured, seed by seed."""
-    chosen = []
-    for seed in args.seeds:
-        for budget in args.budgets:
-            for widths in args.widths:
-                values = (args.model, args.searcher, budget, widths, seed)
-                chosen.append(dict(zip(KEY, values, strict=True)))
-    return chosen
+    columns = {"seed": args.seeds, "budget": args.budgets, "widths": args.widths}
+    return all_cells({"model": [args.model], "searcher": [args.searcher]} | columns)
 
 
 def multiples(groups: Groups, widths: str) -> int | dict[str, int]:

@@ -54,8 +54,13 @@ def test_what_a_search_chose_is_measured_within_the_budget(tmp_path):
     }
     assert results["latency_model"]["networks"] == N_FITTED + N_UNSEEN
     page = (tmp_path / "run" / "report.html").read_text()
-    for cell in ("latency=70% (onnxruntime, batch 1, 1 thread, float32)", "Predicted"):
-        assert cell in page
+    for told in (
+        "onnxruntime, batch 1, 1 thread, float32",
+        "Latency, predicted",
+        "Latency, measured",
+        f"{100 * kept['measured_share']:.1f}\N{NO-BREAK SPACE}% of the latency",
+    ):
+        assert told in page
 
 
 @dataclass
@@ -126,6 +131,23 @@ def test_a_run_that_goes_on_keeps_the_model_that_it_began_with(tmp_path, engine)
     assert (run / "latency_model.json").read_bytes() == model
     # The dense network and what was chosen, and no network to fit a model to.
     assert len(engine.loads) - n_loads <= 4
+
+
+@pytest.mark.parametrize("damage", ["factors", "setting", "error"])
+def test_a_damaged_model_of_a_run_is_refused_in_one_line(tmp_path, capsys, damage):
+    search(tmp_path / "run", "latency=70%")
+    path = tmp_path / "run" / "latency_model.json"
+    stored = json.loads(path.read_text())
+    stored[damage] = [1.0] if damage == "factors" else {}
+    path.write_text(json.dumps(stored))
+    # As if the search had been interrupted.
+    (tmp_path / "run" / "allocation.json").unlink()
+    capsys.readouterr()
+    code = main(["search", "--resume", "--out", str(tmp_path / "run")])
+    message = capsys.readouterr().err
+    assert code == 2
+    assert "latency_model.json' is damaged" in message
+    assert message.count("\n") == 1
 
 
 def test_a_second_run_of_the_same_network_measures_no_model(tmp_path, engine):

@@ -90,8 +90,16 @@ class LatencyModel:
         Args:
             data: What it wrote.
             work: Of the same network.
+
+        Raises:
+            KeyError: If something is missing.
+            TypeError: If something is of another kind.
+            ValueError: If it is of another network.
         """
-        fit = Fit(data["tile"], data["constant"], np.array(data["factors"], float))
+        factors = np.array(data["factors"], float)
+        if len(factors) != len(work.labels):
+            raise ValueError(f"{len(factors)} factors for {len(work.labels)} amounts")
+        fit = Fit(data["tile"], data["constant"], factors)
         return cls(
             Setting(**data["setting"]),
             work,

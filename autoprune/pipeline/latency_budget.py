@@ -1,6 +1,7 @@
 """The latency model of a run: the run's own, that of this machine, or a new one."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoprune.config import Settings
@@ -57,8 +58,7 @@ def latency_model_of(context: "RunContext", costs: CostTable) -> LatencyModel:
     """
     work = WorkTable(context.groups, costs)
     if context.latency is not None and context.latency.exists():
-        folder = RunFolder(context.latency.parent)
-        return LatencyModel.from_json(folder.read_json(context.latency), work)
+        return _stored_model(context.latency, work)
     setting = setting_of(context.settings.latency)
     check_setting(setting)
     engine = engine_named(setting.engine)
@@ -86,6 +86,21 @@ def latency_model_of(context: "RunContext", costs: CostTable) -> LatencyModel:
         )
     cache.write(model)
     return model
+
+
+def _stored_model(path: Path, work: WorkTable) -> LatencyModel:
+    """The model that a run began with.
+
+    Raises:
+        UserError: If its file is damaged.
+    """
+    stored = RunFolder(path.parent).read_json(path)
+    try:
+        return LatencyModel.from_json(stored, work)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            "run", f"{str(path)!r} is damaged ({error!r}); start the run anew"
+        ) from error
 
 
 def network_timer(context: "RunContext", setting: Setting) -> NetworkTimer:

@@ -36,6 +36,10 @@ HEADERS = (
 """Columns of the comparison."""
 NEEDED = ("macs", "macs_dense", "params", "params_dense", "accuracy", "accuracy_dense")
 """Results without which a run isn't finished."""
+MEASURES = COST_FIELDS | {"latency": "latency_ms"}
+"""What a budget may count to the field that holds it; `_dense` follows for the dense
+network.
+"""
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,9 @@ class FinishedRun:
         """Cost of the pruned network as a share of the dense one's.
 
         Args:
-            metric: A key of `COST_FIELDS` that it has counted.
+            metric: A key of `MEASURES` that it has counted.
         """
-        field = COST_FIELDS[metric]
+        field = MEASURES[metric]
         return self.number(field) / self.number(f"{field}_dense")
 
     @property
@@ -102,7 +106,7 @@ class FinishedRun:
         """
         budget = self.results.budget or "macs"
         metric = budget.partition("=")[0]
-        field = COST_FIELDS.get(metric)
+        field = MEASURES.get(metric)
         is_known = field is not None and getattr(self.results, field) is not None
         return metric if is_known and "," not in budget else "macs"
 
@@ -248,8 +252,13 @@ def write_comparison(runs: Sequence[FinishedRun], path: Path) -> None:
 
 
 def _metric(runs: Sequence[FinishedRun]) -> str:
-    """What the figure's cost counts: what all budgets do, MACs where they differ."""
+    """What the figure's cost counts: what all budgets do, MACs where they differ.
+
+    Latencies are compared only where all were measured alike.
+    """
     metrics = {run.metric for run in runs}
+    if metrics == {"latency"} and len(set(latency_settings(runs))) > 1:
+        return "macs"
     return metrics.pop() if len(metrics) == 1 else "macs"
 
 

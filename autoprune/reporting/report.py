@@ -166,6 +166,9 @@ def _within(results: Results) -> str:
         # Counted parameters stand in the table; a budget of bytes or time is why.
         if metric not in ("macs", "params"):
             shares[metric] = told["cost"] / told["dense"]
+    if results.latency_kept is not None:
+        # Not what was predicted.
+        shares["latency"] = results.latency_kept["measured_share"]
     texts = []
     for metric, share in shares.items():
         texts.append(f"{percent_text(share, 1)} of the {METRICS[metric]}")

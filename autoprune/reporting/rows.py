@@ -125,7 +125,7 @@ def cost_rows(results: Results) -> Rows:
 
 
 def time_budget_rows(results: Results) -> Rows:
-    """A budget of time: what was predicted, and what was measured.
+    """How a budget of time was predicted and kept, beside what `budget_rows` tells.
 
     Args:
         results: What the run has decided and measured.
@@ -137,12 +137,11 @@ def time_budget_rows(results: Results) -> Rows:
     error = percent_text(model["error_median"], 1)
     largest = percent_text(model["error_95"], 1)
     return [
-        ["Budget", f"{kept['budget']} ({setting_text(kept)})"],
-        ["Allowed", milliseconds_text(kept["budget_ms"])],
-        ["Predicted", milliseconds_text(kept["predicted_ms"])],
-        ["Measured before fine-tuning", milliseconds_text(kept["measured_ms"])],
-        ["Dense network, in turns with it", milliseconds_text(kept["dense_ms"])],
-        ["Measured share of that", percent_text(kept["measured_share"], 1)],
+        ["Predicted and measured in", setting_text(kept)],
+        [
+            "Dense network, in turns with the pruned",
+            milliseconds_text(kept["dense_ms"]),
+        ],
         ["Corrections of the target", str(kept["corrections"])],
         ["Networks measured for the prediction", str(model["networks"])],
         ["Its error on others", f"{error} (median), {largest} (95th percentile)"],
