@@ -293,6 +293,33 @@ class PartialConvolution(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class OneKeyOfMaps(nn.Module):
+    """MobileNetV4's way: one key and one value for all heads, all by convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = HEADS
+        self.key_dim = 5
+        self.stem = nn.Conv2d(3, WIDTH, 8, 8)
+        self.query = nn.Conv2d(WIDTH, HEADS * 5, 1)
+        self.key = nn.Conv2d(WIDTH, 5, 1)
+        self.value = nn.Conv2d(WIDTH, 5, 1)
+        self.proj = nn.Conv2d(HEADS * 5, WIDTH, 1)
+        self.head = nn.Conv2d(WIDTH, N_CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        B, _, H, W = x.shape
+        q = self.query(x).reshape(B, self.num_heads, self.key_dim, -1)
+        q = q.transpose(-1, -2).contiguous()
+        k = self.key(x).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
+        v = self.value(x).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
+        # Widths alike and in memory like this: PyTorch takes one operation for it all.
+        out = F.scaled_dot_product_attention(q, k, v)
+        out = out.transpose(1, 2).reshape(B, H, W, -1).permute(0, 3, 1, 2)
+        return self.head(self.proj(out).relu()).mean((2, 3))
+
+
 class Slices(PartialConvolution):
     """The same, cut by slices."""
 
@@ -427,6 +454,7 @@ OTHERS = (
     MeanByHand,
     LearnedQueries,
     Autoencoder,
+    OneKeyOfMaps,
 )
 
 

@@ -44,6 +44,18 @@ def test_what_is_left_computes_what_the_masked_network_does(name):
         assert difference(masked(x), model(x)) > 1e-6
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_trace_of_one_sample_masks_a_batch_of_three(name):
+    model, groups = prepare(name)
+    x = torch.cat([example().double(), example().double()[:1].flip(-1)])
+    alone = trace(model, x[:1])
+    assert alone.channels == groups.channels
+    # Every group loses its first channel, so that none is kept by chance.
+    kept = {group: torch.arange(1, n) for group, n in alone.channels.items() if n > 1}
+    masked = mask(model, alone, kept)
+    assert difference(prune(model, alone, kept)(x), masked(x)) < 1e-9
+
+
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_heads_and_widths_of_attention_written_by_hand_can_go(kind):
     model = Tokens(kind)

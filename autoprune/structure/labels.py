@@ -250,8 +250,16 @@ class LabelBook:
             columns: Labels `(n_columns,)`.
 
         Returns:
-            Labels `(n_rows, n_columns)`; the same for the same rows and columns.
+            Labels `(n_rows, n_columns)`; the same for the same rows and columns, as
+            those of each sample of a batch are.
         """
+        distinct_rows, row_of = torch.unique(rows, return_inverse=True)
+        distinct_columns, column_of = torch.unique(columns, return_inverse=True)
+        cells = self._crossed(distinct_rows, distinct_columns)
+        return cells[row_of][:, column_of]
+
+    def _crossed(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """As `cross`, for rows and columns that are ascending and distinct."""
         for known in self.lattices:
             is_known = torch.equal(known.rows, rows)
             if is_known and torch.equal(known.columns, columns):
