@@ -52,6 +52,7 @@ LIMIT_S = 1800
 # Operations that read channels without weights of their own, as those of a spectral
 # norm do: zeros in the weights before them don't hide a channel.
 NOT_ZEROED = {
+    "native_batch_norm_of_its_input",
     "native_layer_norm",
     "native_group_norm",
     "_softmax",

@@ -228,6 +228,28 @@ class OneKey(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(B, N, -1))
 
 
+class SplitByHead(nn.Module):
+    """LeViT's and TinyViT's way: each head's query, key and value side by side, and the
+    value wider.
+    """
+
+    def __init__(self, dim: int = WIDTH):
+        super().__init__()
+        self.num_heads = HEADS
+        self.key_dim = 5
+        self.d = 7
+        self.qkv = nn.Linear(dim, HEADS * (5 + 5 + 7))
+        self.proj = nn.Linear(HEADS * 7, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, _ = x.shape
+        qkv = self.qkv(x).view(B, N, self.num_heads, -1)
+        q, k, v = qkv.split([self.key_dim, self.key_dim, self.d], dim=3)
+        q, k, v = q.permute(0, 2, 1, 3), k.permute(0, 2, 1, 3), v.permute(0, 2, 1, 3)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, N, -1))
+
+
 class CachedTable(BiasTable):
     """LeViT's way: the table is looked up once in evaluation, and kept."""
 
@@ -442,6 +464,7 @@ ATTENTIONS = (
     Rotary,
     SharedQuery,
     OneKey,
+    SplitByHead,
     CachedTable,
 )
 OTHERS = (

@@ -289,6 +289,31 @@ def test_attributes_of_parametrized_convolutions_follow_their_weights():
     assert pruned.body.parametrizations.weight.original0.shape == (5, 1, 1, 1)
 
 
+class Pointwise(nn.Module):
+    """A standardised filter of one weight has no deviation, and PyTorch says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.body = ScaledStdConv2d(16, N_OUT, 1)
+        self.head = nn.Conv2d(N_OUT, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(x).relu()).tanh())
+
+
+def test_a_layer_that_can_not_run_with_one_channel_is_pruned_down_to_two():
+    model = randomise(Pointwise().double()).eval()
+    groups = trace(model, images(1, SIZE))
+    assert groups.channels == {"stem": 16, "body": N_OUT}
+    x = images(2, SIZE, torch.float64)
+    kept = {"stem": torch.tensor([1, 3]), "body": torch.tensor([0])}
+    pruned = prune(model, groups, kept)
+    assert difference(outputs(pruned, x), outputs(mask(model, groups, kept), x)) < 1e-12
+    with pytest.raises(ValueError, match="more than 1 value"):
+        prune(model, groups, {"stem": torch.tensor([1])})(x)
+
+
 OUTER = ((N_OUT, N_IN, 3, 2), (N_OUT, N_IN, 2, 3))
 UNFOLLOWED = {
     "outer": (lambda w, a, b: (a @ b) * 1.0, OUTER, "isn't a parameter as a whole"),

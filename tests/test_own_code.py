@@ -38,7 +38,9 @@ def test_what_is_left_computes_what_the_masked_network_does(name):
         kept = random_kept(groups, seed, max_sparsity=0.5)
         pruned = prune(model, groups, kept)
         counts = {group: len(channels) for group, channels in kept.items()}
-        assert CostTable(groups).macs(counts) == counted_macs(pruned, SIZE)
+        costs = CostTable(groups)
+        assert costs.macs(counts) == counted_macs(pruned, SIZE)
+        assert costs.params(counts) == sum(p.numel() for p in pruned.parameters())
         masked = mask(model, groups, kept)
         assert difference(pruned(x), masked(x)) < 1e-9
         assert difference(masked(x), model(x)) > 1e-6

@@ -262,6 +262,11 @@ class CostTable:
         is the cell of one head and one place. So it's one position for each of the
         product's 12.
 
+        The same heads may have places of several widths on one axis. Queries and keys
+        of width 3 and values of width 5, say: a head holds 3 + 3 + 5 positions, a place
+        of the first width 8, one of the second 4. That is two positions for each cell
+        of heads and the first width, and one for each of heads and the second.
+
         Args:
             per_channel: Number of a group to the positions that one of its channels
                 occupies in the dense network.
@@ -271,10 +276,15 @@ class CostTable:
         """
         counts = dict(per_channel)
         for number, (row, column) in enumerate(self.terms.cell_pairs):
-            if row in counts and column in counts:
-                # A row's positions are one cell, or several, in each column.
-                cells = counts.pop(row) // int(self.dense[column])
-                del counts[column]
+            n_rows = int(self.dense[row])
+            n_columns = int(self.dense[column])
+            # What either has left of them; 0 where it has no positions here.
+            of_row = counts.get(row, 0) // n_columns
+            of_column = counts.get(column, 0) // n_rows
+            cells = min(of_row, of_column)
+            if cells:
+                counts[row] -= cells * n_columns
+                counts[column] -= cells * n_rows
                 counts[len(self.names) + number] = cells
         return counts
 
