@@ -6,14 +6,14 @@ r"""What is a search under a budget of latency worth, at equal measured latency?
 Three networks a seed, each searched, pruned and fine-tuned by the command line with its
 defaults but for the sizes below:
 
-- `latency`: searched under `latency=50%`, in ONNX Runtime at batch 1.
+- `latency`: searched under `latency=50%`, in ONNX Runtime at batch 1, on one thread.
 - `equal`: searched under MACs, the budget changed until the network that is found takes
   as long as that of `latency`, or at most 2 % longer.
 - `macs`: searched under `macs=50%`.
 
 All of them are timed by this script beside the dense network, in turns: in ONNX Runtime
-and PyTorch, at batch 1 and 32. The last epoch of fine-tuning counts, the test split is
-read after it; no budget is chosen by it.
+and PyTorch, at batch 1 and 32, on one thread. The last epoch of fine-tuning counts, the
+test split is read after it; no budget is chosen by it.
 
 A row a network in `experiments/results/equal_latency.csv`. Rows that are there aren't
 measured again; runs lie in `runs/equal_latency`, and a killed script goes on with them.
@@ -68,6 +68,8 @@ FIELDS = (
 )
 ARMS = ("latency", "equal", "macs")
 LATENCY = "latency=50%"
+ENGINE = LatencyConfig(threads=1)
+"""What budgets of latency are about."""
 LARGEST_EXCESS = 1.02
 """Time over that of `latency` that still counts as equal."""
 CLOSE = 0.98
@@ -173,6 +175,7 @@ def search(args: argparse.Namespace, budget: str, seed: int) -> RunFolder:
         "max_train_images": args.images,
         "budget": budget,
         "episodes": args.episodes,
+        "latency.threads": ENGINE.threads,
         "seed": seed,
         "epochs": 0,
         "baselines": "none",
@@ -286,7 +289,7 @@ def shares_of_time(
     pruned = load_pruned(folder.root)
     example = context.splits.example
     shares = {}
-    for setting in reported_settings(setting_of(LatencyConfig())):
+    for setting in reported_settings(setting_of(ENGINE)):
         column = f"{setting.engine}_{setting.batch}"
         if column in columns:
             [row] = measure_latency(context.model, pruned, example, [setting], SECONDS)

@@ -12,7 +12,7 @@ timed beside the dense one, in turns, for longer than the run did.
 A row a run in `experiments/results/latency_budgets.csv`: what the model predicted, what
 the run measured last, and what this script measured, as shares of the dense time. Rows
 that are there aren't measured again; runs lie in `runs/latency_budgets`. Nothing else
-should run meanwhile. Forty minutes on two cores.
+should run meanwhile. An hour.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--budgets", nargs="+", default=["latency=50%", "latency=70%"])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/latency_budgets"))
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()

@@ -115,7 +115,7 @@ def measure(cell: dict) -> dict[str, str]:
     engine = engine_named(setting.engine)
     tile = engine.tile(setting.precision)
     costs = CostTable(groups)
-    space = SearchSpace(costs, round_to=suited_multiples(groups, tile, n_levels=1))
+    space = SearchSpace(costs, round_to=suited_multiples(groups, tile))
     started = datetime.now(UTC)
     timer = NetworkTimer(model, groups, example, engine, setting)
     profile = profile_latency(timer, space)
@@ -127,7 +127,7 @@ def measure(cell: dict) -> dict[str, str]:
         "networks": str(profile.model.n_fitted),
         "seconds": f"{seconds:.0f}",
         "dense_ms": f"{1e3 * profile.model.dense_seconds:.2f}",
-        "tile": str(profile.model.fit.tile),
+        "tile": str(profile.model.fit.rounding.tile),
         "median": f"{profile.model.error.median:.4f}",
         "p95": f"{profile.model.error.largest:.4f}",
         "macs_median": f"{by_macs.median:.4f}",

@@ -2,11 +2,12 @@
 tests know what is true of them.
 
 A layer takes the longer of two times, that of its multiplications and that of the
-channels that it moves; both count channels in whole tiles. So time climbs in stairs, and
+channels that it moves; both count channels in tiles. So time climbs in stairs, and
 has a knee where a layer is so narrow that moving is what takes long.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,6 +34,7 @@ class FakeEngine:
     Attributes:
         name: What it is entered as.
         width: Its tile, in channels.
+        is_halved: Whether fewer channels than a tile take a half of it, a quarter, ...
         noise: Relative deviation of a pass, drawn from `generator`.
         error: By how much its answers differ, relative to the largest.
         refuses: Why it can't express any network; empty where it can.
@@ -43,6 +45,7 @@ class FakeEngine:
 
     name: str = "fake"
     width: int = 8
+    is_halved: bool = False
     noise: float = 0.0
     error: float = 0.0
     refuses: str = ""
@@ -70,7 +73,13 @@ class FakeEngine:
         ]
         check_answers(setting, samples.expected, answers)
         self.loads.append(setting)
-        return FakeLoaded(self, kernels_of(samples, setting, self.width))
+        return FakeLoaded(self, kernels_of(samples, setting, self._rounded_up))
+
+    def _rounded_up(self, n_channels: int) -> int:
+        tile = self.width
+        while self.is_halved and tile // 2 >= n_channels:
+            tile //= 2
+        return -(-n_channels // tile) * tile
 
 
 @dataclass
@@ -109,14 +118,17 @@ class FakeLoaded:
         return max(0.1, 1 + self.engine.noise * self.engine.generator.standard_normal())
 
 
-def kernels_of(samples: Samples, setting: Setting, tile: int) -> list[Kernel]:
+def kernels_of(
+    samples: Samples, setting: Setting, rounded_up: Callable[[int], int]
+) -> list[Kernel]:
     """The layers of a network in the order in which they run, with their times."""
     kernels = []
     handles = []
 
     def note(name: str):
         def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            seconds = layer_seconds(module, inputs[0], output, tile) / setting.threads
+            seconds = layer_seconds(module, inputs[0], output, rounded_up)
+            seconds /= setting.threads
             if setting.precision == "bfloat16":
                 seconds /= 2
             kind = KINDS[type(module)]
@@ -136,21 +148,20 @@ def kernels_of(samples: Samples, setting: Setting, tile: int) -> list[Kernel]:
 
 
 def layer_seconds(
-    module: nn.Module, read: torch.Tensor, written: torch.Tensor, tile: int
+    module: nn.Module,
+    read: torch.Tensor,
+    written: torch.Tensor,
+    rounded_up: Callable[[int], int],
 ) -> float:
     """What one layer takes on one thread in float32."""
     n_out, n_in, *kernel = module.weight.shape
     n_groups = getattr(module, "groups", 1)
     positions_read = read.numel() // (n_in * n_groups)
     positions_written = written.numel() // n_out
-    wide_out = whole_tiles(n_out, tile)
-    wide_in = whole_tiles(n_in * n_groups, tile)
+    wide_out = rounded_up(n_out)
+    wide_in = rounded_up(n_in * n_groups)
     # A group reads only its own channels: of a depthwise layer each its one.
     per_output = n_in if n_groups > 1 else wide_in
     macs = positions_written * math.prod(kernel) * wide_out * per_output
     values = positions_read * wide_in + positions_written * wide_out
     return max(macs * SECONDS_PER_MAC, values * SECONDS_PER_VALUE)
-
-
-def whole_tiles(n_channels: int, tile: int) -> int:
-    return -(-n_channels // tile) * tile

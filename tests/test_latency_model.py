@@ -19,7 +19,7 @@ from autoprune.costs.search_space import SearchSpace
 from autoprune.data.networks import conv_bn
 from autoprune.errors import UserError
 from autoprune.latency.engine_protocol import Setting
-from autoprune.latency.kernels import WorkTable
+from autoprune.latency.kernels import EXACT, Rounding, WorkTable
 from autoprune.latency.model import LatencyModel
 from autoprune.latency.profiling import (
     LARGEST_NOISE,
@@ -107,7 +107,21 @@ class Mistaken(FakeEngine):
 
 @pytest.mark.parametrize("width", [8, 16, 32])
 def test_the_channels_in_which_an_engine_works_are_found(width):
-    assert profiled(Mistaken(width=width)).fit.tile == width
+    assert profiled(Mistaken(width=width)).fit.rounding == Rounding(width)
+
+
+def test_tiles_that_are_halved_for_narrow_layers_are_found():
+    assert profiled(FakeEngine(width=32, is_halved=True)).fit.rounding == Rounding(
+        32, is_halved=True
+    )
+
+
+def test_narrow_layers_take_the_next_power_of_two_and_wide_ones_whole_tiles():
+    lengths = np.array([1.0, 3, 4, 5, 8, 9, 15.5, 16, 17, 33])
+    halved = Rounding(16, is_halved=True).up(lengths)
+    assert halved.tolist() == [1, 4, 4, 8, 8, 16, 16, 16, 32, 48]
+    assert Rounding(16).up(lengths).tolist() == [16] * 8 + [32, 48]
+    assert EXACT.up(lengths) is lengths
 
 
 def test_work_is_what_the_layers_of_the_pruned_network_have_to_do():
@@ -119,7 +133,7 @@ def test_work_is_what_the_layers_of_the_pruned_network_have_to_do():
             for group, count in zip(groups, kept.tolist(), strict=True)
         }
         pruned = prune(model, groups, channels)
-        amounts = dict(zip(work.labels, work.amounts(kept, tile=1), strict=True))
+        amounts = dict(zip(work.labels, work.amounts(kept, EXACT), strict=True))
         computed = sum(
             value
             for (signature, amount), value in amounts.items()

@@ -16,7 +16,7 @@ from autoprune.latency.model import LatencyModel
 from autoprune.latency.processor import processor_name
 from autoprune.structure.groups import Groups
 
-FORMAT = 1
+FORMAT = 2
 """Of what is stored; another one is another file."""
 
 

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autoprune.latency.kernels import Signature, WorkTable
+from autoprune.latency.kernels import Rounding, Signature, WorkTable
 
 TILES = (1, 2, 4, 8, 16, 32)
-"""Multiples of channels in which an engine may compute, each tried."""
+"""Channels that an engine may compute at a time, each tried."""
 PULLS = (0.03, 0.1, 0.3, 1.0, 3.0)
 """How strongly layers of one kind are held to one speed, each tried."""
 BETTER = 0.9
-"""Share of its error below which another tile is better than the engine's own."""
+"""Share of its error below which another rounding is better than the engine's own."""
 N_FOLDS = 6
 """Parts of the measured networks that are left out in turn to compare fits."""
 
@@ -27,18 +27,18 @@ class Fit:
     """Times of amounts of work, as shares of the dense network's time.
 
     Attributes:
-        tile: Channels in which the engine seems to compute.
+        rounding: In how many channels the engine seems to compute.
         constant: What a pass takes beside all work.
         factors: What a unit of each amount takes, `(n_columns,)`, 0 or more.
     """
 
-    tile: int
+    rounding: Rounding
     constant: float
     factors: np.ndarray
 
     def predict(self, work: WorkTable, kept: np.ndarray) -> np.ndarray:
         """Times `(...)` of allocations `(..., n_groups)`."""
-        return self.constant + work.amounts(kept, self.tile) @ self.factors
+        return self.constant + work.amounts(kept, self.rounding) @ self.factors
 
 
 def fit_times(work: WorkTable, kept: np.ndarray, times: np.ndarray, tile: int) -> Fit:
@@ -46,9 +46,10 @@ def fit_times(work: WorkTable, kept: np.ndarray, times: np.ndarray, tile: int) -
 
     Few networks are measured and there are many amounts, so layers of one kind are held
     to one time per unit: they leave it where the measurements ask for that. How
-    strongly they are held is what predicts networks best that were left out. So are the
-    tiles in which channels are counted, but for what the engine says: its own tile is
-    left for a better fit only, since widths that weren't measured follow from it.
+    strongly they are held is what predicts networks best that were left out. So is how
+    channels are rounded up, but for what the engine says: whole tiles of its own are
+    left for a clearly better fit only, since widths that weren't measured follow from
+    them.
 
     Args:
         work: The amounts.
@@ -56,35 +57,37 @@ def fit_times(work: WorkTable, kept: np.ndarray, times: np.ndarray, tile: int) -
         times: What they took, as shares of the dense network's time, `(n,)`.
         tile: Channels in which the engine computes, as far as it knows.
     """
-    best = _best_pull(work, kept, times, tile)
+    best = _best_pull(work, kept, times, Rounding(tile))
     best_error = best.error * BETTER
-    for other in TILES:
+    others = [Rounding(tile, is_halved=True)]
+    others += [Rounding(other) for other in TILES if other != tile]
+    for other in others:
         candidate = _best_pull(work, kept, times, other)
-        if other != tile and candidate.error < best_error:
+        if candidate.error < best_error:
             best = candidate
             best_error = candidate.error
-    amounts = work.amounts(kept, best.tile)
+    amounts = work.amounts(kept, best.rounding)
     constant, factors = _solve(amounts, times, work.labels, best.pull)
-    return Fit(best.tile, constant, factors)
+    return Fit(best.rounding, constant, factors)
 
 
 class _Candidate(NamedTuple):
     """How a fit could be made, and its error on networks that were left out."""
 
-    tile: int
+    rounding: Rounding
     pull: float
     error: float
 
 
 def _best_pull(
-    work: WorkTable, kept: np.ndarray, times: np.ndarray, tile: int
+    work: WorkTable, kept: np.ndarray, times: np.ndarray, rounding: Rounding
 ) -> _Candidate:
-    """The best of `PULLS` with a tile."""
-    amounts = work.amounts(kept, tile)
+    """The best of `PULLS` with one way to round."""
+    amounts = work.amounts(kept, rounding)
     candidates = []
     for pull in PULLS:
         error = _error_of_left_out(amounts, times, work.labels, pull)
-        candidates.append(_Candidate(tile, pull, error))
+        candidates.append(_Candidate(rounding, pull, error))
     return min(candidates, key=lambda candidate: candidate.error)
 
 

@@ -1,8 +1,8 @@
 """What the layers of a network have to do, as functions of how much each group keeps.
 
 An engine's kernels work on tiles: vectors of 8 or 16 channels. A layer of 17 channels
-takes as long as one of 32 then, so work is counted in channels that are rounded up to a
-tile. Every amount of work never falls when a count grows.
+takes as long as one of 32 then, so work is counted in channels that are rounded up, as
+`Rounding` has it. Every amount of work never falls when a count grows.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,42 @@ class Signature:
     taps: int = 1
     stride: int = 1
     positions: int = 1
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How many channels an engine computes for those that a layer has.
+
+    With a tile of 16, 20 channels take as long as 32. Less than a tile takes as long as
+    all of it, or, where tiles can be halved, as the next power of two: 5 as 8.
+
+    Attributes:
+        tile: Channels that are computed at a time, a power of two; 0 where each counts.
+        is_halved: Whether channels that don't fill one tile take a smaller one.
+    """
+
+    tile: int
+    is_halved: bool = False
+
+    def up(self, lengths: np.ndarray) -> np.ndarray:
+        """What numbers of channels `(...)` are computed as.
+
+        Args:
+            lengths: The numbers; fractions are allowed.
+        """
+        if not self.tile:
+            return lengths
+        # Less a little, so that a sum of fractions that should be whole isn't rounded
+        # up.
+        rounded = np.ceil(lengths / self.tile - 1e-9) * self.tile
+        if not self.is_halved:
+            return rounded
+        powers = 2 ** np.ceil(np.log2(np.maximum(lengths, 1)) - 1e-9)
+        return np.minimum(rounded, powers, out=rounded, where=lengths < self.tile)
+
+
+EXACT = Rounding(0)
+"""Every channel counts."""
 
 
 class WorkTable:
@@ -67,16 +103,16 @@ class WorkTable:
         self._is_depthwise = kinds == "depthwise"
         self._tabulate_columns(signatures)
 
-    def amounts(self, kept: np.ndarray, tile: int) -> np.ndarray:
+    def amounts(self, kept: np.ndarray, rounding: Rounding) -> np.ndarray:
         """The work of allocations, float64 `(..., n_columns)`.
 
         Args:
             kept: Counts `(..., n_groups)`; fractions are allowed.
-            tile: Channels are rounded up to a multiple of it; 0 for not at all.
+            rounding: How channels are rounded up.
         """
         terms = np.asarray(self.terms.of(kept), float)
-        outputs = _round_up(_lengths(self._outputs, terms), tile)
-        inputs = _round_up(_lengths(self._inputs, terms), tile)
+        outputs = rounding.up(_lengths(self._outputs, terms))
+        inputs = rounding.up(_lengths(self._inputs, terms))
         # A depthwise filter has one input channel, whatever the tile.
         per_output = np.where(self._is_depthwise, 1.0, inputs)
         read = np.where(self._is_depthwise, outputs, inputs)
@@ -91,17 +127,17 @@ class WorkTable:
         # `(..., n_layers, 3)` to one sum for each signature and amount.
         sums = np.einsum("...la,ls->...sa", by_layer, self._is_of_signature)
         columns = [sums.reshape(*sums.shape[:-2], -1)]
-        whole = np.asarray(self.terms.of(self._whole_tiles(kept, tile)), float)
+        whole = np.asarray(self.terms.of(self._whole_tiles(kept, rounding)), float)
         for table in (self._products, self._moves):
             columns.append(_lengths(table, whole).sum(-1)[..., None])
         return np.concatenate(columns, -1)
 
-    def _whole_tiles(self, kept: np.ndarray, tile: int) -> np.ndarray:
+    def _whole_tiles(self, kept: np.ndarray, rounding: Rounding) -> np.ndarray:
         """Counts rounded up to tiles, as engines hold channels between layers.
 
         Heads of attention and their width aren't: neither is the length of an axis.
         """
-        rounded = np.minimum(_round_up(kept, tile), self.terms.dense)
+        rounded = np.minimum(rounding.up(kept), self.terms.dense)
         is_cell = np.isin(np.arange(len(self.terms.dense)), self.terms.cell_pairs)
         return np.where(is_cell, kept, rounded)
 
@@ -130,11 +166,3 @@ def _lengths(table: tuple[np.ndarray, np.ndarray], terms: np.ndarray) -> np.ndar
     """Lengths `(..., n)` at terms `(..., n_terms)`."""
     fixed, per_term = table
     return fixed + terms @ per_term.T
-
-
-def _round_up(lengths: np.ndarray, tile: int) -> np.ndarray:
-    """Channels as the engine computes them: whole tiles."""
-    if not tile:
-        return lengths
-    # Less a little, so that a sum of fractions that should be whole isn't rounded up.
-    return np.ceil(lengths / tile - 1e-9) * tile

@@ -8,7 +8,7 @@ import numpy as np
 from autoprune.costs.metrics import Cost, KeptCounts, counts_in_order, whole_costs
 from autoprune.latency.engine_protocol import Setting
 from autoprune.latency.fitting import Fit
-from autoprune.latency.kernels import WorkTable
+from autoprune.latency.kernels import EXACT, Rounding, WorkTable
 
 NANOSECONDS = 1e9
 """In a second; budgets count them, as whole numbers."""
@@ -60,14 +60,14 @@ class LatencyModel:
     def __call__(self, kept: KeptCounts) -> Cost:
         """As in `Metric`: nanoseconds of a pass at the setting's batch size."""
         counts = counts_in_order(kept, self.work.terms.names, self.work.terms.dense)
-        return whole_costs(self._nanoseconds(counts, self.fit.tile))
+        return whole_costs(self._nanoseconds(counts, self.fit.rounding))
 
     def continuous(self, kept: np.ndarray) -> np.ndarray:
         """As in `Metric`; the same at counts that fill whole tiles, below elsewhere."""
-        return self._nanoseconds(kept, tile=0)
+        return self._nanoseconds(kept, EXACT)
 
-    def _nanoseconds(self, kept: np.ndarray, tile: int) -> np.ndarray:
-        amounts = self.work.amounts(kept, tile)
+    def _nanoseconds(self, kept: np.ndarray, rounding: Rounding) -> np.ndarray:
+        amounts = self.work.amounts(kept, rounding)
         share = self.fit.constant + amounts @ self.fit.factors
         return NANOSECONDS * self.dense_seconds * share
 
@@ -75,7 +75,7 @@ class LatencyModel:
         """Plain data, from which `from_json` makes the same model."""
         return {
             "setting": vars(self.setting),
-            "tile": self.fit.tile,
+            "rounding": vars(self.fit.rounding),
             "constant": self.fit.constant,
             "factors": self.fit.factors.tolist(),
             "dense_seconds": self.dense_seconds,
@@ -99,7 +99,7 @@ class LatencyModel:
         factors = np.array(data["factors"], float)
         if len(factors) != len(work.labels):
             raise ValueError(f"{len(factors)} factors for {len(work.labels)} amounts")
-        fit = Fit(data["tile"], data["constant"], factors)
+        fit = Fit(Rounding(**data["rounding"]), data["constant"], factors)
         return cls(
             Setting(**data["setting"]),
             work,

@@ -8,7 +8,6 @@ from autoprune.config import Settings
 from autoprune.costs.budget import has_metric, parse_budget
 from autoprune.costs.cost import CostTable
 from autoprune.costs.search_space import SearchSpace
-from autoprune.costs.widths import suited_multiples
 from autoprune.errors import ExportError, UserError
 from autoprune.files import write_json
 from autoprune.latency.cache import ModelCache
@@ -64,11 +63,6 @@ def latency_model_of(context: "RunContext", costs: CostTable) -> LatencyModel:
     engine = engine_named(setting.engine)
     search = context.settings.search
     limits = context.coarsest_limits
-    if context.tile is not None:
-        # Whole tiles alone. A width between two of them takes at least as long as the
-        # next whole one, up to which channels are free; so nothing chosen has it.
-        tile = context.tile.channels
-        limits["round_to"] = suited_multiples(context.groups, tile, n_levels=1)
     space = SearchSpace(costs, "macs", max_sparsity=search.max_sparsity, **limits)
     cache = ModelCache(context.groups, space, engine, setting)
     model = cache.read(work)
@@ -141,7 +135,7 @@ def profile_stage(context: "RunContext", folder: RunFolder) -> None:
     folder.add_results(
         latency_model={
             **vars(model.setting),
-            "tile": model.fit.tile,
+            "tile": model.fit.rounding.tile,
             "dense_ms": 1e3 * model.dense_seconds,
             "error_median": model.error.median,
             "error_95": model.error.largest,
