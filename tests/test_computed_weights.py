@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from autoprune.costs.cost import CostTable
+from autoprune.costs.search_space import SearchSpace
 from autoprune.structure.slicing import prune
 from autoprune.tracing.masking import mask
 from autoprune.tracing.trace import trace
@@ -312,6 +313,10 @@ def test_a_layer_that_can_not_run_with_one_channel_is_pruned_down_to_two():
     assert difference(outputs(pruned, x), outputs(mask(model, groups, kept), x)) < 1e-12
     with pytest.raises(ValueError, match="more than 1 value"):
         prune(model, groups, {"stem": torch.tensor([1])})(x)
+    # So no search is offered it.
+    assert groups["stem"].least == 2
+    space = SearchSpace(CostTable(groups), round_to=1, max_sparsity=0.99)
+    assert space.low.tolist() == [2, 2]
 
 
 OUTER = ((N_OUT, N_IN, 3, 2), (N_OUT, N_IN, 2, 3))

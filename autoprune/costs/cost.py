@@ -55,6 +55,7 @@ class CostTable:
     Attributes:
         names: The prunable groups, in order.
         dense: Their channels in the dense network, int64 `(n_groups,)`.
+        least: The fewest channels with which the network runs, int64 `(n_groups,)`.
         terms: What lengths are affine in: counts, and products of counts.
         metrics: What can be counted: name to metric.
     """
@@ -63,6 +64,7 @@ class CostTable:
         self.names = [group.name for group in groups]
         # int64 throughout: MACs of large networks exceed 32 bits.
         self.dense = np.array([group.channels for group in groups], dtype=np.int64)
+        self.least = np.array([group.least for group in groups], dtype=np.int64)
         self.terms = Terms(self.names, self.dense, _cell_pairs(groups))
         partial_layers = [layer for layer in groups.layers if layer.parts]
         self._tabulate_axes(groups, partial_layers)

@@ -38,7 +38,7 @@ class SearchSpace:
             out).
         max_sparsity: Largest share of a group's channels that may go, in [0, 1].
         min_width: Fewest channels that a group keeps, all if it has fewer; one number
-            or group to number, as above.
+            or group to number, as above. Never fewer than the network runs with.
 
     Attributes:
         levels: For each group the counts that it may keep, int64, ascending.
@@ -60,7 +60,8 @@ class SearchSpace:
     def __post_init__(self) -> None:
         names = self.costs.names
         self._multiples = numbers_in_order("round_to", self.round_to, names)
-        self._widths = numbers_in_order("min_width", self.min_width, names)
+        widths = numbers_in_order("min_width", self.min_width, names)
+        self._widths = np.maximum(widths, self.costs.least).tolist()
         self.levels = []
         for channels, multiple, width in zip(
             self.costs.dense, self._multiples, self._widths, strict=True

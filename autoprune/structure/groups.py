@@ -92,6 +92,8 @@ class Group:
         members: Every place where they sit.
         pinned: Why the group can't be pruned, or None if it can.
         macs_share: Share of the network's MACs spent in layers that touch the group.
+        least: Fewest channels to keep. With fewer the network's own code doesn't run,
+            in this group or in another one.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Group:
     members: tuple[Member, ...]
     pinned: str | None = None
     macs_share: float = 0.0
+    least: int = 1
 
     @property
     def consumers(self) -> list[Member]:
@@ -282,6 +285,17 @@ class Groups:
             reason = group.pinned or reasons.get(group.name)
             pinned.append(replace(group, pinned=reason))
         return replace(self, all=tuple(pinned))
+
+    def with_least(self, least: int) -> "Groups":
+        """The same groups, each keeping so many channels at least, or all that it has.
+
+        Args:
+            least: The fewest channels.
+        """
+        kept = []
+        for group in self.all:
+            kept.append(replace(group, least=min(least, group.channels)))
+        return replace(self, all=tuple(kept))
 
     def removed_labels(self, kept: Mapping[str, Tensor]) -> Tensor:
         """Per label of the trace whether its channel goes.

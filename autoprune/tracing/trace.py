@@ -32,7 +32,7 @@ from autoprune.tracing.training_mode import (
     watch_reads,
 )
 from autoprune.tracing.unread_attributes import note_boundaries
-from autoprune.tracing.verify import failing_groups
+from autoprune.tracing.verify import prove
 
 
 def trace(model: nn.Module, example: Example, verify: bool = True) -> Groups:
@@ -72,10 +72,9 @@ def trace(model: nn.Module, example: Example, verify: bool = True) -> Groups:
     groups = derive_groups(tracer, demands, boundaries, reads)
     if not verify:
         return groups
+    verdict = prove(twin, groups, sample, more_demands is not None)
     # What fails keeps all its channels.
-    return groups.with_pins(
-        failing_groups(twin, groups, sample, more_demands is not None)
-    )
+    return groups.with_pins(verdict.failing).with_least(verdict.least)
 
 
 def _private_copy(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ LARGE = 1_000_000
 # small squeeze-and-excitation block; other weights bring them out.
 DRAWS = 8
 """How many draws of weights a group gets to show that masking it changes something."""
-FEW = (1, 2, 4)
+FEW = (1, 2, 4, 8, 16)
 """Channels left of each group in a last trial, the first with which the network runs.
 
 Code that does otherwise below some width, as `max(4, n // 8)` does, shows it there.
@@ -39,10 +40,22 @@ UNREPEATABLE = "the network answers the same input differently each time"
 NOT_FINITE = "the network's output isn't finite"
 
 
-def failing_groups(
+class Verdict(NamedTuple):
+    """What a proof has found.
+
+    Attributes:
+        failing: Name of a group to what is wrong with pruning it.
+        least: Fewest channels of each other group with which the network ran.
+    """
+
+    failing: dict[str, str]
+    least: int
+
+
+def prove(
     model: nn.Module, groups: Groups, inputs: Inputs, with_training: bool = False
-) -> dict[str, str]:
-    """Groups whose pruned network isn't the masked one, each with the reason.
+) -> Verdict:
+    """Finds the groups whose pruned network isn't the masked one.
 
     Every parameter and buffer is drawn at random for the check, so that zeros of a
     trained network hide nothing, and masking has to change the output. All groups are
@@ -56,16 +69,16 @@ def failing_groups(
         with_training: Whether the training mode has to be right as well.
 
     Returns:
-        Name of a group to what is wrong with pruning it.
+        The groups that fail, and how narrow the others may become.
     """
     draw = partial(_Check, model, groups, inputs, with_training)
     check = draw(seed=0)
     if not len(groups) or check.joint_failure(groups) is None:
-        return {}
+        return Verdict({}, check.least)
     if check.failure({}) != UNCHANGED:
         # A network with a memory, say: nothing would show that a group is right.
         reason = UNREPEATABLE if check.dense.isfinite().all() else NOT_FINITE
-        return {group.name: reason for group in groups}
+        return Verdict({group.name: reason for group in groups}, 1)
     # Nearly all that fails doesn't run, which a forward pass for each group tells.
     failing: dict[str, str] = {}
     for group in groups:
@@ -83,7 +96,7 @@ def failing_groups(
         failing[sound[last].name] = f"together with other groups, {failure}"
         del sound[last]
         failure = check.joint_failure(sound)
-    return failing
+    return Verdict(failing, check.least)
 
 
 def _find_failing_halves(
@@ -104,7 +117,7 @@ def _find_failing_halves(
     failure = check.joint_failure(groups)
     if failure is None:
         return {}
-    # Halves that pass may still fail together; `failing_groups` looks at that later.
+    # Halves that pass may still fail together; `prove` looks at that later.
     if len(groups) > 1:
         middle = len(groups) // 2
         failing = _find_failing_halves(check, draw, groups[:middle])
@@ -156,6 +169,8 @@ class _Check:
         seed: int,
     ):
         self.modes = (False, True) if with_training else (False,)
+        # With how few channels of each group the last joint trial ran.
+        self.least = 1
         n_parameters = 0
         for tensor in named_tensors(model).values():
             n_parameters += tensor.numel()
@@ -253,12 +268,12 @@ class _Check:
             if failure is not None:
                 return failure
         for n_left in FEW:
+            self.least = n_left
             failure = self.failure(_few_of_each(groups, n_left), may_be_undefined=True)
-            # A deviation over one weight raises, say. That is no wrong answer, and what
-            # is cut so narrow says so itself.
+            # A deviation over one weight raises, say, which is no wrong answer.
             if failure is None or not failure.startswith(NOT_RUNNING):
                 return failure
-        return None
+        return failure
 
     def try_pruning(self, kept: dict[str, Tensor]) -> Tensor | str:
         """What the pruned network returns, or why it doesn't run."""
