@@ -267,6 +267,7 @@ class _Check:
             failure = self.failure(kept)
             if failure is not None:
                 return failure
+        failure: str | None = None
         for n_left in FEW:
             self.least = n_left
             failure = self.failure(_few_of_each(groups, n_left), may_be_undefined=True)
