@@ -23,6 +23,7 @@ from autoprune.deploy.export import (
     export_program,
     onnx_session,
 )
+from autoprune.deploy.plain_attention import plain_attention
 from autoprune.deploy.pruned import load_pruned, save_pruned
 from autoprune.errors import UserError
 
@@ -147,6 +148,51 @@ def test_export_leaves_the_model_as_found(tmp_path):
     assert [p.requires_grad for p in model.parameters()] == [
         p.requires_grad for p in before.parameters()
     ]
+
+
+class Windows(nn.Module):
+    """Attention within windows, on five axes, with a bias for each pair of places."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Conv2d(3, 36, 1)
+        self.bias = nn.Parameter(torch.randn(3, 16, 16))
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.qkv(x).unflatten(2, (2, 4)).unflatten(4, (2, 4))
+        # (batch, 3, heads, width, rows, 4, columns, 4) to windows of 16 places.
+        parts = maps.unflatten(1, (3, 3, 4)).permute(1, 0, 4, 6, 2, 5, 7, 3)
+        q, k, v = parts.flatten(5, 6).flatten(2, 3).unbind(0)
+        read = F.scaled_dot_product_attention(q, k, v, self.bias)
+        return self.head(read.transpose(2, 3).flatten(3).mean((1, 2)))
+
+
+def test_attention_of_more_axes_than_onnx_knows_is_exported_as_its_parts(tmp_path):
+    model = Windows().eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert export_onnx(model, x, tmp_path / "model.onnx") < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale": 0.3},
+        {"is_causal": True},
+        {"attn_mask": torch.randn(7, 9)},
+        {"attn_mask": torch.arange(9) < torch.arange(2, 9)[:, None]},
+        {"enable_gqa": True},
+    ],
+    ids=["plain", "scale", "causal", "added", "boolean", "shared"],
+)
+def test_attention_by_its_parts_is_that_of_pytorch(options):
+    query = torch.randn(2, 6, 7, 5, dtype=torch.float64)
+    n_heads = 2 if "enable_gqa" in options else 6
+    key = torch.randn(2, n_heads, 9, 5, dtype=torch.float64)
+    value = torch.randn(2, n_heads, 9, 4, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(plain_attention(query, key, value, **options), expected)
 
 
 def test_export_is_silent(tmp_path, capfd):

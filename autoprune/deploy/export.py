@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from autoprune.deploy.plain_attention import PlainAttention
 from autoprune.deploy.signature import Signature, signature_of
 from autoprune.errors import ExportError
 from autoprune.files import write_atomically
@@ -156,22 +157,32 @@ def export_named(model: nn.Module, signature: Signature, path: Path) -> None:
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.simplefilter("ignore", category)
         try:
-            torch.onnx.export(
-                model,
-                signature.inputs.positional,
-                path,
-                kwargs=signature.inputs.keywords,
-                dynamo=True,
-                verbose=False,
-                external_data=False,
-                input_names=signature.input_names,
-                output_names=signature.output_names,
-                dynamic_shapes=signature.dynamic_shapes,
-            )
+            _export(model, signature, path)
         except torch.onnx.errors.OnnxExporterError as error:
-            raise ExportError(
-                f"ONNX can't express this network ({_root_cause(error)})"
-            ) from error
+            try:
+                with PlainAttention():
+                    _export(model, signature, path)
+            except torch.onnx.errors.OnnxExporterError:
+                # The first reason is about the network as it is.
+                raise ExportError(
+                    f"ONNX can't express this network ({_root_cause(error)})"
+                ) from error
+
+
+def _export(model: nn.Module, signature: Signature, path: Path) -> None:
+    """One call of PyTorch's exporter."""
+    torch.onnx.export(
+        model,
+        signature.inputs.positional,
+        path,
+        kwargs=signature.inputs.keywords,
+        dynamo=True,
+        verbose=False,
+        external_data=False,
+        input_names=signature.input_names,
+        output_names=signature.output_names,
+        dynamic_shapes=signature.dynamic_shapes,
+    )
 
 
 def _add_metadata(path: Path, metadata: Mapping[str, str]) -> None:
