@@ -182,7 +182,8 @@ def remarks(rows: list[dict]) -> list[str]:
             lines.append([row["builder"], "fails", row["failures"]])
         if row["onnx_failure"]:
             lines.append([row["builder"], "ONNX", row["onnx_failure"]])
-        if is_short(row) and not is_refused(row):
+        # A row that ONNX alone has measured says nothing of shares.
+        if row["measured"] and is_short(row) and not is_refused(row):
             what = f"short of {percent(target(row))}; pinned"
             lines.append([row["builder"], what, summarised(row["reasons"])])
         if row["tp_failure"]:

@@ -92,6 +92,11 @@ def test_checks_that_were_not_made_are_not_counted(table):
     assert "| 1 of 1 |" in line
 
 
+def test_page_tells_a_failed_export_of_a_network_that_was_not_traced_yet(table):
+    store(RESNET18, "onnx", {"onnx_failure": "why", "onnx_measured": "2026-01-02"})
+    assert "| resnet18 | ONNX | why |" in report(read_table(table))
+
+
 def test_page_is_that_of_the_table_and_every_row_is_of_a_known_network():
     rows = read_table(coverage.TABLE)
     assert coverage.DOCUMENT.read_text(encoding="utf-8") == report(rows)
