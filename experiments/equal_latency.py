@@ -1,7 +1,7 @@
 r"""What is a search under a budget of latency worth, at equal measured latency?
 
     python -m experiments.equal_latency --model mobilenet_v2_cifar --weights FILE
-    python -m experiments.equal_latency --model mobilenet_v2_cifar --summary
+    python -m experiments.latency_report                            writes the page
 
 Three networks a seed, each searched, pruned and fine-tuned by the command line with its
 defaults but for the sizes below:
@@ -22,9 +22,6 @@ and VGG-16-BN, and thirty on MobileNet-V2.
 """
 
 import argparse
-import subprocess
-import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -39,14 +36,8 @@ from autoprune.latency.measuring import measure_latency, reported_settings
 from autoprune.pipeline.context import RunContext
 from autoprune.results import Results
 from autoprune.runs import RunFolder
-from experiments.script import finished_run, run, run_folder
-from experiments.tables import (
-    all_cells,
-    fill_table,
-    mean_and_spread,
-    read_table,
-    rows_for_summary,
-)
+from experiments.script import autoprune, finished_run, run, run_folder
+from experiments.tables import all_cells, fill_table, read_table
 
 TABLE = Path(__file__).parent / "results" / "equal_latency.csv"
 KEY = ("model", "arm", "seed")
@@ -95,7 +86,7 @@ class Trial(NamedTuple):
 
 
 def main() -> None:
-    """Measures what the table lacks, or sums it up."""
+    """Measures what the table lacks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -107,10 +98,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/equal_latency"))
-    parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
-    if args.summary:
-        return summarise(rows_for_summary(TABLE, parser), args.model)
     if args.weights is None:
         parser.error("--weights: give the trained weights of the network")
     settings = Settings(
@@ -121,7 +109,6 @@ def main() -> None:
     arms = {"seed": args.seeds, "arm": args.arms}
     cells = all_cells({"model": [args.model]} | arms)
     fill_table(TABLE, cells, partial(measure, context, args), FIELDS)
-    return None
 
 
 def measure(context: RunContext, args: argparse.Namespace, cell: dict) -> dict:
@@ -194,10 +181,7 @@ def fine_tuned(folder: RunFolder, epochs: int) -> Results:
         UserError: If fine-tuning fails; what it printed has been shown.
     """
     if not folder.read_results().finetune_epochs:
-        command = [sys.executable, "-m", "autoprune", "finetune", str(folder.root)]
-        command += ["--epochs", str(epochs)]
-        if subprocess.run(command).returncode:
-            raise UserError(None, f"failed: {' '.join(command)}")
+        autoprune("finetune", str(folder.root), "--epochs", str(epochs))
     return folder.read_results()
 
 
@@ -295,39 +279,6 @@ def shares_of_time(
             [row] = measure_latency(context.model, pruned, example, [setting], SECONDS)
             shares[column] = round(1 / row.speedup, 4)
     return shares
-
-
-def summarise(rows: list[dict], model: str) -> None:
-    """Accuracy and times of each arm, and what the latency budget is worth.
-
-    Args:
-        rows: What was measured.
-        model: The network.
-    """
-    by_arm: dict[str, dict[str, dict]] = defaultdict(dict)
-    for row in rows:
-        if row["model"] == model:
-            by_arm[row["arm"]][row["seed"]] = row
-    for arm, of_seed in by_arm.items():
-        tests = [100 * float(row["test"]) for row in of_seed.values()]
-        line = f"{arm:8s} test {mean_and_spread(tests)}"
-        macs = [float(row["macs_ratio"]) for row in of_seed.values()]
-        line += f"  MACs {sum(macs) / len(macs):.1%}"
-        for column in TIMES:
-            saved = []
-            for row in of_seed.values():
-                macs_saved = 1 - float(row["macs_ratio"])
-                saved.append((1 - float(row[column])) / macs_saved)
-            time = sum(float(row[column]) for row in of_seed.values()) / len(of_seed)
-            line += f"  {column} {time:.1%} ({sum(saved) / len(saved):.2f})"
-        print(line)
-    gains = []
-    for seed, row in by_arm["latency"].items():
-        if seed in by_arm["equal"]:
-            other = by_arm["equal"][seed]
-            gains.append(100 * (float(row["test"]) - float(other["test"])))
-    if gains:
-        print(f"points gained at equal latency: {mean_and_spread(gains)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Do runs with a budget of latency end within it?
 
     python -m experiments.latency_budgets
-    python -m experiments.latency_budgets --summary
+    python -m experiments.latency_report            writes the page
 
 Twenty runs of `autoprune run` over six networks, at 50 and 70 % of the dense network's
 time: all of them in ONNX Runtime at batch 1, two of them at batch 32 and in PyTorch as
@@ -22,14 +22,13 @@ from pathlib import Path
 import torch
 
 from autoprune.config import LatencyConfig
-from autoprune.costs.budget import Budget
 from autoprune.data.models import build
 from autoprune.deploy.pruned import load_pruned
-from autoprune.latency.engines import engine_named, setting_of
-from autoprune.latency.timing import time_in_turns
+from autoprune.latency.engines import setting_of
+from autoprune.latency.measuring import measure_latency
 from experiments.latency_networks import NETWORKS
 from experiments.script import finished_run, run, run_folder
-from experiments.tables import all_cells, fill_table, rows_for_summary
+from experiments.tables import all_cells, fill_table
 
 TABLE = Path(__file__).parent / "results" / "latency_budgets.csv"
 KEY = ("model", "engine", "batch", "threads", "budget")
@@ -49,8 +48,6 @@ EVERYWHERE = ("resnet56", "mobilenet_v2")
 """Networks that are also run in `FURTHER`."""
 FURTHER = (("onnxruntime", 32), ("torch", 1))
 """Engines and batches beside ONNX Runtime at batch 1."""
-LARGEST_EXCESS = 1.02
-"""Measured latency over budget that still counts as within it."""
 SECONDS = 15.0
 """What the passes of dense and pruned network take together."""
 FEW_IMAGES = {
@@ -72,7 +69,7 @@ FEW_IMAGES = {
 
 
 def main() -> None:
-    """Measures what the table lacks, or sums it up."""
+    """Measures what the table lacks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,13 +77,9 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["latency=50%", "latency=70%"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/latency_budgets"))
-    parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
-    if args.summary:
-        return summarise(rows_for_summary(TABLE, parser))
     torch.set_num_threads(args.threads)
     fill_table(TABLE, cells(args), lambda cell: measure(cell, args.runs), FIELDS)
-    return None
 
 
 def cells(args: argparse.Namespace) -> list[dict]:
@@ -130,37 +123,20 @@ def measure(cell: dict, runs: Path) -> dict:
     assert results.latency_model is not None, "the run has a budget of latency"
     setting = setting_of(LatencyConfig(cell["engine"], cell["batch"], cell["threads"]))
     example = torch.randn(1, 3, network.side, network.side)
-    both = []
-    for model in (build(factory).eval(), load_pruned(folder.root)):
-        both.append(engine_named(setting.engine).load(model, example, setting))
-    turns = time_in_turns(both, SECONDS)
+    dense = build(factory).eval()
+    pruned = load_pruned(folder.root)
+    [latency] = measure_latency(dense, pruned, example, [setting], SECONDS)
     return {
-        "dense_ms": round(1e3 * float(turns.medians[0]), 3),
+        "dense_ms": round(latency.dense_ms, 3),
         "model_error": round(results.latency_model["error_median"], 4),
         "predicted": round(results.latency_kept["predicted_share"], 4),
         "measured_by_run": round(results.latency_kept["measured_share"], 4),
-        "measured": round(float(turns.ratios[1]), 4),
+        "measured": round(1 / latency.speedup, 4),
         "corrections": results.latency_kept["corrections"],
         "macs_ratio": round(results.macs_ratio or 0, 4),
         "seconds": round((datetime.now(UTC) - started).total_seconds()),
         "measured_at": f"{started:%Y-%m-%d %H:%M}",
     }
-
-
-def summarise(rows: list[dict]) -> None:
-    """Which runs kept their budget, and how far the others are above it."""
-    n_within = 0
-    for row in rows:
-        share = Budget.parse(row["budget"]).share
-        assert share is not None, "budgets here are shares"
-        excess = float(row["measured"]) / share
-        n_within += excess <= LARGEST_EXCESS
-        print(
-            f"{row['model']:16s} {row['engine']:12s} {row['batch']:>2s} "
-            f"{row['budget']}  measured {float(row['measured']):.1%}  "
-            f"{excess - 1:+.1%}  MACs {float(row['macs_ratio']):.1%}"
-        )
-    print(f"{n_within} of {len(rows)} within {LARGEST_EXCESS - 1:.0%} of the budget")
 
 
 if __name__ == "__main__":

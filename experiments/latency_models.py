@@ -9,8 +9,7 @@ networks and held against the same others, a line over MACs, which is what tools
 interpolate; and the sum of the times that the layers take alone, as tables of layers
 have it, as a share of the dense network's sum. Weights are random, which makes no
 difference to the time. One row each in `experiments/results/latency_models.csv`; rows
-that are there aren't measured again. What was measured lies in `runs/latency_models`,
-so that another fit can be held against it. Nothing else should run meanwhile.
+that are there aren't measured again. Nothing else should run meanwhile.
 """
 
 import argparse
@@ -25,18 +24,15 @@ from autoprune.config import LatencyConfig
 from autoprune.costs.cost import CostTable
 from autoprune.costs.search_space import SearchSpace
 from autoprune.costs.widths import suited_multiples
-from autoprune.files import write_json
 from autoprune.latency.engine_protocol import Engine, Setting
 from autoprune.latency.engines import ENGINES, check_setting, engine_named, setting_of
 from autoprune.latency.model import PredictionError
 from autoprune.latency.profiling import (
     Measured,
     NetworkTimer,
-    Profile,
     profile_latency,
 )
 from autoprune.latency.timing import time_in_turns
-from autoprune.runs import file_stem
 from autoprune.structure.groups import Groups
 from autoprune.structure.slicing import prune
 from autoprune.tracing.trace import trace
@@ -59,7 +55,6 @@ FIELDS = (
     "alone_p95",
     "measured",
 )
-RUNS = Path("runs/latency_models")
 SECONDS_ALONE = 0.05
 """For each layer that is timed alone."""
 
@@ -120,7 +115,6 @@ def measure(cell: dict) -> dict[str, str]:
     timer = NetworkTimer(model, groups, example, engine, setting)
     profile = profile_latency(timer, space)
     seconds = (datetime.now(UTC) - started).total_seconds()
-    keep(profile, RUNS / f"{file_stem(*map(str, cell.values()))}.json")
     by_macs = _by_macs(costs, profile.fitted, profile.unseen)
     alone = _alone(model, groups, example, engine, setting, profile.unseen)
     return {
@@ -136,21 +130,6 @@ def measure(cell: dict) -> dict[str, str]:
         "alone_p95": f"{alone.largest:.4f}",
         "measured": f"{started:%Y-%m-%d %H:%M}",
     }
-
-
-def keep(profile: Profile, path: Path) -> None:
-    """Writes down what a profile measured.
-
-    Args:
-        profile: The profile.
-        path: The JSON file.
-    """
-    parts = {"fitted": profile.fitted, "unseen": profile.unseen}
-    stored = {}
-    for name, part in parts.items():
-        stored[name] = {"kept": part.kept.tolist(), "shares": part.shares.tolist()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, stored)
 
 
 def _by_macs(costs: CostTable, fitted: Measured, unseen: Measured) -> PredictionError:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from autoprune.cli.kept_promise import LARGEST_EXCESS
 from autoprune.costs.budget import Budget
 from autoprune.files import write_text
 from experiments.equal_latency import ARMS, TIMES
-from experiments.latency_budgets import LARGEST_EXCESS
 from experiments.search_report import NETWORKS, column, group_rows, table, values_cell
 from experiments.tables import read_table
 

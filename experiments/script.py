@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from autoprune.errors import UserError, in_one_line
-from autoprune.runs import RunFolder
+from autoprune.runs import RunFolder, file_stem
 
 
 def run_folder(root: Path, values: Iterable[object]) -> RunFolder:
@@ -16,8 +16,7 @@ def run_folder(root: Path, values: Iterable[object]) -> RunFolder:
         root: The folder of all of them.
         values: What tells the cell from the others.
     """
-    stem = "-".join(map(str, values))
-    return RunFolder(root / stem.replace("=", "-").replace("%", ""))
+    return RunFolder(root / file_stem(*map(str, values)))
 
 
 def finished_run(folder: RunFolder, options: Mapping[str, object]) -> RunFolder:
@@ -35,15 +34,28 @@ def finished_run(folder: RunFolder, options: Mapping[str, object]) -> RunFolder:
     Raises:
         UserError: If the run fails; what it printed has been shown.
     """
-    command = [sys.executable, "-m", "autoprune", "run", "--out", str(folder.root)]
+    arguments = ["run", "--out", str(folder.root)]
     if folder.config.exists():
-        command.append("--resume")
+        arguments.append("--resume")
     for name, value in options.items():
-        command.append(f"--{name}={value}")
+        arguments.append(f"--{name}={value}")
     folder.root.parent.mkdir(parents=True, exist_ok=True)
+    autoprune(*arguments)
+    return folder
+
+
+def autoprune(*arguments: str) -> None:
+    """Runs the command line in a process of its own.
+
+    Args:
+        *arguments: Of the command `autoprune`.
+
+    Raises:
+        UserError: If it fails; what it printed has been shown.
+    """
+    command = [sys.executable, "-m", "autoprune", *arguments]
     if subprocess.run(command).returncode:
         raise UserError(None, f"failed: {' '.join(command)}")
-    return folder
 
 
 def run(main: Callable[[], None]) -> None:
